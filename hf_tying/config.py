@@ -1,0 +1,232 @@
+"""Where a tie is declared: `TyingConfig`, its plain-dict form in `config.json`, and the mixin for config classes.
+
+Nothing here needs torch or model code, so that a declaration can be read and checked before any model exists.
+"""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+VERSION = 1
+
+#: The usual groups by name: which roles each scheme makes one parameter. `source` is the encoder's input embedding,
+#: `target` the decoder's (the only one of a language model), `output` the softmax matrix.
+#: two_way: Press & Wolf 2016 section 3 (WT); three_way: the same, section 3.3 (TWWT), and Vaswani et al. 2017 section 3.4.
+SCHEMES: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "two_way": ("target", "output"),
+    "source_target": ("source", "target"),
+    "three_way": ("source", "target", "output"),
+}
+SAVE_FORMATS = ("dedup", "portable")
+
+# A declaration comes from a file that somebody else wrote. Real ones have some thousand names of some hundred
+# characters (every parameter of every layer tied); beyond these bounds it is refused before any work is done on it.
+_MOST_NAMES = 50_000
+_LONGEST_NAME = 512
+
+
+class TyingError(ValueError):
+    """A tie is wrongly declared, cannot be made, or no longer holds. The message says what, expected, found, way out."""
+
+
+def nearest(name: str, candidates: Iterable[str], most: int = 3) -> str:
+    """`"; the nearest names are 'a', 'b'"`, or nothing when none resembles `name`: the tail of many messages."""
+    tail = name.rsplit(".", 2)[-2:]  # of ten thousand names only those with a like ending are worth comparing
+    pool = [c for c in candidates if any(part in c for part in tail)] or list(candidates)
+    matches = difflib.get_close_matches(name, pool[:2000], n=most, cutoff=0.4)
+    return f"; the nearest names are {', '.join(repr(m) for m in matches)}" if matches else ""
+
+
+@dataclass(frozen=True)
+class TyingConfig:
+    """What is tied in a model: a scheme, explicit groups, or both. The same thing as the `tying` entry of `config.json`.
+
+    Args:
+        scheme (`str`, *optional*): `"none"`, `"two_way"`, `"source_target"` or `"three_way"` (see `SCHEMES`). `None`
+            leaves the embeddings to the model's own declaration (`tie_word_embeddings`).
+        groups (`dict[str, list[str]]`): further tie groups by name; each a list of at least two parameter names (or
+            module names, which stand for all their parameters, pairwise). The first name of a group is its root, the
+            name kept on disk. Names are plain strings, never patterns.
+        on_conflict (`str`): what to do when a file has different values for names of one group. `"error"` (the
+            default: nobody's weights are dropped unasked), `"keep_untied"` (the group is given up, the config says so),
+            or `"use:<parameter name>"`.
+        save_format (`str`, *optional*): `"dedup"` writes each group once, under its root; `"portable"` writes every name,
+            so that any stock loader gets the right values. `None`, the default, is dedup where the stock class re-ties
+            exactly these groups by itself, portable elsewhere.
+
+    Raises:
+        TyingError: for an unknown scheme or option, a group of one, or one name in two groups.
+
+    Example:
+        >>> TyingConfig(scheme="two_way").to_dict()
+        {'version': 1, 'scheme': 'two_way', 'groups': {}, 'on_conflict': 'error', 'save_format': None}
+    """
+
+    scheme: str | None = None
+    groups: dict[str, list[str]] = field(default_factory=dict)
+    on_conflict: str = "error"
+    save_format: str | None = None
+
+    def __post_init__(self):
+        if self.scheme is not None and self.scheme not in SCHEMES:
+            hint = nearest(self.scheme, SCHEMES) if isinstance(self.scheme, str) else ""
+            raise TyingError(
+                f"Unknown tying scheme {_short(self.scheme)}: expected one of {', '.join(SCHEMES)}{hint}."
+            )
+        if not isinstance(self.on_conflict, str) or (
+            self.on_conflict not in ("error", "keep_untied") and not self.on_conflict.startswith("use:")
+        ):
+            raise TyingError(
+                f"Unknown on_conflict {_short(self.on_conflict)}: expected 'error', 'keep_untied' or 'use:<parameter name>'."
+            )
+        if self.save_format is not None and self.save_format not in SAVE_FORMATS:
+            raise TyingError(f"Unknown save_format {_short(self.save_format)}: expected 'dedup' or 'portable'.")
+        object.__setattr__(self, "groups", _checked_groups(self.groups))
+
+    @classmethod
+    def from_dict(cls, entry: "dict[str, Any] | TyingConfig | None") -> "TyingConfig":
+        """Read the `tying` entry of a config (`None`, an absent entry, gives the empty declaration).
+
+        Raises:
+            TyingError: for another type, an unknown key, or an entry that a newer version of hf_tying wrote.
+        """
+        if isinstance(entry, cls):
+            return entry
+        if entry is None:
+            return cls()
+        if not isinstance(entry, dict):
+            raise TyingError(
+                f"The `tying` entry of the config is {_short(entry)}: expected a dict such as "
+                f"{cls(scheme='two_way').to_dict()}. Correct the entry in config.json, or remove it to load untied."
+            )
+        version = entry.get("version", VERSION)
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+            raise TyingError(f"The `tying` entry has version {_short(version)}: expected the number {VERSION}.")
+        if version > VERSION:
+            raise TyingError(
+                f"The `tying` entry has version {version}; this hf_tying reads up to version {VERSION}. "
+                "Upgrade with `pip install -U hf-tying`."
+            )
+        known = {"scheme", "groups", "on_conflict", "save_format"}
+        for key in entry:
+            if key not in known | {"version"}:
+                hint = nearest(key, known) if isinstance(key, str) else ""
+                raise TyingError(
+                    f"The `tying` entry has an unknown key {_short(key)}: expected {sorted(known)}{hint}."
+                )
+        given = {key: entry[key] for key in known & entry.keys()}
+        if given.get("on_conflict", "") is None:
+            del given["on_conflict"]
+        return cls(**given)
+
+    @classmethod
+    def of(cls, scheme_or_groups: "str | list[str] | dict[str, list[str]] | TyingConfig") -> "TyingConfig":
+        """What `tie(model, ...)` accepts: a scheme's name, one group, a dict of named groups, or a `TyingConfig`.
+
+        Raises:
+            TyingError: for anything else.
+        """
+        if isinstance(scheme_or_groups, cls):
+            return scheme_or_groups
+        if isinstance(scheme_or_groups, str):
+            return cls(scheme=scheme_or_groups)
+        if isinstance(scheme_or_groups, dict):
+            if scheme_or_groups.keys() & {"version", "scheme"}:
+                return cls.from_dict(scheme_or_groups)
+            return cls(groups=scheme_or_groups)
+        if isinstance(scheme_or_groups, list | tuple):
+            names = list(scheme_or_groups)
+            return cls(groups={_group_name(names): names})
+        raise TyingError(
+            f"Nothing to tie in {_short(scheme_or_groups)}: expected a scheme ({', '.join(SCHEMES)}), a list of parameter "
+            "names, a dict of such lists, or a TyingConfig."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plain dict that `config.json` carries."""
+        return {
+            "version": VERSION,
+            "scheme": self.scheme,
+            "groups": {name: list(names) for name, names in self.groups.items()},
+            "on_conflict": self.on_conflict,
+            "save_format": self.save_format,
+        }
+
+    def replace(self, **changes) -> "TyingConfig":
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+
+class TyingConfigMixin:
+    """Give a config class the keyword `tying`, checked when the config is made.
+
+    The live value is the same plain dict as in `config.json`; `tying_config` reads it as a `TyingConfig`.
+
+    Example:
+        >>> class TiedLlamaConfig(TyingConfigMixin, LlamaConfig):
+        ...     model_type = "tied_llama"
+        >>> TiedLlamaConfig(tying={"version": 1, "scheme": "two_way"}).tying_config.scheme
+        'two_way'
+    """
+
+    tying: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs):
+        tying = kwargs.pop("tying", self.tying)
+        super().__post_init__(**kwargs)
+        # Always on the instance: `to_dict` writes what instances carry, and a class default would be shared.
+        self.tying = TyingConfig.from_dict(tying).to_dict() if tying is not None else None
+
+    @property
+    def tying_config(self) -> TyingConfig:
+        """The declaration; empty when nothing is declared."""
+        return TyingConfig.from_dict(self.tying)
+
+
+def _checked_groups(groups: Any) -> dict[str, list[str]]:
+    if groups is None:
+        return {}
+    if not isinstance(groups, dict):
+        raise TyingError(
+            f"`groups` is {_short(groups)}: expected a dict from a group's name to a list of parameter names."
+        )
+    if sum(len(names) for names in groups.values() if isinstance(names, list | tuple)) > _MOST_NAMES:
+        raise TyingError(f"`groups` has more than {_MOST_NAMES} names: no model ties that many; the entry is refused.")
+    group_of: dict[str, str] = {}
+    for group, names in groups.items():
+        if not isinstance(group, str) or not isinstance(names, list | tuple):
+            raise TyingError(
+                f"Group {_short(group)} is {_short(names)}: expected a name and a list of parameter names."
+            )
+        for name in names:
+            if not isinstance(name, str) or not name or len(name) > _LONGEST_NAME:
+                raise TyingError(f"Group {_short(group)} has the member {_short(name)}: expected a parameter name.")
+            if name in group_of:
+                where = f"twice in {group!r}" if group_of[name] == group else f"in {group_of[name]!r} and {group!r}"
+                raise TyingError(f"{name!r} stands {where}: a name belongs to one group, once. Merge the groups.")
+            group_of[name] = group
+        if len(names) < 2:
+            raise TyingError(
+                f"Group {_short(group)} has {len(names)} name(s) {list(names)}: a tie needs at least two."
+            )
+    return {group: list(names) for group, names in groups.items()}
+
+
+def _group_name(names: list) -> str:
+    """A readable name for a group given as a bare list: what its members have in common at the end."""
+    if not names or not all(isinstance(name, str) for name in names):
+        return "group"
+    tails = [name.split(".")[::-1] for name in names]
+    common = [parts[0] for parts in zip(*tails, strict=False) if len(set(parts)) == 1]
+    return ".".join(common[::-1]) or names[0]
+
+
+def _short(value: Any) -> str:
+    """`repr` for messages; never walks a hostile value deeper or longer than a message can show."""
+    if isinstance(value, str):
+        return repr(value if len(value) <= 80 else value[:77] + "...")
+    if isinstance(value, int | float | bool | None):
+        return repr(value)[:80]
+    return f"of type {type(value).__name__}"

@@ -1,0 +1,65 @@
+"""The one hook into transformers: stock classes honour a `tying` entry of their config.
+
+`AutoModelForCausalLM.from_pretrained(path)` then gives a tied model or a `TyingError`, never a silently untied one. For a
+config without the entry nothing is changed. The hook is set when transformers' modules are imported, before or after
+this package, so that `import hf_tying` stays light.
+"""
+
+import functools
+
+from wrapt import when_imported
+
+
+def install() -> None:
+    """Arrange for the hook; called once, by `import hf_tying`."""
+    when_imported("transformers.modeling_utils")(_hook_models)
+    when_imported("peft.tuners.tuners_utils")(_hook_adapters)
+
+
+def _hook_models(modeling_utils) -> None:
+    stock = modeling_utils.PreTrainedModel
+    stock.post_init = _honour_entry(stock.post_init)
+    if "_load_pretrained_model" in vars(stock):  # private: without it, two errors below are transformers' own
+        stock._load_pretrained_model = staticmethod(_guard_loading(stock._load_pretrained_model))
+
+
+def _honour_entry(stock_post_init):
+    @functools.wraps(stock_post_init)
+    def post_init(self):
+        if not _declares_ties(self):
+            return stock_post_init(self)
+        from .modeling import TiedModelMixin, tied_class
+
+        if isinstance(self, TiedModelMixin):
+            return stock_post_init(self)
+        self.__class__ = tied_class(type(self))
+        self._post_init_tied(functools.partial(stock_post_init, self))
+
+    return post_init
+
+
+def _declares_ties(model) -> bool:
+    """A `tying` entry in the config, or a model inside that has been put under the mixin by its own."""
+    if getattr(model.config, "tying", None) is not None:
+        return True
+    return any("tie_groups" in vars(module) for module in model.modules())
+
+
+def _guard_loading(stock_load):
+    @functools.wraps(stock_load)
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        if not hasattr(model, "tie_groups"):
+            return stock_load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+        from .files import refuse_broken, refuse_split
+
+        refuse_split(model.tie_groups, getattr(load_config, "device_map", None))
+        refuse_broken(checkpoint_files)
+        return stock_load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+
+    return _load_pretrained_model
+
+
+def _hook_adapters(tuners_utils) -> None:
+    from .peft import merging
+
+    merging.guard(tuners_utils.BaseTuner)

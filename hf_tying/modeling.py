@@ -1,0 +1,411 @@
+"""Where a tie is made: `TiedModelMixin` carries it through a model's life, `tie` and `untie` change it.
+
+The mixin sits in front of a transformers class and answers transformers' own hooks: `post_init` (declare and tie),
+`tie_weights` (after a load, and whenever anybody asks again), the embedding setters and the resize, `_apply` (`.to()`,
+`to_empty()`), `state_dict` and its loading, `save_pretrained`. `tie(model, ...)` puts the same mixin in front of the
+class of a live model, so that both forms are one and the same thing.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
+
+from .config import TyingConfig, TyingError
+from .groups import TieGroup, actual_groups, resolve, roles, stock_keys, subgroups
+from .loading import check_loaded_state, fill_state, tie_loaded
+from .parameters import (
+    TiedName,
+    canonical,
+    find_parameter,
+    find_slot,
+    fit_rows,
+    link,
+    named_slots,
+    own_module,
+    replace_module,
+    same_values,
+    state_key,
+    storage_of,
+)
+from .record import refuse_contradicting_flag, write_config
+from .verify import offloaded, violations
+
+logger = logging.get_logger(__name__)
+
+
+class TiedModelMixin:
+    """Put in front of a transformers class, it keeps the ties of `config.tying` through the model's whole life.
+
+    `tie_groups` holds the concrete groups (`TieGroup`: a name, the parameter names, root first). Without a `tying` entry
+    the groups are those that the class itself declares under `tie_word_embeddings`.
+
+    Example:
+        >>> class TiedLlamaConfig(TyingConfigMixin, LlamaConfig):
+        ...     model_type = "tied_llama"
+        >>> class TiedLlama(TiedModelMixin, LlamaForCausalLM):
+        ...     config_class = TiedLlamaConfig
+        >>> model = TiedLlama(TiedLlamaConfig(tying={"version": 1, "scheme": "two_way"}))
+        >>> model.lm_head.weight is model.model.embed_tokens.weight
+        True
+
+    Raises:
+        TyingError: from any of the methods below, instead of a silently broken tie.
+    """
+
+    tie_groups: list[TieGroup]
+
+    # --- a model is made ---------------------------------------------------------------------------------------------
+
+    def post_init(self):
+        """Declare the groups, initialise the weights, tie."""
+        self._post_init_tied(super().post_init)
+
+    def _post_init_tied(self, stock_post_init: Callable[[], None]) -> None:
+        self._ties_made = False  # until then `tie_weights` ties without a look at the values: they are not trained
+        config = TyingConfig.from_dict(getattr(self.config, "tying", None))
+        groups = resolve(self, config, strict=self._is_declared_class())
+        refuse_contradicting_flag(self, config, groups)
+        if config.scheme is not None:
+            separate(self, groups)
+        self.tie_groups = groups
+        declare(self, groups)
+        stock_post_init()
+        declare(self, groups)  # once more: the stock method has mixed in what the models inside declare
+        self._ties_made = True
+        if self._is_declared_class():
+            write_config(self)
+
+    def _is_declared_class(self) -> bool:
+        """Whether the config's names are meant for this class, not for another head over the same file."""
+        architectures = getattr(self.config, "architectures", None)
+        return type(self).__name__ in architectures if architectures else self.base_model is not self
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """`{tied name: root}`, flat; what accelerate, the quantisers and `device_map="auto"` read."""
+        return {name: group.root for group in self.tie_groups for name in group.targets}
+
+    def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True, **kwargs) -> None:
+        """Tie what is declared. Unlike the stock method it never overwrites trained values that differ.
+
+        Args:
+            missing_keys: names that a checkpoint did not have, given by `from_pretrained`: names of a group are filled
+                from whichever one is there, and differing ones are handled as `on_conflict` says.
+            recompute_mapping: accepted for transformers; the groups change by `tie` and `untie` only.
+
+        Raises:
+            TyingError: when names of a group have come to hold different values.
+        """
+        if missing_keys is not None:
+            kept = tie_loaded(self, missing_keys)
+            if kept != self.tie_groups:
+                declare(self, kept)
+                write_config(self)
+        elif self._ties_made:
+            self._tie_again()
+        else:
+            for group in self.tie_groups:
+                _link_group(self, group, find_parameter(self, group.root))
+        self._fit_sizes()
+
+    def _tie_again(self) -> None:
+        for group in self.tie_groups:
+            held = {name: find_parameter(self, name) for name in group.names}
+            if len({id(p) for p in held.values()}) == 1 or any(offloaded(self, name) for name in group.names):
+                continue
+            root = held[group.root]
+            whole = root is not None and all(p is not None and p.is_meta == root.is_meta for p in held.values())
+            if not whole or not all(p.is_meta or same_values(p, root) for p in held.values()):
+                problems = "; ".join(violations(self, [group]))
+                raise TyingError(f"tie_weights() would overwrite trained values and changes nothing: {problems}")
+            _link_group(self, group, root)
+
+    def _fit_sizes(self) -> None:
+        for group in self.tie_groups:
+            for name in group.names:
+                module, attribute = find_slot(self, name)
+                if attribute == "weight" and isinstance(module.weight, nn.Parameter):
+                    fit_rows(module)
+
+    # --- the embeddings change ---------------------------------------------------------------------------------------
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the input embedding; every name tied to it follows, since they are one matrix.
+
+        Raises:
+            TyingError: when `value` has no matrix of the same width.
+        """
+        old = self.get_input_embeddings()
+        if value is not old and not self._replace_tied(old, value):
+            super().set_input_embeddings(value)
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the output embedding; every name tied to it follows."""
+        old = self.get_output_embeddings()
+        if new_embeddings is not old and not self._replace_tied(old, new_embeddings):
+            super().set_output_embeddings(new_embeddings)
+
+    def _replace_tied(self, old: nn.Module, new: nn.Module) -> bool:
+        parameter = getattr(old, "weight", None)
+        group = next((g for g in self.tie_groups if any(find_parameter(self, n) is parameter for n in g.names)), None)
+        if group is None or parameter is None:
+            return False
+        weight = getattr(new, "weight", None)
+        if not isinstance(weight, nn.Parameter) or weight.ndim != 2 or weight.shape[1] != parameter.shape[1]:
+            found = tuple(weight.shape) if isinstance(weight, torch.Tensor) else type(new).__name__
+            raise TyingError(
+                f"The embedding is tied as group {group.name!r} ({', '.join(group.names)}): expected a module whose weight "
+                f"is (rows, {parameter.shape[1]}), found {found}. Call untie(model) first to replace one side alone."
+            )
+        replace_module(self, old, new)
+        _link_group(self, group, weight)
+        self._fit_sizes()
+        if weight.shape[0] != parameter.shape[0]:
+            self.config.get_text_config().vocab_size = weight.shape[0]
+        logger.warning(
+            f"The embedding of group {group.name!r} is replaced under each of its names: {', '.join(group.names)}. "
+            "An optimizer made before holds the old matrix: make it again."
+        )
+        return True
+
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing: bool = True):
+        """As in transformers; tied names stay one parameter, and embeddings tied to nothing are resized, not replaced.
+
+        Raises:
+            TyingError: when the ties are already broken.
+        """
+        self._raise_if_broken("resize")
+        rows = self.get_input_embeddings().weight.shape[0]
+        if new_num_tokens is not None or pad_to_multiple_of is not None:
+            for module in self._other_embeddings(rows):
+                self._get_resized_embeddings(module, new_num_tokens, pad_to_multiple_of, mean_resizing)
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self._fit_sizes()
+        return embeddings
+
+    def _other_embeddings(self, rows: int) -> list[nn.Module]:
+        """Decoder input embeddings over the same vocabulary that the stock resize does not reach."""
+        own_vocabulary = not getattr(self.config, "share_encoder_decoder_embeddings", True)
+        parameter = self.get_input_embeddings().weight
+        found = {}
+        for name in roles(self).get("target", []):
+            module = find_slot(self, name)[0]
+            free = module.weight is not parameter and not own_vocabulary
+            if free and isinstance(module, nn.Embedding) and module.weight.shape[0] == rows:
+                found[id(module.weight)] = module
+        return list(found.values())
+
+    # --- tensors move and are replaced -------------------------------------------------------------------------------
+
+    def _apply(self, fn, recurse: bool = True):
+        """`.to()`, `.half()`, `to_empty()`: where torch makes a new tensor for each name, the names are one again after."""
+        held = [g for g in self.tie_groups if len({id(find_parameter(self, n)) for n in g.names}) == 1]
+        result = super()._apply(fn, recurse)
+        for group in held:
+            _link_group(self, group, find_parameter(self, group.root))
+        return result
+
+    def __call__(self, *args, **kwargs):
+        """In training, a forward pass over a tie that no longer holds raises: the gradients would drift apart unseen."""
+        if self.training and not torch.compiler.is_compiling() and not getattr(self, "_is_replica", False):
+            self._raise_if_split()
+        return super().__call__(*args, **kwargs)
+
+    def _raise_if_split(self) -> None:
+        for group in self.tie_groups:
+            places = [find_slot(self, name) for name in group.names]
+            held = [place and place[0]._parameters.get(place[1]) for place in places]
+            # A plain tensor in the place is torch.func, FSDP or DataParallel at work on a model that is tied.
+            working = any(p is None and _stands_in(place) for p, place in zip(held, places, strict=True))
+            if (
+                any(p is not held[0] for p in held)
+                and not working
+                and all(not (p is not None and p.is_meta) for p in held)
+            ):
+                self._raise_if_broken("train")
+        self._tell_frozen()
+
+    def _tell_frozen(self) -> None:
+        roots = {group.root: find_parameter(self, group.root) for group in self.tie_groups}
+        frozen = [g for g in self.tie_groups if roots[g.root] is not None and not roots[g.root].requires_grad]
+        if frozen != vars(self).get("_told_frozen", []) and not getattr(self, "_hf_peft_config_loaded", False):
+            self._told_frozen = frozen
+            for group in frozen:
+                if any(p.requires_grad for p in self.parameters()):
+                    logger.warning(
+                        f"Group {group.name!r} is frozen under each of its names: {', '.join(group.names)}. "
+                        "To freeze one role alone, untie(model) first."
+                    )
+
+    def _raise_if_broken(self, action: str) -> None:
+        if problems := list(violations(self, self.tie_groups)):
+            listed = "\n".join(f"  - {problem}" for problem in problems)
+            raise TyingError(f"Cannot {action} {type(self).__name__}, it is not tied as declared:\n{listed}")
+
+    # --- names and state dicts ---------------------------------------------------------------------------------------
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True):
+        """As in torch, each parameter once; the name of a tied one answers to every name of its group (`TiedName`)."""
+        dot = f"{prefix}." if prefix else ""
+        names = {group.root: group.names for group in self.tie_groups}
+        first = {name: (root, group) for root, group in names.items() for name in group} if remove_duplicate else {}
+        for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
+            known = first.get(canonical(name.removeprefix(dot)))
+            yield (TiedName(name, [dot + n for n in known[1]]) if known else name), parameter
+
+    def state_dict(self, *args, destination=None, prefix: str = "", keep_vars: bool = False):
+        """As in torch, with every name; the root is the live tensor, its other names are copies.
+
+        Code that updates a state dict in place (an exponential moving average) would otherwise update a tied matrix
+        once for each of its names.
+        """
+        state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        if not keep_vars:
+            for group in self.tie_groups:
+                root = state.get(prefix + state_key(self, group.root))
+                for name in group.targets:
+                    key = prefix + state_key(self, name)
+                    if key in state and root is not None and storage_of(state[key]) == storage_of(root):
+                        state[key] = state[key].clone()
+        return state
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        """Before torch loads anything: names of a group must agree, and missing ones are filled from those present."""
+        check_loaded_state(self, state_dict, prefix)
+        fill_state(self, state_dict, prefix, assign=local_metadata.get("assign_to_params_buffers", False))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    # --- files -------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict=None, **kwargs):
+        """As in transformers. The ties are checked first, and `config.tying` is written from what is so.
+
+        Raises:
+            TyingError: when a tie is broken, or weights are offloaded; nothing is written.
+        """
+        adapters_only = getattr(self, "_hf_peft_config_loaded", False)
+        self._raise_if_broken("save")
+        entry = getattr(self.config, "tying", None)
+        config = write_config(self)
+        try:
+            if not adapters_only:
+                state_dict = self._file_state(state_dict, config.save_format)
+            super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+            if self._auto_class is not None and is_main_process:
+                from .remote_code import carry_along
+
+                carry_along(save_directory)
+        finally:
+            if entry is not None:  # a model inside another one shares its config, whose names are the outer model's
+                self.config.tying = entry
+
+    def _file_state(self, state_dict, save_format: str) -> dict[str, torch.Tensor]:
+        state = dict(self.state_dict() if state_dict is None else state_dict)
+        check_loaded_state(self, state, "", action="save")
+        for group in self.tie_groups:
+            keys = [key for name in group.names if (key := state_key(self, name)) in state]
+            if not keys:
+                continue
+            kept = state[keys[0]]
+            if kept.is_meta and not hasattr(self, "hf_device_map"):
+                raise TyingError(
+                    f"Cannot save {keys[0]!r}: its value is offloaded (accelerate.cpu_offload or disk_offload). "
+                    "Bring it back by accelerate.hooks.remove_hook_from_submodules(model), then save."
+                )
+            for key in keys:
+                del state[key]
+            for name in group.names if save_format == "portable" else (group.root,):
+                first = name == group.root
+                state[state_key(self, name)] = kept if first or kept.is_meta else kept.clone()
+        return state
+
+
+def _stands_in(place) -> bool:
+    """Whether a plain tensor stands where the parameter was, and no pruning or parametrisation put it there."""
+    if place is None:
+        return False
+    module, attribute = place
+    altered = f"{attribute}_orig" in module._parameters or f"{attribute}_g" in module._parameters
+    altered = altered or attribute in getattr(module, "parametrizations", {})
+    return not altered and isinstance(getattr(module, attribute, None), torch.Tensor)
+
+
+def _link_group(model: nn.Module, group: TieGroup, parameter: nn.Parameter) -> None:
+    for name in group.names:
+        link(model, name, parameter)
+
+
+def set_groups(model: PreTrainedModel, groups: list[TieGroup]) -> None:
+    """Make the parameters of `model` what `groups` say: names that leave a group get a copy, each group its root's."""
+    separate(model, groups)
+    for group in groups:
+        _link_group(model, group, find_parameter(model, group.root))
+    declare(model, groups)
+
+
+def separate(model: nn.Module, groups: list[TieGroup]) -> None:
+    """Give a parameter of its own to every name that is tied now and shall not be."""
+    group_of = {name: group.name for group in groups for name in group.names}
+    slots = named_slots(model)
+    for shared in actual_groups(model):
+        parts: dict[str, list[str]] = {}
+        for name in shared:
+            parts.setdefault(group_of.get(name, f"{name} alone"), []).append(name)
+        for names in list(parts.values())[1:]:
+            old = slots[names[0]]
+            copy = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
+            for name in names:
+                own_module(model, name)
+                link(model, name, copy)
+
+
+def declare(model: PreTrainedModel, groups: list[TieGroup]) -> None:
+    """Tell transformers: the mapping on the instance, and on every model inside for the names that lie within it.
+
+    A model inside that holds a whole tie is put under the mixin too, so that it can be saved, resized and reloaded by
+    itself; one that holds none no longer re-ties what its class declares.
+    """
+    inside = [
+        (canonical(prefix), sub)
+        for prefix, sub in model.named_modules()
+        if isinstance(sub, PreTrainedModel) and prefix
+    ]
+    for prefix, sub in [("", model), *inside]:
+        held = list(subgroups(groups, prefix)) if prefix else list(groups)
+        if prefix and not held and not isinstance(sub, TiedModelMixin) and not stock_keys(sub):
+            continue
+        if held and not isinstance(sub, TiedModelMixin):
+            sub.__class__ = tied_class(type(sub))
+        vars(sub).setdefault("_stock_tied_weights_keys", sub._tied_weights_keys)
+        sub._tied_weights_keys = {name: group.root for group in held for name in group.targets}
+        sub.all_tied_weights_keys = dict(sub._tied_weights_keys)
+        if isinstance(sub, TiedModelMixin):
+            sub.tie_groups = held
+            sub._ties_made = vars(model).get("_ties_made", True)
+        if prefix and sub.config is not model.config:
+            vars(sub.config).pop("tying", None)  # one record: the outer model's
+
+
+@functools.cache
+def tied_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """`stock` with the mixin in front, under the same name: `architectures` in the file stays that of the stock class."""
+
+    def reduce_tied(self, protocol):
+        # Pickle finds classes by name, and under this name it would find the stock class.
+        return _revive_tied, (stock,), object.__reduce_ex__(self, protocol)[2]
+
+    body = {
+        "__module__": stock.__module__,
+        "__qualname__": stock.__qualname__,
+        "__doc__": stock.__doc__,
+        "__reduce_ex__": reduce_tied,
+    }
+    return type(stock.__name__, (TiedModelMixin, stock), body)
+
+
+def _revive_tied(stock: type[PreTrainedModel]) -> PreTrainedModel:
+    cls = tied_class(stock)
+    return cls.__new__(cls)

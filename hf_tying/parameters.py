@@ -1,0 +1,191 @@
+"""Slots: the places where parameters live (a module and the attribute in it), and the few things done to them.
+
+A tie is one `nn.Parameter` in several slots. Names of slots are those of the model without adapters: PEFT keeps the
+adapted module inside its own, and a tie is on what lies inside.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from .config import nearest
+
+# Where PEFT keeps the stock module: a tuner layer under `base_layer`, modules_to_save under `original_module`.
+_WRAPPERS = ("base_layer", "original_module")
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The stock module inside PEFT's wrappers (itself, where there is none)."""
+    while inner := next((m for key in _WRAPPERS if (m := module._modules.get(key)) is not None), None):
+        module = inner
+    return module
+
+
+def find_slot(model: nn.Module, name: str) -> tuple[nn.Module, str] | None:
+    """The module and attribute that `name` means in `model`, seen through adapters; `None` where a module is missing."""
+    *path, attribute = name.split(".")
+    module = model
+    for part in path:
+        if (child := module._modules.get(part)) is None:
+            return None
+        module = unwrap(child)
+    return module, attribute
+
+
+def find_parameter(model: nn.Module, name: str) -> nn.Parameter | None:
+    """The parameter that `name` means in `model`, or `None`."""
+    slot = find_slot(model, name)
+    return slot[0]._parameters.get(slot[1]) if slot else None
+
+
+def state_key(model: nn.Module, name: str) -> str:
+    """The key of `name` in `model.state_dict()`: the name itself, unless an adapter wraps a module on the way."""
+    *path, attribute = name.split(".")
+    module, key = model, []
+    for part in path:
+        module, key = module._modules[part], [*key, part]
+        while inner := next((k for k in _WRAPPERS if module._modules.get(k) is not None), None):
+            module, key = module._modules[inner], [*key, inner]
+    return ".".join([*key, attribute])
+
+
+def named_slots(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every name of every parameter, tied ones under each of their names (`named_parameters` gives only the first)."""
+    slots = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                slots[canonical(f"{prefix}.{attribute}" if prefix else attribute)] = parameter
+    return slots
+
+
+def canonical(path: str) -> str:
+    """A path without the modules that adapters put in."""
+    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+
+
+def why_no_parameter(model: nn.Module, name: str, names: Iterable[str] = ()) -> str:
+    """Why `name` is not a parameter of `model`, as the middle of a sentence that starts with the name."""
+    slot = find_slot(model, name)
+    if slot is None:
+        return f"does not exist in {type(model).__name__}{nearest(name, names)}"
+    module, attribute = slot
+    if attribute in getattr(module, "parametrizations", {}):
+        return "is parametrised (torch.nn.utils.parametrize, weight norm); undo it by remove_parametrizations"
+    if f"{attribute}_orig" in module._parameters:
+        return "is pruned (torch.nn.utils.prune); make it permanent by prune.remove"
+    if f"{attribute}_g" in module._parameters:
+        return "is under the old weight norm (torch.nn.utils.weight_norm); undo it by remove_weight_norm"
+    if attribute in module._buffers:
+        return "is a buffer, not a parameter; only parameters are tied"
+    if callable(getattr(module, attribute, None)) or "quant" in type(module).__module__:
+        return f"is quantised ({type(module).__name__}); untie before quantising one side"
+    if isinstance(getattr(module, attribute, None), torch.Tensor):
+        return f"is a plain tensor of {type(module).__name__}, not a parameter"
+    return f"does not exist in {type(model).__name__}{nearest(name, names)}"
+
+
+# --- what is done to slots -------------------------------------------------------------------------------------------
+
+
+def link(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put `parameter` into the slot `name`.
+
+    Into the module's table rather than by `setattr`: `accelerate.init_empty_weights` answers an attribute by a new
+    parameter on the meta device, and a tie would be lost in the making.
+    """
+    module, attribute = find_slot(model, name)
+    module._parameters[attribute] = parameter
+
+
+def own_module(model: nn.Module, name: str) -> None:
+    """Give the slot `name` a module of its own where one module object stands at several names."""
+    module, _ = find_slot(model, name)
+    places = [(path, m) for path, m in model.named_modules(remove_duplicate=False) if unwrap(m) is module]
+    here = name.rpartition(".")[0]
+    if len({path for path, m in places if m is module}) > 1:
+        copy = module.__class__.__new__(module.__class__)
+        copy.__dict__.update(vars(module))
+        for table in ("_parameters", "_buffers", "_modules"):
+            setattr(copy, table, dict(getattr(module, table)))
+        parent, _, child = here.rpartition(".")
+        model.get_submodule(parent)._modules[child] = copy
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` wherever `old` stands in `model`."""
+    for parent in list(model.modules()):
+        for child, module in parent._modules.items():
+            if module is old:
+                parent._modules[child] = new
+
+
+def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal shape and elements; NaN equals NaN, since two copies of one broken matrix are still copies."""
+    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+        return False
+    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> str:
+    """How far two tensors are apart, as the middle of a sentence."""
+    if a.shape != b.shape:
+        return f"shapes {tuple(a.shape)} and {tuple(b.shape)}"
+    a, b = a.detach().double().cpu(), b.detach().double().cpu()
+    gap = (a - b).abs().nan_to_num(nan=float("inf"))
+    where = [int(i) for i in torch.unravel_index(gap.argmax(), gap.shape)] if gap.ndim else []
+    return f"largest difference {gap.max().item():.3g} at {where}, {int((gap > 0).sum())} of {gap.numel()} elements differ"
+
+
+def fit_rows(module: nn.Module) -> None:
+    """After a new row count of `module.weight`: `num_embeddings` or `out_features`, bias and padding index follow.
+
+    New biases are zero, as transformers pads them.
+    """
+    rows = module.weight.shape[0]
+    if isinstance(module, nn.Embedding):
+        module.num_embeddings = rows
+        if module.padding_idx is not None and module.padding_idx >= rows:
+            module.padding_idx = None
+    elif isinstance(module, nn.Linear):
+        module.out_features = rows
+        if module.bias is not None and module.bias.shape[0] != rows:
+            module.bias.data = nn.functional.pad(module.bias.data, (0, rows - module.bias.shape[0]))
+            module.bias.grad = None
+
+
+class TiedName(str):
+    """The name of a tied parameter in `model.named_parameters()`: the root's, answering to each name of its group.
+
+    Recipes choose parameters by name (`"lm_head" in name`, `name.endswith(...)`). A tied parameter is listed once, under
+    its root; asked for by any other of its names it would silently be nowhere. Two recipes that claim the one
+    parameter under two of its names then meet in torch's own error on a parameter in two groups.
+    """
+
+    names: tuple[str, ...]
+
+    def __new__(cls, root: str, names: Iterable[str]):
+        self = super().__new__(cls, root)
+        self.names = tuple(names)
+        return self
+
+    def __getnewargs__(self):
+        return str(self), self.names
+
+    def __contains__(self, part: str) -> bool:
+        return any(part in str(name) for name in self.names)
+
+    def startswith(self, *args) -> bool:
+        return any(name.startswith(*args) for name in self.names)
+
+    def endswith(self, *args) -> bool:
+        return any(name.endswith(*args) for name in self.names)
+
+
+def storage_of(tensor: torch.Tensor):
+    """What two tensors that share memory have in common; `None` where there is no memory to share (meta)."""
+    if tensor.device.type == "meta":
+        return None
+    local = getattr(tensor, "_local_tensor", tensor)
+    return local.device, local.untyped_storage().data_ptr()

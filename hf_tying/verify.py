@@ -1,0 +1,136 @@
+"""Where a tie is checked: what is declared against what is so, on a live model."""
+
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+
+from .config import TyingConfig, TyingError
+from .groups import TieGroup, declared_groups, locate
+from .parameters import difference, find_parameter, find_slot, named_slots, why_no_parameter
+
+
+def assert_tied(model: nn.Module) -> None:
+    """Raise unless every tie that `model` declares holds: one `nn.Parameter` in every place of each group.
+
+    Identity counts, not equal values: two equal matrices drift apart at the first optimizer step. A model that
+    `hf_tying` knows (class form, or after `tie`) is held to its groups and its config; any other `PreTrainedModel` to
+    what its class declares under `tie_word_embeddings`.
+
+    Args:
+        model: a `PreTrainedModel`, also wrapped by PEFT, DistributedDataParallel or torch.compile.
+
+    Raises:
+        TyingError: lists each broken group: expected, found, way out.
+    """
+    model = unwrapped(model)
+    problems = list(violations(model, groups_of(model)))
+    if problems:
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        raise TyingError(f"{type(model).__name__} is not tied as declared:\n{listed}")
+
+
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The `PreTrainedModel` inside DDP, torch.compile and PEFT wrappers.
+
+    Raises:
+        TyingError: when there is none.
+    """
+    inner = model
+    while not isinstance(inner, PreTrainedModel):
+        if hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        else:
+            inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+        if inner is None:
+            raise TyingError(f"Expected a PreTrainedModel (or a wrapper around one), found {type(model).__name__}.")
+    return inner
+
+
+def groups_of(model: PreTrainedModel) -> list[TieGroup]:
+    """The declared groups: those that `hf_tying` holds for the model, else those of its class."""
+    known = getattr(model, "tie_groups", None)
+    return list(known) if known is not None else declared_groups(model)
+
+
+def violations(model: PreTrainedModel, groups: Iterable[TieGroup]) -> Iterator[str]:
+    """One sentence for everything in which `model` is not what `groups` and its config say."""
+    groups = list(groups)
+    for group in groups:
+        yield from _broken(model, group)
+        yield from _stale_sizes(model, group)
+    if hasattr(model, "tie_groups"):
+        yield from _undeclared(model, groups)
+        yield from _config_differs(model, groups)
+
+
+def _broken(model: nn.Module, group: TieGroup) -> Iterator[str]:
+    slots = named_slots(model)
+    root = slots.get(group.root)
+    for name in group.names:
+        parameter = slots.get(name)
+        if parameter is None:
+            yield (
+                f"group {group.name!r}: expected the parameter {name!r} (tied with {_others(group, name)}); it "
+                f"{why_no_parameter(model, name, slots)}. Undo that, or call untie(model, [{name!r}]) before it."
+            )
+        elif root is not None and parameter is not root and not offloaded(model, name):
+            apart = "on the meta device" if parameter.is_meta or root.is_meta else difference(parameter, root)
+            yield (
+                f"group {group.name!r}: expected {name!r} and {group.root!r} to be one parameter, found two ({apart}). "
+                f"To tie them again: tie(model, {list(group.names)}, init_from=...); to keep both: untie(model, [{name!r}])."
+            )
+
+
+def _stale_sizes(model: nn.Module, group: TieGroup) -> Iterator[str]:
+    for name in group.names:
+        if (slot := find_slot(model, name)) is None or slot[1] != "weight" or name not in named_slots(model):
+            continue
+        module, rows = slot[0], slot[0].weight.shape[0]
+        for attribute in ("num_embeddings", "out_features"):
+            if (size := getattr(module, attribute, rows)) != rows:
+                yield (
+                    f"group {group.name!r}: {name!r} has {rows} rows, but its module says {attribute}={size}. "
+                    "Resize by model.resize_token_embeddings(...) on the whole model, or call model.tie_weights()."
+                )
+
+
+def _undeclared(model: nn.Module, groups: list[TieGroup]) -> Iterator[str]:
+    group_of = {name: group.name for group in groups for name in group.names}
+    shared: dict[int, list[str]] = {}
+    for name, parameter in named_slots(model).items():
+        shared.setdefault(id(parameter), []).append(name)
+    for names in shared.values():
+        if len({group_of.get(name, name) for name in names}) > 1:
+            yield (
+                f"{names} are one parameter, but no group declares it: a tie made by hand is lost in a file. "
+                f"Declare it by tie(model, {names}), or undo it by untie(model, {names[1:]})."
+            )
+
+
+def _config_differs(model: PreTrainedModel, groups: list[TieGroup]) -> Iterator[str]:
+    entry = getattr(model.config, "tying", None)
+    if entry is None:
+        return
+    slots = named_slots(model)
+    located = [
+        {locate(model, n, slots) for n in names} - {None} for names in TyingConfig.from_dict(entry).groups.values()
+    ]
+    declared = {frozenset(names) for names in located if len(names) > 1}
+    held = {frozenset(group.names) for group in groups}
+    if declared != held:
+        yield (
+            f"config.tying declares {sorted(map(sorted, declared)) or 'no group'}, the model holds "
+            f"{sorted(map(sorted, held)) or 'no group'}. Change ties by tie() and untie(), not by editing the config."
+        )
+
+
+def _others(group: TieGroup, name: str) -> str:
+    return ", ".join(repr(n) for n in group.names if n != name)
+
+
+def offloaded(model: nn.Module, name: str) -> bool:
+    """Whether accelerate holds the value of `name` elsewhere and puts it in place at each forward pass."""
+    module = find_slot(model, name)[0]
+    parameter = find_parameter(model, name)
+    return parameter is not None and parameter.is_meta and hasattr(module, "_hf_hook")
