@@ -202,11 +202,14 @@ def resolve(model: PreTrainedModel, config: TyingConfig, strict: bool = True) ->
         chains += [list(pair) for pair in _declared_pairs(model, checked=True)]
     else:
         scheme = scheme_chains(model, config.scheme, strict)
-        recorded = {name for chain in chains for name in chain}
-        if config.scheme != "none" and not any(recorded >= set(chain) for chain in scheme):
-            # A bare scheme: what the architecture ties besides its embeddings (BERT's output bias) stays tied.
-            chains += other_chains(model, (list(pair) for pair in _declared_pairs(model)))
-        chains += scheme
+        held = {name for chain in chains for name in chain}
+        tied = [name for role in SCHEMES[config.scheme] for name in roles(model).get(role, [])[-1:]]
+        if config.save_format is None or not held.issuperset(tied):
+            # A bare scheme, not the record of a model: what the architecture ties besides its embeddings (BERT's output
+            # bias) stays tied, and a carrier goes with its role. A record says all of that itself.
+            if config.scheme != "none":
+                chains += other_chains(model, (list(pair) for pair in _declared_pairs(model)))
+            chains += scheme
     return make_groups(model, chains, explicit, slots)
 
 

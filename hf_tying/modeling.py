@@ -15,7 +15,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from .config import TyingConfig, TyingError
-from .groups import TieGroup, actual_groups, resolve, roles, stock_keys, subgroups
+from .groups import TieGroup, actual_groups, other_chains, resolve, roles, split_declared, stock_keys, subgroups
 from .loading import check_loaded_state, fill_state, tie_loaded
 from .parameters import (
     TiedName,
@@ -80,9 +80,11 @@ class TiedModelMixin:
             write_config(self)
 
     def _is_declared_class(self) -> bool:
-        """Whether the config's names are meant for this class, not for another head over the same file."""
-        architectures = getattr(self.config, "architectures", None)
-        return type(self).__name__ in architectures if architectures else self.base_model is not self
+        """Whether the config's names are meant for this class, not for a head over it or another head over the file."""
+        if architectures := getattr(self.config, "architectures", None):
+            return type(self).__name__ in architectures
+        headless = self.base_model is self and self.get_output_embeddings() is None
+        return not (self.base_model_prefix and headless)
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
         """`{tied name: root}`, flat; what accelerate, the quantisers and `device_map="auto"` read."""
@@ -129,6 +131,18 @@ class TiedModelMixin:
                 module, attribute = find_slot(self, name)
                 if attribute == "weight" and isinstance(module.weight, nn.Parameter):
                     fit_rows(module)
+
+    def mark_tied_weights_as_initialized(self, *args, **kwargs) -> None:
+        """In `from_pretrained`: names that no file filled are still one tensor on the meta device, and are taken apart.
+
+        The stock method marks every name but the root as in no need of initialisation, and would mark the root with them.
+        """
+        for group in self.tie_groups:
+            root = find_parameter(self, group.root)
+            for name in group.targets:
+                if root.is_meta and find_parameter(self, name) is root:
+                    link(self, name, nn.Parameter(root.detach().clone(), requires_grad=root.requires_grad))
+        super().mark_tied_weights_as_initialized(*args, **kwargs)
 
     # --- the embeddings change ---------------------------------------------------------------------------------------
 
@@ -184,7 +198,16 @@ class TiedModelMixin:
                 self._get_resized_embeddings(module, new_num_tokens, pad_to_multiple_of, mean_resizing)
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         self._fit_sizes()
+        self._fit_idle_biases(rows, embeddings.weight.shape[0])
         return embeddings
+
+    def _fit_idle_biases(self, before: int, after: int) -> None:
+        """An output bias that the architecture keeps twice (BERT) has one size, also where the two are not tied."""
+        for names in other_chains(self, split_declared(self)):
+            sizes = {find_parameter(self, name).shape for name in names}
+            if sizes == {(before,), (after,)}:
+                for parameter in (find_parameter(self, name) for name in names):
+                    parameter.data = nn.functional.pad(parameter.data, (0, after - parameter.shape[0]))
 
     def _other_embeddings(self, rows: int) -> list[nn.Module]:
         """Decoder input embeddings over the same vocabulary that the stock resize does not reach."""
@@ -313,7 +336,7 @@ class TiedModelMixin:
             if kept.is_meta and not hasattr(self, "hf_device_map"):
                 raise TyingError(
                     f"Cannot save {keys[0]!r}: its value is offloaded (accelerate.cpu_offload or disk_offload). "
-                    "Bring it back by accelerate.hooks.remove_hook_from_submodules(model), then save."
+                    "Bring it back by accelerate.hooks.remove_hook_from_submodules(model) and model.tie_weights(), then save."
                 )
             for key in keys:
                 del state[key]
@@ -379,6 +402,9 @@ def declare(model: PreTrainedModel, groups: list[TieGroup]) -> None:
             continue
         if held and not isinstance(sub, TiedModelMixin):
             sub.__class__ = tied_class(type(sub))
+        elif prefix and not held and "_stock_class" in vars(type(sub)):
+            sub.__class__ = type(sub)._stock_class  # put under the mixin when it was made, by the config that it shares
+            sub.__dict__.pop("tie_groups", None)
         vars(sub).setdefault("_stock_tied_weights_keys", sub._tied_weights_keys)
         sub._tied_weights_keys = {name: group.root for group in held for name in group.targets}
         sub.all_tied_weights_keys = dict(sub._tied_weights_keys)
@@ -402,6 +428,7 @@ def tied_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "__qualname__": stock.__qualname__,
         "__doc__": stock.__doc__,
         "__reduce_ex__": reduce_tied,
+        "_stock_class": stock,
     }
     return type(stock.__name__, (TiedModelMixin, stock), body)
 

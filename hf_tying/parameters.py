@@ -4,6 +4,7 @@ A tie is one `nn.Parameter` in several slots. Names of slots are those of the mo
 adapted module inside its own, and a tie is on what lies inside.
 """
 
+import codecs
 from collections.abc import Iterable
 
 import torch
@@ -11,8 +12,9 @@ from torch import nn
 
 from .config import nearest
 
-# Where PEFT keeps the stock module: a tuner layer under `base_layer`, modules_to_save under `original_module`.
-_WRAPPERS = ("base_layer", "original_module")
+# Where PEFT keeps the stock module: tuner layers under `base_layer`, modules_to_save under `original_module`, trainable
+# tokens under `token_adapter.base_layer`.
+_WRAPPERS = ("base_layer", "original_module", "token_adapter")
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -143,13 +145,16 @@ def fit_rows(module: nn.Module) -> None:
 
     New biases are zero, as transformers pads them.
     """
-    rows = module.weight.shape[0]
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
+        return
+    rows = weight.shape[0]
     if isinstance(module, nn.Embedding):
         module.num_embeddings = rows
         if module.padding_idx is not None and module.padding_idx >= rows:
             module.padding_idx = None
     elif isinstance(module, nn.Linear):
-        module.out_features = rows
+        module.out_features, module.in_features = module.weight.shape
         if module.bias is not None and module.bias.shape[0] != rows:
             module.bias.data = nn.functional.pad(module.bias.data, (0, rows - module.bias.shape[0]))
             module.bias.grad = None
@@ -170,8 +175,10 @@ class TiedName(str):
         self.names = tuple(names)
         return self
 
-    def __getnewargs__(self):
-        return str(self), self.names
+    def __reduce_ex__(self, protocol):
+        # In a file it is a plain string, for readers without this package too. Of the functions that torch.load admits
+        # with weights_only, this is the one that returns a string; rot13 undoes itself.
+        return codecs.encode, (codecs.encode(str(self), "rot13"), "rot13")
 
     def __contains__(self, part: str) -> bool:
         return any(part in str(name) for name in self.names)

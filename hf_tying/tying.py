@@ -143,8 +143,14 @@ def _planned(model: PreTrainedModel, config: TyingConfig) -> list[TieGroup]:
         chains += scheme_chains(model, config.scheme)
         role_names = {name for names in roles(model).values() for name in names}
         chains += [[n for n in chain if n not in role_names] for chain in now]
+        if config.scheme != "none":  # what the architecture ties besides, where that overwrites nothing
+            chains += [c for c in other_chains(model, split_declared(model)) if _equal([slots[n] for n in c])]
     named = {**_named(model), **explicit} if config.scheme is None else explicit
     return make_groups(model, [chain for chain in chains if len(chain) > 1], named, slots)
+
+
+def _equal(tensors: list[torch.Tensor]) -> bool:
+    return all(same_values(tensor, tensors[0]) for tensor in tensors)
 
 
 def _sources(model: PreTrainedModel, groups: list[TieGroup], init_from: str | None) -> dict[str, torch.Tensor | None]:
@@ -168,7 +174,7 @@ def _sources(model: PreTrainedModel, groups: list[TieGroup], init_from: str | No
         used = [name for name in group.names if name not in idle] or group.names
         held = list({id(p): p for p in (find_parameter(model, name) for name in used)}.values())
         root = find_parameter(model, group.root)
-        if all(same_values(p, held[0]) for p in held):
+        if _equal(held):
             sources[group.name] = None if same_values(root, held[0]) else held[0].detach().clone()
             continue
         if init_from == "mean":

@@ -7,7 +7,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .config import TyingConfig, TyingError
 from .groups import TieGroup, declared_groups, locate
-from .parameters import difference, find_parameter, find_slot, named_slots, why_no_parameter
+from .parameters import difference, find_parameter, find_slot, named_slots, same_values, why_no_parameter
 
 
 def assert_tied(model: nn.Module) -> None:
@@ -75,11 +75,19 @@ def _broken(model: nn.Module, group: TieGroup) -> Iterator[str]:
                 f"{why_no_parameter(model, name, slots)}. Undo that, or call untie(model, [{name!r}]) before it."
             )
         elif root is not None and parameter is not root and not offloaded(model, name):
-            apart = "on the meta device" if parameter.is_meta or root.is_meta else difference(parameter, root)
             yield (
-                f"group {group.name!r}: expected {name!r} and {group.root!r} to be one parameter, found two ({apart}). "
-                f"To tie them again: tie(model, {list(group.names)}, init_from=...); to keep both: untie(model, [{name!r}])."
+                f"group {group.name!r}: expected {name!r} and {group.root!r} to be one parameter, found two "
+                f"({_apart(parameter, root)}; to keep both: untie(model, [{name!r}])."
             )
+
+
+def _apart(parameter: nn.Parameter, root: nn.Parameter) -> str:
+    """How two parameters that should be one differ, and what makes them one again."""
+    if parameter.is_meta or root.is_meta:
+        return "on the meta device). To tie them again: load the weights, then model.tie_weights()"
+    if same_values(parameter, root):
+        return "equal so far). To tie them again: model.tie_weights()"
+    return f"{difference(parameter, root)}). To tie them again: tie(model, ..., init_from=<the name to keep>)"
 
 
 def _stale_sizes(model: nn.Module, group: TieGroup) -> Iterator[str]:

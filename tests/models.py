@@ -1,5 +1,8 @@
 """Tiny random models of many architectures: the coverage list of the suite, and the inputs that each one takes."""
 
+import copy
+from collections.abc import Iterable
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
@@ -77,13 +80,13 @@ def tiny_config(arch: str, **changes):
 def tiny_model(arch: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes) -> PreTrainedModel:
     """A random model of `arch` in evaluation mode; the same seed gives the same weights."""
     torch.manual_seed(seed)
-    model = AUTO[arch].from_config(tiny_config(arch, **changes))
+    model = AUTO[arch].from_config(tiny_config(arch, **changes), dtype=dtype)
     # Biases and padding rows start at zero, where many mistakes are invisible.
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:  # not sinusoidal positions, which no file holds
                 parameter.add_(torch.randn_like(parameter) * 0.02)
-    return model.to(dtype).eval()
+    return model.eval()
 
 
 def tiny_inputs(model: PreTrainedModel, batch: int = 2, length: int = 7) -> dict[str, torch.Tensor]:
@@ -104,3 +107,61 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
         out = model(**tiny_inputs(model)).logits.float()
     model.train(training)
     return out
+
+
+# --- plain torch, without the package: what the tests compare with ---------------------------------------------------
+
+
+def untied_model(arch: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """As `tiny_model`, and every name of every role has a matrix of its own.
+
+    `tie_word_embeddings=False` in every config that there is; where the class ties all the same (T5), by hand.
+    """
+    changes = {"tie_word_embeddings": False}
+    if arch in COMPOSITE:
+        changes["text_config"] = _SPECIAL[arch]["text_config"] | changes
+    model = tiny_model(arch, seed, dtype, **changes)
+    if arch == "t5":
+        generator = torch.Generator().manual_seed(seed)
+        for name in shared_names(model)[0][1:]:
+            split(model, [name])
+            with torch.no_grad():
+                parameter = model.get_parameter(name)
+                parameter.add_((torch.randn(parameter.shape, generator=generator) * 0.02).to(dtype))
+    return model
+
+
+def shared_names(model: torch.nn.Module) -> list[list[str]]:
+    """The names that stand for one parameter object, in the order of the modules, for each such object."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def split(model: torch.nn.Module, names: Iterable[str], value: torch.Tensor | None = None) -> None:
+    """Give each of `names` a new parameter of its own, with the value that it has or with `value`."""
+    for name in names:
+        path, _, attribute = name.rpartition(".")
+        old = model.get_parameter(name)
+        new = (old if value is None else value).detach().clone()
+        setattr(model.get_submodule(path), attribute, torch.nn.Parameter(new, requires_grad=old.requires_grad))
+
+
+def untied_twin(model: PreTrainedModel, untied: PreTrainedModel) -> PreTrainedModel:
+    """`untied` (an untied model of the same architecture) with the values that `model` has under each name."""
+    twin = copy.deepcopy(untied)
+    values = dict(model.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters(remove_duplicate=False):
+            parameter.copy_(values[name])
+    return twin
+
+
+def layer_pair(model: PreTrainedModel) -> list[str]:
+    """Two names of equal-shaped matrices that are no embeddings: the same place in two layers, where there are two."""
+    matrices = {name: p for name, p in model.named_parameters() if p.ndim > 1}
+    pairs = [[n, other] for n in matrices if (other := n.replace(".0.", ".1.", 1)) != n and other in matrices]
+    # ALBERT has one set of weights for all its layers.
+    pairs = pairs or [[n, other] for n in matrices if (other := n.replace("query", "key")) != n and other in matrices]
+    return pairs[-1]

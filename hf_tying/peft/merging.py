@@ -1,5 +1,6 @@
 """Adapters over a tie: a merge writes into the shared matrix, so it is done once and right, or refused."""
 
+import copy
 import functools
 from contextlib import contextmanager
 
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from ..config import TyingError
-from ..parameters import find_parameter, link, state_key
+from ..parameters import find_parameter, find_slot, fit_rows, link, state_key
 
 # Private or public, these are the methods through which PEFT writes deltas into base weights.
 _MERGES = ("merge_adapter", "unmerge_adapter", "_unload_and_optionally_merge")
@@ -65,12 +66,15 @@ def _delta(model: nn.Module, name: str, adapters: list[str]) -> torch.Tensor | N
     if ".base_layer." not in path:
         return None
     layer = model.get_submodule(path[: path.index(".base_layer.")])
-    total = None
-    for adapter in adapters:
-        if adapter in getattr(layer, "_all_available_adapter_names", lambda: [])():
-            delta = layer.get_delta_weight(adapter).detach()
-            total = delta if total is None else total + delta
-    return total
+    held = [adapter for adapter in adapters if adapter in layer._all_available_adapter_names()]
+    if not held:
+        return None
+    if hasattr(layer, "get_delta_weight"):
+        return sum(layer.get_delta_weight(adapter).detach() for adapter in held)
+    # Trainable tokens know no delta: merge a copy of the layer and look.
+    trial = copy.deepcopy(layer)
+    trial.merge(adapter_names=held)
+    return (trial.get_base_layer().weight - layer.get_base_layer().weight).detach()
 
 
 @contextmanager
@@ -91,3 +95,4 @@ def apart(model: nn.Module):
                 own = find_parameter(model, name)
                 if root is not None and own is not None and torch.equal(own, root):
                     link(model, name, root)
+                    fit_rows(find_slot(model, name)[0])
