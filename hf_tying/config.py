@@ -6,13 +6,15 @@ Nothing here needs torch or model code, so that a declaration can be read and ch
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any
 
 VERSION = 1
 
 #: The usual groups by name: which roles each scheme makes one parameter. `source` is the encoder's input embedding,
 #: `target` the decoder's (the only one of a language model), `output` the softmax matrix.
-#: two_way: Press & Wolf 2016 section 3 (WT); three_way: the same, section 3.3 (TWWT), and Vaswani et al. 2017 section 3.4.
+#: two_way: Press & Wolf 2016 section 3 (WT); three_way: the same, section 3.3 (TWWT), and Vaswani et al. 2017 section
+#: 3.4.
 SCHEMES: dict[str, tuple[str, ...]] = {
     "none": (),
     "two_way": ("target", "output"),
@@ -28,7 +30,7 @@ _LONGEST_NAME = 512
 
 
 class TyingError(ValueError):
-    """A tie is wrongly declared, cannot be made, or no longer holds. The message says what, expected, found, way out."""
+    """A tie is wrongly declared, cannot be made, or no longer holds. Messages say what, expected, found, way out."""
 
 
 def nearest(name: str, candidates: Iterable[str], most: int = 3) -> str:
@@ -41,7 +43,8 @@ def nearest(name: str, candidates: Iterable[str], most: int = 3) -> str:
 
 @dataclass(frozen=True)
 class TyingConfig:
-    """What is tied in a model: a scheme, explicit groups, or both. The same thing as the `tying` entry of `config.json`.
+    """What is tied in a model: a scheme, explicit groups, or both. The same thing as the `tying` entry of
+    `config.json`.
 
     Args:
         scheme (`str`, *optional*): `"none"`, `"two_way"`, `"source_target"` or `"three_way"` (see `SCHEMES`). `None`
@@ -50,11 +53,11 @@ class TyingConfig:
             module names, which stand for all their parameters, pairwise). The first name of a group is its root, the
             name kept on disk. Names are plain strings, never patterns.
         on_conflict (`str`): what to do when a file has different values for names of one group. `"error"` (the
-            default: nobody's weights are dropped unasked), `"keep_untied"` (the group is given up, the config says so),
-            or `"use:<parameter name>"`.
-        save_format (`str`, *optional*): `"dedup"` writes each group once, under its root; `"portable"` writes every name,
-            so that any stock loader gets the right values. `None`, the default, is dedup where the stock class re-ties
-            exactly these groups by itself, portable elsewhere.
+            default: nobody's weights are dropped unasked), `"keep_untied"` (the group is given up, the config says
+            so), or `"use:<parameter name>"`.
+        save_format (`str`, *optional*): `"dedup"` writes each group once, under its root; `"portable"` writes every
+            name, so that any stock loader gets the right values. `None`, the default, is dedup where the stock class
+            re-ties exactly these groups by itself, portable elsewhere.
 
     Raises:
         TyingError: for an unknown scheme or option, a group of one, or one name in two groups.
@@ -79,7 +82,8 @@ class TyingConfig:
             self.on_conflict not in ("error", "keep_untied") and not self.on_conflict.startswith("use:")
         ):
             raise TyingError(
-                f"Unknown on_conflict {_short(self.on_conflict)}: expected 'error', 'keep_untied' or 'use:<parameter name>'."
+                f"Unknown on_conflict {_short(self.on_conflict)}: expected 'error', 'keep_untied' or 'use:<parameter "
+                "name>'."
             )
         if self.save_format is not None and self.save_format not in SAVE_FORMATS:
             raise TyingError(f"Unknown save_format {_short(self.save_format)}: expected 'dedup' or 'portable'.")
@@ -106,8 +110,8 @@ class TyingConfig:
             raise TyingError(f"The `tying` entry has version {_short(version)}: expected the number {VERSION}.")
         if version > VERSION:
             raise TyingError(
-                f"The `tying` entry has version {version}; this hf_tying reads up to version {VERSION}. "
-                "Upgrade with `pip install -U hf-tying`."
+                f"The `tying` entry has version {version}; this hf_tying reads up to version {VERSION}. Upgrade with "
+                "`pip install -U hf-tying`."
             )
         known = {"scheme", "groups", "on_conflict", "save_format"}
         for key in entry:
@@ -140,8 +144,8 @@ class TyingConfig:
             names = list(scheme_or_groups)
             return cls(groups={_group_name(names): names})
         raise TyingError(
-            f"Nothing to tie in {_short(scheme_or_groups)}: expected a scheme ({', '.join(SCHEMES)}), a list of parameter "
-            "names, a dict of such lists, or a TyingConfig."
+            f"Nothing to tie in {_short(scheme_or_groups)}: expected a scheme ({', '.join(SCHEMES)}), a list of "
+            "parameter names, a dict of such lists, or a TyingConfig."
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -218,8 +222,8 @@ def _group_name(names: list) -> str:
     """A readable name for a group given as a bare list: what its members have in common at the end."""
     if not names or not all(isinstance(name, str) for name in names):
         return "group"
-    tails = [name.split(".")[::-1] for name in names]
-    common = [parts[0] for parts in zip(*tails, strict=False) if len(set(parts)) == 1]
+    tails = zip(*(name.split(".")[::-1] for name in names), strict=False)
+    common = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, tails)]
     return ".".join(common[::-1]) or names[0]
 
 

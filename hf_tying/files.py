@@ -19,10 +19,11 @@ def read_header(path: str | Path) -> dict[str, tuple[tuple[int, ...], str]]:
         TyingError: for a file that is truncated, corrupted or not safetensors.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        # "np" maps the file shared: a file larger than the memory can be opened, and torch is not needed.
+        with safe_open(path, framework="np") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}
             return {name: (tuple(piece.get_shape()), piece.get_dtype()) for name, piece in slices.items()}
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise TyingError(
             f"{Path(path).name} in {Path(path).parent} cannot be read as safetensors ({error}): it is truncated, "
             "corrupted or of another format. Download or save it again."
@@ -33,18 +34,35 @@ def weight_files(folder: str | Path) -> list[Path]:
     """The safetensors files of a checkpoint folder, sharded or not.
 
     Raises:
-        TyingError: when there is none, or the index names a file that is missing.
+        TyingError: when there is none, or an index that is malformed, points elsewhere, or names a missing file.
     """
     folder = Path(folder)
     if (index := folder / _INDEX).is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        names = shard_names(index)
         missing = [name for name in names if not (folder / name).is_file()]
-        if missing or not names:
-            raise TyingError(f"{_INDEX} in {folder} names files that are not there: {missing or 'none at all'}.")
+        if missing:
+            raise TyingError(f"{_INDEX} in {folder} names files that are not there: {missing}.")
         return [folder / name for name in names]
     if (whole := folder / _WHOLE).is_file():
         return [whole]
     raise TyingError(f"{folder} has no {_WHOLE} and no {_INDEX}: expected a folder written by save_pretrained.")
+
+
+def shard_names(index: str | Path) -> list[str]:
+    """The file names in the index of a sharded checkpoint.
+
+    Raises:
+        TyingError: for an index that is malformed, or points out of its folder.
+    """
+    entries = read_json(index).get("weight_map")
+    if not isinstance(entries, dict) or not entries or not all(isinstance(name, str) for name in entries.values()):
+        raise TyingError(f"{index} has no `weight_map` from tensor names to file names: save the model again.")
+    for tensor, name in entries.items():
+        if Path(name).name != name:
+            raise TyingError(
+                f"{index} places {tensor!r} in {name!r}: expected a file name in its own folder. It is not read."
+            )
+    return sorted(set(entries.values()))
 
 
 def read_json(path: str | Path) -> dict:
@@ -92,8 +110,9 @@ def refuse_split(groups: Iterable, device_map: dict | None) -> None:
         if len(set(places.values())) > 1:
             listed = ", ".join(f"{name!r} on {device!r}" for name, device in places.items())
             raise TyingError(
-                f"device_map splits group {group.name!r}: {listed}. One parameter lies on one device: give its modules the "
-                "same device, use device_map='auto' (it keeps ties together), or untie(model) and save before loading so."
+                f"device_map splits group {group.name!r}: {listed}. One parameter lies on one device: give its "
+                "modules the same device, use device_map='auto' (it keeps ties together), or untie(model) and save "
+                "before loading so."
             )
 
 

@@ -123,8 +123,9 @@ def _declared_pairs(model: nn.Module, gated: bool = True, checked: bool = False)
             continue
         if not isinstance(declared, dict):
             raise TyingError(
-                f"{type(sub).__name__}._tied_weights_keys is a {type(declared).__name__}: expected a dict from each tied "
-                "name to the name it is tied to (transformers >= 5), as in {'lm_head.weight': 'model.embed_tokens.weight'}."
+                f"{type(sub).__name__}._tied_weights_keys is a {type(declared).__name__}: expected a dict from each "
+                "tied name to the name it is tied to (transformers >= 5), as in "
+                "{'lm_head.weight': 'model.embed_tokens.weight'}."
             )
         names = [*named_slots(sub), *(name for name, _ in sub.named_buffers(remove_duplicate=False))]
         for target, source in declared.items():
@@ -139,7 +140,7 @@ def stock_keys(model: PreTrainedModel):
 
 
 def _expand(source: str, target: str, names: list[str], model: nn.Module, checked: bool) -> list[tuple[str, str]]:
-    """One entry of `_tied_weights_keys`: two names, or transformers' patterns, which match from the start of a name."""
+    """One entry of `_tied_weights_keys`: two names, or patterns, which match from the start of a name."""
     known = set(names)
     if source in known and target in known:
         return [(source, target)]
@@ -183,7 +184,9 @@ def scheme_of(model: PreTrainedModel, groups: Iterable[TieGroup]) -> str:
 # --- from a declaration to groups ------------------------------------------------------------------------------------
 
 
-def resolve(model: PreTrainedModel, config: TyingConfig, strict: bool = True) -> list[TieGroup]:
+def resolve(
+    model: PreTrainedModel, config: TyingConfig, strict: bool = True, also: Iterable[list[str]] = ()
+) -> list[TieGroup]:
     """The concrete groups of `model` under `config`: flat, disjoint, checked, each with its root first.
 
     Args:
@@ -191,6 +194,7 @@ def resolve(model: PreTrainedModel, config: TyingConfig, strict: bool = True) ->
         config: the declaration. Its groups and its scheme are joined; names that meet in two of them make one group.
         strict: refuse names and schemes that the model cannot have. `False` is for another head over the same file
             (`AutoModel` from the file of a language model): what this class has is tied, the rest is left out.
+        also: chains of names to join, after those that are declared.
 
     Raises:
         TyingError: see `TyingConfig`; also for shapes that differ, buffers, unknown names, a scheme without its roles.
@@ -205,12 +209,12 @@ def resolve(model: PreTrainedModel, config: TyingConfig, strict: bool = True) ->
         held = {name for chain in chains for name in chain}
         tied = [name for role in SCHEMES[config.scheme] for name in roles(model).get(role, [])[-1:]]
         if config.save_format is None or not held.issuperset(tied):
-            # A bare scheme, not the record of a model: what the architecture ties besides its embeddings (BERT's output
-            # bias) stays tied, and a carrier goes with its role. A record says all of that itself.
+            # A bare scheme, not the record of a model: what the architecture ties besides its embeddings (BERT's
+            # output bias) stays tied, and a carrier goes with its role. A record says all of that itself.
             if config.scheme != "none":
                 chains += other_chains(model, (list(pair) for pair in _declared_pairs(model)))
             chains += scheme
-    return make_groups(model, chains, explicit, slots)
+    return make_groups(model, [*chains, *also], explicit, slots)
 
 
 def scheme_chains(model: PreTrainedModel, scheme: str, strict: bool = True) -> list[list[str]]:
@@ -221,8 +225,8 @@ def scheme_chains(model: PreTrainedModel, scheme: str, strict: bool = True) -> l
         have = ", ".join(f"{role} ({names[-1]})" for role, names in role_names.items()) or "none"
         fits = [s for s, members in SCHEMES.items() if all(role in role_names for role in members)]
         raise TyingError(
-            f"{type(model).__name__} cannot be tied {scheme}: it has no {' and no '.join(missing)} embedding. "
-            f"Roles found: {have}. Schemes it can have: {', '.join(fits)}."
+            f"{type(model).__name__} cannot be tied {scheme}: it has no {' and no '.join(missing)} embedding. Roles "
+            f"found: {have}. Schemes it can have: {', '.join(fits)}."
         )
     joined = [name for role in SCHEMES[scheme] if role in role_names for name in role_names[role]]
     alone = [names for role, names in role_names.items() if role not in SCHEMES[scheme]]
@@ -246,7 +250,11 @@ def make_groups(
         held = [role for role, members in role_names.items() if set(members) & set(names)]
         given = next((group for group, members in named.items() if set(members) & set(names)), None)
         # Carrier and roles in their order, source first, unless the user named another root.
-        first = [n for n in named[given] if n in names] if given else [n for m in role_names.values() for n in m if n in names]
+        first = (
+            [n for n in named[given] if n in names]
+            if given
+            else [n for m in role_names.values() for n in m if n in names]
+        )
         ordered = [*first, *(n for n in names if n not in first)]
         base = given or ("embeddings" if len(held) > 1 else held[0] if held else ordered[0].rsplit(".", 1)[-1])
         name = next(n for n in [base, *(f"{base}_{i}" for i in range(2, 10_000))] if n not in taken)

@@ -1,8 +1,8 @@
 """The one hook into transformers: stock classes honour a `tying` entry of their config.
 
-`AutoModelForCausalLM.from_pretrained(path)` then gives a tied model or a `TyingError`, never a silently untied one. For a
-config without the entry nothing is changed. The hook is set when transformers' modules are imported, before or after
-this package, so that `import hf_tying` stays light.
+`AutoModelForCausalLM.from_pretrained(path)` then gives a tied model or a `TyingError`, never a silently untied one.
+For a config without the entry nothing is changed. The hook is set when transformers' modules are imported, before or
+after this package, so that `import hf_tying` stays light.
 """
 
 import functools

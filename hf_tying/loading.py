@@ -1,4 +1,4 @@
-"""Names of a group against what a file or a state dict brings: missing ones are filled, differing ones never merged."""
+"""Names of a group against what a file or a state dict brings: missing ones filled, differing ones never merged."""
 
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
@@ -70,13 +70,13 @@ def check_loaded_state(model: PreTrainedModel, state: dict, prefix: str, action:
             apart = difference(state[keys[parts[0][0]]], state[keys[parts[1][0]]])
             raise TyingError(
                 f"Cannot {action} this state dict: {parts[0][0]!r} and {parts[1][0]!r} are one parameter (group "
-                f"{group.name!r}), but it has different values for them ({apart}). Remove the wrong one from the state "
-                "dict, or untie(model) first to keep both."
+                f"{group.name!r}), but it has different values for them ({apart}). Remove the wrong one from the "
+                "state dict, or untie(model) first to keep both."
             )
 
 
 def fill_state(model: PreTrainedModel, state: dict, prefix: str, assign: bool) -> None:
-    """Put every name of a group into `state`, from whichever name is there; with `assign`, as one and the same object."""
+    """Put every name of a group into `state`, from whichever is there; with `assign`, as one and the same object."""
     for group in model.tie_groups:
         keys = [prefix + state_key(model, name) for name in group.names]
         value = next((state[key] for key in keys if key in state), None)
@@ -114,15 +114,16 @@ def _settle(config: TyingConfig, group: TieGroup, parts: list[list[str]], value_
         if chosen in names:
             return [[chosen, *(name for name in names if name != chosen)]]
         raise TyingError(
-            f"on_conflict is {config.on_conflict!r}, but the conflict is between {', '.join(map(repr, names))} (group "
-            f"{group.name!r}): expected 'use:' and one of these names."
+            f"on_conflict is {config.on_conflict!r}, but the conflict is between {', '.join(map(repr, names))} "
+            f"(group {group.name!r}): expected 'use:' and one of these names."
         )
     apart = difference(value_of(parts[0][0]), value_of(parts[1][0]))
     raise TyingError(
         f"The file has different values for names that the config ties (group {group.name!r}): {parts[0][0]!r} and "
-        f"{parts[1][0]!r}, {apart}. Nobody's weights are dropped unasked. Choose by the `tying` entry of config.json, or "
-        f"from_pretrained(..., tying={{**entry, 'on_conflict': ...}}): 'use:{parts[0][0]}' or 'use:{parts[1][0]}' takes "
-        "one for all, 'keep_untied' keeps both and corrects the config."
+        f"{parts[1][0]!r}, {apart}. Nobody's weights are dropped unasked. Choose by the `tying` entry of "
+        "config.json, or "
+        f"from_pretrained(..., tying={{**entry, 'on_conflict': ...}}): 'use:{parts[0][0]}' or 'use:{parts[1][0]}' "
+        "takes one for all, 'keep_untied' keeps both and corrects the config."
     )
 
 
@@ -133,7 +134,8 @@ def _refuse_out_of_reach(model: PreTrainedModel, config: TyingConfig, missing: s
         inside = [place for name in names if (place := locate(model, name, slots)) in slots]
         outside = [name for name in names if locate(model, name, slots) is None]
         if inside and outside and all(place in missing for place in inside):
-            architecture = (model.config.architectures or ["the class that wrote it"])[0]
+            named = model.config.architectures
+            architecture = named[0] if isinstance(named, list) and named else "the class that wrote it"
             raise TyingError(
                 f"The file has no {inside[0]!r}: it is tied (group {group!r}) and kept under {outside[0]!r}, which "
                 f"{type(model).__name__} does not have. Load it as {architecture} and take `.base_model`."

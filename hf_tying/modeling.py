@@ -23,11 +23,13 @@ from .parameters import (
     find_parameter,
     find_slot,
     fit_rows,
+    is_one,
     link,
     named_slots,
     own_module,
     replace_module,
     same_values,
+    stands_in,
     state_key,
     storage_of,
 )
@@ -40,8 +42,8 @@ logger = logging.get_logger(__name__)
 class TiedModelMixin:
     """Put in front of a transformers class, it keeps the ties of `config.tying` through the model's whole life.
 
-    `tie_groups` holds the concrete groups (`TieGroup`: a name, the parameter names, root first). Without a `tying` entry
-    the groups are those that the class itself declares under `tie_word_embeddings`.
+    `tie_groups` holds the concrete groups (`TieGroup`: a name, the parameter names, root first). Without a `tying`
+    entry the groups are those that the class itself declares under `tie_word_embeddings`.
 
     Example:
         >>> class TiedLlamaConfig(TyingConfigMixin, LlamaConfig):
@@ -56,7 +58,7 @@ class TiedModelMixin:
         TyingError: from any of the methods below, instead of a silently broken tie.
     """
 
-    tie_groups: list[TieGroup]
+    tie_groups: list[TieGroup] = []  # on the instance once `post_init` has run
 
     # --- a model is made ---------------------------------------------------------------------------------------------
 
@@ -67,10 +69,11 @@ class TiedModelMixin:
     def _post_init_tied(self, stock_post_init: Callable[[], None]) -> None:
         self._ties_made = False  # until then `tie_weights` ties without a look at the values: they are not trained
         config = TyingConfig.from_dict(getattr(self.config, "tying", None))
-        groups = resolve(self, config, strict=self._is_declared_class())
+        shared = actual_groups(self)  # by the architecture's own `__init__`, and by the models inside
+        kept = shared if config.scheme is None else other_chains(self, shared)
+        groups = resolve(self, config, strict=self._is_declared_class(), also=kept)
         refuse_contradicting_flag(self, config, groups)
-        if config.scheme is not None:
-            separate(self, groups)
+        separate(self, groups)
         self.tie_groups = groups
         declare(self, groups)
         stock_post_init()
@@ -80,8 +83,8 @@ class TiedModelMixin:
             write_config(self)
 
     def _is_declared_class(self) -> bool:
-        """Whether the config's names are meant for this class, not for a head over it or another head over the file."""
-        if architectures := getattr(self.config, "architectures", None):
+        """Whether the config's names are meant for this class, not for a head over it or another head."""
+        if isinstance(architectures := getattr(self.config, "architectures", None), list) and architectures:
             return type(self).__name__ in architectures
         headless = self.base_model is self and self.get_output_embeddings() is None
         return not (self.base_model_prefix and headless)
@@ -115,12 +118,11 @@ class TiedModelMixin:
 
     def _tie_again(self) -> None:
         for group in self.tie_groups:
-            held = {name: find_parameter(self, name) for name in group.names}
-            if len({id(p) for p in held.values()}) == 1 or any(offloaded(self, name) for name in group.names):
+            if is_one(self, group.names) or any(offloaded(self, name) for name in group.names):
                 continue
-            root = held[group.root]
-            whole = root is not None and all(p is not None and p.is_meta == root.is_meta for p in held.values())
-            if not whole or not all(p.is_meta or same_values(p, root) for p in held.values()):
+            root, *others = (find_parameter(self, name) for name in group.names)
+            whole = root is not None and all(p is not None and p.is_meta == root.is_meta for p in others)
+            if not whole or not all(p.is_meta or same_values(p, root) for p in others):
                 problems = "; ".join(violations(self, [group]))
                 raise TyingError(f"tie_weights() would overwrite trained values and changes nothing: {problems}")
             _link_group(self, group, root)
@@ -133,9 +135,11 @@ class TiedModelMixin:
                     fit_rows(module)
 
     def mark_tied_weights_as_initialized(self, *args, **kwargs) -> None:
-        """In `from_pretrained`: names that no file filled are still one tensor on the meta device, and are taken apart.
+        """In `from_pretrained`: names that no file filled are still one tensor on the meta device, and are taken
+        apart.
 
-        The stock method marks every name but the root as in no need of initialisation, and would mark the root with them.
+        The stock method marks every name but the root as in no need of initialisation, and would mark the root with
+        them.
         """
         for group in self.tie_groups:
             root = find_parameter(self, group.root)
@@ -171,8 +175,9 @@ class TiedModelMixin:
         if not isinstance(weight, nn.Parameter) or weight.ndim != 2 or weight.shape[1] != parameter.shape[1]:
             found = tuple(weight.shape) if isinstance(weight, torch.Tensor) else type(new).__name__
             raise TyingError(
-                f"The embedding is tied as group {group.name!r} ({', '.join(group.names)}): expected a module whose weight "
-                f"is (rows, {parameter.shape[1]}), found {found}. Call untie(model) first to replace one side alone."
+                f"The embedding is tied as group {group.name!r} ({', '.join(group.names)}): expected a module whose "
+                f"weight is (rows, {parameter.shape[1]}), found {found}. Call untie(model) first to replace one side "
+                "alone."
             )
         replace_module(self, old, new)
         _link_group(self, group, weight)
@@ -193,10 +198,17 @@ class TiedModelMixin:
         """
         self._raise_if_broken("resize")
         rows = self.get_input_embeddings().weight.shape[0]
-        if new_num_tokens is not None or pad_to_multiple_of is not None:
-            for module in self._other_embeddings(rows):
+        others = self._other_embeddings(rows) if new_num_tokens is not None or pad_to_multiple_of is not None else []
+        before = [(module, module.weight.data) for module in others]
+        try:
+            for module in others:
                 self._get_resized_embeddings(module, new_num_tokens, pad_to_multiple_of, mean_resizing)
-        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+            embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        except Exception:
+            for module, weight in before:  # an architecture that refuses (EncoderDecoderModel) refuses it whole
+                module.weight.data = weight
+                fit_rows(module)
+            raise
         self._fit_sizes()
         self._fit_idle_biases(rows, embeddings.weight.shape[0])
         return embeddings
@@ -224,30 +236,23 @@ class TiedModelMixin:
     # --- tensors move and are replaced -------------------------------------------------------------------------------
 
     def _apply(self, fn, recurse: bool = True):
-        """`.to()`, `.half()`, `to_empty()`: where torch makes a new tensor for each name, the names are one again after."""
-        held = [g for g in self.tie_groups if len({id(find_parameter(self, n)) for n in g.names}) == 1]
+        """`.to()`, `.half()`, `to_empty()`: where torch makes a tensor for each name, they are made one again."""
+        held = [group for group in self.tie_groups if is_one(self, group.names)]
         result = super()._apply(fn, recurse)
         for group in held:
             _link_group(self, group, find_parameter(self, group.root))
         return result
 
     def __call__(self, *args, **kwargs):
-        """In training, a forward pass over a tie that no longer holds raises: the gradients would drift apart unseen."""
+        """In training, a forward pass over a broken tie raises: the matrices would drift apart unseen."""
         if self.training and not torch.compiler.is_compiling() and not getattr(self, "_is_replica", False):
             self._raise_if_split()
         return super().__call__(*args, **kwargs)
 
     def _raise_if_split(self) -> None:
         for group in self.tie_groups:
-            places = [find_slot(self, name) for name in group.names]
-            held = [place and place[0]._parameters.get(place[1]) for place in places]
-            # A plain tensor in the place is torch.func, FSDP or DataParallel at work on a model that is tied.
-            working = any(p is None and _stands_in(place) for p, place in zip(held, places, strict=True))
-            if (
-                any(p is not held[0] for p in held)
-                and not working
-                and all(not (p is not None and p.is_meta) for p in held)
-            ):
+            at_work = any(stands_in(self, name) or offloaded(self, name) for name in group.names)
+            if not is_one(self, group.names) and not at_work:
                 self._raise_if_broken("train")
         self._tell_frozen()
 
@@ -259,8 +264,8 @@ class TiedModelMixin:
             for group in frozen:
                 if any(p.requires_grad for p in self.parameters()):
                     logger.warning(
-                        f"Group {group.name!r} is frozen under each of its names: {', '.join(group.names)}. "
-                        "To freeze one role alone, untie(model) first."
+                        f"Group {group.name!r} is frozen under each of its names: {', '.join(group.names)}. To "
+                        "freeze one role alone, untie(model) first."
                     )
 
     def _raise_if_broken(self, action: str) -> None:
@@ -273,11 +278,10 @@ class TiedModelMixin:
     def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True):
         """As in torch, each parameter once; the name of a tied one answers to every name of its group (`TiedName`)."""
         dot = f"{prefix}." if prefix else ""
-        names = {group.root: group.names for group in self.tie_groups}
-        first = {name: (root, group) for root, group in names.items() for name in group} if remove_duplicate else {}
+        group_of = {name: group for group in self.tie_groups for name in group.names} if remove_duplicate else {}
         for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
-            known = first.get(canonical(name.removeprefix(dot)))
-            yield (TiedName(name, [dot + n for n in known[1]]) if known else name), parameter
+            group = group_of.get(canonical(name.removeprefix(dot)))
+            yield (TiedName(name, [dot + n for n in group.names]) if group else name), parameter
 
     def state_dict(self, *args, destination=None, prefix: str = "", keep_vars: bool = False):
         """As in torch, with every name; the root is the live tensor, its other names are copies.
@@ -336,7 +340,8 @@ class TiedModelMixin:
             if kept.is_meta and not hasattr(self, "hf_device_map"):
                 raise TyingError(
                     f"Cannot save {keys[0]!r}: its value is offloaded (accelerate.cpu_offload or disk_offload). "
-                    "Bring it back by accelerate.hooks.remove_hook_from_submodules(model) and model.tie_weights(), then save."
+                    "Bring it back by accelerate.hooks.remove_hook_from_submodules(model) and model.tie_weights(), "
+                    "then save."
                 )
             for key in keys:
                 del state[key]
@@ -344,16 +349,6 @@ class TiedModelMixin:
                 first = name == group.root
                 state[state_key(self, name)] = kept if first or kept.is_meta else kept.clone()
         return state
-
-
-def _stands_in(place) -> bool:
-    """Whether a plain tensor stands where the parameter was, and no pruning or parametrisation put it there."""
-    if place is None:
-        return False
-    module, attribute = place
-    altered = f"{attribute}_orig" in module._parameters or f"{attribute}_g" in module._parameters
-    altered = altered or attribute in getattr(module, "parametrizations", {})
-    return not altered and isinstance(getattr(module, attribute, None), torch.Tensor)
 
 
 def _link_group(model: nn.Module, group: TieGroup, parameter: nn.Parameter) -> None:
@@ -403,7 +398,8 @@ def declare(model: PreTrainedModel, groups: list[TieGroup]) -> None:
         if held and not isinstance(sub, TiedModelMixin):
             sub.__class__ = tied_class(type(sub))
         elif prefix and not held and "_stock_class" in vars(type(sub)):
-            sub.__class__ = type(sub)._stock_class  # put under the mixin when it was made, by the config that it shares
+            # Put under the mixin when it was made, by the config that it shares with the outer model.
+            sub.__class__ = type(sub)._stock_class
             sub.__dict__.pop("tie_groups", None)
         vars(sub).setdefault("_stock_tied_weights_keys", sub._tied_weights_keys)
         sub._tied_weights_keys = {name: group.root for group in held for name in group.targets}
@@ -417,7 +413,7 @@ def declare(model: PreTrainedModel, groups: list[TieGroup]) -> None:
 
 @functools.cache
 def tied_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """`stock` with the mixin in front, under the same name: `architectures` in the file stays that of the stock class."""
+    """`stock` with the mixin in front, under the same name, so that `architectures` in the file stays the same."""
 
     def reduce_tied(self, protocol):
         # Pickle finds classes by name, and under this name it would find the stock class.

@@ -5,6 +5,7 @@ adapted module inside its own, and a tie is on what lies inside.
 """
 
 import codecs
+import copy
 from collections.abc import Iterable
 
 import torch
@@ -12,8 +13,8 @@ from torch import nn
 
 from .config import nearest
 
-# Where PEFT keeps the stock module: tuner layers under `base_layer`, modules_to_save under `original_module`, trainable
-# tokens under `token_adapter.base_layer`.
+# Where PEFT keeps the stock module: tuner layers under `base_layer`, modules_to_save under `original_module`,
+# trainable tokens under `token_adapter.base_layer`.
 _WRAPPERS = ("base_layer", "original_module", "token_adapter")
 
 
@@ -25,7 +26,7 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def find_slot(model: nn.Module, name: str) -> tuple[nn.Module, str] | None:
-    """The module and attribute that `name` means in `model`, seen through adapters; `None` where a module is missing."""
+    """The module and attribute that `name` means, seen through adapters; `None` where a module is missing."""
     *path, attribute = name.split(".")
     module = model
     for part in path:
@@ -39,6 +40,12 @@ def find_parameter(model: nn.Module, name: str) -> nn.Parameter | None:
     """The parameter that `name` means in `model`, or `None`."""
     slot = find_slot(model, name)
     return slot[0]._parameters.get(slot[1]) if slot else None
+
+
+def is_one(model: nn.Module, names: Iterable[str]) -> bool:
+    """Whether `names` are one and the same parameter in `model`."""
+    held = [find_parameter(model, name) for name in names]
+    return held[0] is not None and all(parameter is held[0] for parameter in held)
 
 
 def state_key(model: nn.Module, name: str) -> str:
@@ -102,17 +109,16 @@ def link(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
 
 
 def own_module(model: nn.Module, name: str) -> None:
-    """Give the slot `name` a module of its own where one module object stands at several names."""
-    module, _ = find_slot(model, name)
-    places = [(path, m) for path, m in model.named_modules(remove_duplicate=False) if unwrap(m) is module]
-    here = name.rpartition(".")[0]
-    if len({path for path, m in places if m is module}) > 1:
-        copy = module.__class__.__new__(module.__class__)
-        copy.__dict__.update(vars(module))
-        for table in ("_parameters", "_buffers", "_modules"):
-            setattr(copy, table, dict(getattr(module, table)))
-        parent, _, child = here.rpartition(".")
-        model.get_submodule(parent)._modules[child] = copy
+    """Give the slot `name` modules of its own on the whole path, where one module object stands at several paths."""
+    parent = model
+    for part in name.split(".")[:-1]:
+        child = parent._modules[part]
+        if sum(module is child for _, module in model.named_modules(remove_duplicate=False)) > 1:
+            own = copy.copy(child)
+            for table in ("_parameters", "_buffers", "_modules"):
+                vars(own)[table] = dict(getattr(child, table))
+            child = parent._modules[part] = own
+        parent = child
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -137,7 +143,8 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> str:
     a, b = a.detach().double().cpu(), b.detach().double().cpu()
     gap = (a - b).abs().nan_to_num(nan=float("inf"))
     where = [int(i) for i in torch.unravel_index(gap.argmax(), gap.shape)] if gap.ndim else []
-    return f"largest difference {gap.max().item():.3g} at {where}, {int((gap > 0).sum())} of {gap.numel()} elements differ"
+    gaps = f"{int((gap > 0).sum())} of {gap.numel()} elements differ"
+    return f"largest difference {gap.max().item():.3g} at {where}, {gaps}"
 
 
 def fit_rows(module: nn.Module) -> None:
@@ -160,11 +167,25 @@ def fit_rows(module: nn.Module) -> None:
             module.bias.grad = None
 
 
+def stands_in(model: nn.Module, name: str) -> bool:
+    """Whether something at work has put a plain tensor where the parameter `name` was: torch.func, FSDP, DataParallel.
+
+    Pruning and parametrisation do so too, but leave their own traces.
+    """
+    if (slot := find_slot(model, name)) is None:
+        return False
+    module, attribute = slot
+    held = module._parameters.get(attribute, getattr(module, attribute, None))
+    changed = {f"{attribute}_orig", f"{attribute}_g"} & module._parameters.keys()
+    changed = changed or attribute in getattr(module, "parametrizations", {})
+    return not changed and isinstance(held, torch.Tensor) and not isinstance(held, nn.Parameter)
+
+
 class TiedName(str):
     """The name of a tied parameter in `model.named_parameters()`: the root's, answering to each name of its group.
 
-    Recipes choose parameters by name (`"lm_head" in name`, `name.endswith(...)`). A tied parameter is listed once, under
-    its root; asked for by any other of its names it would silently be nowhere. Two recipes that claim the one
+    Recipes choose parameters by name (`"lm_head" in name`, `name.endswith(...)`). A tied parameter is listed once,
+    under its root; asked for by any other of its names it would silently be nowhere. Two recipes that claim the one
     parameter under two of its names then meet in torch's own error on a parameter in two groups.
     """
 

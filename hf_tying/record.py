@@ -66,7 +66,8 @@ def flag_is_forced(config_class: type) -> bool:
 
 
 def refuse_contradicting_flag(model: PreTrainedModel, config: TyingConfig, groups: list[TieGroup]) -> None:
-    """A recorded tie of target and output under `tie_word_embeddings=False`: somebody asked for it to be opened untied.
+    """A recorded tie of target and output under `tie_word_embeddings=False`: somebody asked for it to be opened
+    untied.
 
     Raises:
         TyingError: with the explicit way to do that.
@@ -79,6 +80,7 @@ def refuse_contradicting_flag(model: PreTrainedModel, config: TyingConfig, group
         for flagged in _flagged_configs(model):
             if not flagged.tie_word_embeddings:
                 raise TyingError(
-                    f"The config has tie_word_embeddings=False, but its `tying` entry ties {role_names['output'][-1]!r} to "
-                    f"{role_names['target'][-1]!r}. To open it untied: load it as it is, then untie(model)."
+                    "The config has tie_word_embeddings=False, but its `tying` entry ties "
+                    f"{role_names['output'][-1]!r} to {role_names['target'][-1]!r}. To open it untied: load it as it "
+                    "is, then untie(model)."
                 )

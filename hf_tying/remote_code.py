@@ -1,8 +1,8 @@
 """What a published custom class carries along, so that `trust_remote_code` loads it tied without this package.
 
-transformers copies the module of a class registered by `register_for_auto_class`, and its relative imports, next to the
-weights. A class over `TiedModelMixin` imports that from `hf_tying`; the few modules that it needs are put beside it under
-flat names, and the copied files import them from there.
+transformers copies the module of a class registered by `register_for_auto_class`, and its relative imports, next to
+the weights. A class over `TiedModelMixin` imports that from `hf_tying`; the few modules that it needs are put beside
+it under flat names, and the copied files import them from there.
 """
 
 import re
@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 # From the ground up; each imports only modules before it, by `from .name import`.
-_MODULES = ("config", "parameters", "groups", "verify", "loading", "record", "modeling")
+_MODULES = ("config", "parameters", "groups", "verify", "loading", "record", "remote_code", "modeling")
 _PREFIX = "hf_tying_"
 _HOME = {"TyingConfig": "config", "TyingConfigMixin": "config", "TyingError": "config", "TiedModelMixin": "modeling"}
 _IMPORT = re.compile(r"^from hf_tying(?:\.\w+)* import (?:\(([^)]*)\)|(.+))$", re.MULTILINE)

@@ -7,7 +7,7 @@ from math import prod
 from pathlib import Path
 
 from .config import TyingConfig, TyingError
-from .files import read_header, read_json, weight_files
+from .files import read_header, read_json, shard_names, weight_files
 
 # AdamW keeps two moments for every trained element, in the dtype of the parameter.
 _ADAMW_STATES = 2
@@ -157,8 +157,8 @@ def tying_report(model_or_path) -> TyingReport:
 
     Args:
         model_or_path: a `PreTrainedModel` (also wrapped by PEFT, DDP, torch.compile); or a folder or Hub id, of which
-            `config.json` and the safetensors headers are read and no weight. For a checkpoint without a `tying` entry the
-            declaration is that of the transformers class named in its config, built without weights; code from the
+            `config.json` and the safetensors headers are read and no weight. For a checkpoint without a `tying` entry
+            the declaration is that of the transformers class named in its config, built without weights; code from the
             checkpoint is never run.
 
     Returns:
@@ -191,9 +191,16 @@ def _report_on_model(model) -> TyingReport:
         distinct = len({id(p) for p in held.values()})
         rows.append(
             _group_report(
-                group.name, list(group.names), role_of, list(some.shape) if some is not None else [],
-                str(some.dtype).removeprefix("torch.") if some is not None else "", some.element_size() if some is not None else 0,
-                declared=group in declared, actual=distinct == 1 and some is not None, in_file=None, copies=distinct,
+                group.name,
+                list(group.names),
+                role_of,
+                list(some.shape) if some is not None else [],
+                str(some.dtype).removeprefix("torch.") if some is not None else "",
+                some.element_size() if some is not None else 0,
+                declared=group in declared,
+                actual=distinct == 1 and some is not None,
+                in_file=None,
+                copies=distinct,
             )  # fmt: skip
         )
     parameters = sum(p.numel() for p in {id(p): p for p in slots.values()}.values())
@@ -207,7 +214,9 @@ def _report_on_files(path: str | Path) -> TyingReport:
     header: dict[str, tuple[tuple[int, ...], str]] = {}
     for file in weight_files(folder):
         header |= read_header(file)
-    architecture = (config.get("architectures") or [config.get("model_type", "unknown")])[0]
+    named = config.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
+    architecture = architecture or str(config.get("model_type", "unknown"))
     entry = TyingConfig.from_dict(config["tying"]) if config.get("tying") is not None else None
     blank = _without_weights(config, architecture)
     role_of: dict[str, str] = {}
@@ -223,20 +232,52 @@ def _report_on_files(path: str | Path) -> TyingReport:
         groups = [(group.name, list(group.names)) for group in groups_of(blank)]
     else:
         groups = []
+    keys_of = {name: _keys_on_disk(blank, name, header) for _, names in groups for name in names}
     rows = []
     for name, names in groups:
-        in_file = [n for n in names if n in header]
-        shape, dtype = header[in_file[0]] if in_file else ((), "")
+        in_file = [n for n in names if keys_of[n]]
+        shape, dtype = _matrix(keys_of[in_file[0]], header) if in_file else ((), "")
         rows.append(
             _group_report(
-                name, names, role_of, list(shape), _torch_dtype(dtype), _BYTES.get(dtype, 0),
-                declared=True, actual=None, in_file=in_file, copies=1,
+                name,
+                names,
+                role_of,
+                list(shape),
+                _torch_dtype(dtype),
+                _BYTES.get(dtype, 0),
+                declared=True,
+                actual=None,
+                in_file=in_file,
+                copies=1,
             )  # fmt: skip
         )
-    extra = sum((len(row.in_file) - 1) * prod(row.shape) for row in rows if row.in_file)
-    parameters = sum(prod(shape) for shape, _ in header.values()) - extra
-    scheme = entry.scheme if entry else None
-    return TyingReport(str(path), str(architecture), scheme, parameters, rows)
+    buffers = set() if blank is None else {name for name, _ in blank.named_buffers()}
+    held = sum(prod(shape) for key, (shape, _) in header.items() if key not in buffers)
+    held -= sum((len(row.in_file) - 1) * prod(row.shape) for row in rows if row.in_file)
+    return TyingReport(str(path), architecture, entry.scheme if entry else None, held, rows)
+
+
+def _keys_on_disk(blank, name: str, header: dict) -> list[str]:
+    """The keys under which a file holds the parameter `name`; transformers spells some architectures' otherwise."""
+    if name in header:
+        return [name]
+    if blank is None:
+        return []
+    from .parameters import find_parameter
+
+    try:
+        from transformers.core_model_loading import revert_weight_conversion  # private; without it, own names only
+
+        keys = list(revert_weight_conversion(blank, {name: find_parameter(blank, name).detach()}))
+    except (ImportError, AttributeError, TypeError):
+        return []
+    return keys if all(key in header for key in keys) else []
+
+
+def _matrix(keys: list[str], header: dict) -> tuple[tuple[int, ...], str]:
+    """Shape and dtype of a parameter from its keys on disk (several where a file holds experts one by one)."""
+    shape, dtype = header[keys[0]]
+    return (shape if len(keys) == 1 else (len(keys), *shape)), dtype
 
 
 def _group_report(name, names, role_of, shape, dtype, size, declared, actual, in_file, copies) -> GroupReport:
@@ -268,7 +309,7 @@ def _folder(path: str | Path) -> Path:
             weight_files(found)
         except TyingError:
             index = cached_file(str(path), "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
-            names = sorted(set(read_json(index)["weight_map"].values())) if index else ["model.safetensors"]
+            names = shard_names(index) if index else ["model.safetensors"]
             for name in names:
                 cached_file(str(path), name)
         return found
@@ -277,7 +318,7 @@ def _folder(path: str | Path) -> Path:
 
 
 def _without_weights(config: dict, architecture):
-    """The transformers class that a config names, on the meta device; `None` for one that transformers does not have."""
+    """The transformers class that a config names, on the meta device; `None` where transformers has none."""
     import torch
     import transformers
     from transformers import AutoConfig

@@ -34,20 +34,21 @@ def tie(
 ) -> PreTrainedModel:
     """Tie parameters of a live model, in place; from then on the tie is kept by everything that `TiedModelMixin` does.
 
-    A scheme says everything about the embeddings: roles that it does not name are given their own matrix. Explicit groups
-    are added to the ties that the model has. Nothing is changed if anything is wrong.
+    A scheme says everything about the embeddings: roles that it does not name are given their own matrix. Explicit
+    groups are added to the ties that the model has. Nothing is changed if anything is wrong.
 
     An optimizer made before holds matrices that are no longer the model's: make it again.
 
     Args:
         model: any `PreTrainedModel`; its class gets `TiedModelMixin` in front, under the same name.
-        scheme_or_groups: `"none"`, `"two_way"`, `"source_target"`, `"three_way"`; or a list of parameter names (one group,
-            the first is its root); or a dict of named groups; or a `TyingConfig`. A module's name stands for all its
-            parameters.
-        init_from: where the values come from when those of a group differ: a role (`"source"`, `"target"`, `"output"`),
-            `"mean"`, or a parameter name. There is no default, since one of two trained matrices would be dropped.
-        tokenizer: of the source side, compared with `target_tokenizer` when source and target are tied: equal sizes are
-            not equal vocabularies.
+        scheme_or_groups: `"none"`, `"two_way"`, `"source_target"`, `"three_way"`; or a list of parameter names (one
+            group, the first is its root); or a dict of named groups; or a `TyingConfig`. A module's name stands for
+            all its parameters.
+        init_from: where the values come from when those of a group differ: a role (`"source"`, `"target"`,
+            `"output"`), `"mean"`, or a parameter name. There is no default, since one of two trained matrices would be
+            dropped.
+        tokenizer: of the source side, compared with `target_tokenizer` when source and target are tied: equal sizes
+            are not equal vocabularies.
         target_tokenizer: of the target side.
         on_conflict: recorded for later loads, see `TyingConfig`; `"error"` unless given here or in a `TyingConfig`.
 
@@ -55,8 +56,8 @@ def tie(
         The same model.
 
     Raises:
-        TyingError: for an unknown scheme or name, a scheme that the model cannot have, differing shapes, differing values
-            without `init_from`, quantised sides, tensors on the meta device, an adapted (PEFT) model, different
+        TyingError: for an unknown scheme or name, a scheme that the model cannot have, differing shapes, differing
+            values without `init_from`, quantised sides, tensors on the meta device, an adapted (PEFT) model, different
             vocabularies.
     """
     _refuse_unfit(model, "tie")
@@ -78,12 +79,12 @@ def tie(
 def untie(model: PreTrainedModel, names: list[str] | str | None = None) -> PreTrainedModel:
     """Give names a parameter of their own, in place; the config says so and nothing ties them again.
 
-    Values are unchanged. The first name keeps the old `nn.Parameter`, the others get a copy: an optimizer made before does
-    not know the copies; make it again, or add them by `optimizer.add_param_group`.
+    Values are unchanged. The first name keeps the old `nn.Parameter`, the others get a copy: an optimizer made before
+    does not know the copies; make it again, or add them by `optimizer.add_param_group`.
 
-    Without `names`, what an architecture ties besides its embeddings stays (BERT's output bias), and a matrix that only
-    carries another one stays with it (BART's and T5's `shared`, with the source embedding): alone it would be a dead
-    parameter without gradient. Name such a one to untie it all the same.
+    Without `names`, what an architecture ties besides its embeddings stays (BERT's output bias), and a matrix that
+    only carries another one stays with it (BART's and T5's `shared`, with the source embedding): alone it would be a
+    dead parameter without gradient. Name such a one to untie it all the same.
 
     Args:
         model: any `PreTrainedModel`, tied by this package, by its own class, or by hand.
@@ -184,8 +185,8 @@ def _sources(model: PreTrainedModel, groups: list[TieGroup], init_from: str | No
         else:
             apart = difference(held[0], held[1])
             raise TyingError(
-                f"The names of group {group.name!r} hold different values ({', '.join(group.names)}; {apart}), and tying "
-                "keeps one. Say which: init_from='source' | 'target' | 'output' | 'mean' | a parameter name."
+                f"The names of group {group.name!r} hold different values ({', '.join(group.names)}; {apart}), and "
+                "tying keeps one. Say which: init_from='source' | 'target' | 'output' | 'mean' | a parameter name."
             )
     return sources
 
@@ -193,13 +194,15 @@ def _sources(model: PreTrainedModel, groups: list[TieGroup], init_from: str | No
 def _refuse_unfit(model: nn.Module, action: str) -> None:
     if any(hasattr(module, "base_layer") or hasattr(module, "original_module") for module in model.modules()):
         raise TyingError(
-            f"Cannot {action} a model that carries adapters ({type(model).__name__}): its layers are wrapped by PEFT. "
-            f"{action} the base model before get_peft_model, or take the adapters off first by `model.unload()`."
+            f"Cannot {action} a model that carries adapters ({type(model).__name__}): its layers are wrapped by "
+            f"PEFT. {action} the base model before get_peft_model, or take the adapters off first by "
+            "`model.unload()`."
         )
     if not isinstance(model, PreTrainedModel):
         raise TyingError(
             f"Cannot {action} a {type(model).__name__}: expected a transformers PreTrainedModel. Inside a wrapper "
-            "(DistributedDataParallel, torch.compile) it is `model.module` or `model._orig_mod`: do it before wrapping."
+            "(DistributedDataParallel, torch.compile) it is `model.module` or `model._orig_mod`: do it before "
+            "wrapping."
         )
 
 
@@ -208,7 +211,8 @@ def _refuse_meta(model: PreTrainedModel, groups: list[TieGroup]) -> None:
         for name in group.names:
             if find_parameter(model, name).is_meta:
                 raise TyingError(
-                    f"Cannot tie {name!r}: it is on the meta device and has no value. Load the weights first, or declare "
+                    f"Cannot tie {name!r}: it is on the meta device and has no value. Load the weights first, or "
+                    "declare "
                     "the tie in the config: config.tying = {'version': 1, 'scheme': ...}."
                 )
 
@@ -227,7 +231,8 @@ def _compare_vocabularies(model: PreTrainedModel, groups: list[TieGroup], tokeni
     if unlike:
         example = min(unlike)
         raise TyingError(
-            f"Cannot tie source and target: the tokenizers have different vocabularies ({len(source)} and {len(target)} "
-            f"words, {len(unlike)} of them with another id or on one side only, as {example!r}: {source.get(example)} and "
-            f"{target.get(example)}). One row would stand for two words: train a joint vocabulary first."
+            f"Cannot tie source and target: the tokenizers have different vocabularies ({len(source)} and "
+            f"{len(target)} words, {len(unlike)} of them with another id or on one side only, as {example!r}: "
+            f"{source.get(example)} and {target.get(example)}). One row would stand for two words: train a joint "
+            "vocabulary first."
         )

@@ -55,17 +55,16 @@ def groups_of(model: PreTrainedModel) -> list[TieGroup]:
 
 def violations(model: PreTrainedModel, groups: Iterable[TieGroup]) -> Iterator[str]:
     """One sentence for everything in which `model` is not what `groups` and its config say."""
-    groups = list(groups)
+    groups, slots = list(groups), named_slots(model)
     for group in groups:
-        yield from _broken(model, group)
-        yield from _stale_sizes(model, group)
+        yield from _broken(model, group, slots)
+        yield from _stale_sizes(model, group, slots)
     if hasattr(model, "tie_groups"):
-        yield from _undeclared(model, groups)
-        yield from _config_differs(model, groups)
+        yield from _undeclared(groups, slots)
+        yield from _config_differs(model, groups, slots)
 
 
-def _broken(model: nn.Module, group: TieGroup) -> Iterator[str]:
-    slots = named_slots(model)
+def _broken(model: nn.Module, group: TieGroup, slots: dict) -> Iterator[str]:
     root = slots.get(group.root)
     for name in group.names:
         parameter = slots.get(name)
@@ -85,42 +84,43 @@ def _apart(parameter: nn.Parameter, root: nn.Parameter) -> str:
     """How two parameters that should be one differ, and what makes them one again."""
     if parameter.is_meta or root.is_meta:
         return "on the meta device). To tie them again: load the weights, then model.tie_weights()"
+    if hasattr(parameter, "device_mesh") or hasattr(root, "device_mesh"):
+        return "sharded apart). Shard them together: fully_shard([module_a, module_b]), or leave both to the root"
     if same_values(parameter, root):
         return "equal so far). To tie them again: model.tie_weights()"
     return f"{difference(parameter, root)}). To tie them again: tie(model, ..., init_from=<the name to keep>)"
 
 
-def _stale_sizes(model: nn.Module, group: TieGroup) -> Iterator[str]:
+def _stale_sizes(model: nn.Module, group: TieGroup, slots: dict) -> Iterator[str]:
     for name in group.names:
-        if (slot := find_slot(model, name)) is None or slot[1] != "weight" or name not in named_slots(model):
+        if name not in slots or not name.endswith(".weight"):
             continue
-        module, rows = slot[0], slot[0].weight.shape[0]
+        module, rows = find_slot(model, name)[0], slots[name].shape[0]
         for attribute in ("num_embeddings", "out_features"):
             if (size := getattr(module, attribute, rows)) != rows:
                 yield (
-                    f"group {group.name!r}: {name!r} has {rows} rows, but its module says {attribute}={size}. "
-                    "Resize by model.resize_token_embeddings(...) on the whole model, or call model.tie_weights()."
+                    f"group {group.name!r}: {name!r} has {rows} rows, but its module says {attribute}={size}. Resize "
+                    "by model.resize_token_embeddings(...) on the whole model, or call model.tie_weights()."
                 )
 
 
-def _undeclared(model: nn.Module, groups: list[TieGroup]) -> Iterator[str]:
+def _undeclared(groups: list[TieGroup], slots: dict) -> Iterator[str]:
     group_of = {name: group.name for group in groups for name in group.names}
     shared: dict[int, list[str]] = {}
-    for name, parameter in named_slots(model).items():
+    for name, parameter in slots.items():
         shared.setdefault(id(parameter), []).append(name)
     for names in shared.values():
         if len({group_of.get(name, name) for name in names}) > 1:
             yield (
-                f"{names} are one parameter, but no group declares it: a tie made by hand is lost in a file. "
-                f"Declare it by tie(model, {names}), or undo it by untie(model, {names[1:]})."
+                f"{names} are one parameter, but no group declares it: a tie made by hand is lost in a file. Declare "
+                f"it by tie(model, {names}), or undo it by untie(model, {names[1:]})."
             )
 
 
-def _config_differs(model: PreTrainedModel, groups: list[TieGroup]) -> Iterator[str]:
+def _config_differs(model: PreTrainedModel, groups: list[TieGroup], slots: dict) -> Iterator[str]:
     entry = getattr(model.config, "tying", None)
     if entry is None:
         return
-    slots = named_slots(model)
     located = [
         {locate(model, n, slots) for n in names} - {None} for names in TyingConfig.from_dict(entry).groups.values()
     ]

@@ -1,4 +1,4 @@
-"""The two forms of a tied model, which must behave alike: a stock class made tied by `tie`, and a class over the mixin."""
+"""The two forms of a tied model, which must behave alike: a class made tied by `tie`, and a class over the mixin."""
 
 import torch
 from transformers import PreTrainedModel
@@ -13,7 +13,9 @@ FORMS = ["in place", "class form"]
 def class_form(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """`class Tied<Stock>(TiedModelMixin, Stock)` with a config class over the config mixin."""
     config_class = type(f"Tied{stock.config_class.__name__}", (TyingConfigMixin, stock.config_class), {})
-    return type(f"Tied{stock.__name__}", (TiedModelMixin, stock), {"config_class": config_class, "__module__": __name__})
+    return type(
+        f"Tied{stock.__name__}", (TiedModelMixin, stock), {"config_class": config_class, "__module__": __name__}
+    )
 
 
 def tied_model(form: str, arch: str = "gpt2", spec="two_way", init_from="target", **changes) -> PreTrainedModel:

@@ -147,7 +147,9 @@ class TestT5:
 
     def test_untie_gives_each_role_its_own(self):
         model = untie(tiny_model("t5"))
-        assert len({id(m.weight) for m in (model.encoder.embed_tokens, model.decoder.embed_tokens, model.lm_head)}) == 3
+        assert (
+            len({id(m.weight) for m in (model.encoder.embed_tokens, model.decoder.embed_tokens, model.lm_head)}) == 3
+        )
 
 
 class TestTheClassOfATiedModel:

@@ -21,7 +21,9 @@ def test_a_device_map_that_splits_a_pair_is_refused_with_the_way_out(form, wte, 
     model = tied_model(form, spec=TyingConfig(scheme="two_way", save_format=save_format))
     model.save_pretrained(tmp_path)
     device_map = {**MAP, "transformer.wte": wte, "lm_head": head}
-    with pytest.raises(TyingError, match=f"device_map splits group 'embeddings': '{WTE}' on '{wte}', '{HEAD}' on '{head}'"):
+    with pytest.raises(
+        TyingError, match=f"device_map splits group 'embeddings': '{WTE}' on '{wte}', '{HEAD}' on '{head}'"
+    ):
         reload(model, tmp_path, device_map=device_map, offload_folder=tmp_path / "offload")
 
 

@@ -219,7 +219,9 @@ class TestAssignedAndEmptied:
         model.load_state_dict(state, assign=True)
         assert_tied(model)
 
-    @pytest.mark.parametrize("move", [lambda m: m.to("meta"), lambda m: m.to_empty(device="cpu")], ids=["meta", "empty"])
+    @pytest.mark.parametrize(
+        "move", [lambda m: m.to("meta"), lambda m: m.to_empty(device="cpu")], ids=["meta", "empty"]
+    )
     def test_new_tensors_are_one_parameter_again(self, model, move):
         move(model)
         assert model.lm_head.weight is model.transformer.wte.weight

@@ -31,4 +31,6 @@ def test_two_processes_reach_what_one_reaches(results, case):
 
 @pytest.mark.timeout(300)
 def test_a_pair_sharded_in_two_groups_is_told(results):
-    assert results["fsdp2, pair torn apart"]["error"] and "lm_head.weight" in results["fsdp2, pair torn apart"]["error"]
+    assert (
+        results["fsdp2, pair torn apart"]["error"] and "lm_head.weight" in results["fsdp2, pair torn apart"]["error"]
+    )

@@ -70,7 +70,9 @@ class TestTrainer:
         assert torch.equal(logits(resumed), logits(whole))
         assert not [message for message in warnings_of_transformers if "missing keys" in message]
 
-    def test_load_best_model_at_end_is_tied_and_warns_of_no_missing_key(self, model, tmp_path, warnings_of_transformers):
+    def test_load_best_model_at_end_is_tied_and_warns_of_no_missing_key(
+        self, model, tmp_path, warnings_of_transformers
+    ):
         run = trainer(model, tmp_path, load_best_model_at_end=True, eval_strategy="steps", eval_steps=2)
         run.train()
         assert_tied(run.model)
@@ -103,8 +105,8 @@ class TestTrainer:
         before = torch.optim.AdamW(model.parameters())
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
         tie(model, {"embeddings": [HEAD, WTE]}, init_from="output")
-        run = Trainer(model=model, args=trainer(model, tmp_path).args, train_dataset=Sentences(), optimizers=(before, None),
-                      callbacks=[TyingCallback])  # fmt: skip
+        args = trainer(model, tmp_path).args
+        run = Trainer(model, args, train_dataset=Sentences(), optimizers=(before, None), callbacks=[TyingCallback])
         with pytest.raises(TyingError, match="Make the optimizer after tie"):
             run.train()
 
@@ -168,7 +170,9 @@ class TestParameterGroups:
         assert not any(p is model.lm_head.weight for p in decayed)
 
     def test_startswith_and_endswith_too(self, model):
-        names = [name for name, _ in model.named_parameters() if name.startswith("lm_head") and name.endswith("wte.weight")]
+        names = [
+            name for name, _ in model.named_parameters() if name.startswith("lm_head") and name.endswith("wte.weight")
+        ]
         assert names == [WTE]
 
     def test_two_claims_on_the_one_matrix_are_torchs_own_error(self, model):
@@ -224,7 +228,11 @@ class TestOneSideIsChanged:
     @pytest.mark.filterwarnings("ignore")
     def test_dynamic_quantisation_of_the_head_is_told(self, model, tmp_path):
         quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})
-        for act in (quantised.tie_weights, lambda: assert_tied(quantised), lambda: quantised.save_pretrained(tmp_path / "o")):
+        for act in (
+            quantised.tie_weights,
+            lambda: assert_tied(quantised),
+            lambda: quantised.save_pretrained(tmp_path / "o"),
+        ):
             with pytest.raises(TyingError, match="is quantised"):
                 act()
         assert not (tmp_path / "o").exists()

@@ -55,8 +55,8 @@ def refuse_uneven(model: nn.Module, adapters: list[str]) -> None:
             other = f"{free[0]!r} has none" if free else f"{adapted[1]!r} has a different one"
             raise TyingError(
                 f"Cannot merge: {adapted[0]!r} has an adapter and {other}, but they are one parameter (group "
-                f"{group.name!r}); the merged delta would change every use of it. Keep the adapter unmerged, or untie "
-                "first: base = model.unload(); untie(base); then load the adapter on it and merge."
+                f"{group.name!r}); the merged delta would change every use of it. Keep the adapter unmerged, or "
+                "untie first: base = model.unload(); untie(base); then load the adapter on it and merge."
             )
 
 

@@ -20,10 +20,11 @@ class TyingCallback(TrainerCallback):
     """Assert the ties when training begins and whenever a checkpoint is saved.
 
     Args:
-        log_roles: with every log, also the gradient norm of each tied matrix by role: `grad_norm/<group>/<role>` for the
-            part that comes through that use (input rows looked up, or the softmax) and `grad_share/<group>/<role>`, its
-            share in the sum of these norms. Measured on the last backward pass before a log, at no further matrix
-            product; one more matrix of the tied size is alive for each role during that pass.
+        log_roles: with every log, also the gradient norm of each tied matrix by role: `grad_norm/<group>/<role>` for
+            the part that comes through that use (input rows looked up, or the softmax) and
+            `grad_share/<group>/<role>`, its share in the sum of these norms. Measured on the last backward pass before
+            a log, at no further matrix product; one more matrix of the tied size is alive for each role during that
+            pass.
 
     Raises:
         TyingError: at train begin or at a save, when a tie does not hold, or the optimizer was made before the tie and
@@ -78,8 +79,9 @@ def assert_optimized(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
         parameter = find_parameter(inner, group.root)
         if parameter is not None and parameter.requires_grad and id(parameter) in own and id(parameter) not in stepped:
             raise TyingError(
-                f"The optimizer does not hold the matrix of group {group.name!r} ({', '.join(group.names)}): it was made "
-                "before the tie, or its parameter groups leave it out. Make the optimizer after tie() and untie()."
+                f"The optimizer does not hold the matrix of group {group.name!r} ({', '.join(group.names)}): it was "
+                "made before the tie, or its parameter groups leave it out. Make the optimizer after tie() and "
+                "untie()."
             )
 
 

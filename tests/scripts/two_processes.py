@@ -1,6 +1,7 @@
 """Ties under DDP (through Accelerate) and FSDP2, in two processes on the CPU. Rank 0 prints one JSON line.
 
-Started by `python -m torch.distributed.run --nproc_per_node 2`: without MPI, `accelerate launch --cpu` starts one process.
+Started by `python -m torch.distributed.run --nproc_per_node 2`: without MPI, `accelerate launch --cpu` starts one
+process.
 """
 
 import json
