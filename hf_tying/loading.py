@@ -143,7 +143,10 @@ def _refuse_out_of_reach(model: PreTrainedModel, config: TyingConfig, missing: s
 
 
 def _fill_untied(model: PreTrainedModel, missing: set[str]) -> None:
-    """A file that was written tied, opened untied: each name gets its own copy, as `untie` would give it."""
+    """A file that was written tied, opened untied: each name gets its own copy, as `untie` would give it.
+
+    They remain missing in the report of the load, for the file did not have them.
+    """
     held = {name: group for group in model.tie_groups for name in group.names}
     for names in split_declared(model):
         present = [name for name in names if name not in missing]
@@ -151,7 +154,6 @@ def _fill_untied(model: PreTrainedModel, missing: set[str]) -> None:
             if name in missing and name not in held and present:
                 value = find_parameter(model, present[0])
                 link(model, name, nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad))
-                missing.discard(name)
                 logger.warning(
                     f"The file has no {name!r}, untied in the config: it starts as a copy of {present[0]!r}."
                 )

@@ -15,19 +15,18 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from .config import TyingConfig, TyingError
-from .groups import TieGroup, actual_groups, other_chains, resolve, roles, split_declared, stock_keys, subgroups
+from .embeddings import fit_tied, replace_tied, resize
+from .groups import TieGroup, actual_groups, other_chains, resolve, stock_keys, subgroups
 from .loading import check_loaded_state, fill_state, tie_loaded
 from .parameters import (
     TiedName,
     canonical,
     find_parameter,
-    find_slot,
-    fit_rows,
     is_one,
     link,
+    link_all,
     named_slots,
     own_module,
-    replace_module,
     same_values,
     stands_in,
     state_key,
@@ -84,10 +83,20 @@ class TiedModelMixin:
 
     def _is_declared_class(self) -> bool:
         """Whether the config's names are meant for this class, not for a head over it or another head."""
-        if isinstance(architectures := getattr(self.config, "architectures", None), list) and architectures:
-            return type(self).__name__ in architectures
         headless = self.base_model is self and self.get_output_embeddings() is None
-        return not (self.base_model_prefix and headless)
+        if not isinstance(architectures := getattr(self.config, "architectures", None), list) or not architectures:
+            return not (self.base_model_prefix and headless)
+        if headless and self.base_model_prefix:  # `head.base_model.save_pretrained` writes the entry of the head
+            groups = TyingConfig.from_dict(getattr(self.config, "tying", None)).groups.values()
+            if any(name.startswith(f"{self.base_model_prefix}.") for names in groups for name in names):
+                return False
+        return type(self).__name__ in architectures
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Whether the initialisation is somebody's own; a class over a stock one is initialised like it."""
+        owner = next(base for base in cls.__mro__ if "_init_weights" in vars(base))
+        return cls.is_remote_code() or not owner.__module__.startswith("transformers.")
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
         """`{tied name: root}`, flat; what accelerate, the quantisers and `device_map="auto"` read."""
@@ -113,8 +122,8 @@ class TiedModelMixin:
             self._tie_again()
         else:
             for group in self.tie_groups:
-                _link_group(self, group, find_parameter(self, group.root))
-        self._fit_sizes()
+                link_all(self, group.names, find_parameter(self, group.root))
+        fit_tied(self)
 
     def _tie_again(self) -> None:
         for group in self.tie_groups:
@@ -125,14 +134,7 @@ class TiedModelMixin:
             if not whole or not all(p.is_meta or same_values(p, root) for p in others):
                 problems = "; ".join(violations(self, [group]))
                 raise TyingError(f"tie_weights() would overwrite trained values and changes nothing: {problems}")
-            _link_group(self, group, root)
-
-    def _fit_sizes(self) -> None:
-        for group in self.tie_groups:
-            for name in group.names:
-                module, attribute = find_slot(self, name)
-                if attribute == "weight" and isinstance(module.weight, nn.Parameter):
-                    fit_rows(module)
+            link_all(self, group.names, root)
 
     def mark_tied_weights_as_initialized(self, *args, **kwargs) -> None:
         """In `from_pretrained`: names that no file filled are still one tensor on the meta device, and are taken
@@ -154,41 +156,17 @@ class TiedModelMixin:
         """Replace the input embedding; every name tied to it follows, since they are one matrix.
 
         Raises:
-            TyingError: when `value` has no matrix of the same width.
+            TyingError: when `value` has no matrix to tie.
         """
         old = self.get_input_embeddings()
-        if value is not old and not self._replace_tied(old, value):
+        if value is not old and not replace_tied(self, old, value):
             super().set_input_embeddings(value)
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replace the output embedding; every name tied to it follows."""
         old = self.get_output_embeddings()
-        if new_embeddings is not old and not self._replace_tied(old, new_embeddings):
+        if new_embeddings is not old and not replace_tied(self, old, new_embeddings):
             super().set_output_embeddings(new_embeddings)
-
-    def _replace_tied(self, old: nn.Module, new: nn.Module) -> bool:
-        parameter = getattr(old, "weight", None)
-        group = next((g for g in self.tie_groups if any(find_parameter(self, n) is parameter for n in g.names)), None)
-        if group is None or parameter is None:
-            return False
-        weight = getattr(new, "weight", None)
-        if not isinstance(weight, nn.Parameter) or weight.ndim != 2 or weight.shape[1] != parameter.shape[1]:
-            found = tuple(weight.shape) if isinstance(weight, torch.Tensor) else type(new).__name__
-            raise TyingError(
-                f"The embedding is tied as group {group.name!r} ({', '.join(group.names)}): expected a module whose "
-                f"weight is (rows, {parameter.shape[1]}), found {found}. Call untie(model) first to replace one side "
-                "alone."
-            )
-        replace_module(self, old, new)
-        _link_group(self, group, weight)
-        self._fit_sizes()
-        if weight.shape[0] != parameter.shape[0]:
-            self.config.get_text_config().vocab_size = weight.shape[0]
-        logger.warning(
-            f"The embedding of group {group.name!r} is replaced under each of its names: {', '.join(group.names)}. "
-            "An optimizer made before holds the old matrix: make it again."
-        )
-        return True
 
     def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing: bool = True):
         """As in transformers; tied names stay one parameter, and embeddings tied to nothing are resized, not replaced.
@@ -197,41 +175,7 @@ class TiedModelMixin:
             TyingError: when the ties are already broken.
         """
         self._raise_if_broken("resize")
-        rows = self.get_input_embeddings().weight.shape[0]
-        others = self._other_embeddings(rows) if new_num_tokens is not None or pad_to_multiple_of is not None else []
-        before = [(module, module.weight.data) for module in others]
-        try:
-            for module in others:
-                self._get_resized_embeddings(module, new_num_tokens, pad_to_multiple_of, mean_resizing)
-            embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        except Exception:
-            for module, weight in before:  # an architecture that refuses (EncoderDecoderModel) refuses it whole
-                module.weight.data = weight
-                fit_rows(module)
-            raise
-        self._fit_sizes()
-        self._fit_idle_biases(rows, embeddings.weight.shape[0])
-        return embeddings
-
-    def _fit_idle_biases(self, before: int, after: int) -> None:
-        """An output bias that the architecture keeps twice (BERT) has one size, also where the two are not tied."""
-        for names in other_chains(self, split_declared(self)):
-            sizes = {find_parameter(self, name).shape for name in names}
-            if sizes == {(before,), (after,)}:
-                for parameter in (find_parameter(self, name) for name in names):
-                    parameter.data = nn.functional.pad(parameter.data, (0, after - parameter.shape[0]))
-
-    def _other_embeddings(self, rows: int) -> list[nn.Module]:
-        """Decoder input embeddings over the same vocabulary that the stock resize does not reach."""
-        own_vocabulary = not getattr(self.config, "share_encoder_decoder_embeddings", True)
-        parameter = self.get_input_embeddings().weight
-        found = {}
-        for name in roles(self).get("target", []):
-            module = find_slot(self, name)[0]
-            free = module.weight is not parameter and not own_vocabulary
-            if free and isinstance(module, nn.Embedding) and module.weight.shape[0] == rows:
-                found[id(module.weight)] = module
-        return list(found.values())
+        return resize(self, super().resize_token_embeddings, new_num_tokens, pad_to_multiple_of, mean_resizing)
 
     # --- tensors move and are replaced -------------------------------------------------------------------------------
 
@@ -240,7 +184,7 @@ class TiedModelMixin:
         held = [group for group in self.tie_groups if is_one(self, group.names)]
         result = super()._apply(fn, recurse)
         for group in held:
-            _link_group(self, group, find_parameter(self, group.root))
+            link_all(self, group.names, find_parameter(self, group.root))
         return result
 
     def __call__(self, *args, **kwargs):
@@ -351,16 +295,11 @@ class TiedModelMixin:
         return state
 
 
-def _link_group(model: nn.Module, group: TieGroup, parameter: nn.Parameter) -> None:
-    for name in group.names:
-        link(model, name, parameter)
-
-
 def set_groups(model: PreTrainedModel, groups: list[TieGroup]) -> None:
     """Make the parameters of `model` what `groups` say: names that leave a group get a copy, each group its root's."""
     separate(model, groups)
     for group in groups:
-        _link_group(model, group, find_parameter(model, group.root))
+        link_all(model, group.names, find_parameter(model, group.root))
     declare(model, groups)
 
 

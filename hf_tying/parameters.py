@@ -108,6 +108,12 @@ def link(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     module._parameters[attribute] = parameter
 
 
+def link_all(model: nn.Module, names: Iterable[str], parameter: nn.Parameter) -> None:
+    """Make `names` one: put `parameter` into each of their slots."""
+    for name in names:
+        link(model, name, parameter)
+
+
 def own_module(model: nn.Module, name: str) -> None:
     """Give the slot `name` modules of its own on the whole path, where one module object stands at several paths."""
     parent = model

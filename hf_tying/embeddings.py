@@ -1,0 +1,106 @@
+"""Embeddings of a tied model that are replaced or resized: every name follows, and every stated size."""
+
+from collections.abc import Callable
+
+from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
+
+from .config import TyingError
+from .groups import other_chains, roles, split_declared
+from .parameters import find_parameter, find_slot, fit_rows, link_all, replace_module
+
+logger = logging.get_logger(__name__)
+
+
+def replace_tied(model: PreTrainedModel, old: nn.Module, new: nn.Module) -> bool:
+    """Put the module `new` in place of `old`, and its matrix under every name that was tied to the old one.
+
+    Modules are never shared: an embedding may carry a scale or a padding index of its own.
+
+    Returns:
+        Whether `old` was tied; if not, nothing is done.
+
+    Raises:
+        TyingError: when `new` has no matrix.
+    """
+    parameter = getattr(old, "weight", None)
+    group = next((g for g in model.tie_groups if any(find_parameter(model, n) is parameter for n in g.names)), None)
+    if group is None or parameter is None:
+        return False
+    weight = getattr(new, "weight", None)
+    if not isinstance(weight, nn.Parameter) or weight.ndim != 2:
+        raise TyingError(
+            f"The embedding is tied as group {group.name!r} ({', '.join(group.names)}): expected a module with a "
+            f"matrix `weight`, found {type(new).__name__}. Call untie(model) first to replace one side alone."
+        )
+    replace_module(model, old, new)
+    link_all(model, group.names, weight)
+    fit_tied(model)
+    if weight.shape[0] != parameter.shape[0]:
+        model.config.get_text_config().vocab_size = weight.shape[0]
+    logger.warning(
+        f"The embedding of group {group.name!r} is replaced under each of its names: {', '.join(group.names)}. An "
+        "optimizer made before holds the old matrix: make it again."
+    )
+    return True
+
+
+def resize(
+    model: PreTrainedModel,
+    stock_resize: Callable,
+    new_num_tokens: int | None,
+    pad_to_multiple_of: int | None,
+    mean_resizing: bool,
+) -> nn.Module:
+    """The stock resize, and what it leaves out: embeddings tied to nothing, and sizes stated beside a tied matrix.
+
+    Matrices are resized in place (`parameter.data`), so that a tie survives by itself and the optimizer keeps it.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    changes = new_num_tokens is not None or pad_to_multiple_of is not None
+    others = _embeddings_out_of_reach(model, rows) if changes else []
+    before = [(module, module.weight.data) for module in others]
+    try:
+        for module in others:
+            model._get_resized_embeddings(module, new_num_tokens, pad_to_multiple_of, mean_resizing)
+        embeddings = stock_resize(new_num_tokens, pad_to_multiple_of, mean_resizing)
+    except Exception:
+        for module, weight in before:  # an architecture that refuses (EncoderDecoderModel) refuses it whole
+            module.weight.data = weight
+            fit_rows(module)
+        raise
+    fit_tied(model)
+    _fit_idle_biases(model, rows, embeddings.weight.shape[0])
+    return embeddings
+
+
+def fit_tied(model: PreTrainedModel) -> None:
+    """Sizes that modules state beside a tied matrix agree with its rows."""
+    for group in model.tie_groups:
+        for name in group.names:
+            module, attribute = find_slot(model, name)
+            if attribute == "weight" and isinstance(module.weight, nn.Parameter):
+                fit_rows(module)
+
+
+def _embeddings_out_of_reach(model: PreTrainedModel, rows: int) -> list[nn.Module]:
+    """Decoder input embeddings over the same vocabulary, which the stock resize would replace or forget.
+
+    Not those of a second vocabulary: Marian resizes that by `resize_decoder_token_embeddings`.
+    """
+    if not getattr(model.config, "share_encoder_decoder_embeddings", True):
+        return []
+    parameter = model.get_input_embeddings().weight
+    modules = [find_slot(model, name)[0] for name in roles(model).get("target", [])]
+    found = {id(m.weight): m for m in modules if isinstance(m, nn.Embedding) and m.weight.shape[0] == rows}
+    return [module for module in found.values() if module.weight is not parameter]
+
+
+def _fit_idle_biases(model: PreTrainedModel, before: int, after: int) -> None:
+    """An output bias that the architecture keeps twice (BERT) has one size, also where the two are not tied."""
+    for names in other_chains(model, split_declared(model)):
+        parameters = [find_parameter(model, name) for name in names]
+        if {parameter.shape for parameter in parameters} == {(before,), (after,)}:
+            for parameter in parameters:
+                parameter.data = nn.functional.pad(parameter.data, (0, after - parameter.shape[0]))
