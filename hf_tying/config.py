@@ -73,7 +73,7 @@ class TyingConfig:
     save_format: str | None = None
 
     def __post_init__(self):
-        if self.scheme is not None and self.scheme not in SCHEMES:
+        if self.scheme is not None and not (isinstance(self.scheme, str) and self.scheme in SCHEMES):
             hint = nearest(self.scheme, SCHEMES) if isinstance(self.scheme, str) else ""
             raise TyingError(
                 f"Unknown tying scheme {_short(self.scheme)}: expected one of {', '.join(SCHEMES)}{hint}."
@@ -110,8 +110,8 @@ class TyingConfig:
             raise TyingError(f"The `tying` entry has version {_short(version)}: expected the number {VERSION}.")
         if version > VERSION:
             raise TyingError(
-                f"The `tying` entry has version {version}; this hf_tying reads up to version {VERSION}. Upgrade with "
-                "`pip install -U hf-tying`."
+                f"The `tying` entry has version {_short(version)}; this hf_tying reads up to version {VERSION}. "
+                "Upgrade with `pip install -U hf-tying`."
             )
         known = {"scheme", "groups", "on_conflict", "save_format"}
         for key in entry:
@@ -231,6 +231,8 @@ def _short(value: Any) -> str:
     """`repr` for messages; never walks a hostile value deeper or longer than a message can show."""
     if isinstance(value, str):
         return repr(value if len(value) <= 80 else value[:77] + "...")
+    if isinstance(value, int) and value.bit_length() > 200:
+        return "a number of more than 60 digits"
     if isinstance(value, int | float | bool | None):
-        return repr(value)[:80]
+        return repr(value)
     return f"of type {type(value).__name__}"

@@ -140,11 +140,8 @@ def stock_keys(model: PreTrainedModel):
 
 
 def _expand(source: str, target: str, names: list[str], model: nn.Module, checked: bool) -> list[tuple[str, str]]:
-    """One entry of `_tied_weights_keys`: two names, or patterns, which match from the start of a name."""
-    known = set(names)
-    if source in known and target in known:
-        return [(source, target)]
-    sources, targets = ([n for n in sorted(names) if search(f"^{pattern}", n)] for pattern in (source, target))
+    """One entry of `_tied_weights_keys`, spelled out in parameter names."""
+    sources, targets = (_named_by(part, names) for part in (source, target))
     if not sources or not targets or len(targets) % len(sources):
         if checked:
             name = source if not sources else target
@@ -155,6 +152,13 @@ def _expand(source: str, target: str, names: list[str], model: nn.Module, checke
             )
         return []
     return [(s, t) for t, s in zip(targets, cycle(sources), strict=False) if s != t]
+
+
+def _named_by(part: str, names: list[str]) -> list[str]:
+    """What one side of an entry means: a parameter, a module, or one of transformers' patterns from a name's start."""
+    if set(part) & set("^$*+?{}[]|()\\"):
+        return [name for name in sorted(names) if search(f"^{part}", name)]
+    return [name for name in sorted(names) if name == part or name.startswith(f"{part}.")]
 
 
 def actual_groups(model: nn.Module) -> list[list[str]]:
@@ -289,10 +293,12 @@ def check_group(model: nn.Module, group: TieGroup, slots: dict[str, nn.Parameter
 def explicit_groups(model, config: TyingConfig, slots: dict, strict: bool = True) -> dict[str, list[str]]:
     """`config.groups` in the names of this model: module names spelled out, prefixes of the base model put right."""
     groups: dict[str, list[str]] = {}
+    modules = modules_of(slots)
     for group, names in config.groups.items():
-        located = [locate(model, name, slots) for name in names]
-        for name, place in zip(names, located, strict=True):
-            if place is None and strict:
+        located = []
+        for name in names:
+            located.append(locate(model, name, slots, modules))
+            if located[-1] is None and strict:
                 raise TyingError(f"Cannot tie group {group!r}: {name!r} {why_no_parameter(model, name, slots)}.")
         present = [place for place in located if place is not None]
         if len(set(present)) < len(present):
@@ -316,16 +322,22 @@ def explicit_groups(model, config: TyingConfig, slots: dict, strict: bool = True
     return groups
 
 
-def locate(model: PreTrainedModel, name: str, slots: dict[str, nn.Parameter]) -> str | None:
+def locate(model: PreTrainedModel, name: str, slots: dict[str, nn.Parameter], modules: set[str]) -> str | None:
     """`name` as this class spells it: a base model drops the prefix under which a head model holds it."""
     prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
-    candidates = [name]
-    if prefix:
-        candidates += [name.removeprefix(prefix), prefix + name]
-    for candidate in candidates:
-        if candidate in slots or _parameters_below(candidate, slots) != []:
+    for candidate in [name, name.removeprefix(prefix), prefix + name]:
+        if candidate in slots or candidate in modules:
             return candidate
     return None
+
+
+def modules_of(slots: dict[str, nn.Parameter]) -> set[str]:
+    """The paths of all modules that hold a parameter somewhere below."""
+    modules: set[str] = set()
+    for name in slots:
+        while (name := name.rpartition(".")[0]) and name not in modules:
+            modules.add(name)
+    return modules
 
 
 def _parameters_below(name: str, slots: dict[str, nn.Parameter]) -> list[str]:

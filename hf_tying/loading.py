@@ -5,7 +5,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from .config import TyingConfig, TyingError
-from .groups import TieGroup, locate, split_declared
+from .groups import TieGroup, locate, modules_of, split_declared
 from .parameters import difference, find_parameter, link, named_slots, same_values, state_key
 
 logger = logging.get_logger(__name__)
@@ -28,7 +28,10 @@ def tie_loaded(model: PreTrainedModel, missing: set[str]) -> list[TieGroup]:
     _refuse_out_of_reach(model, config, missing)
     kept: list[TieGroup] = []
     for group in model.tie_groups:
-        present = [name for name in group.names if name not in missing]
+        # Names of another shape in the file (ignore_mismatched_sizes) are still on the meta device, alone.
+        blank = [name for name in group.names if find_parameter(model, name).is_meta]
+        unfilled = missing | set(blank if len(blank) < len(group.names) else [])
+        present = [name for name in group.names if name not in unfilled]
         if not present:
             logger.warning(
                 f"The file has no name of group {group.name!r} ({', '.join(group.names)}): newly initialised."
@@ -38,7 +41,7 @@ def tie_loaded(model: PreTrainedModel, missing: set[str]) -> list[TieGroup]:
             parts = _parts(present, lambda name: find_parameter(model, name))
             if len(parts) > 1:
                 parts = _settle(config, group, parts, lambda name: find_parameter(model, name))
-            filled = [name for name in group.names if name in missing]
+            filled = [name for name in group.names if name in unfilled]
         for i, part in enumerate(parts):
             names = [name for name in group.names if name in part or i == 0 and name in filled]
             source = find_parameter(model, part[0])
@@ -130,9 +133,11 @@ def _settle(config: TyingConfig, group: TieGroup, parts: list[list[str]], value_
 def _refuse_out_of_reach(model: PreTrainedModel, config: TyingConfig, missing: set[str]) -> None:
     """A base model opened from a file that keeps the shared matrix under a name of the head only."""
     slots = named_slots(model)
+    modules = modules_of(slots)
     for group, names in config.groups.items():
-        inside = [place for name in names if (place := locate(model, name, slots)) in slots]
-        outside = [name for name in names if locate(model, name, slots) is None]
+        places = {name: locate(model, name, slots, modules) for name in names}
+        inside = [place for place in places.values() if place in slots]
+        outside = [name for name, place in places.items() if place is None]
         if inside and outside and all(place in missing for place in inside):
             named = model.config.architectures
             architecture = named[0] if isinstance(named, list) and named else "the class that wrote it"

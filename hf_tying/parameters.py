@@ -88,7 +88,7 @@ def why_no_parameter(model: nn.Module, name: str, names: Iterable[str] = ()) -> 
         return "is under the old weight norm (torch.nn.utils.weight_norm); undo it by remove_weight_norm"
     if attribute in module._buffers:
         return "is a buffer, not a parameter; only parameters are tied"
-    if callable(getattr(module, attribute, None)) or "quant" in type(module).__module__:
+    if "quant" in type(module).__module__:
         return f"is quantised ({type(module).__name__}); untie before quantising one side"
     if isinstance(getattr(module, attribute, None), torch.Tensor):
         return f"is a plain tensor of {type(module).__name__}, not a parameter"

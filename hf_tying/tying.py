@@ -103,7 +103,12 @@ def untie(model: PreTrainedModel, names: list[str] | str | None = None) -> PreTr
         kept = [*scheme_chains(model, "none"), *other_chains(model, split_declared(model))]
         remaining = [[name for name in part if name in chain] for chain in chains for part in kept]
     else:
-        leaving = {names} if isinstance(names, str) else set(names)
+        leaving = [names] if isinstance(names, str) else names
+        if not isinstance(leaving, list | tuple | set) or not all(isinstance(name, str) for name in leaving):
+            raise TyingError(
+                f"Cannot untie {names!r}: expected a parameter name, a list of names, or nothing for all."
+            )
+        leaving = set(leaving)
         apart = {name for group in getattr(model, "tie_groups", []) for name in group.names}  # in fact, not on record
         tied = {name for chain in chains for name in chain}
         for name in leaving - tied - apart:
@@ -158,6 +163,8 @@ def _sources(model: PreTrainedModel, groups: list[TieGroup], init_from: str | No
     """For each group the values that it takes; `None` where its names agree and nothing is to be done."""
     role_names = roles(model)
     chosen = None
+    if not isinstance(init_from, str | None):
+        raise TyingError(f"init_from={init_from!r}: expected a role, 'mean', or a name of the tied groups.")
     if init_from in role_names:
         chosen = role_names[init_from][-1]
     elif init_from in SCHEMES["three_way"]:
@@ -192,7 +199,8 @@ def _sources(model: PreTrainedModel, groups: list[TieGroup], init_from: str | No
 
 
 def _refuse_unfit(model: nn.Module, action: str) -> None:
-    if any(hasattr(module, "base_layer") or hasattr(module, "original_module") for module in model.modules()):
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    if any(hasattr(module, "base_layer") or hasattr(module, "original_module") for module in modules):
         raise TyingError(
             f"Cannot {action} a model that carries adapters ({type(model).__name__}): its layers are wrapped by "
             f"PEFT. {action} the base model before get_peft_model, or take the adapters off first by "

@@ -6,7 +6,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from .config import TyingConfig, TyingError
-from .groups import TieGroup, declared_groups, locate
+from .groups import TieGroup, declared_groups, locate, modules_of
 from .parameters import difference, find_parameter, find_slot, named_slots, same_values, why_no_parameter
 
 
@@ -121,8 +121,10 @@ def _config_differs(model: PreTrainedModel, groups: list[TieGroup], slots: dict)
     entry = getattr(model.config, "tying", None)
     if entry is None:
         return
+    modules = modules_of(slots)
     located = [
-        {locate(model, n, slots) for n in names} - {None} for names in TyingConfig.from_dict(entry).groups.values()
+        {locate(model, name, slots, modules) for name in names} - {None}
+        for names in TyingConfig.from_dict(entry).groups.values()
     ]
     declared = {frozenset(names) for names in located if len(names) > 1}
     held = {frozenset(group.names) for group in groups}
