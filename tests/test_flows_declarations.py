@@ -1,12 +1,21 @@
 """f17, f06, f18, f22: what a class or a config declares, and how transformers misreads it."""
 
 import copy
+import json
 import pickle
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT2Model, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Model,
+    PreTrainedModel,
+)
 
 from hf_tying import TiedModelMixin, TyingError, assert_tied, tie, tying_report, untie
 
@@ -126,6 +135,45 @@ def test_tie_encoder_decoder_is_told_apart_from_what_is_tied():
     """f06: the flag is accepted, stored and ignored by transformers; the report says what is so."""
     report = tying_report(tiny_model("bart", tie_word_embeddings=False, tie_encoder_decoder=True))
     assert [group.actual for group in report.groups] == []
+
+
+class TestEncoderDecoder:
+    """f06: any encoder with any decoder, tied across the two; transformers refuses to save such a model."""
+
+    @staticmethod
+    def scores(model):
+        ids = torch.arange(8)[None]
+        with torch.no_grad():
+            return model(input_ids=ids, decoder_input_ids=ids).logits
+
+    @pytest.mark.parametrize("decoder", ["bert", "gpt2"])
+    @pytest.mark.parametrize("scheme", ["two_way", "three_way", "source_target", "none"])
+    def test_each_scheme_survives_the_file_with_and_without_the_entry(self, decoder, scheme, tmp_path):
+        config = EncoderDecoderConfig.from_encoder_decoder_configs(
+            tiny_config("bert"), tiny_config(decoder, is_decoder=True, add_cross_attention=True)
+        )
+        model = EncoderDecoderModel(config).eval()
+        tie(model, scheme, init_from="source" if scheme != "none" else None)
+        assert_tied(model)
+        model.save_pretrained(tmp_path)
+        loaded = EncoderDecoderModel.from_pretrained(tmp_path)
+        assert_tied(loaded)
+        assert loaded.config.tying["scheme"] == scheme
+        assert torch.equal(self.scores(loaded), self.scores(model))
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "tying"}))
+        stock = EncoderDecoderModel.from_pretrained(tmp_path)
+        assert type(stock) is EncoderDecoderModel
+        assert torch.equal(self.scores(stock), self.scores(model))
+
+    def test_its_own_refusal_to_resize_leaves_the_model_as_it_was(self):
+        config = EncoderDecoderConfig.from_encoder_decoder_configs(tiny_config("bert"), tiny_config("bert"))
+        model = tie(EncoderDecoderModel(config), "none")
+        with pytest.raises(NotImplementedError):
+            model.resize_token_embeddings(80)
+        assert model.decoder.get_input_embeddings().weight.shape[0] == 64
+        assert model.decoder.get_input_embeddings().num_embeddings == 64
+        assert_tied(model)
 
 
 class TestT5:
