@@ -4,6 +4,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
+from .alias import plain
 from .config import TyingConfig, TyingError
 from .groups import TieGroup, locate, modules_of, split_declared
 from .parameters import difference, find_parameter, link, named_slots, same_values, state_key
@@ -82,7 +83,7 @@ def fill_state(model: PreTrainedModel, state: dict, prefix: str, assign: bool) -
     """Put every name of a group into `state`, from whichever is there; with `assign`, as one and the same object."""
     for group in model.tie_groups:
         keys = [prefix + state_key(model, name) for name in group.names]
-        value = next((state[key] for key in keys if key in state), None)
+        value = plain(next((state[key] for key in keys if key in state), None))
         if value is None:
             continue
         if assign and not isinstance(value, nn.Parameter):

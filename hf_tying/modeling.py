@@ -14,6 +14,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
+from .alias import TiedAlias, plain
 from .config import TyingConfig, TyingError
 from .embeddings import fit_tied, replace_tied, resize
 from .groups import TieGroup, actual_groups, other_chains, resolve, stock_keys, subgroups
@@ -30,7 +31,6 @@ from .parameters import (
     same_values,
     stands_in,
     state_key,
-    storage_of,
 )
 from .record import refuse_contradicting_flag, write_config
 from .verify import offloaded, violations
@@ -96,7 +96,7 @@ class TiedModelMixin:
     def is_custom_code(cls) -> bool:
         """Whether the initialisation is somebody's own; a class over a stock one is initialised like it."""
         owner = next(base for base in cls.__mro__ if "_init_weights" in vars(base))
-        return cls.is_remote_code() or not owner.__module__.startswith("transformers.")
+        return not owner.__module__.startswith("transformers.")
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
         """`{tied name: root}`, flat; what accelerate, the quantisers and `device_map="auto"` read."""
@@ -228,19 +228,17 @@ class TiedModelMixin:
             yield (TiedName(name, [dot + n for n in group.names]) if group else name), parameter
 
     def state_dict(self, *args, destination=None, prefix: str = "", keep_vars: bool = False):
-        """As in torch, with every name; the root is the live tensor, its other names are copies.
+        """As in torch, with every name; those beside the root can be read but not updated in place (`TiedAlias`).
 
-        Code that updates a state dict in place (an exponential moving average) would otherwise update a tied matrix
-        once for each of its names.
+        Code that averages a state dict entry by entry would move a tied matrix once for each of its names.
         """
         state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         if not keep_vars:
             for group in self.tie_groups:
-                root = state.get(prefix + state_key(self, group.root))
-                for name in group.targets:
-                    key = prefix + state_key(self, name)
-                    if key in state and root is not None and storage_of(state[key]) == storage_of(root):
-                        state[key] = state[key].clone()
+                root = prefix + state_key(self, group.root)
+                for key in (prefix + state_key(self, name) for name in group.targets):
+                    if root in state and key in state:
+                        state[key] = TiedAlias.of(state[key], key, root)
         return state
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
@@ -280,7 +278,7 @@ class TiedModelMixin:
             keys = [key for name in group.names if (key := state_key(self, name)) in state]
             if not keys:
                 continue
-            kept = state[keys[0]]
+            kept = plain(state[keys[0]])
             if kept.is_meta and not hasattr(self, "hf_device_map"):
                 raise TyingError(
                     f"Cannot save {keys[0]!r}: its value is offloaded (accelerate.cpu_offload or disk_offload). "

@@ -215,11 +215,3 @@ class TiedName(str):
 
     def endswith(self, *args) -> bool:
         return any(name.endswith(*args) for name in self.names)
-
-
-def storage_of(tensor: torch.Tensor):
-    """What two tensors that share memory have in common; `None` where there is no memory to share (meta)."""
-    if tensor.device.type == "meta":
-        return None
-    local = getattr(tensor, "_local_tensor", tensor)
-    return local.device, local.untyped_storage().data_ptr()

@@ -10,7 +10,18 @@ from importlib import resources
 from pathlib import Path
 
 # From the ground up; each imports only modules before it, by `from .name import`.
-_MODULES = ("config", "parameters", "groups", "verify", "loading", "record", "embeddings", "remote_code", "modeling")
+_MODULES = (
+    "config",
+    "alias",
+    "parameters",
+    "groups",
+    "verify",
+    "loading",
+    "record",
+    "embeddings",
+    "remote_code",
+    "modeling",
+)
 _PREFIX = "hf_tying_"
 _HOME = {"TyingConfig": "config", "TyingConfigMixin": "config", "TyingError": "config", "TiedModelMixin": "modeling"}
 _IMPORT = re.compile(r"^from hf_tying(?:\.\w+)* import (?:\(([^)]*)\)|(.+))$", re.MULTILINE)

@@ -130,23 +130,66 @@ class TestRoleGradients:
 class TestAverages:
     """f20: exponential moving averages."""
 
-    def test_an_average_over_the_state_dict_moves_each_matrix_once(self, model):
-        average, start = copy.deepcopy(model), matrix(model, "target").detach().clone()
+    @pytest.mark.parametrize("update", [
+        lambda ema, live: ema.mul_(0.9).add_(live, alpha=0.1),
+        lambda ema, live: ema.copy_(0.9 * ema + 0.1 * live),
+        lambda ema, live: ema.lerp_(live, 0.1),
+        lambda ema, live: ema.data.mul_(0.9).add_(live, alpha=0.1),
+        lambda ema, live: torch.lerp(ema, live, 0.1, out=ema),
+        lambda ema, live: ema.__setitem__(slice(None), 0.9 * ema + 0.1 * live),
+    ], ids=["mul_ add_", "copy_", "lerp_", "data", "out", "setitem"])  # fmt: skip
+    def test_an_average_in_place_over_the_state_dict_is_told_at_the_second_name(self, model, update):
+        average = copy.deepcopy(model)
         with torch.no_grad():
             model.lm_head.weight.add_(1.0)
         live = model.state_dict()
-        for name, value in average.state_dict().items():
-            if value.is_floating_point():
+        with pytest.raises(TyingError, match="'lm_head.weight' in this state dict is the same memory as") as error:
+            for name, value in average.state_dict().items():
+                if value.is_floating_point():
+                    update(value, live[name])
+        assert "AveragedModel" in str(error.value) and "named_parameters" in str(error.value)
+
+    def test_the_way_out_moves_the_matrix_once(self, model):
+        average, start = copy.deepcopy(model), matrix(model, "target").detach().clone()
+        with torch.no_grad():
+            model.lm_head.weight.add_(1.0)
+            live = dict(model.named_parameters())
+            for name, value in average.named_parameters():
                 value.mul_(0.9).add_(live[name], alpha=0.1)
         assert torch.allclose(matrix(average, "target"), start + 0.1, atol=1e-6)
         assert_tied(average)
 
-    def test_writing_an_average_back_through_the_state_dict_reaches_the_model(self, model):
-        state = model.state_dict()
-        for value in state.values():
-            if value.is_floating_point():
-                value.fill_(0.5)
-        assert (model.lm_head.weight == 0.5).all()
+    def test_an_average_kept_as_a_deep_copy_of_the_state_dict_moves_each_entry_once(self, model):
+        average, start = copy.deepcopy(model.state_dict()), matrix(model, "target").detach().clone()
+        with torch.no_grad():
+            model.lm_head.weight.add_(1.0)
+        for name, value in model.state_dict().items():
+            average[name].mul_(0.9).add_(value, alpha=0.1)
+        assert torch.allclose(average[HEAD], start + 0.1, atol=1e-6)
+        assert torch.equal(average[HEAD], average[WTE])
+        model.load_state_dict(average)
+        assert torch.equal(model.lm_head.weight, average[WTE])
+
+    def test_values_are_written_back_through_the_state_dict(self, model):
+        backup = {name: value.clone() + 1 for name, value in model.state_dict().items()}
+        for name, value in model.state_dict().items():
+            value.copy_(backup[name])
+        assert torch.equal(model.lm_head.weight, backup[HEAD])
+
+    def test_a_saved_state_dict_holds_plain_tensors_and_the_matrix_once(self, model, tmp_path):
+        torch.save(model.state_dict(), tmp_path / "state.pt")
+        state = torch.load(tmp_path / "state.pt", weights_only=True)
+        assert type(state[HEAD]) is torch.Tensor
+        assert state[HEAD].data_ptr() == state[WTE].data_ptr()
+        model.load_state_dict(state)
+
+    def test_reading_a_further_name_is_reading_a_tensor(self, model):
+        value = model.state_dict()[HEAD]
+        assert torch.equal(value.clone(), model.lm_head.weight) and type(value + 1) is torch.Tensor
+        assert value.numpy().shape == (64, 16) and value.data_ptr() == model.lm_head.weight.data_ptr()
+        other = tiny_model("gpt2", seed=1)
+        other.load_state_dict(model.state_dict())
+        assert torch.equal(other.lm_head.weight, model.lm_head.weight)
 
     def test_averaged_model_of_torch_stays_tied(self, model):
         average = AveragedModel(model)
