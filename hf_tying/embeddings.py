@@ -8,7 +8,7 @@ from transformers.utils import logging
 
 from .config import TyingError
 from .groups import other_chains, roles, split_declared
-from .parameters import find_parameter, find_slot, fit_rows, link_all, replace_module
+from .parameters import find_parameter, find_slot, fit_rows, link_all, replace_module, separate
 
 logger = logging.get_logger(__name__)
 
@@ -70,6 +70,7 @@ def resize(
             module.weight.data = weight
             fit_rows(module)
         raise
+    separate(model, model.tie_groups)  # BERT's setter makes its two output biases one, whether they were or not
     fit_tied(model)
     _fit_idle_biases(model, rows, embeddings.weight.shape[0])
     return embeddings
@@ -85,16 +86,17 @@ def fit_tied(model: PreTrainedModel) -> None:
 
 
 def _embeddings_out_of_reach(model: PreTrainedModel, rows: int) -> list[nn.Module]:
-    """Decoder input embeddings over the same vocabulary, which the stock resize would replace or forget.
+    """Input embeddings over the same vocabulary that the stock resize would replace or forget, each matrix once.
 
-    Not those of a second vocabulary: Marian resizes that by `resize_decoder_token_embeddings`.
+    Not the decoder's where it has a vocabulary of its own: Marian resizes that by `resize_decoder_token_embeddings`.
     """
-    if not getattr(model.config, "share_encoder_decoder_embeddings", True):
-        return []
-    parameter = model.get_input_embeddings().weight
-    modules = [find_slot(model, name)[0] for name in roles(model).get("target", [])]
+    shared = getattr(model.config, "share_encoder_decoder_embeddings", True)
+    role_names = roles(model)
+    names = role_names.get("source", []) + (role_names.get("target", []) if shared else [])
+    modules = [find_slot(model, name)[0] for name in names]
     found = {id(m.weight): m for m in modules if isinstance(m, nn.Embedding) and m.weight.shape[0] == rows}
-    return [module for module in found.values() if module.weight is not parameter]
+    found.pop(id(model.get_input_embeddings().weight), None)
+    return list(found.values())
 
 
 def _fit_idle_biases(model: PreTrainedModel, before: int, after: int) -> None:

@@ -161,14 +161,6 @@ def _named_by(part: str, names: list[str]) -> list[str]:
     return [name for name in sorted(names) if name == part or name.startswith(f"{part}.")]
 
 
-def actual_groups(model: nn.Module) -> list[list[str]]:
-    """The names that are one object in `model` as it stands, whoever tied them."""
-    by_identity: dict[int, list[str]] = {}
-    for name, parameter in named_slots(model).items():
-        by_identity.setdefault(id(parameter), []).append(name)
-    return [names for names in by_identity.values() if len(names) > 1]
-
-
 def scheme_of(model: PreTrainedModel, groups: Iterable[TieGroup]) -> str:
     """The scheme that `groups` amount to for the roles of `model`; `"none"` where no scheme says exactly that."""
     role_names = roles(model)

@@ -17,18 +17,18 @@ from transformers.utils import logging
 from .alias import TiedAlias, plain
 from .config import TyingConfig, TyingError
 from .embeddings import fit_tied, replace_tied, resize
-from .groups import TieGroup, actual_groups, other_chains, resolve, stock_keys, subgroups
+from .groups import TieGroup, other_chains, resolve, stock_keys, subgroups
 from .loading import check_loaded_state, fill_state, tie_loaded
 from .parameters import (
     TiedName,
+    actual_groups,
     canonical,
     find_parameter,
     is_one,
     link,
     link_all,
-    named_slots,
-    own_module,
     same_values,
+    separate,
     stands_in,
     state_key,
 )
@@ -299,22 +299,6 @@ def set_groups(model: PreTrainedModel, groups: list[TieGroup]) -> None:
     for group in groups:
         link_all(model, group.names, find_parameter(model, group.root))
     declare(model, groups)
-
-
-def separate(model: nn.Module, groups: list[TieGroup]) -> None:
-    """Give a parameter of its own to every name that is tied now and shall not be."""
-    group_of = {name: group.name for group in groups for name in group.names}
-    slots = named_slots(model)
-    for shared in actual_groups(model):
-        parts: dict[str, list[str]] = {}
-        for name in shared:
-            parts.setdefault(group_of.get(name, f"{name} alone"), []).append(name)
-        for names in list(parts.values())[1:]:
-            old = slots[names[0]]
-            copy = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
-            for name in names:
-                own_module(model, name)
-                link(model, name, copy)
 
 
 def declare(model: PreTrainedModel, groups: list[TieGroup]) -> None:

@@ -69,6 +69,14 @@ def named_slots(model: nn.Module) -> dict[str, nn.Parameter]:
     return slots
 
 
+def actual_groups(model: nn.Module) -> list[list[str]]:
+    """The names that are one object in `model` as it stands, whoever tied them."""
+    by_identity: dict[int, list[str]] = {}
+    for name, parameter in named_slots(model).items():
+        by_identity.setdefault(id(parameter), []).append(name)
+    return [names for names in by_identity.values() if len(names) > 1]
+
+
 def canonical(path: str) -> str:
     """A path without the modules that adapters put in."""
     return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
@@ -125,6 +133,27 @@ def own_module(model: nn.Module, name: str) -> None:
                 vars(own)[table] = dict(getattr(child, table))
             child = parent._modules[part] = own
         parent = child
+
+
+def separate(model: nn.Module, groups: Iterable) -> None:
+    """Give a parameter of its own to every name that is tied now and shall not be.
+
+    Args:
+        model: changed in place; values stay.
+        groups: the tie groups (with `name` and `names`) that shall hold.
+    """
+    group_of = {name: group.name for group in groups for name in group.names}
+    slots = named_slots(model)
+    for shared in actual_groups(model):
+        parts: dict[str, list[str]] = {}
+        for name in shared:
+            parts.setdefault(group_of.get(name, f"{name} alone"), []).append(name)
+        for names in list(parts.values())[1:]:
+            old = slots[names[0]]
+            copy = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
+            for name in names:
+                own_module(model, name)
+                link(model, name, copy)
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

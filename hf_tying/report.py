@@ -173,8 +173,8 @@ def tying_report(model_or_path) -> TyingReport:
 
 
 def _report_on_model(model) -> TyingReport:
-    from .groups import TieGroup, actual_groups, roles, scheme_of
-    from .parameters import find_parameter, named_slots
+    from .groups import TieGroup, roles, scheme_of
+    from .parameters import actual_groups, find_parameter, named_slots
     from .verify import groups_of, unwrapped
 
     model = unwrapped(model)

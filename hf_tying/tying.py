@@ -8,7 +8,6 @@ from transformers.utils import logging
 from .config import SCHEMES, TyingConfig, TyingError, nearest
 from .groups import (
     TieGroup,
-    actual_groups,
     carriers,
     explicit_groups,
     make_groups,
@@ -17,8 +16,8 @@ from .groups import (
     scheme_chains,
     split_declared,
 )
-from .modeling import TiedModelMixin, separate, set_groups, tied_class
-from .parameters import difference, find_parameter, named_slots, same_values
+from .modeling import TiedModelMixin, set_groups, tied_class
+from .parameters import actual_groups, difference, find_parameter, named_slots, same_values, separate
 from .record import write_config
 
 logger = logging.get_logger(__name__)
