@@ -77,8 +77,9 @@ class TyingReport:
 
         scheme = f", scheme {self.scheme}" if self.scheme else ""
         table = Table(title=f"{self.architecture} ({self.source}): {self.parameters:,} parameters{scheme}")
-        for column in ("group", "name (root first)", "role", "shape", "declared", "one parameter", "in file", "saved"):
-            table.add_column(column, overflow="fold")
+        for column in ("group", "name (root first)", "role", "shape", "declared", "one", "in file", "saved"):
+            table.add_column(column, overflow="fold", no_wrap=column.startswith("name"))
+        table.caption = "one: a single parameter in the model; saved: parameters, and bytes with AdamW's two moments"
         for group in self.groups:
             for i, name in enumerate(group.names):
                 first = i == 0
@@ -90,9 +91,7 @@ class TyingReport:
                     _mark(group.declared) if first else "",
                     _mark(group.actual) if first else "",
                     _mark(None if group.in_file is None else name in group.in_file),
-                    f"{group.parameters_saved:,} ({_megabytes(group.bytes_saved + group.optimizer_bytes_saved)})"
-                    if first
-                    else "",
+                    f"{group.parameters_saved:,} ({_size(group.bytes_saved + group.optimizer_bytes_saved)})" * first,
                     end_section=i == len(group.names) - 1,
                 )
         if not self.groups:
@@ -344,5 +343,9 @@ def _mark(value: bool | None) -> str:
     return "-" if value is None else "yes" if value else "NO"
 
 
-def _megabytes(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB with AdamW"
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:,.1f} {unit}"
+        count /= 1024
+    return f"{count:,.1f} GiB"
