@@ -56,9 +56,14 @@ def resize(
     """The stock resize, and what it leaves out: embeddings tied to nothing, and sizes stated beside a tied matrix.
 
     Matrices are resized in place (`parameter.data`), so that a tie survives by itself and the optimizer keeps it.
+
+    Raises:
+        TyingError: when an embedding is tied to something that has no row for each word.
     """
     rows = model.get_input_embeddings().weight.shape[0]
     changes = new_num_tokens is not None or pad_to_multiple_of is not None
+    if changes:
+        _refuse_other_rows(model)
     others = _embeddings_out_of_reach(model, rows) if changes else []
     before = [(module, module.weight.data) for module in others]
     try:
@@ -83,6 +88,18 @@ def fit_tied(model: PreTrainedModel) -> None:
             module, attribute = find_slot(model, name)
             if attribute == "weight" and isinstance(module.weight, nn.Parameter):
                 fit_rows(module)
+
+
+def _refuse_other_rows(model: PreTrainedModel) -> None:
+    role_names = {name for names in roles(model).values() for name in names}
+    for group in model.tie_groups:
+        words = [name for name in group.names if name in role_names]
+        others = [name for name in group.names if name not in role_names]
+        if words and others:
+            raise TyingError(
+                f"Cannot resize: {others[0]!r} is tied to the embedding {words[0]!r} (group {group.name!r}), and its "
+                f"rows are no words. untie(model, {others}) first."
+            )
 
 
 def _embeddings_out_of_reach(model: PreTrainedModel, rows: int) -> list[nn.Module]:
