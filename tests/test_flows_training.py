@@ -32,10 +32,10 @@ class Sentences(torch.utils.data.Dataset):
         return {"input_ids": ids, "labels": ids}
 
 
-def trainer(model, folder, steps=4, **kwargs):
+def trainer(model, folder, steps=4, logging_steps=1, **kwargs):
     arguments = TrainingArguments(
-        output_dir=folder, max_steps=steps, per_device_train_batch_size=4, save_steps=2, logging_steps=1, use_cpu=True,
-        disable_tqdm=True, report_to="none", **kwargs,
+        output_dir=folder, max_steps=steps, per_device_train_batch_size=4, save_steps=2, logging_steps=logging_steps,
+        use_cpu=True, disable_tqdm=True, report_to="none", **kwargs,
     )  # fmt: skip
     return Trainer(model=model, args=arguments, train_dataset=Sentences(), eval_dataset=Sentences(),
                    callbacks=[TyingCallback(log_roles=True)])  # fmt: skip
@@ -78,10 +78,12 @@ class TestTrainer:
         assert_tied(run.model)
         assert not [message for message in warnings_of_transformers if "missing keys" in message]
 
-    def test_the_callback_logs_the_gradient_by_role(self, model, tmp_path):
-        run = trainer(model, tmp_path)
+    @pytest.mark.parametrize("logging_steps", [1, 2])
+    def test_the_callback_logs_the_gradient_by_role(self, model, tmp_path, logging_steps):
+        run = trainer(model, tmp_path, logging_steps=logging_steps)
         run.train()
         logs = [entry for entry in run.state.log_history if "loss" in entry]
+        assert len(logs) == 4 // logging_steps
         for entry in logs:
             shares = [entry[f"grad_share/embeddings/{role}"] for role in ("target", "output")]
             assert sum(shares) == pytest.approx(1.0) and min(shares) > 0

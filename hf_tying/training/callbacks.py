@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import IntervalStrategy, TrainerCallback
 from transformers.utils import logging
 
 from ..config import TyingError
@@ -46,7 +46,10 @@ class TyingCallback(TrainerCallback):
             logger.info(f"Training with group {group.name!r} as one parameter: {', '.join(group.names)}.")
         if self.log_roles:
             self._meter = RoleMeter(unwrapped(model))
-            self._meter.attach()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self._meter is not None:
+            self._meter.attach() if _is_logged(args, state) else self._meter.detach()
 
     def on_save(self, args, state, control, model=None, **kwargs):
         assert_tied(model)
@@ -62,6 +65,14 @@ class TyingCallback(TrainerCallback):
         if self._meter is not None:
             self._meter.detach()
             self._meter = None
+
+
+def _is_logged(args, state) -> bool:
+    """Whether the step that begins ends in a log; by epochs, any step may be the last one before it."""
+    if args.logging_strategy != IntervalStrategy.STEPS:
+        return args.logging_strategy == IntervalStrategy.EPOCH
+    step = state.global_step + 1
+    return step % max(1, state.logging_steps) == 0 or (step == 1 and args.logging_first_step)
 
 
 def assert_optimized(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -102,6 +113,8 @@ class RoleMeter:
 
     def attach(self) -> None:
         """Watch every forward pass until `detach`."""
+        if self._handles:
+            return
         role_of = {name: role for role, names in roles(self.model).items() for name in names}
         for group in groups_of(self.model):
             for name in group.names:
