@@ -23,6 +23,7 @@ DESELECTED = {
     "T5::test_model_base_model_prefix": "T5 holds encoder and decoder itself, there is no base model under its prefix",
 }
 
+
 # Tests that `tied.py` runs with one thing changed.
 def install_upstream(folder: Path) -> None:
     """Make `tests` upstream's package, wherever this repository is on the path, with stubs for what it lacks."""

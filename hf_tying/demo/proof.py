@@ -1,0 +1,69 @@
+"""What the demo claims, each claim with the evidence it rests on."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from . import fresh_process
+
+#: The tied model may be this much worse at most. The papers promise that it is better.
+MOST_PERPLEXITY_RATIO = 1.02
+# Same weights, code, threads and batches: what may differ is how memory is aligned, some units in the last place.
+_MOST_DIFFERENCE = 1e-4
+
+
+_PACKAGE = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Check:
+    """A claim, whether it holds, and the numbers that say so."""
+
+    claim: str
+    holds: bool
+    evidence: str
+
+
+def reload_checks(folder: Path, in_memory: dict[str, torch.Tensor], blocks: torch.Tensor) -> list[Check]:
+    """Load `folder` in two fresh processes, one without and one with hf_tying, and compare with the model in memory.
+
+    Args:
+        folder (`Path`): a saved model with its tokenizer.
+        in_memory (`dict[str, torch.Tensor]`): what `fresh_process.score` gave for the model before it was saved.
+        blocks (`torch.Tensor`): the validation blocks it was scored on.
+
+    Returns:
+        `list[Check]`: one for each way to load.
+    """
+    return [
+        _reload_check("plain transformers reload it in a fresh process", folder, in_memory, blocks),
+        _reload_check("hf_tying reloads it in a fresh process, tied", folder, in_memory, blocks, "hf_tying"),
+    ]
+
+
+def _reload_check(claim: str, folder: Path, expected: dict, blocks: torch.Tensor, *plugin: str) -> Check:
+    with tempfile.TemporaryDirectory() as scratch:
+        question, answer = Path(scratch, "blocks.safetensors"), Path(scratch, "answer.safetensors")
+        save_file({"blocks": blocks}, question)
+        command = [sys.executable, "-P", fresh_process.__file__, str(folder), str(question), str(answer), *plugin]
+        # The copy of hf_tying that runs here is the one to prove, installed or not.
+        path = os.pathsep.join(filter(None, (str(_PACKAGE.parent), os.environ.get("PYTHONPATH"))))
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+        process = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if process.returncode:
+            last_line = (process.stderr.strip().splitlines() or ["no message"])[-1]
+            return Check(claim, False, f"the process ended with {process.returncode}: {last_line}")
+        found = load_file(answer)
+    difference = (found["logits"] - expected["logits"]).abs().max().item()
+    holds = difference <= _MOST_DIFFERENCE and abs(found["loss"] - expected["loss"]).item() <= _MOST_DIFFERENCE
+    evidence = f"validation loss {found['loss']:.6f}, largest difference of a logit {difference:.1e}"
+    if plugin:
+        holds = holds and found["parameters"].item() == expected["parameters"].item()
+        evidence += f", {found['parameters']:,} parameters"
+    return Check(claim, holds, evidence)

@@ -1,0 +1,89 @@
+"""The command line: quick help, clear errors, and `inspect` for people and for programs."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from hf_tying import tie
+from hf_tying.cli import main
+
+HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "numpy", "tokenizers", "matplotlib"}
+
+
+@pytest.fixture
+def hf_tying(monkeypatch, capsys):
+    """Run the command line in this process: exit status, standard output, standard error."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["hf-tying", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def tied_folder(tmp_path_factory):
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    folder = tmp_path_factory.mktemp("models") / "tied"
+    tie(AutoModelForCausalLM.from_config(config), "two_way", init_from="target").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["inspect", "--help"]], ids=" ".join)
+def test_help_loads_nothing_heavy(arguments):
+    code = (
+        "import sys; from hf_tying.cli import main\n"
+        f"sys.argv = ['hf-tying', *{arguments!r}]\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        f"assert not {HEAVY!r} & set(sys.modules), {HEAVY!r} & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert "Usage: hf-tying" in result.stdout
+
+
+def test_inspect_prints_a_table(hf_tying, tied_folder):
+    status, output, _ = hf_tying("inspect", tied_folder)
+    assert status == 0
+    assert "model.embed_tokens.weight" in output and "lm_head.weight" in output
+    assert "two_way" in output
+
+
+def test_inspect_prints_json_for_programs(hf_tying, tied_folder):
+    status, output, _ = hf_tying("inspect", tied_folder, "--json")
+    assert status == 0
+    report = json.loads(output)
+    assert report["parameters_saved"] == 64 * 16
+    assert report["groups"][0]["names"] == ["model.embed_tokens.weight", "lm_head.weight"]
+
+
+def test_inspect_draws_a_picture(hf_tying, tied_folder, tmp_path):
+    assert hf_tying("inspect", tied_folder, "--plot", tmp_path / "ties.png")[0] == 0
+    assert (tmp_path / "ties.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_error_is_a_message_and_not_a_traceback(tied_folder):
+    config = json.loads((tied_folder / "config.json").read_text())
+    broken = tied_folder.parent / "broken [bold]"
+    shutil.copytree(tied_folder, broken)
+    (broken / "config.json").write_text(json.dumps(config | {"tying": {"version": 1, "scheme": "two_wey"}}))
+    command = [sys.executable, "-m", "hf_tying", "inspect", broken]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert "two_wey" in result.stderr and "two_way" in result.stderr
+    assert "Traceback" not in result.stderr and result.stdout == ""
+
+
+def test_an_unknown_command_is_a_usage_error(hf_tying):
+    status, _, error = hf_tying("tye")
+    assert status == 2
+    assert "No such command 'tye'" in error
