@@ -17,7 +17,8 @@ class TiedAlias(torch.Tensor):
 
     It shares the root's memory as in torch, can be read, copied, saved and loaded from, and refuses an update in
     place: code that averages a state dict entry by entry would move the one matrix once for each of its names. Writing
-    the values that it has is no update. In a file, and as a deep copy, it is a plain tensor.
+    the values that it has is no update. What is computed from it, its deep copy and what a file holds are plain
+    tensors.
     """
 
     tied: tuple[str, str] = ("a tied name", "its root")
@@ -35,7 +36,6 @@ class TiedAlias(torch.Tensor):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         written = _written(func, args, kwargs)
-        aliases = [value for value in tree_iter((args, kwargs)) if isinstance(value, TiedAlias)]
         with torch._C.DisableTorchFunctionSubclass():
             for alias in written:
                 if not _writes_what_is_there(func, args):
@@ -46,9 +46,8 @@ class TiedAlias(torch.Tensor):
                         "each parameter once. To average a model: torch.optim.swa_utils.AveragedModel."
                     )
             result = func(*tree_map(plain, args), **tree_map(plain, kwargs))
-            for alias in aliases:
-                if type(result) is torch.Tensor and not result.is_meta and _one_storage(result, alias):
-                    return TiedAlias.of(result, *alias.tied)  # a view, or a conversion with nothing to do
+        if func == torch.Tensor.data.__get__:
+            return TiedAlias.of(result, *args[0].tied)  # the usual detour of an update in place
         return result
 
     def __deepcopy__(self, memo):
@@ -79,7 +78,3 @@ def _writes_what_is_there(func, args: tuple) -> bool:
         return False
     here, given = plain(args[0]), plain(args[1])
     return here.shape == given.shape and torch.equal(here, given.to(here))
-
-
-def _one_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.device == b.device and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

@@ -97,8 +97,8 @@ def _refuse_other_rows(model: PreTrainedModel) -> None:
         others = [name for name in group.names if name not in role_names]
         if words and others:
             raise TyingError(
-                f"Cannot resize: {others[0]!r} is tied to the embedding {words[0]!r} (group {group.name!r}), and its "
-                f"rows are no words. untie(model, {others}) first."
+                f"Cannot resize: {others[0]!r} is tied to the embedding {words[0]!r} (group {group.name!r}), and is "
+                f"no vocabulary matrix. untie(model, {others}) first."
             )
 
 
