@@ -520,13 +520,16 @@ def test_layers_are_tied_alone_or_beside_the_embeddings_and_stay_so(arch, embedd
     assert len(shared_names(load(arch, tmp_path / "untied"))) == len(shared) - 1
 
 
-@pytest.mark.parametrize("rows", [VOCAB + 6, VOCAB - 2])
+@pytest.mark.parametrize(
+    "rows, multiple", [(VOCAB + 6, None), (VOCAB - 2, None), (VOCAB + 6, 8)], ids=["up", "down", "padded"]
+)
 @every_architecture
-def test_a_resize_of_free_embeddings_makes_no_tie_that_nobody_declared(arch, rows, tmp_path):
+def test_a_resize_of_free_embeddings_makes_no_tie_that_nobody_declared(arch, rows, multiple, tmp_path):
     model = untied_model(arch)
     tie(model, layer_pair(model), init_from="mean")
     before = shared_names(model)
-    model.resize_token_embeddings(rows, mean_resizing=False)
+    model.resize_token_embeddings(rows, pad_to_multiple_of=multiple, mean_resizing=False)
+    assert model.get_output_embeddings().weight.shape[0] == (rows if multiple is None else VOCAB + 8)
     assert shared_names(model) == before
     assert_tied(model)
     model.save_pretrained(tmp_path)
