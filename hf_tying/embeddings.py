@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
@@ -78,6 +79,7 @@ def resize(
     separate(model, model.tie_groups)  # BERT's setter makes its two output biases one, whether they were or not
     fit_tied(model)
     _fit_idle_biases(model, rows, embeddings.weight.shape[0])
+    _fit_final_bias(model)
     return embeddings
 
 
@@ -123,3 +125,10 @@ def _fit_idle_biases(model: PreTrainedModel, before: int, after: int) -> None:
         if {parameter.shape for parameter in parameters} == {(before,), (after,)}:
             for parameter in parameters:
                 parameter.data = nn.functional.pad(parameter.data, (0, after - parameter.shape[0]))
+
+
+def _fit_final_bias(model: PreTrainedModel) -> None:
+    """Marian gives its `final_logits_bias` the size that was asked for, not the padded one."""
+    bias, output = getattr(model, "final_logits_bias", None), model.get_output_embeddings()
+    if isinstance(bias, torch.Tensor) and output is not None and bias.shape[-1] != output.weight.shape[0]:
+        model._resize_final_logits_bias(output.weight.shape[0])

@@ -536,6 +536,19 @@ def test_a_resize_of_free_embeddings_makes_no_tie_that_nobody_declared(arch, row
     assert torch.equal(logits(load(arch, tmp_path)), logits(model))
 
 
+@pytest.mark.parametrize("rows", [VOCAB + 6, VOCAB - 2])
+@every_architecture
+def test_an_untied_model_is_resized_and_reloads_with_what_untie_leaves_tied(arch, rows, tmp_path):
+    model = untie(tiny_model(arch, tie_word_embeddings=True))
+    before = shared_names(model)  # BERT's output bias, BART's carrier
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    assert shared_names(model) == before
+    assert_tied(model)
+    model.save_pretrained(tmp_path)
+    loaded = load(arch, tmp_path)
+    assert shared_names(loaded) == before and torch.equal(logits(loaded), logits(model))
+
+
 def test_every_name_of_a_group_can_be_its_root(tmp_path):
     expected = None
     names = ["model.embed_tokens.weight", "lm_head.weight"]

@@ -1,6 +1,8 @@
 """The job from text to proof, in the order in which it happens."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
 
@@ -28,6 +30,18 @@ from .settings import REPORT, DemoSettings
 from .training import Run, train
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """So small a model gains little by a second thread, and on a busy machine threads that meet lose much by it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def run_demo(settings: DemoSettings, console: Console | None = None) -> bool:
     """Train the pair, compare, save, reload and prove.
 
