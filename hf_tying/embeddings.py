@@ -47,6 +47,15 @@ def replace_tied(model: PreTrainedModel, old: nn.Module, new: nn.Module) -> bool
     return True
 
 
+def follow_bias(model: PreTrainedModel, new: nn.Module) -> None:
+    """After an output module was replaced: names tied to its bias (RoBERTa's second one) take the new bias."""
+    bias = new._parameters.get("bias")
+    for group in model.tie_groups:
+        slots = [find_slot(model, name) for name in group.names]
+        if bias is not None and any(slot == (new, "bias") for slot in slots):
+            link_all(model, group.names, bias)
+
+
 def resize(
     model: PreTrainedModel,
     stock_resize: Callable,

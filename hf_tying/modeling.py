@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from .alias import TiedAlias, plain
 from .config import TyingConfig, TyingError
-from .embeddings import fit_tied, replace_tied, resize
+from .embeddings import fit_tied, follow_bias, replace_tied, resize
 from .groups import TieGroup, other_chains, resolve, stock_keys, subgroups
 from .loading import check_loaded_state, fill_state, tie_loaded
 from .parameters import (
@@ -165,8 +165,10 @@ class TiedModelMixin:
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replace the output embedding; every name tied to it follows."""
         old = self.get_output_embeddings()
-        if new_embeddings is not old and not replace_tied(self, old, new_embeddings):
-            super().set_output_embeddings(new_embeddings)
+        if new_embeddings is not old:
+            if not replace_tied(self, old, new_embeddings):
+                super().set_output_embeddings(new_embeddings)
+            follow_bias(self, new_embeddings)
 
     def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing: bool = True):
         """As in transformers; tied names stay one parameter, and embeddings tied to nothing are resized, not replaced.

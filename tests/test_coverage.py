@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -272,7 +273,8 @@ def elsewhere(tmp_path_factory, worker_id):
     base = tmp_path_factory.getbasetemp()
     base = (base if worker_id == "master" else base.parent) / "elsewhere"
     with FileLock(f"{base}.lock"):
-        if not base.exists():
+        if not (base / "complete").exists():
+            shutil.rmtree(base, ignore_errors=True)  # of a worker that failed in it
             write_folders(base / "work", base / "expected")
             running = []
             for way in (WITHOUT, FIRST, LAST):
@@ -282,6 +284,7 @@ def elsewhere(tmp_path_factory, worker_id):
                 running.append(subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True))
             for done in running:
                 assert done.returncode == 0, done.stderr
+            (base / "complete").touch()
     return base
 
 

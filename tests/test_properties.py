@@ -310,7 +310,7 @@ EVENTS = [save_and_load, deepcopy, pickled, to_dtype, to_empty, to_meta, load_st
           tie_more, tie_by_scheme, tie_weights_again, train_step]  # fmt: skip
 
 
-@steady(400)
+@steady(300)
 @given(st.data())
 def test_the_invariants_outlive_whatever_happens_to_a_model(data):
     arch, dtype, config = data.draw(declared_ties())
