@@ -9,13 +9,12 @@ import pytest
 from hf_tying import TyingError
 from hf_tying.data import (
     END_OF_TEXT,
-    _docstrings,
-    _language_reference,
     blocks_for_language_modeling,
     corpus_from_files,
     standard_library_corpus,
     train_byte_level_bpe,
 )
+from hf_tying.data.text import _docstrings, _language_reference
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +77,7 @@ def test_modules_are_read_and_not_run_and_in_the_same_order_in_every_process(lib
 
 
 def test_the_end_of_a_file_is_held_out_at_a_paragraph(tmp_path):
-    text = "\n\n".join(words(50, start) for start in range(0, 5000, 50))
+    text = "\n\n".join(words(25, start) + "\n" + words(25, start + 25) for start in range(0, 5000, 50))
     (tmp_path / "a.txt").write_text(text)
     corpus = corpus_from_files([tmp_path / "a.txt"], validation_fraction=0.1)
     assert corpus.train[0] + "\n\n" + corpus.validation[0] == text

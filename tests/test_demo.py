@@ -11,13 +11,15 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_tying import TyingError, assert_tied, untie
+from hf_tying import TyingError, assert_tied, cli, untie
+from hf_tying.demo import job
 from hf_tying.demo.fresh_process import score
-from hf_tying.demo.job import _outcome
+from hf_tying.demo.job import _fairness, _outcome
 from hf_tying.demo.models import build_pair, differing_at_the_start, small_config
 from hf_tying.demo.proof import _reload_check, reload_checks
 from hf_tying.demo.report import comparison_table
 from hf_tying.demo.settings import DemoSettings
+from hf_tying.demo.training import Run, _RecordingCollator
 
 
 def hf_tying(*arguments):
@@ -137,6 +139,44 @@ def test_each_claim_about_the_outcome_can_fail():
     assert not any(check.holds for check in _outcome({"untied": untied, "tied": worse}))
 
 
+def test_a_claim_that_fails_ends_the_command_with_one_and_is_reported(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(job, "MOST_PERPLEXITY_RATIO", 0)
+    monkeypatch.setattr(job, "reload_checks", lambda *arguments: [])
+    flags = [
+        "--train_file",
+        str(text),
+        "--vocab_size",
+        "300",
+        "--max_steps",
+        "1",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    monkeypatch.setattr(sys, "argv", ["hf-tying", "demo", *flags])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 1
+    assert "FAILS  its perplexity is at most 0 of the untied model's" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert [check["claim"] for check in report["checks"] if not check["holds"]] == [
+        "its perplexity is at most 0 of the untied model's"
+    ]
+
+
+def test_other_data_or_another_order_is_found():
+    one, two = {"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [3, 4], "labels": [3, 4]}
+    digests = []
+    for batches in ([[one], [two]], [[one], [two]], [[two], [one]], [[one]]):
+        collator = _RecordingCollator()
+        for batch in batches:
+            collator(batch)
+        digests.append(collator.digest.hexdigest())
+    assert digests[0] == digests[1] and len(set(digests)) == 3
+    untied, other = (Run(None, 8, 1.0, 1, 1.0, data, []) for data in (digests[0], digests[2]))
+    assert [check.holds for check in _fairness(untied, untied, [])] == [True, True]
+    assert [check.holds for check in _fairness(untied, other, ["a.weight"])] == [False, False]
+
+
 def test_the_table_shows_numbers_and_their_ratio():
     untied = dict(parameters=2000, checkpoint_bytes=8e6, optimizer_bytes=16e6, tokens_per_second=900, perplexity=50.0)
     tied = dict(parameters=1000, checkpoint_bytes=4e6, optimizer_bytes=8e6, tokens_per_second=990, perplexity=48.0)
@@ -164,8 +204,6 @@ def test_the_table_shows_numbers_and_their_ratio():
     ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) else "",
 )
 def test_bad_input_is_a_message_and_nothing_is_written(flags, message, text, tmp_path, monkeypatch, capsys):
-    from hf_tying import cli
-
     (tmp_path / "empty.txt").touch()
     (tmp_path / "short.txt").write_text("A few words. " * 10)
     (tmp_path / "latin.txt").write_bytes("déjà vu".encode("latin-1") * 100)
@@ -190,7 +228,7 @@ def test_a_folder_with_other_files_is_not_written_into(tmp_path):
 @pytest.mark.parametrize(
     "model_type, reason",
     [
-        ("fuyu", "expected at most 20,000,000"),
+        ("git", "expected at most 20,000,000"),
         ("xlnet", "no sequence length limit"),
         ("bart", "asks for more than sizes and token ids"),
     ],

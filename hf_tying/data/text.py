@@ -1,4 +1,4 @@
-"""Text to train on: documents, a split that does not leak, a byte-level BPE, and blocks of token ids.
+"""Text to train a language model on: documents, a split that does not leak, and blocks of token ids.
 
 The demo's corpus is English that every CPython carries: the language reference (`pydoc_data.topics`, which
 `help("for")` prints) and the docstrings of the standard library, some two megabytes of prose. It needs no network and
@@ -14,13 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config import TyingError
+from ..config import TyingError
 
-#: Ends every document: the one special token of `train_byte_level_bpe`.
-END_OF_TEXT = "<|endoftext|>"
-
-# Every byte and the special token: below this a byte-level BPE could not write every text.
-_LEAST_VOCABULARY = 257
 # Not the library itself: its tests, and what pip installs beside it.
 _NOT_THE_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled"}
 _PARAGRAPH_BREAK = re.compile(r"\n[ \t]*\n\s*")
@@ -99,7 +94,7 @@ def corpus_from_files(paths: Sequence[str | Path], validation_fraction: float = 
     """
     train, validation = [], []
     for path in paths:
-        beginning, end = _cut(_read_text(Path(path)), validation_fraction)
+        beginning, end = _cut(read_text(Path(path)), validation_fraction)
         train.append(beginning)
         validation.append(end)
     seen = {_normal(paragraph) for text in train for paragraph in _PARAGRAPH_BREAK.split(text)}
@@ -110,41 +105,6 @@ def corpus_from_files(paths: Sequence[str | Path], validation_fraction: float = 
             f"{_names(paths)} stands in the training text as well. Give more text, or text with less repetition."
         )
     return Corpus(name=_names(paths), train=train, validation=validation)
-
-
-def train_byte_level_bpe(texts: Iterable[str], vocab_size: int):
-    """Train a byte-level BPE (Radford et al. 2019, section 2.2), which can write any text and has no unknown token.
-
-    Args:
-        texts (`Iterable[str]`): the training documents, never the validation ones.
-        vocab_size (`int`): entries at most, special token included; at least 257. A short text gives fewer.
-
-    Returns:
-        `PreTrainedTokenizerFast` with `<|endoftext|>` as its beginning and its end. It has no padding token: many
-        models give the padding row no gradient, and this row has a use.
-
-    Raises:
-        TyingError: for a `vocab_size` below 257.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    if vocab_size < _LEAST_VOCABULARY:
-        raise TyingError(
-            f"A byte-level vocabulary of {vocab_size} is too small: expected at least {_LEAST_VOCABULARY}, every "
-            "byte and the end-of-text token."
-        )
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
 
 
 def blocks_for_language_modeling(texts: Iterable[str], tokenizer, block_size: int):
@@ -244,7 +204,7 @@ def _held_out_groups(documents: Iterable[Document], size: int) -> set[str]:
     return held_out
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     way_out = "Give UTF-8 text files."
     try:
         text = path.read_bytes().decode("utf-8-sig")

@@ -1,0 +1,112 @@
+"""Byte-level BPE vocabularies: of one text, and of both sides of parallel text together.
+
+Byte-level BPE (Radford et al. 2019, section 2.2) can write any text and has no unknown token.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from ..config import TyingError
+from .text import read_text
+
+#: Ends every document: the one special token of `train_byte_level_bpe`.
+END_OF_TEXT = "<|endoftext|>"
+
+#: The special tokens of a joint vocabulary and their ids, 0, 1, 2; a token for each language follows.
+PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+
+# The suffix of a file of one language, as in train.en, train.pt-BR; and suffixes of the same form that are none.
+_LANGUAGE = re.compile(r"[a-z]{2,3}([-_][A-Za-z0-9]{2,8})*")
+_NO_LANGUAGES = ("txt", "tok", "raw", "bpe")
+
+
+def train_byte_level_bpe(texts: Iterable[str], vocab_size: int):
+    """Train a byte-level BPE (Radford et al. 2019, section 2.2), which can write any text and has no unknown token.
+
+    Args:
+        texts (`Iterable[str]`): the training documents, never the validation ones.
+        vocab_size (`int`): entries at most, special token included; at least 257. A short text gives fewer.
+
+    Returns:
+        `PreTrainedTokenizerFast` with `<|endoftext|>` as its beginning and its end. It has no padding token: many
+        models give the padding row no gradient, and this row has a use.
+
+    Raises:
+        TyingError: for a `vocab_size` below 257.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = _trained(texts, vocab_size, [END_OF_TEXT])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
+
+
+def train_joint_tokenizer(files: Sequence[str | Path], vocab_size: int, languages: Sequence[str] | None = None):
+    """Train one byte-level BPE over both sides of parallel text: the vocabulary that three-way tying needs.
+
+    Args:
+        files (`Sequence[str | Path]`): UTF-8 text files of all languages, of the training split only.
+        vocab_size (`int`): entries at most, special tokens included; at least 256 bytes and the special tokens.
+        languages (`Sequence[str]`, *optional*): codes such as `"en"`; each gets a token, `"<en>"`. By default the
+            suffixes of the files that look like such codes (`train.en`).
+
+    Returns:
+        `PreTrainedTokenizerFast` with `<pad>` 0, `<s>` 1 (beginning), `</s>` 2 (end), then the language tokens, which
+        are extra special tokens. It closes each sequence with `</s>`.
+
+    Raises:
+        TyingError: for a `vocab_size` that is too small, or a file that is missing, empty or not UTF-8.
+    """
+    texts = [read_text(Path(file)) for file in files]
+    if languages is None:
+        suffixes = dict.fromkeys(Path(file).suffix.removeprefix(".") for file in files)
+        languages = [
+            suffix for suffix in suffixes if _LANGUAGE.fullmatch(suffix) and suffix not in ("txt", "tok", "raw")
+        ]
+    return joint_tokenizer((line for text in texts for line in text.splitlines()), vocab_size, languages)
+
+
+def joint_tokenizer(lines: Iterable[str], vocab_size: int, languages: Sequence[str] = ()):
+    """As `train_joint_tokenizer`, from lines in memory."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    special = [PAD, BOS, EOS, *(language_token(language) for language in languages)]
+    tokenizer = _trained(lines, vocab_size, special)
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {EOS}", pair=f"$A {EOS} $B {EOS}", special_tokens=[(EOS, special.index(EOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        extra_special_tokens=special[3:],
+    )
+
+
+def language_token(language: str) -> str:
+    """The token that stands for a language in a joint vocabulary."""
+    return f"<{language}>"
+
+
+def _trained(texts: Iterable[str], vocab_size: int, special_tokens: list[str]):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    least = 256 + len(special_tokens)
+    if vocab_size < least:
+        raise TyingError(
+            f"A byte-level vocabulary of {vocab_size} is too small: expected at least {least}, every byte and "
+            f"{', '.join(special_tokens)}."
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special_tokens,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
