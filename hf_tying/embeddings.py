@@ -1,6 +1,7 @@
 """Embeddings of a tied model that are replaced or resized: every name follows, and every stated size."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -12,6 +13,9 @@ from .groups import other_chains, roles, split_declared
 from .parameters import find_parameter, find_slot, fit_rows, link_all, replace_module, separate
 
 logger = logging.get_logger(__name__)
+
+# Architectures with a second vocabulary: the names under which their configs state the source's and the target's size.
+_TWO_SIZES = {"marian": ("vocab_size", "decoder_vocab_size"), "fsmt": ("src_vocab_size", "tgt_vocab_size")}
 
 
 def replace_tied(model: PreTrainedModel, old: nn.Module, new: nn.Module) -> bool:
@@ -68,8 +72,13 @@ def resize(
     Matrices are resized in place (`parameter.data`), so that a tie survives by itself and the optimizer keeps it.
 
     Raises:
-        TyingError: when an embedding is tied to something that has no row for each word.
+        TyingError: when an embedding is tied to something that has no row for each word, or the model has two
+            vocabularies.
     """
+    if _is_joined(model):
+        stock_resize = partial(_resize_parts, model)
+    elif getattr(model.config, "model_type", None) in _TWO_SIZES and _is_one_vocabulary(model):
+        stock_resize = partial(_resize_all, model)
     rows = model.get_input_embeddings().weight.shape[0]
     changes = new_num_tokens is not None or pad_to_multiple_of is not None
     if changes:
@@ -99,6 +108,7 @@ def fit_tied(model: PreTrainedModel) -> None:
             module, attribute = find_slot(model, name)
             if attribute == "weight" and isinstance(module.weight, nn.Parameter):
                 fit_rows(module)
+    _fit_two_sizes(model)
 
 
 def _refuse_other_rows(model: PreTrainedModel) -> None:
@@ -113,11 +123,80 @@ def _refuse_other_rows(model: PreTrainedModel) -> None:
             )
 
 
+def _is_joined(model: PreTrainedModel) -> bool:
+    """Whether it is an `EncoderDecoderModel`, put together from two models."""
+    return getattr(model.config, "model_type", None) == "encoder-decoder"
+
+
+def _is_one_vocabulary(model: PreTrainedModel) -> bool:
+    """Whether source and target are over the same words, as far as the model itself can tell.
+
+    Raises:
+        TyingError: for FSMT with two sizes: its only resize would give one side the other's size.
+    """
+    role_names = roles(model)
+    pair = {role_names[role][-1] for role in ("source", "target") if role in role_names}
+    if any(pair <= set(group.names) for group in model.tie_groups):
+        return True
+    if model.config.model_type != "fsmt":
+        return getattr(model.config, "share_encoder_decoder_embeddings", True)
+    if len({find_parameter(model, name).shape[0] for name in pair}) > 1:
+        raise TyingError(
+            f"Cannot resize {type(model).__name__}: it has two vocabularies, of {model.config.src_vocab_size} and "
+            f"{model.config.tgt_vocab_size} words, and one resize. Join them first: "
+            "hf_tying.data.join_vocabularies(model, source_tokenizer, target_tokenizer)."
+        )
+    return True
+
+
+def _resize_all(model: PreTrainedModel, new_num_tokens, pad_to_multiple_of, mean_resizing) -> nn.Module:
+    """Source, target and output over one vocabulary, where the stock resize knows one side only (Marian, FSMT)."""
+    for names in roles(model).values():
+        for module in (find_slot(model, name)[0] for name in names):
+            if isinstance(module, nn.Embedding):
+                model._get_resized_embeddings(module, new_num_tokens, pad_to_multiple_of, mean_resizing)
+                new_num_tokens, pad_to_multiple_of = module.weight.shape[0], None
+            else:
+                resized = model._get_resized_lm_head(module, new_num_tokens, mean_resizing=mean_resizing)
+                module.weight.data = resized.weight.data
+                fit_rows(module)
+    _fit_two_sizes(model)
+    model.tie_weights()
+    return model.get_input_embeddings()
+
+
+def _resize_parts(model: PreTrainedModel, *how) -> nn.Module:
+    """Encoder and decoder each by its own resize; the stock class refuses, since it cannot know them to be one."""
+    source, target = (part.get_input_embeddings().weight for part in (model.encoder, model.decoder))
+    if source.shape[0] != target.shape[0]:
+        raise TyingError(
+            f"Cannot resize {type(model).__name__}: it has two vocabularies, of {source.shape[0]} and "
+            f"{target.shape[0]} rows. Resize each side: model.encoder.resize_token_embeddings(...), "
+            "model.decoder.resize_token_embeddings(...); or join them first by hf_tying.data.join_vocabularies."
+        )
+    model.decoder.resize_token_embeddings(*how)  # with its output and bias
+    model.encoder.resize_token_embeddings(*how)
+    if getattr(model.config, "vocab_size", None) is not None:
+        model.config.vocab_size = model.decoder.config.vocab_size
+    return model.get_input_embeddings()
+
+
+def _fit_two_sizes(model: PreTrainedModel) -> None:
+    """Where the config states a size for each side, both are those of the matrices."""
+    role_names = roles(model) if model.config.model_type in _TWO_SIZES else {}
+    if "output" not in role_names:  # an encoder alone shares the config of the whole model
+        return
+    for role, key in zip(("source", "target"), _TWO_SIZES[model.config.model_type], strict=True):
+        setattr(model.config, key, find_parameter(model, role_names[role][-1]).shape[0])
+
+
 def _embeddings_out_of_reach(model: PreTrainedModel, rows: int) -> list[nn.Module]:
     """Input embeddings over the same vocabulary that the stock resize would replace or forget, each matrix once.
 
     Not the decoder's where it has a vocabulary of its own: Marian resizes that by `resize_decoder_token_embeddings`.
     """
+    if _is_joined(model):
+        return []
     shared = getattr(model.config, "share_encoder_decoder_embeddings", True)
     role_names = roles(model)
     names = role_names.get("source", []) + (role_names.get("target", []) if shared else [])

@@ -6,14 +6,30 @@ after this package, so that `import hf_tying` stays light.
 """
 
 import functools
+from importlib import import_module
 
-from wrapt import when_imported
+from wrapt import when_imported, wrap_function_wrapper
 
 
 def install() -> None:
     """Arrange for the hook; called once, by `import hf_tying`."""
     when_imported("transformers.modeling_utils")(_hook_models)
     when_imported("peft.tuners.tuners_utils")(_hook_adapters)
+    when_imported("transformers.models.auto.configuration_auto")(_hook_auto_classes)
+
+
+def _hook_auto_classes(configuration_auto) -> None:
+    # At the first use and not now: the stock modules that our models build on may be only half imported.
+    for method in ("from_pretrained", "for_model"):
+        wrap_function_wrapper(configuration_auto, f"AutoConfig.{method}", _with_our_models)
+
+
+def _with_our_models(wrapped, instance, args, kwargs):
+    from . import models
+
+    for family in models.FAMILIES:
+        import_module(f"{models.__name__}.{family}")
+    return wrapped(*args, **kwargs)
 
 
 def _hook_models(modeling_utils) -> None:

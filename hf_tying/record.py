@@ -7,6 +7,9 @@ from transformers.modeling_utils import PreTrainedModel
 from .config import TyingConfig, TyingError
 from .groups import TieGroup, declared_partition, roles, scheme_of
 
+# `if config.tie_word_embeddings: hidden = hidden * d_model**-0.5` in the forward pass.
+_SCALED_BY_THE_FLAG = {"switch_transformers"}
+
 
 def write_config(model: PreTrainedModel, **changes) -> TyingConfig:
     """Write `model.tie_groups` to its config, and return what was written.
@@ -43,7 +46,8 @@ def default_save_format(model: PreTrainedModel) -> str:
 def write_flags(model: PreTrainedModel, tied: bool) -> None:
     """Keep `tie_word_embeddings` truthful for the target and output pair: PEFT, accelerate, vLLM, llama.cpp read it.
 
-    The T5 family is left alone: its config classes put the flag back to True, and read it for the scale of the logits.
+    The T5 family is left alone: its config classes put the flag back to True, or its models (SwitchTransformers) read
+    it for the scale of the logits, which no tie and no untie may change.
     """
     if not {"target", "output"} <= roles(model).keys():
         return
@@ -58,7 +62,9 @@ def _flagged_configs(model: PreTrainedModel) -> list:
 
 @functools.cache
 def flag_is_forced(config_class: type) -> bool:
-    """Whether the class answers True whatever it is told."""
+    """Whether the flag says nothing about ties: the class answers True whatever it is told, or scales logits by it."""
+    if config_class.model_type in _SCALED_BY_THE_FLAG:
+        return True
     try:
         return config_class(tie_word_embeddings=False).tie_word_embeddings is True
     except Exception:  # a composite config that needs its parts: none of these forces the flag

@@ -19,6 +19,7 @@ from .groups import (
 from .modeling import TiedModelMixin, set_groups, tied_class
 from .parameters import actual_groups, difference, find_parameter, named_slots, same_values, separate
 from .record import write_config
+from .vocabulary import vocabularies_of
 
 logger = logging.get_logger(__name__)
 
@@ -36,6 +37,9 @@ def tie(
     A scheme says everything about the embeddings: roles that it does not name are given their own matrix. Explicit
     groups are added to the ties that the model has. Nothing is changed if anything is wrong.
 
+    Only parameters are tied. Biases, embedding scales and padding indices stay each module's own. So a padding row gets
+    no gradient as an input, as before; as a row of the softmax it learns like any other word's.
+
     An optimizer made before holds matrices that are no longer the model's: make it again.
 
     Args:
@@ -47,7 +51,7 @@ def tie(
             `"output"`), `"mean"`, or a parameter name. There is no default, since one of two trained matrices would be
             dropped.
         tokenizer: of the source side, compared with `target_tokenizer` when source and target are tied: equal sizes
-            are not equal vocabularies.
+            are not equal vocabularies. One tokenizer that holds two vocabularies (Marian, FSMT) is compared in itself.
         target_tokenizer: of the target side.
         on_conflict: recorded for later loads, see `TyingConfig`; `"error"` unless given here or in a `TyingConfig`.
 
@@ -225,7 +229,7 @@ def _refuse_meta(model: PreTrainedModel, groups: list[TieGroup]) -> None:
 
 
 def _compare_vocabularies(model: PreTrainedModel, groups: list[TieGroup], tokenizer, target_tokenizer) -> None:
-    if tokenizer is None or target_tokenizer is None:
+    if tokenizer is None and target_tokenizer is None:
         return
     role_names = roles(model)
     if not {"source", "target"} <= role_names.keys():
@@ -233,7 +237,9 @@ def _compare_vocabularies(model: PreTrainedModel, groups: list[TieGroup], tokeni
     pair = {role_names["source"][-1], role_names["target"][-1]}
     if not any(pair <= set(group.names) for group in groups):
         return
-    source, target = tokenizer.get_vocab(), target_tokenizer.get_vocab()
+    # One given for both sides is compared with itself: MarianTokenizer and FSMTTokenizer can hold two vocabularies.
+    source = vocabularies_of(tokenizer if tokenizer is not None else target_tokenizer)[0]
+    target = vocabularies_of(target_tokenizer if target_tokenizer is not None else tokenizer)[1]
     unlike = [word for word in source.keys() | target.keys() if source.get(word) != target.get(word)]
     if unlike:
         example = min(unlike)
@@ -241,5 +247,5 @@ def _compare_vocabularies(model: PreTrainedModel, groups: list[TieGroup], tokeni
             f"Cannot tie source and target: the tokenizers have different vocabularies ({len(source)} and "
             f"{len(target)} words, {len(unlike)} of them with another id or on one side only, as {example!r}: "
             f"{source.get(example)} and {target.get(example)}). One row would stand for two words: train a joint "
-            "vocabulary first."
+            "vocabulary, or join these by hf_tying.data.join_vocabularies."
         )

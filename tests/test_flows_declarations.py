@@ -166,15 +166,6 @@ class TestEncoderDecoder:
         assert type(stock) is EncoderDecoderModel
         assert torch.equal(self.scores(stock), self.scores(model))
 
-    def test_its_own_refusal_to_resize_leaves_the_model_as_it_was(self):
-        config = EncoderDecoderConfig.from_encoder_decoder_configs(tiny_config("bert"), tiny_config("bert"))
-        model = tie(EncoderDecoderModel(config), "none")
-        with pytest.raises(NotImplementedError):
-            model.resize_token_embeddings(80)
-        assert model.decoder.get_input_embeddings().weight.shape[0] == 64
-        assert model.decoder.get_input_embeddings().num_embeddings == 64
-        assert_tied(model)
-
 
 class TestT5:
     """f18: the T5 family forces its flag; it is untied all the same, and the logits keep their scale."""

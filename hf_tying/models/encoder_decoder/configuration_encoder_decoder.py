@@ -1,0 +1,39 @@
+"""The config of an encoder-decoder that can be tied across its two models."""
+
+from typing import Any
+
+from transformers.models.encoder_decoder.configuration_encoder_decoder import EncoderDecoderConfig
+
+from ...config import TyingConfigMixin
+
+
+class TiedEncoderDecoderConfig(TyingConfigMixin, EncoderDecoderConfig):
+    """`EncoderDecoderConfig` with the keyword `tying`.
+
+    The model type in the file stays `encoder-decoder`: transformers without this package reads the file as its own
+    `EncoderDecoderModel`. With this package the Auto classes give this class for a file that has a `tying` entry, and
+    the stock class for any other.
+
+    Args:
+        encoder, decoder (`PreTrainedConfig` or `dict`): the configs of the two models.
+        tying (`dict`, *optional*): what is tied, see `TyingConfig`; `{"version": 1, "scheme": "three_way"}` for one
+            matrix in all three roles.
+
+    Raises:
+        TyingError: for an entry that cannot be read.
+
+    Example:
+        >>> TiedEncoderDecoderConfig.from_encoder_decoder_configs(
+        ...     BertConfig(), BertConfig(), tying={"version": 1, "scheme": "three_way"}
+        ... ).tying_config.scheme
+        'three_way'
+    """
+
+    model_type = "encoder-decoder"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As in transformers; what `AutoConfig` calls for each file of this model type."""
+        if cls is TiedEncoderDecoderConfig and config_dict.get("tying") is None and kwargs.get("tying") is None:
+            return EncoderDecoderConfig.from_dict(config_dict, **kwargs)
+        return super().from_dict(config_dict, **kwargs)
