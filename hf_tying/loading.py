@@ -55,6 +55,26 @@ def tie_loaded(model: PreTrainedModel, missing: set[str]) -> list[TieGroup]:
     return kept
 
 
+def to_keep(model: PreTrainedModel, group: TieGroup) -> nn.Parameter:
+    """The parameter that a new model keeps of `group`: one that a file has filled before any that is just initialised.
+
+    A new model can be put together from loaded ones (`EncoderDecoderModel(encoder=..., decoder=...)`).
+
+    Raises:
+        TyingError: when two of them were loaded and differ; a config cannot say whose values to take.
+    """
+    held = [(name, find_parameter(model, name)) for name in group.names]
+    loaded = [(name, p) for name, p in held if getattr(p, "_is_hf_initialized", False) and not p.is_meta]
+    for name, parameter in loaded[1:]:
+        if not same_values(parameter, loaded[0][1]):
+            raise TyingError(
+                f"The config ties {loaded[0][0]!r} and {name!r} (group {group.name!r}), but both were loaded with "
+                f"values of their own ({difference(loaded[0][1], parameter)}), and tying keeps one. Put the model "
+                "together without the `tying` entry, then tie(model, ..., init_from=...)."
+            )
+    return loaded[0][1] if loaded else find_parameter(model, group.root)
+
+
 def check_loaded_state(model: PreTrainedModel, state: dict, prefix: str, action: str = "load") -> None:
     """Names of one group must have one value in a state dict; `on_conflict` chooses where they do not.
 

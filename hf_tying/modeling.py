@@ -18,7 +18,7 @@ from .alias import TiedAlias, plain
 from .config import TyingConfig, TyingError
 from .embeddings import fit_tied, follow_bias, replace_tied, resize
 from .groups import TieGroup, other_chains, resolve, stock_keys, subgroups
-from .loading import check_loaded_state, fill_state, tie_loaded
+from .loading import check_loaded_state, fill_state, tie_loaded, to_keep
 from .parameters import (
     TiedName,
     actual_groups,
@@ -66,12 +66,14 @@ class TiedModelMixin:
         self._post_init_tied(super().post_init)
 
     def _post_init_tied(self, stock_post_init: Callable[[], None]) -> None:
-        self._ties_made = False  # until then `tie_weights` ties without a look at the values: they are not trained
+        self._ties_made = False  # until then `tie_weights` takes values that are just initialised for what they are
         config = TyingConfig.from_dict(getattr(self.config, "tying", None))
         shared = actual_groups(self)  # by the architecture's own `__init__`, and by the models inside
         kept = shared if config.scheme is None else other_chains(self, shared)
         groups = resolve(self, config, strict=self._is_declared_class(), also=kept)
         refuse_contradicting_flag(self, config, groups)
+        for group in groups:
+            to_keep(self, group)  # refuses before anything is changed
         separate(self, groups)
         self.tie_groups = groups
         declare(self, groups)
@@ -122,7 +124,7 @@ class TiedModelMixin:
             self._tie_again()
         else:
             for group in self.tie_groups:
-                link_all(self, group.names, find_parameter(self, group.root))
+                link_all(self, group.names, to_keep(self, group))
         fit_tied(self)
 
     def _tie_again(self) -> None:

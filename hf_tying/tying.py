@@ -37,8 +37,8 @@ def tie(
     A scheme says everything about the embeddings: roles that it does not name are given their own matrix. Explicit
     groups are added to the ties that the model has. Nothing is changed if anything is wrong.
 
-    Only parameters are tied. Biases, embedding scales and padding indices stay each module's own. So a padding row gets
-    no gradient as an input, as before; as a row of the softmax it learns like any other word's.
+    Only parameters are tied. Biases, embedding scales and padding indices stay each module's own. So a padding row
+    gets no gradient as an input, as before; as a row of the softmax it learns like any other word's.
 
     An optimizer made before holds matrices that are no longer the model's: make it again.
 

@@ -145,6 +145,21 @@ def test_a_fresh_process_reads_the_same_model(way, tmp_path):
             assert torch.equal(values[f"{i}.{name}.beams"], beams(model))
 
 
+@pytest.mark.parametrize("first", ["AutoConfig", "AutoModelForSeq2SeqLM", "EncoderDecoderModel"])
+def test_whatever_is_imported_first_the_auto_classes_know_ours(first, tmp_path):
+    tied_model().save_pretrained(tmp_path)
+    program = (
+        f"import hf_tying; from transformers import {first}"
+        "; from transformers import AutoConfig, AutoModelForSeq2SeqLM"
+        f"; path = {str(tmp_path)!r}"
+        "; print(type(AutoConfig.from_pretrained(path)).__name__)"
+        "; print(type(AutoModelForSeq2SeqLM.from_pretrained(path)).__name__)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["TiedEncoderDecoderConfig", "TiedEncoderDecoderModel"], done.stderr[-2000:]
+
+
 # --- put together from trained models --------------------------------------------------------------------------------
 
 
@@ -183,6 +198,21 @@ def test_whose_values_to_take_is_never_guessed(tmp_path):
     model = TiedEncoderDecoderModel(tied_config("bert2gpt2"), encoder, decoder, init_from="source")
     assert together(model, "three_way")
     assert model.get_input_embeddings().weight is encoder.get_input_embeddings().weight
+
+
+def test_a_stock_model_with_an_entry_drops_no_trained_matrix_either(tmp_path):
+    parts = saved_parts(tmp_path)
+    entry = {"version": 1, "scheme": "three_way"}
+    with pytest.raises(TyingError, match="both were loaded with values of their own .*init_from="):
+        EncoderDecoderModel.from_encoder_decoder_pretrained(*parts, tying=entry)
+    model = EncoderDecoderModel.from_encoder_decoder_pretrained(parts[0], parts[0], tying=entry)
+    assert together(model, "three_way")
+    # Of a loaded and a new one, the loaded one is kept, on whichever side it is.
+    fresh, loaded = AutoModel.from_config(part_config("bert", False)), AutoModelForCausalLM.from_pretrained(parts[1])
+    trained = loaded.get_input_embeddings().weight.detach().clone()
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(fresh.config, loaded.config, tying=entry)
+    model = EncoderDecoderModel(config, fresh, loaded)
+    assert together(model, "three_way") and torch.equal(model.get_input_embeddings().weight, trained)
 
 
 def test_without_a_word_about_ties_it_is_the_stock_model(tmp_path):
