@@ -48,22 +48,22 @@ def train_joint_tokenizer(files: Sequence[str | Path], vocab_size: int, language
         files (`Sequence[str | Path]`): UTF-8 text files of all languages, of the training split only.
         vocab_size (`int`): entries at most, special tokens included; at least 256 bytes and the special tokens.
         languages (`Sequence[str]`, *optional*): codes such as `"en"`; each gets a token, `"<en>"`. By default the
-            suffixes of the files that look like such codes (`train.en`).
+            suffixes of the files' names that look like such codes (`train.en`).
 
     Returns:
         `PreTrainedTokenizerFast` with `<pad>` 0, `<s>` 1 (beginning), `</s>` 2 (end), then the language tokens, which
         are extra special tokens. It closes each sequence with `</s>`.
 
     Raises:
-        TyingError: for a `vocab_size` that is too small, or a file that is missing, empty or not UTF-8.
+        TyingError: for a `vocab_size` that is too small, a language named twice, no files, or a file that is missing,
+            empty or not UTF-8.
     """
+    if isinstance(files, str | Path) or not files:
+        raise TyingError(f"Cannot train a joint vocabulary on {files!r}: expected a list of files, of both languages.")
     texts = [read_text(Path(file)) for file in files]
     if languages is None:
-        suffixes = dict.fromkeys(Path(file).suffix.removeprefix(".") for file in files)
-        languages = [
-            suffix for suffix in suffixes if _LANGUAGE.fullmatch(suffix) and suffix not in ("txt", "tok", "raw")
-        ]
-    return joint_tokenizer((line for text in texts for line in text.splitlines()), vocab_size, languages)
+        languages = list(dict.fromkeys(filter(None, map(language_of, files))))
+    return joint_tokenizer((line.strip() for text in texts for line in text.split("\n")), vocab_size, languages)
 
 
 def joint_tokenizer(lines: Iterable[str], vocab_size: int, languages: Sequence[str] = ()):
@@ -71,7 +71,14 @@ def joint_tokenizer(lines: Iterable[str], vocab_size: int, languages: Sequence[s
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
+    if isinstance(languages, str):
+        raise TyingError(f"The languages are {languages!r}: expected a list of codes, such as ['en', 'de'].")
     special = [PAD, BOS, EOS, *(language_token(language) for language in languages)]
+    if len(set(special)) < len(special):
+        raise TyingError(
+            f"The languages {list(languages)} are no vocabulary's: expected each once, and none whose token is "
+            f"{PAD}, {BOS} or {EOS}."
+        )
     tokenizer = _trained(lines, vocab_size, special)
     tokenizer.post_processor = TemplateProcessing(
         single=f"$A {EOS}", pair=f"$A {EOS} $B {EOS}", special_tokens=[(EOS, special.index(EOS))]
@@ -83,6 +90,15 @@ def joint_tokenizer(lines: Iterable[str], vocab_size: int, languages: Sequence[s
         eos_token=EOS,
         extra_special_tokens=special[3:],
     )
+
+
+def language_of(file: str | Path) -> str | None:
+    """The language that a file's name tells, as in `train.en`, `train.pt-BR` or `train.en.txt`; `None` if none."""
+    for suffix in reversed(Path(file).suffixes):
+        code = suffix.removeprefix(".")
+        if _LANGUAGE.fullmatch(code) and code not in _NO_LANGUAGES:
+            return code
+    return None
 
 
 def language_token(language: str) -> str:

@@ -1,0 +1,265 @@
+"""Train or fine-tune a translation model on your sentence pairs, tied as you say, and measure its BLEU and chrF.
+
+From scratch, with one vocabulary for both languages trained on the same text; then go on after a stop:
+
+    python examples/run_translation.py --model_type marian --scheme three_way --do_train --do_eval \
+        --train_source_file train.en --train_target_file train.de --validation_source_file val.en \
+        --validation_target_file val.de --predict_with_generate --num_beams 4 --label_smoothing_factor 0.1 \
+        --max_steps 2000 --learning_rate 1e-3 --output_dir runs/mine --config_overrides \
+        d_model=256,encoder_layers=3,decoder_layers=3,encoder_attention_heads=4,decoder_attention_heads=4
+    (the same) --resume_from_checkpoint runs/mine/checkpoint-1000
+
+A saved or published model, on JSON lines {"translation": {"en": "...", "de": "..."}}, on one GPU or on several; flags
+may stand in one JSON or YAML file:
+
+    python examples/run_translation.py --model_name_or_path google-t5/t5-small --do_train --output_dir runs/tuned \
+        --source_prefix "translate English to German: " --source_lang en --target_lang de --train_file train.json
+    python examples/run_translation.py --model_name_or_path facebook/nllb-200-distilled-600M --source_lang eng_Latn \
+        --target_lang deu_Latn --test_file test.json --do_predict --predict_with_generate --output_dir runs/nllb
+    torchrun --nproc_per_node 4 examples/run_translation.py mine.yaml
+
+Without --scheme and --groups_file the model is tied, or not, as its own config says.
+"""
+
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    set_seed,
+)
+
+from hf_tying import TyingCallback, TyingError, tie
+from hf_tying.data.parallel import ParallelCorpus, encode_parallel, read_parallel_text, read_translation_json
+from hf_tying.data.tokenizers import joint_tokenizer
+from hf_tying.metrics import Bleu, ChrF, generated_text, translation_metrics
+from hf_tying.training import TyingArguments
+from hf_tying.training.translation import (
+    TwoTokenizersCallback,
+    check_fit,
+    fill_special_ids,
+    target_tokenizer_beside,
+    translation_collator,
+    translation_config,
+    use_languages,
+)
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str | None = field(default=None, metadata={"help": "A saved model, or its id on the Hub."})
+    model_type: str | None = field(default=None, metadata={"help": "From scratch: the type, such as marian or t5."})
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": "From scratch: changes to the type's default config, as name=value,name=value."},
+    )
+    tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer, if it is not the model's."})
+    target_tokenizer_name: str | None = field(default=None, metadata={"help": "The target side's, if it has its own."})
+    vocab_size: int = field(
+        default=8192, metadata={"help": "From scratch without --tokenizer_name: entries of the joint vocabulary."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
+    dtype: str = field(default="auto", metadata={"help": "Of a loaded model: auto, float32, bfloat16 or float16."})
+
+    def __post_init__(self):
+        if (self.model_name_or_path is None) == (self.model_type is None):
+            raise TyingError("Expected one of --model_name_or_path (load) and --model_type (from scratch).")
+
+
+@dataclass
+class DataTrainingArguments:
+    source_lang: str | None = field(default=None, metadata={"help": "Source language: en, or a tokenizer's en_XX."})
+    target_lang: str | None = field(default=None, metadata={"help": "Target language: de, or a tokenizer's de_DE."})
+    train_file: str | None = field(default=None, metadata={"help": "Training pairs as JSON lines."})
+    train_source_file: str | None = field(default=None, metadata={"help": "Or as text, a sentence per line: a.en"})
+    train_target_file: str | None = field(default=None, metadata={"help": "and its translation, line by line: a.de."})
+    validation_file: str | None = field(default=None, metadata={"help": "Pairs for --do_eval, likewise."})
+    validation_source_file: str | None = field(default=None, metadata={"help": "Or as text."})
+    validation_target_file: str | None = field(default=None, metadata={"help": "Its translation."})
+    test_file: str | None = field(default=None, metadata={"help": "Pairs for --do_predict, likewise."})
+    test_source_file: str | None = field(default=None, metadata={"help": "Or as text."})
+    test_target_file: str | None = field(default=None, metadata={"help": "Its translation."})
+    source_prefix: str = field(default="", metadata={"help": "Put before each source sentence, as T5 wants it."})
+    max_source_length: int = field(default=128, metadata={"help": "Tokens of a source sentence at most."})
+    max_target_length: int = field(default=128, metadata={"help": "Tokens of a target sentence at most."})
+    num_beams: int | None = field(default=None, metadata={"help": "The same as --generation_num_beams."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Take only the first pairs."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Take only the first pairs."})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "Take only the first pairs."})
+
+
+@contextmanager
+def naming(flags: str):
+    """What transformers says about a wrong value becomes one line that names the flags."""
+    try:
+        yield
+    except TyingError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
+        raise TyingError(f"{flags}: {' '.join(str(error).split())}") from error
+
+
+def read_split(args: DataTrainingArguments, split: str, limit: int | None, needed: bool) -> ParallelCorpus | None:
+    """The pairs of a split, from one JSON file or two text files; `None` if no file is given."""
+    json, source, target = (getattr(args, f"{split}_{name}") for name in ("file", "source_file", "target_file"))
+    languages = (args.source_lang, args.target_lang)
+    if (source is None) != (target is None) or (json and source) or (needed and not json and not source):
+        raise TyingError(f"Expected --{split}_file, or both --{split}_source_file and --{split}_target_file.")
+    if json and None in languages:
+        raise TyingError(f"--{split}_file has sentences by language: say which with --source_lang and --target_lang.")
+    if json:
+        try:
+            corpus = read_translation_json(json, *languages)
+        except TyingError:  # mBART's en_XX and NLLB's eng_Latn may stand as en and eng in the file
+            corpus = read_translation_json(json, *(language.split("_")[0] for language in languages))
+    elif source:
+        corpus = read_parallel_text(source, target, *languages)
+    else:
+        return None
+    sources = [args.source_prefix + sentence for sentence in corpus.source[:limit]]
+    return replace(corpus, source=sources, target=corpus.target[:limit])
+
+
+def tokenizer_at(flag: str, name: str, **kwargs):
+    with naming(f"{flag} {name}"):
+        return AutoTokenizer.from_pretrained(name, **kwargs)
+
+
+def load(args: ModelArguments, tying: TyingArguments):
+    """A saved model and the tokenizers of its two sides, which most often are one."""
+    name, declared = args.model_name_or_path, tying.to_tying_config()
+    if args.tokenizer_name:
+        tokenizer = tokenizer_at("--tokenizer_name", args.tokenizer_name)
+    else:
+        tokenizer = tokenizer_at("--model_name_or_path", name, revision=args.model_revision)
+    if args.target_tokenizer_name:
+        target = tokenizer_at("--target_tokenizer_name", args.target_tokenizer_name)
+    else:
+        target = target_tokenizer_beside(name) or tokenizer
+    with naming(f"--model_name_or_path {name}"):
+        model = AutoModelForSeq2SeqLM.from_pretrained(name, revision=args.model_revision, dtype=args.dtype)
+    if declared:
+        tie(model, declared, init_from=tying.init_from, tokenizer=tokenizer, target_tokenizer=target)
+    return model, tokenizer, target
+
+
+def from_scratch(args: ModelArguments, tying: TyingArguments, corpus: ParallelCorpus | None):
+    """A tied model with a joint vocabulary of the training pairs, or for one or two tokenizers that there are."""
+    declared = tying.to_tying_config()
+    if args.tokenizer_name:
+        tokenizer = target = tokenizer_at("--tokenizer_name", args.tokenizer_name)
+        if args.target_tokenizer_name:
+            target = tokenizer_at("--target_tokenizer_name", args.target_tokenizer_name)
+    elif corpus is None:
+        raise TyingError("A model from scratch needs training pairs to make its vocabulary, or --tokenizer_name.")
+    else:
+        languages = dict.fromkeys((corpus.source_language, corpus.target_language))
+        tokenizer = target = joint_tokenizer([*corpus.source, *corpus.target], args.vocab_size, list(languages))
+    with naming("--model_type or --config_overrides"):
+        config = translation_config(args.model_type, tokenizer, target)
+        if args.config_overrides:
+            config.update_from_string(args.config_overrides)
+        if declared:
+            config.tying = declared.to_dict()  # nothing is trained yet, so there is no choice of values to make
+        model = AutoModelForSeq2SeqLM.from_config(config)
+    if declared:
+        tie(model, declared, tokenizer=tokenizer, target_tokenizer=target)  # made already: this compares vocabularies
+    return model, tokenizer, target
+
+
+def translate(trainer: Seq2SeqTrainer, corpus: ParallelCorpus, encoded, tokenizer):
+    """Write `generated_predictions.txt`, a line for each sentence, and scores against the whole references."""
+    output = trainer.predict(encoded, metric_key_prefix="predict")
+    if not trainer.is_world_process_zero():
+        return
+    # Several processes translate as many each, the first sentences once more at the end.
+    sentences = generated_text(output.predictions[: len(corpus)], tokenizer)
+    lines = "".join(" ".join(sentence.split()) + "\n" for sentence in sentences)
+    Path(trainer.args.output_dir, "generated_predictions.txt").write_text(lines, encoding="utf-8")
+    texts = dict(predictions=sentences, references=corpus.target, bootstrap=1000)
+    bleu = Bleu(keep_in_memory=True).compute(**texts, trg_lang=corpus.target_language)
+    chrf = ChrF(keep_in_memory=True).compute(**texts)
+    metrics = output.metrics | {"predict_bleu": bleu["score"], "predict_chrf": chrf["score"]}
+    for key in ("confidence", "signature"):
+        metrics |= {f"predict_bleu_{key}": bleu[key], f"predict_chrf_{key}": chrf[key]}
+    trainer.log_metrics("predict", metrics)
+    trainer.save_metrics("predict", metrics)
+
+
+def main():
+    parser = HfArgumentParser((ModelArguments, DataTrainingArguments, Seq2SeqTrainingArguments, TyingArguments))
+    file = Path(sys.argv[1]) if len(sys.argv) == 2 else Path()
+    if file.suffix == ".json":
+        arguments = parser.parse_json_file(file)
+    elif file.suffix in (".yaml", ".yml"):
+        arguments = parser.parse_yaml_file(file)
+    else:
+        arguments = parser.parse_args_into_dataclasses()
+    model_args, data_args, args, tying_args = arguments
+
+    if args.do_predict and not args.predict_with_generate:
+        raise TyingError("--do_predict writes translations, so it needs --predict_with_generate.")
+    train = read_split(data_args, "train", data_args.max_train_samples, args.do_train)
+    validation = read_split(data_args, "validation", data_args.max_eval_samples, args.do_eval)
+    test = read_split(data_args, "test", data_args.max_predict_samples, args.do_predict)
+    set_seed(args.seed)
+    if model_args.model_name_or_path:
+        model, tokenizer, target = load(model_args, tying_args)
+    else:
+        model, tokenizer, target = from_scratch(model_args, tying_args, train)
+    use_languages(model, tokenizer, data_args.source_lang, data_args.target_lang)
+    fill_special_ids(model, target)
+
+    lengths = data_args.max_source_length, data_args.max_target_length
+    check_fit(model, tokenizer, target, *lengths)
+    corpora = (train, validation, test)
+    encoded = [corpus and encode_parallel(corpus, tokenizer, target, *lengths) for corpus in corpora]
+    with naming("BLEU"):  # said now, and not after an epoch
+        metrics = translation_metrics(target, next((corpus.target_language for corpus in corpora if corpus), None))
+    args.generation_num_beams = data_args.num_beams or args.generation_num_beams
+    args.generation_max_length = args.generation_max_length or data_args.max_target_length
+    generation = model.generation_config
+    generation.max_length = generation.max_length or args.generation_max_length
+    generation.num_beams = args.generation_num_beams or generation.num_beams
+    callbacks = [TyingCallback(log_roles=tying_args.log_roles)]
+    if target is not tokenizer:
+        callbacks.append(TwoTokenizersCallback(tokenizer, target))
+    trainer = Seq2SeqTrainer(
+        model=model,
+        args=args,
+        train_dataset=encoded[0],
+        eval_dataset=encoded[1],
+        processing_class=tokenizer if target is tokenizer else None,
+        data_collator=translation_collator(model, tokenizer, pad_to_multiple_of=8 if args.fp16 or args.bf16 else None),
+        compute_metrics=metrics if args.predict_with_generate else None,
+        callbacks=callbacks,
+    )
+    if args.do_train:
+        result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        trainer.save_model()
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+        trainer.save_state()
+    if args.do_eval:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    if args.do_predict:
+        translate(trainer, test, encoded[2], target)
+    if args.push_to_hub:
+        trainer.push_to_hub(
+            finetuned_from=model_args.model_name_or_path, tags=["translation", "weight-tying", "hf_tying"]
+        )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except TyingError as error:
+        sys.exit(f"error: {error}")

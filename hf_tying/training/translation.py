@@ -1,0 +1,199 @@
+"""What a translation model must be told by its tokenizers before it trains: sizes, special ids, language codes and the
+decoder's inputs; and a callback that keeps two tokenizers with it."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, DataCollatorForSeq2Seq, PreTrainedConfig, TrainerCallback
+
+from ..config import TyingError
+from ..groups import roles
+from ..parameters import find_parameter
+
+#: The folder beside a model in which the second of two tokenizers is kept, that of the target side.
+TARGET_TOKENIZER = "decoder_tokenizer"
+
+# What a tokenizer has instead: a BERT begins with [CLS] and ends with [SEP], a GPT-2 has no padding.
+_INSTEAD = {"bos_token_id": "cls_token_id", "eos_token_id": "sep_token_id", "pad_token_id": "eos_token_id"}
+
+
+def special_ids(tokenizer) -> dict[str, int | None]:
+    """`bos_token_id`, `eos_token_id` and `pad_token_id` of a tokenizer, with `[CLS]`, `[SEP]` and the end token as
+    stand-ins where it has none."""
+    ids = {name: getattr(tokenizer, name) for name in _INSTEAD}
+    return {name: getattr(tokenizer, _INSTEAD[name]) if value is None else value for name, value in ids.items()}
+
+
+def translation_config(model_type: str, tokenizer, target_tokenizer=None) -> PreTrainedConfig:
+    """The default config of a type of translation model, with the sizes and special ids of its tokenizers.
+
+    The decoder starts with the padding (Marian, T5), the end (BART) or the beginning, as in the type's own default.
+
+    Args:
+        model_type (`str`): such as `"marian"`, `"bart"` or `"t5"`.
+        tokenizer: of the source side, and of the target side if it is the only one.
+        target_tokenizer (*optional*): of the target side; Marian then gets separate embeddings.
+
+    Raises:
+        TyingError: for a type that transformers does not know or that is no encoder-decoder, and for two tokenizers
+            with a type that has one vocabulary.
+    """
+    try:
+        stock = AutoConfig.for_model(model_type)
+    except ValueError:
+        raise TyingError(
+            f"transformers has no model type {model_type!r}: expected such as marian, bart or t5."
+        ) from None
+    if not stock.is_encoder_decoder or hasattr(stock, "encoder"):
+        raise TyingError(
+            f"A model of type {model_type!r} is no translation model: expected such as marian, bart or t5."
+        )
+    target = target_tokenizer or tokenizer
+    usual = ("vocab_size", "decoder_vocab_size")
+    names = ("src_vocab_size", "tgt_vocab_size") if hasattr(stock, "tgt_vocab_size") else usual
+    fields = {name: len(side) for name, side in zip(names, (tokenizer, target), strict=True) if hasattr(stock, name)}
+    fields |= special_ids(target)
+    if target is not tokenizer:
+        if names[1] not in fields:
+            raise TyingError(f"A model of type {model_type!r} has one vocabulary, and there are two tokenizers.")
+        if hasattr(stock, "share_encoder_decoder_embeddings"):
+            fields["share_encoder_decoder_embeddings"] = False
+
+    start = getattr(stock, "decoder_start_token_id", None)
+    as_in_stock = [name for name in _INSTEAD if start is not None and getattr(stock, name, None) == start]
+    # Where the default does not say: T5, which has no beginning, starts with the padding; mBART with the labels' end.
+    unsaid = "pad_token_id" if getattr(stock, "bos_token_id", None) is None else "eos_token_id"
+    fields["decoder_start_token_id"] = fields[(as_in_stock or [unsaid])[0]]
+    if getattr(stock, "forced_eos_token_id", None) is not None:
+        fields["forced_eos_token_id"] = fields["eos_token_id"]
+    return AutoConfig.for_model(model_type, **fields)
+
+
+def fill_special_ids(model, target_tokenizer) -> None:
+    """Tell two joined models (`EncoderDecoderModel`) the special ids that nobody has told them; others have theirs."""
+    if not hasattr(model.config, "encoder"):
+        return
+    ids = special_ids(target_tokenizer)
+    for part in (model.config, model.generation_config):
+        for name, value in (ids | {"decoder_start_token_id": ids["bos_token_id"]}).items():
+            if getattr(part, name, None) is None:
+                setattr(part, name, value)
+
+
+def use_languages(model, tokenizer, source_language: str | None, target_language: str | None) -> None:
+    """Tell a multilingual tokenizer (mBART, M2M100, NLLB) its languages, and the model the code to begin with.
+
+    Args:
+        model: its configs get the code as `forced_bos_token_id`, or as `decoder_start_token_id` where the tokenizer
+            closes a sentence with the code (mBART). With a tokenizer that knows no languages nothing is done.
+        tokenizer: of both sides.
+        source_language (`str`): a code of this tokenizer: `en_XX`, `en` or `eng_Latn`.
+        target_language (`str`): the same.
+
+    Raises:
+        TyingError: for a language that is not given or that the tokenizer does not know.
+    """
+    if not hasattr(tokenizer, "set_tgt_lang_special_tokens"):
+        return
+    try:
+        tokenizer.src_lang, tokenizer.tgt_lang = source_language, target_language
+        around_source, around_target = tokenizer("")["input_ids"], tokenizer(text_target="")["input_ids"]
+    except (KeyError, TypeError):  # M2M100's way to say that it does not know a code; the others' is <unk>
+        around_source = around_target = [tokenizer.unk_token_id]
+    known = tokenizer.unk_token_id not in around_source + around_target
+    if not known or source_language is None or target_language is None:
+        raise TyingError(
+            f"{type(tokenizer).__name__} does not know both {source_language} and {target_language}: expected its own "
+            "codes, such as en_XX (mBART), en (M2M100) or eng_Latn (NLLB)."
+        )
+    first, last = around_target
+    if first == tokenizer.eos_token_id:
+        model.config.decoder_start_token_id = model.generation_config.decoder_start_token_id = last
+    else:
+        model.generation_config.forced_bos_token_id = first
+
+
+def check_fit(model, tokenizer, target_tokenizer, max_source_length: int, max_target_length: int) -> None:
+    """Each side of a model has a row for every token and a position for every place.
+
+    Args:
+        model: a translation model.
+        tokenizer: of the source side.
+        target_tokenizer: of the target side; may be the same.
+        max_source_length (`int`): tokens in a source sentence at most.
+        max_target_length (`int`): tokens in a target sentence at most.
+
+    Raises:
+        TyingError: for a side with more tokens than its embedding has rows, or longer than its positions.
+    """
+    sides = {
+        "source": (getattr(model.config, "encoder", model.config), tokenizer, max_source_length),
+        "target": (getattr(model.config, "decoder", model.config), target_tokenizer, max_target_length),
+    }
+    for role, (config, side, length) in sides.items():
+        rows = find_parameter(model, roles(model)[role][0]).shape[0]
+        if len(side) > rows:
+            raise TyingError(
+                f"The tokenizer of the {role} side has {len(side)} tokens and the {role} embedding {rows} rows: "
+                "expected a row for each. Give the tokenizer of this model, or resize the model first."
+            )
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is not None and length > positions:
+            raise TyingError(
+                f"A {role} sentence may have {length} tokens and the model has {positions} positions: set "
+                f"--max_{role}_length to {positions} at most."
+            )
+
+
+def translation_collator(model, tokenizer, **kwargs) -> DataCollatorForSeq2Seq:
+    """Pad a batch of `encode_parallel`, and shift its labels right to be the decoder's inputs.
+
+    The inputs are made here since label smoothing takes the labels from the model, and some (M2M100, Blenderbot) would
+    then have none. Labels stay as they are: FSMT's own shift writes its padding over the -100 in them.
+
+    Args:
+        model: it says how labels are shifted.
+        tokenizer: of the source side.
+        **kwargs: of `DataCollatorForSeq2Seq`, such as `pad_to_multiple_of`.
+    """
+
+    def shifted(labels: torch.Tensor) -> torch.Tensor:
+        if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+            return model.prepare_decoder_input_ids_from_labels(labels=labels.clone())
+        start = torch.full_like(labels[:, :1], model.config.decoder_start_token_id)
+        inputs = torch.cat([start, labels[:, :-1]], dim=1)
+        return inputs.masked_fill(inputs == -100, model.config.pad_token_id)
+
+    return DataCollatorForSeq2Seq(tokenizer, SimpleNamespace(prepare_decoder_input_ids_from_labels=shifted), **kwargs)
+
+
+class TwoTokenizersCallback(TrainerCallback):
+    """Keep both tokenizers with each checkpoint and with the model: the target side's in `decoder_tokenizer/`.
+
+    The `Trainer` itself gets no `processing_class` then: it would give the special ids of that one to the decoder.
+
+    Args:
+        tokenizer: of the source side.
+        target_tokenizer: of the target side.
+    """
+
+    def __init__(self, tokenizer, target_tokenizer):
+        self.tokenizer, self.target_tokenizer = tokenizer, target_tokenizer
+
+    def on_save(self, args, state, control, **kwargs):
+        self._save(Path(args.output_dir, f"checkpoint-{state.global_step}"), state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._save(Path(args.output_dir), state)
+
+    def _save(self, folder: Path, state) -> None:
+        if state.is_world_process_zero:
+            self.tokenizer.save_pretrained(folder)
+            self.target_tokenizer.save_pretrained(folder / TARGET_TOKENIZER)
+
+
+def target_tokenizer_beside(model_path: str | Path):
+    """The tokenizer in `decoder_tokenizer/` of a model's folder, or `None` if there is none."""
+    folder = Path(model_path, TARGET_TOKENIZER)
+    return AutoTokenizer.from_pretrained(folder) if folder.is_dir() else None
