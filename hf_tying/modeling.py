@@ -92,7 +92,7 @@ class TiedModelMixin:
             groups = TyingConfig.from_dict(getattr(self.config, "tying", None)).groups.values()
             if any(name.startswith(f"{self.base_model_prefix}.") for names in groups for name in names):
                 return False
-        return type(self).__name__ in architectures
+        return any(cls.__name__ in architectures for cls in type(self).__mro__)
 
     @classmethod
     def is_custom_code(cls) -> bool:

@@ -105,6 +105,22 @@ def test_the_auto_classes_give_ours_for_a_file_with_an_entry_and_the_stock_ones_
     assert type(AutoModelForSeq2SeqLM.from_config(tied_config())) is TiedEncoderDecoderModel
 
 
+@pytest.mark.parametrize("cls", [AutoModelForSeq2SeqLM, EncoderDecoderModel, TiedEncoderDecoderModel])
+@pytest.mark.parametrize("made_by", ["the class", "tie"])
+def test_a_name_in_the_file_that_no_parameter_has_is_refused_by_every_class(made_by, cls, tmp_path):
+    model = tied_model()
+    if made_by == "tie":
+        model = EncoderDecoderModel(EncoderDecoderConfig.from_dict(tied_config(scheme=None).to_dict()))
+        tie(model, "three_way", init_from="source")
+    model.save_pretrained(tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    assert '"EncoderDecoderModel"' in text and "TiedEncoderDecoderModel" not in text
+    wrong = text.replace("encoder.embeddings.word_embeddings.weight", "encoder.embeddings.word_embedding.weight")
+    (tmp_path / "config.json").write_text(wrong)
+    with pytest.raises(TyingError, match="word_embedding.weight.*nearest names"):
+        cls.from_pretrained(tmp_path)
+
+
 CHILD = """
 import sys
 way, out, *folders = sys.argv[1:]

@@ -37,3 +37,10 @@ class TiedEncoderDecoderConfig(TyingConfigMixin, EncoderDecoderConfig):
         if cls is TiedEncoderDecoderConfig and config_dict.get("tying") is None and kwargs.get("tying") is None:
             return EncoderDecoderConfig.from_dict(config_dict, **kwargs)
         return super().from_dict(config_dict, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers; the architecture is the stock one, which reads the file just as well."""
+        fields = super().to_dict()
+        if fields.get("architectures") == ["TiedEncoderDecoderModel"]:
+            fields["architectures"] = ["EncoderDecoderModel"]
+        return fields
