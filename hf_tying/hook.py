@@ -15,11 +15,15 @@ def install() -> None:
     """Arrange for the hook; called once, by `import hf_tying`."""
     when_imported("transformers.modeling_utils")(_hook_models)
     when_imported("peft.tuners.tuners_utils")(_hook_adapters)
-    when_imported("transformers.models.auto.configuration_auto")(_hook_auto_classes)
+    when_imported("transformers.models.auto.configuration_auto")(_hook_auto_config)
+    when_imported("transformers.models.auto.tokenization_auto")(_hook_auto_tokenizer)
 
 
-def _hook_auto_classes(configuration_auto) -> None:
-    # At the first use and not now: the stock modules that our models build on may be only half imported.
+# Our classes are registered with the Auto classes at their first use, and not when those are imported: then the stock
+# modules that ours build on may be only half there.
+
+
+def _hook_auto_config(configuration_auto) -> None:
     for method in ("from_pretrained", "for_model"):
         wrap_function_wrapper(configuration_auto, f"AutoConfig.{method}", _with_our_models)
 
@@ -29,6 +33,17 @@ def _with_our_models(wrapped, instance, args, kwargs):
 
     for family in models.FAMILIES:
         import_module(f"{models.__name__}.{family}")
+    return wrapped(*args, **kwargs)
+
+
+def _hook_auto_tokenizer(tokenization_auto) -> None:
+    wrap_function_wrapper(tokenization_auto, "AutoTokenizer.from_pretrained", _with_our_tokenizer)
+
+
+def _with_our_tokenizer(wrapped, instance, args, kwargs):
+    from .data import joint_tokenizer
+
+    joint_tokenizer.register()
     return wrapped(*args, **kwargs)
 
 

@@ -63,7 +63,7 @@ def tie(
             values without `init_from`, quantised sides, tensors on the meta device, an adapted (PEFT) model, different
             vocabularies.
     """
-    _refuse_unfit(model, "tie")
+    refuse_unfit(model, "tie")
     config = TyingConfig.of(scheme_or_groups)
     if on_conflict is not None:
         config = config.replace(on_conflict=on_conflict)
@@ -99,7 +99,7 @@ def untie(model: PreTrainedModel, names: list[str] | str | None = None) -> PreTr
     Raises:
         TyingError: for a name that is not tied, or an adapted (PEFT) model.
     """
-    _refuse_unfit(model, "untie")
+    refuse_unfit(model, "untie")
     slots = named_slots(model)
     chains = actual_groups(model)
     if names is None:
@@ -201,7 +201,7 @@ def _sources(model: PreTrainedModel, groups: list[TieGroup], init_from: str | No
     return sources
 
 
-def _refuse_unfit(model: nn.Module, action: str) -> None:
+def refuse_unfit(model: nn.Module, action: str) -> None:
     modules = model.modules() if isinstance(model, nn.Module) else ()
     if any(hasattr(module, "base_layer") or hasattr(module, "original_module") for module in modules):
         raise TyingError(
