@@ -175,6 +175,7 @@ def from_scratch(args: ModelArguments, tying: TyingArguments, corpus: ParallelCo
 
 def translate(trainer: Seq2SeqTrainer, corpus: ParallelCorpus, encoded, tokenizer):
     """Write `generated_predictions.txt`, a line for each sentence, and scores against the whole references."""
+    trainer.args.train_sampling_strategy = "random"  # by length, transformers shuffles what is predicted as well
     output = trainer.predict(encoded, metric_key_prefix="predict")
     if not trainer.is_world_process_zero():
         return

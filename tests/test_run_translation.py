@@ -250,6 +250,16 @@ def test_a_saved_model_is_tied_another_way_and_the_samples_are_limited(marian, t
     assert len(translations(tmp_path / "out").splitlines()) == 3
 
 
+def test_translations_stay_in_order_when_training_groups_by_length(marian, text, flags, tmp_path, monkeypatch):
+    folder, _ = marian
+    more = {key: flags[key] for key in flags if key not in ("model_type", "config_overrides")} | json_flags(text)
+    changes = {"do_train": False, "do_eval": False, "train_sampling_strategy": "group_by_length"}
+    out = tmp_path / "out"
+    run(tmp_path, monkeypatch, more | changes | {"model_name_or_path": str(folder), "output_dir": str(out)})
+    assert translations(out) == translations(folder)
+    assert results(out)["predict_bleu"] == results(folder)["predict_bleu"]
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
