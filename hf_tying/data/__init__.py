@@ -1,14 +1,33 @@
 """Corpora, tokenizers and vocabularies to train on. Nothing here needs a network."""
 
-from .text import Corpus, blocks_for_language_modeling, corpus_from_files, standard_library_corpus
-from .tokenizers import END_OF_TEXT, train_byte_level_bpe, train_joint_tokenizer
+from importlib import import_module
 
-__all__ = [
-    "END_OF_TEXT",
-    "Corpus",
-    "blocks_for_language_modeling",
-    "corpus_from_files",
-    "standard_library_corpus",
-    "train_byte_level_bpe",
-    "train_joint_tokenizer",
-]
+_HOME = {
+    "END_OF_TEXT": "tokenizers",
+    "Corpus": "text",
+    "JointTokenizer": "joint_tokenizer",
+    "ParallelCorpus": "parallel",
+    "blocks_for_language_modeling": "text",
+    "cldr_corpus": "cldr",
+    "corpus_from_files": "text",
+    "encode_parallel": "parallel",
+    "join_vocabularies": "vocabularies",
+    "read_parallel_text": "parallel",
+    "read_translation_json": "parallel",
+    "standard_library_corpus": "text",
+    "train_byte_level_bpe": "tokenizers",
+    "train_joint_tokenizer": "tokenizers",
+}
+
+__all__ = [*_HOME]
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        value = globals()[name] = getattr(import_module(f".{_HOME[name]}", __name__), name)
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

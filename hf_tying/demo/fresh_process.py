@@ -1,6 +1,6 @@
 """Load a saved model in a process of its own and score it. Run by path, so that the package is imported only if asked:
 
-    python -P fresh_process.py MODEL_FOLDER BLOCKS.safetensors ANSWER.safetensors [hf_tying]
+    python -P fresh_process.py BLOCKS.safetensors ANSWER.safetensors MODEL_FOLDER [hf_tying]
 
 The demo imports `score` as well: what is compared is computed by the same lines.
 """
@@ -36,7 +36,7 @@ def score(model, blocks: torch.Tensor, batch_size: int = 32) -> dict[str, torch.
     }
 
 
-def main(folder: str, blocks_file: str, answer_file: str, plugin: str | None = None):
+def main(blocks_file: str, answer_file: str, folder: str, plugin: str | None = None):
     if plugin:
         from hf_tying import assert_tied
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,8 +1,5 @@
 """The job from text to proof, in the order in which it happens."""
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
 
@@ -21,27 +18,24 @@ from ..data import (
     train_byte_level_bpe,
 )
 from ..training.callbacks import TyingCallback
-from ..verify import assert_tied
 from .fresh_process import score
+from .measuring import one_thread
 from .models import build_pair, differing_at_the_start, small_config
-from .proof import MOST_PERPLEXITY_RATIO, Check, reload_checks
-from .report import check_lines, comparison_table, measurements, plot_curves, report, write_report
+from .proof import MOST_PERPLEXITY_RATIO, Check, reload_checks, still_tied
+from .report import (
+    check_lines,
+    comparison_table,
+    measurements,
+    plot_curves,
+    report,
+    save_models,
+    write_report,
+)
 from .settings import REPORT, DemoSettings
 from .training import Run, train
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """So small a model gains little by a second thread, and on a busy machine threads that meet lose much by it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@_one_thread()
+@one_thread()
 def run_demo(settings: DemoSettings, console: Console | None = None) -> bool:
     """Train the pair, compare, save, reload and prove.
 
@@ -78,20 +72,25 @@ def run_demo(settings: DemoSettings, console: Console | None = None) -> bool:
         models[1], settings.scheme, settings, training_blocks, validation_blocks, [TyingCallback(log_roles=True)]
     )
 
-    folders = _save(settings, tokenizer, untied, tied)
+    runs = {"untied": untied, "tied": tied}
+    folders = save_models(settings, tokenizer, {name: run.model for name, run in runs.items()})
     blocks = torch.tensor(validation_blocks["input_ids"][:])
-    results = {"untied": measurements(untied, folders[0]), "tied": measurements(tied, folders[1])}
+    results = {name: measurements(run, folders[name]) | {"perplexity": run.perplexity} for name, run in runs.items()}
     checks = [
         *_fairness(untied, tied, differing),
         *_outcome(results),
-        _still_tied(tied),
-        *reload_checks(folders[1], score(tied.model, blocks), blocks),
+        still_tied("it is tied after training (assert_tied)", tied.model),
+        *reload_checks(folders["tied"], score(tied.model, blocks), blocks),
     ]
     sample = _sample(tied, tokenizer, _prompt(corpus), settings.seed)
 
-    plot_curves(untied, tied, settings.scheme, settings.output_dir / "curves.png")
+    plot_curves(
+        {"untied": untied, settings.scheme: tied},
+        lambda run: f"perplexity {run.perplexity:.1f}",
+        settings.output_dir / "curves.png",
+    )
     results |= {"checks": [asdict(check) for check in checks], "sample": sample}
-    write_report(report(settings, described, {"untied": untied, "tied": tied}, results), settings.output_dir)
+    write_report(report(settings, described, runs, results), settings.output_dir)
     _conclude(console, settings, results, checks)
     return all(check.holds for check in checks)
 
@@ -118,17 +117,6 @@ def _announce(console: Console, settings: DemoSettings, corpus: dict):
         highlight=False,
         soft_wrap=True,
     )
-
-
-def _save(settings: DemoSettings, tokenizer, *runs: Run):
-    settings.output_dir.mkdir(parents=True, exist_ok=True)
-    write_report({"complete": False}, settings.output_dir)
-    folders = [settings.output_dir / name for name in ("untied", "tied")]
-    for run, folder in zip(runs, folders, strict=True):
-        shutil.rmtree(folder, ignore_errors=True)
-        run.model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    return folders
 
 
 def _fairness(untied: Run, tied: Run, differing: list[str]) -> list[Check]:
@@ -166,14 +154,6 @@ def _outcome(results: dict[str, dict]) -> list[Check]:
             f"ratio {ratio:.3f}",
         ),
     ]
-
-
-def _still_tied(tied: Run) -> Check:
-    try:
-        assert_tied(tied.model)
-    except TyingError as error:
-        return Check("it is tied after training (assert_tied)", False, str(error))
-    return Check("it is tied after training (assert_tied)", True, "declared, actual and config agree")
 
 
 def _prompt(corpus: Corpus) -> str:

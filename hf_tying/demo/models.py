@@ -11,6 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..config import TyingError, nearest
+from ..groups import roles
+from ..parameters import find_parameter
 from ..tying import tie
 
 # Two minutes on two cores are too short for more.
@@ -53,11 +55,11 @@ def small_config(model_type: str, vocab_size: int, block_size: int):
             f"Unknown model type {model_type!r}: expected a causal language model of transformers"
             f"{nearest(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)}."
         )
-    with _refusing(model_type):
+    with refusing(model_type):
         default = AutoConfig.for_model(model_type)
         return AutoConfig.for_model(
             model_type,
-            **{name: size for name, size in _SIZES.items() if _takes(default, name)},
+            **{name: size for name, size in _SIZES.items() if takes(default, name)},
             vocab_size=vocab_size,
             max_position_embeddings=block_size,
             tie_word_embeddings=False,
@@ -83,17 +85,11 @@ def build_pair(config, scheme: str, seed: int) -> tuple[PreTrainedModel, PreTrai
     Raises:
         TyingError: if the model cannot be built or trained on plain text, is too big, or cannot be tied in this way.
     """
-    with _refusing(config.model_type), torch.device("meta"):
-        size = AutoModelForCausalLM.from_config(config).num_parameters()
-    if size > _MOST_PARAMETERS:
-        raise TyingError(
-            f"The smallest {config.model_type!r} that the demo can ask for has {size:,} parameters: expected at most "
-            f"{_MOST_PARAMETERS:,}. Choose another type, or train it with examples/run_clm.py and --config_overrides."
-        )
-    with _refusing(config.model_type):
+    refuse_big(config, AutoModelForCausalLM)
+    with refusing(config.model_type):
         set_seed(seed)
         untied = AutoModelForCausalLM.from_config(config)
-        _start_with_rows_of_unit_norm(untied)
+        start_with_rows_of_unit_norm(untied.get_input_embeddings().weight)
         _try_out(untied)
     return untied, tie(copy.deepcopy(untied), scheme, init_from="target")
 
@@ -101,8 +97,8 @@ def build_pair(config, scheme: str, seed: int) -> tuple[PreTrainedModel, PreTrai
 def differing_at_the_start(untied: PreTrainedModel, tied: PreTrainedModel) -> list[str]:
     """Names of the tied model's parameters with other values than the untied one's: none, for a fair comparison."""
     values = dict(untied.named_parameters())
-    # Where the output matrix comes first in the model, the tied one goes by its name.
-    shared, embedding = tied.get_input_embeddings().weight, untied.get_input_embeddings().weight
+    # Where another of the tied matrices comes first in the model, the one that they are goes by its name.
+    shared, embedding = (find_parameter(model, roles(model)["target"][-1]) for model in (tied, untied))
     return [
         name
         for name, value in tied.named_parameters()
@@ -110,13 +106,12 @@ def differing_at_the_start(untied: PreTrainedModel, tied: PreTrainedModel) -> li
     ]
 
 
-def _start_with_rows_of_unit_norm(model: PreTrainedModel):
-    """Draw the input embedding from N(0, 1 / width) in place of N(0, 0.02^2), for both models: both end better by it.
+def start_with_rows_of_unit_norm(embedding: torch.nn.Parameter):
+    """Draw an embedding from N(0, 1 / width) in place of N(0, 0.02^2), for all models: each ends better by it.
 
     AdamW moves every row of a softmax matrix by a full learning rate from the first step on, whether its word occurs
     or not, and all in much the same direction. Rows that start small are soon alike, and a tied model reads by them.
     """
-    embedding = model.get_input_embeddings().weight
     torch.nn.init.normal_(embedding, std=embedding.shape[1] ** -0.5)
 
 
@@ -126,7 +121,7 @@ def _try_out(model: PreTrainedModel):
     copy.deepcopy(model).train()(input_ids=tokens, labels=tokens).loss.backward()
 
 
-def _takes(config, name: str) -> bool:
+def takes(config, name: str) -> bool:
     """Whether a size of this name may be set: the config has it, with a value, and does not compute it."""
     computed = getattr(type(config), name, None)
     if isinstance(computed, property) and computed.fset is None:
@@ -134,8 +129,19 @@ def _takes(config, name: str) -> bool:
     return getattr(config, name, None) is not None or (name == "head_dim" and hasattr(config, name))
 
 
+def refuse_big(config, auto_class, script: str = "run_clm.py"):
+    """Refuse what `auto_class` would make of a config if it is too big for a demo; no weight is made for that."""
+    with refusing(config.model_type, script), torch.device("meta"):
+        size = auto_class.from_config(config).num_parameters()
+    if size > _MOST_PARAMETERS:
+        raise TyingError(
+            f"The smallest {config.model_type!r} that the demo can ask for has {size:,} parameters: expected at most "
+            f"{_MOST_PARAMETERS:,}. Choose another type, or train it with examples/{script} and --config_overrides."
+        )
+
+
 @contextmanager
-def _refusing(model_type: str) -> Iterator[None]:
+def refusing(model_type: str, script: str = "run_clm.py") -> Iterator[None]:
     """Turn whatever a model class raises about sizes it cannot have into one clear error."""
     try:
         yield
@@ -143,5 +149,5 @@ def _refusing(model_type: str) -> Iterator[None]:
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
         raise TyingError(
             f"The demo cannot train a small {model_type!r}, which asks for more than sizes and token ids ({reason}). "
-            "Choose another --model_type, or train it with examples/run_clm.py and --config_overrides."
+            f"Choose another --model_type, or train it with examples/{script} and --config_overrides."
         ) from error

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
+from ..config import TyingError
+from ..verify import assert_tied
 from . import fresh_process
 
 #: The tied model may be this much worse at most. The papers promise that it is better.
 MOST_PERPLEXITY_RATIO = 1.02
 # Same weights, code, threads and batches: what may differ is how memory is aligned, some units in the last place.
-_MOST_DIFFERENCE = 1e-4
-
-
+MOST_DIFFERENCE = 1e-4
 _PACKAGE = Path(__file__).parents[1]
 
 
@@ -48,23 +49,50 @@ def reload_checks(folder: Path, in_memory: dict[str, torch.Tensor], blocks: torc
 
 
 def _reload_check(claim: str, folder: Path, expected: dict, blocks: torch.Tensor, *plugin: str) -> Check:
-    with tempfile.TemporaryDirectory() as scratch:
-        question, answer = Path(scratch, "blocks.safetensors"), Path(scratch, "answer.safetensors")
-        save_file({"blocks": blocks}, question)
-        command = [sys.executable, "-P", fresh_process.__file__, str(folder), str(question), str(answer), *plugin]
-        # The copy of hf_tying that runs here is the one to prove, installed or not.
-        path = os.pathsep.join(filter(None, (str(_PACKAGE.parent), os.environ.get("PYTHONPATH"))))
-        threads = str(torch.get_num_threads())  # sums are rounded in another order with another number
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": threads}
-        process = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if process.returncode:
-            last_line = (process.stderr.strip().splitlines() or ["no message"])[-1]
-            return Check(claim, False, f"the process ended with {process.returncode}: {last_line}")
-        found = load_file(answer)
+    found, failure = in_fresh_process(fresh_process.__file__, {"blocks": blocks}, str(folder), *plugin)
+    if failure:
+        return Check(claim, False, failure)
     difference = (found["logits"] - expected["logits"]).abs().max().item()
-    holds = difference <= _MOST_DIFFERENCE and abs(found["loss"] - expected["loss"]).item() <= _MOST_DIFFERENCE
+    holds = difference <= MOST_DIFFERENCE and abs(found["loss"] - expected["loss"]).item() <= MOST_DIFFERENCE
     evidence = f"validation loss {found['loss']:.6f}, largest difference of a logit {difference:.1e}"
     if plugin:
         holds = holds and found["parameters"].item() == expected["parameters"].item()
         evidence += f", {found['parameters']:,} parameters"
     return Check(claim, holds, evidence)
+
+
+def in_fresh_process(script: str, question: dict[str, torch.Tensor], *arguments: str):
+    """Run `script QUESTION ANSWER arguments...`, two safetensors files first, in a Python of its own.
+
+    Args:
+        script (`str`): a file, run by path, so that the package is imported only if the script imports it.
+        question (`dict[str, torch.Tensor]`): what the script reads from the first file.
+        *arguments (`str`): further arguments.
+
+    Returns:
+        `tuple[dict[str, torch.Tensor] | None, str]`: what the script wrote to the second file; or `None` and how the
+        process failed.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        files = [str(Path(scratch, f"{name}.safetensors")) for name in ("question", "answer")]
+        save_file(question, files[0])
+        # The copy of hf_tying that runs here is the one to prove, installed or not.
+        path = os.pathsep.join(filter(None, (str(_PACKAGE.parent), os.environ.get("PYTHONPATH"))))
+        threads = str(torch.get_num_threads())  # sums are rounded in another order with another number
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": threads}
+        command = [sys.executable, "-P", script, *files, *arguments]
+        process = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if process.returncode:
+            last_line = (process.stderr.strip().splitlines() or ["no message"])[-1]
+            return None, f"the process ended with {process.returncode}: {last_line}"
+        return load_file(files[1]), ""
+
+
+def still_tied(claim: str, *models: PreTrainedModel) -> Check:
+    """`assert_tied` on each model."""
+    try:
+        for model in models:
+            assert_tied(model)
+    except TyingError as error:
+        return Check(claim, False, str(error))
+    return Check(claim, True, "declared, actual and config agree")

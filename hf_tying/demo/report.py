@@ -4,7 +4,8 @@ import dataclasses
 import json
 import os
 import platform
-from collections.abc import Iterable
+import shutil
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,70 +15,111 @@ from rich.markup import escape
 from rich.table import Table
 
 from .proof import Check
-from .settings import REPORT, DemoSettings
-from .training import Run
+from .settings import REPORT, DemoSettings, TranslationSettings
 
 _VERSIONS = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "accelerate")
 
 
-def measurements(run: Run, folder: Path) -> dict[str, int | float]:
-    """The five numbers that the two models are compared by.
+def save_models(settings: DemoSettings | TranslationSettings, tokenizer, models: dict[str, Any]) -> dict[str, Path]:
+    """Write each model with the tokenizer to the folder of its name; what an earlier demo wrote there is replaced.
 
     Args:
-        run (`Run`): a trained model.
+        settings: where to.
+        tokenizer: saved beside every model.
+        models (`dict[str, PreTrainedModel]`): by the names of their folders.
+
+    Returns:
+        `dict[str, Path]`: the folders.
+    """
+    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    write_report({"complete": False}, settings.output_dir)
+    folders = {name: settings.output_dir / name for name in models}
+    for name, model in models.items():
+        shutil.rmtree(folders[name], ignore_errors=True)
+        model.save_pretrained(folders[name])
+        tokenizer.save_pretrained(folders[name])
+    return folders
+
+
+def measurements(run: Any, folder: Path) -> dict[str, int | float]:
+    """The numbers that all models are compared by.
+
+    Args:
+        run (`Run` or `TranslationRun`): a trained model.
         folder (`Path`): where it was saved.
 
     Returns:
         `dict`: `parameters` (each counted once), `checkpoint_bytes` (the safetensors files), `optimizer_bytes`,
-        `tokens_per_second`, `perplexity`.
+        `tokens_per_second`.
     """
     return {
         "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
         "checkpoint_bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         "optimizer_bytes": run.optimizer_bytes,
         "tokens_per_second": round(run.tokens_per_second, 1),
-        "perplexity": run.perplexity,
     }
 
 
 def comparison_table(untied: dict[str, float], tied: dict[str, float], scheme: str) -> Table:
     """The measurements side by side, and the tied model's as a part of the untied one's."""
-    table = Table(title="The same model, data, seed and number of tokens")
+    rows = [("validation perplexity", "perplexity", "{:,.2f}".format)]
+    return measurement_table({"untied": untied, scheme: tied}, rows, "The same model, data, seed and number of tokens")
+
+
+def measurement_table(
+    results: dict[str, dict[str, float]], scores: list[tuple[str, str, Callable[[float], str]]], title: str
+) -> Table:
+    """A column for each model, and the last one's numbers as a part of the first one's.
+
+    Args:
+        results (`dict[str, dict]`): by a model's name, what `measurements` gave and its scores.
+        scores (`list[tuple]`): the rows below the measurements: label, key, and how to write the number.
+        title (`str`): of the table.
+    """
+    first, last = list(results)[0], list(results)[-1]
+    table = Table(title=title)
     table.add_column("")
-    for heading in ("untied", scheme, f"{scheme} / untied"):
+    for heading in (*results, f"{last} / {first}"):
         table.add_column(heading, justify="right")
     for label, key, form in (
         ("parameters", "parameters", "{:,}".format),
         ("checkpoint", "checkpoint_bytes", _megabytes),
         ("AdamW states", "optimizer_bytes", _megabytes),
         ("tokens per second", "tokens_per_second", "{:,.0f}".format),
-        ("validation perplexity", "perplexity", "{:,.2f}".format),
+        *scores,
     ):
-        table.add_row(label, form(untied[key]), form(tied[key]), f"{tied[key] / untied[key]:.3f}")
+        numbers = [result[key] for result in results.values()]
+        ratio = f"{numbers[-1] / numbers[0]:.3f}" if numbers[0] else "-"
+        table.add_row(label, *map(form, numbers), ratio)
     return table
 
 
-def plot_curves(untied: Run, tied: Run, scheme: str, path: Path):
-    """A picture of three: training loss, validation loss, and what each role gives to the tied matrix's gradient."""
+def plot_curves(runs: dict[str, Any], score: Callable[[Any], str], path: Path):
+    """A picture of three: training loss, validation loss, and what each role gives to the tied matrix's gradient.
+
+    Args:
+        runs (`dict[str, Run]`): by the names of the models, the untied one first; the gradient is the last one's.
+        score (`Callable`): a run's score in words, for the legend.
+        path (`Path`): of the picture.
+    """
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
     figure = Figure(figsize=(13, 4), layout="constrained")
     training, validation, gradient = figure.subplots(1, 3)
-    # The untied line is wide and pale so that it is seen under the other where they meet.
-    for run, name, style in (
-        (untied, "untied", {"color": "tab:orange", "linewidth": 4, "alpha": 0.5}),
-        (tied, scheme, {"color": "tab:blue", "linewidth": 1.5}),
-    ):
+    *others, last = runs
+    # The untied line is wide and pale so that it is seen under the others where they meet.
+    styles = [{"color": "tab:orange", "linewidth": 4, "alpha": 0.5}, {"color": "tab:green", "linewidth": 2.5}]
+    styles = dict(zip(others, styles, strict=False)) | {last: {"color": "tab:blue", "linewidth": 1.5}}
+    for name, run in runs.items():
         millions = sum(parameter.numel() for parameter in run.model.parameters()) / 1e6
-        training.plot(*_series(run, "loss"), label=f"{name}, {millions:.2f} M parameters", **style)
-        label = f"{name}, perplexity {run.perplexity:.1f}"
-        validation.plot(*_series(run, "eval_loss"), marker="o", label=label, **style)
-    for key in sorted({key for log in tied.history for key in log if key.startswith("grad_share/")}):
-        gradient.plot(*_series(tied, key), label=key.rpartition("/")[2])
+        training.plot(*_series(run, "loss"), label=f"{name}, {millions:.2f} M parameters", **styles[name])
+        validation.plot(*_series(run, "eval_loss"), marker="o", label=f"{name}, {score(run)}", **styles[name])
+    for key in sorted({key for log in runs[last].history for key in log if key.startswith("grad_share/")}):
+        gradient.plot(*_series(runs[last], key), label=key.rpartition("/")[2])
 
     # Both losses on one scale, on which the first steps, where they fall fast, run out of the frame.
-    losses = [loss for run in (untied, tied) for key in ("loss", "eval_loss") for loss in _series(run, key)[1]]
-    top = max(loss for run in (untied, tied) for loss in _series(run, "eval_loss")[1])
+    losses = [loss for run in runs.values() for key in ("loss", "eval_loss") for loss in _series(run, key)[1]]
+    top = max(loss for run in runs.values() for loss in _series(run, "eval_loss")[1])
     for axes in (training, validation):
         axes.set_ylim(min(losses) - 0.1, top + 0.4)
     training.set(title="training", ylabel="loss in nats per token")
@@ -90,14 +132,16 @@ def plot_curves(untied: Run, tied: Run, scheme: str, path: Path):
     figure.savefig(path, dpi=150)
 
 
-def report(settings: DemoSettings, corpus: dict[str, Any], runs: dict[str, Run], results: dict) -> dict[str, Any]:
+def report(
+    settings: DemoSettings | TranslationSettings, corpus: dict[str, Any], runs: dict[str, Any], results: dict
+) -> dict[str, Any]:
     """All that was asked, measured and checked, as plain JSON values.
 
     Args:
-        settings (`DemoSettings`): what was asked.
+        settings: what was asked.
         corpus (`dict`): what the text is.
-        runs (`dict[str, Run]`): `untied` and `tied`.
-        results (`dict`): the measurements of `untied` and `tied`, the checks, the sample.
+        runs (`dict[str, Run]`): the trained models by name.
+        results (`dict`): the measurements of each, the checks, the samples.
 
     Returns:
         `dict`: the content of `report.json`.
@@ -106,7 +150,7 @@ def report(settings: DemoSettings, corpus: dict[str, Any], runs: dict[str, Run],
         "complete": True,
         "settings": {**dataclasses.asdict(settings), "train_file": [str(path) for path in settings.train_file]},
         "seed": settings.seed,
-        "tokens": runs["tied"].tokens,
+        "tokens": next(iter(runs.values())).tokens,
         "corpus": corpus,
         **results,
         "history": {name: run.history for name, run in runs.items()},
@@ -129,7 +173,7 @@ def check_lines(checks: Iterable[Check]) -> Iterable[str]:
         yield f"{mark}  {escape(check.claim)} [dim]({escape(check.evidence)})[/]"
 
 
-def _series(run: Run, key: str) -> tuple[list[float], list[float]]:
+def _series(run: Any, key: str) -> tuple[list[float], list[float]]:
     steps = max(log["step"] for log in run.history)
     logs = [log for log in run.history if key in log]
     return [log["step"] * run.tokens / steps / 1000 for log in logs], [log[key] for log in logs]

@@ -1,24 +1,14 @@
 """Train one of the two models with `Trainer` and measure it."""
 
-import hashlib
 import math
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    default_data_collator,
-    set_seed,
-)
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from ..metrics import perplexity_of, sequence_scores
+from .measuring import RecordingCollator, StepClock, optimizer_bytes, train_quietly
 from .settings import DemoSettings
 
 
@@ -66,7 +56,7 @@ def train(
     Returns:
         `Run`.
     """
-    collator, clock = _RecordingCollator(), _StepClock()
+    collator, clock = _RecordingCollator(), StepClock()
     trainer = Trainer(
         model=model,
         args=_arguments(settings),
@@ -77,20 +67,13 @@ def train(
         compute_metrics=perplexity_of,
         callbacks=[clock, *(callbacks or [])],
     )
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(_OneLineProgress(name))
-    set_seed(settings.seed)  # dropout, where the model has it
-    trainer.train()
-    if trainer.state.global_step % trainer.args.eval_steps:
-        trainer.evaluate()
-    model.eval()
+    train_quietly(trainer, name, settings.seed, {"loss": "loss", "eval_perplexity": "validation perplexity"})
     tokens_per_step = trainer.args.train_batch_size * settings.block_size
     return Run(
         model=model,
         tokens=tokens_per_step * trainer.state.global_step,
         tokens_per_second=tokens_per_step / sorted(clock.seconds)[len(clock.seconds) // 4],
-        optimizer_bytes=_optimizer_bytes(trainer.optimizer),
+        optimizer_bytes=optimizer_bytes(trainer.optimizer),
         perplexity=[log["eval_perplexity"] for log in trainer.state.log_history if "eval_perplexity" in log][-1],
         data=collator.digest.hexdigest()[:16],
         history=trainer.state.log_history,
@@ -118,54 +101,8 @@ def _arguments(settings: DemoSettings) -> TrainingArguments:
     )
 
 
-def _optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    states = (value for state in optimizer.state.values() for value in state.values())
-    return sum(value.numel() * value.element_size() for value in states if torch.is_tensor(value))
-
-
-class _RecordingCollator:
-    """The default collator, which also keeps a digest of what it gave, to prove that two runs saw the same."""
+class _RecordingCollator(RecordingCollator):
+    """The default collator, recorded; labels are the inputs themselves."""
 
     def __init__(self):
-        self.digest = hashlib.sha256()
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        batch = default_data_collator(examples)
-        self.digest.update(batch["input_ids"].numpy().tobytes())
-        return batch
-
-
-class _StepClock(TrainerCallback):
-    """Seconds of every optimizer step."""
-
-    def __init__(self):
-        self.seconds: list[float] = []
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._begin = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.seconds.append(time.perf_counter() - self._begin)
-
-
-class _OneLineProgress(ProgressCallback):
-    """The trainer's own bar with the model's name and the losses on it, in place of a line for each log."""
-
-    def __init__(self, name: str):
-        super().__init__()
-        self._name = name
-        self._losses: dict[str, str] = {}
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        super().on_train_begin(args, state, control, **kwargs)
-        self.training_bar.set_description(f"{self._name:>8}")
-
-    def on_prediction_step(self, args, state, control, **kwargs):
-        pass
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        for key, label in (("loss", "loss"), ("eval_perplexity", "validation perplexity")):
-            if key in logs:
-                self._losses[label] = f"{logs[key]:.4g}"
-        if self.training_bar is not None:
-            self.training_bar.set_postfix(self._losses)
+        super().__init__(default_data_collator, keys=("input_ids",))

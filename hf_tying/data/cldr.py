@@ -1,0 +1,120 @@
+"""A parallel corpus between any two languages that CLDR knows, made on the spot with Babel: no network, no file.
+
+The Unicode Common Locale Data Repository says how each language writes dates, numbers, units, currencies and lists,
+and what it calls territories, languages and currencies. Written in two languages, one date is a sentence pair.
+"""
+
+import re
+from difflib import get_close_matches
+
+from ..config import TyingError
+from .parallel import ParallelCorpus
+from .split import Pair, split_pairs
+
+# Of about 600 codes. With fewer, most combinations are missing, and the rest are figures more than words.
+_FEWEST_NAMES = 300
+
+
+def cldr_corpus(
+    source_language: str = "en", target_language: str = "de", validation_fraction: float = 0.05, seed: int = 0
+) -> tuple[ParallelCorpus, ParallelCorpus]:
+    """About 17,000 pairs of short lines: dates, times, spans, relative times, amounts, sums of money, numbers,
+    languages of territories, lists of both, and the bare names of all territories, languages and currencies.
+
+    What is held out are combinations: a day in all its forms and at all its hours, a number with a unit or a currency,
+    a language with a territory, a list in every order. A bare name always stands in the training part, since nothing
+    tells what Switzerland is in German but being told; so does every phrase with one or two of a thing, which have
+    forms of their own. Who has learnt the names, the numbers and the months can write every held-out line. No line of
+    either side stands on both sides of the split, compared without regard to case and to how numbers are written (see
+    `comparable`). Spaces of every kind are written as plain ones.
+
+    Args:
+        source_language (`str`, default `"en"`): a locale of CLDR such as `"fr"`, `"pt-BR"` or `"sr_Latn"`.
+        target_language (`str`, default `"de"`): another one, of another language.
+        validation_fraction (`float`, default 0.05): share of the pairs to hold out, nearly.
+        seed (`int`, default 0): of the combinations and of the split. Equal arguments give equal pairs in every
+            process, with the same version of Babel.
+
+    Returns:
+        `tuple[ParallelCorpus, ParallelCorpus]`: for training, and held out.
+
+    Raises:
+        TyingError: if Babel is not installed, for a code that it does not know, twice the same language, languages in
+            which CLDR names too little, or a fraction that holds out nothing or leaves nothing.
+    """
+    try:
+        from .cldr_phrases import phrases
+    except ImportError:
+        raise TyingError(
+            "The corpus is made with Babel, which is missing: pip install 'hf-tying[demo]', or give pairs of your own "
+            "with --train_file."
+        ) from None
+    source, target = _locale(source_language), _locale(target_language)
+    _refuse_unfit(source, target)
+    pairs = []
+    for phrase in phrases(seed):
+        try:
+            pair = Pair(phrase.group, *(_one_line(phrase.render(locale=locale)) for locale in (source, target)))
+        except (LookupError, ValueError):
+            continue  # what CLDR has in one of the two languages only
+        if pair.source != pair.target or re.search(r"[^\W\d_]", pair.source):  # figures that stay are no translation
+            pairs.append(pair)
+    sides = split_pairs(pairs, validation_fraction, seed)
+    if not all(sides):
+        raise TyingError(
+            f"validation_fraction={validation_fraction} of {len(pairs)} pairs leaves {len(sides[0])} to train on and "
+            f"{len(sides[1])} held out: expected a number between 0 and 1, such as 0.05."
+        )
+    languages = {"source_language": str(source), "target_language": str(target)}
+    train, validation = (
+        ParallelCorpus([pair.source for pair in side], [pair.target for pair in side], **languages) for side in sides
+    )
+    return train, validation
+
+
+def _locale(code: str):
+    from babel import Locale, UnknownLocaleError
+
+    try:
+        return Locale.parse(code.replace("-", "_"))
+    except (UnknownLocaleError, ValueError):
+        hint = ", ".join(map(repr, _nearest_codes(code)))
+        raise TyingError(
+            f"Unknown language {code!r}: expected the code of a locale in CLDR, such as 'en' or 'pt-BR'"
+            f"{'; the nearest are ' + hint if hint else ''}."
+        ) from None
+
+
+def _nearest_codes(code: str) -> list[str]:
+    """Of the language with this English name, of the territory with this code, and of those that look like it."""
+    from babel import Locale
+    from babel.core import get_global
+    from babel.localedata import locale_identifiers
+
+    word = code.casefold()
+    named = [language for language, name in Locale("en").languages.items() if name.casefold() == word]
+    spoken = get_global("likely_subtags").get(f"und_{code.upper()}", "").split("_")[0]
+    known = sorted(locale for locale in locale_identifiers() if ("_" in locale) == ("_" in code.replace("-", "_")))
+    alike = get_close_matches(code.replace("-", "_"), known, n=3, cutoff=0.5)
+    return [c for c in dict.fromkeys((*named, spoken, *alike)) if c in known][:3]
+
+
+def _refuse_unfit(source, target):
+    from .cldr_phrases import named_codes
+
+    if source.language == target.language:
+        raise TyingError(
+            f"The source language {str(source)!r} and the target language {str(target)!r} are the same language: "
+            "there is nothing to translate. Give two."
+        )
+    for locale in (source, target):
+        named, known = len(named_codes(locale)), len(named_codes(type(locale)("en")))
+        if named < _FEWEST_NAMES:
+            raise TyingError(
+                f"CLDR knows too little of {str(locale)!r}: it names {named} of {known} territories, languages and "
+                f"currencies in it, expected at least {_FEWEST_NAMES}. Choose another language."
+            )
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

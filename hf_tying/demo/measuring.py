@@ -1,0 +1,101 @@
+"""A `Trainer` under observation: one line of progress, the seconds of its steps, what it was fed, what it keeps."""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, set_seed
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """So small a model gains little by a second thread, and on a busy machine threads that meet lose much by it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def train_quietly(trainer: Trainer, name: str, seed: int, shown: dict[str, str]) -> None:
+    """Train with one progress bar and nothing else printed; end with an evaluation and the model in eval mode.
+
+    Args:
+        trainer (`Trainer`): ready to train, with evaluation by steps.
+        name (`str`): of the model, shown on the bar.
+        seed (`int`): of dropout, where the model has it.
+        shown (`dict[str, str]`): which numbers of the log to show, and under which names.
+    """
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_OneLineProgress(name, shown))
+    set_seed(seed)
+    trainer.train()
+    if trainer.state.global_step % trainer.args.eval_steps:
+        trainer.evaluate()
+    trainer.model.eval()
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """What the optimizer's states take in memory."""
+    states = (value for state in optimizer.state.values() for value in state.values())
+    return sum(value.numel() * value.element_size() for value in states if torch.is_tensor(value))
+
+
+class RecordingCollator:
+    """A collator that also keeps a digest of what it gave, to prove that two runs saw the same.
+
+    Args:
+        collate (`Callable`): the collator itself.
+        keys (`tuple[str, ...]`): what of a batch goes into the digest.
+    """
+
+    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]], keys: tuple[str, ...]):
+        self.digest = hashlib.sha256()
+        self._collate, self._keys = collate, keys
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = self._collate(examples)
+        for key in self._keys:
+            self.digest.update(batch[key].numpy().tobytes())
+        return batch
+
+
+class StepClock(TrainerCallback):
+    """Seconds of every optimizer step."""
+
+    def __init__(self):
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._begin = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(time.perf_counter() - self._begin)
+
+
+class _OneLineProgress(ProgressCallback):
+    """The trainer's own bar with the model's name and the losses on it, in place of a line for each log."""
+
+    def __init__(self, name: str, shown: dict[str, str]):
+        super().__init__()
+        self._name, self._shown = name, shown
+        self._losses: dict[str, str] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self.training_bar.set_description(f"{self._name:>9}")
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        pass
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        for key, label in self._shown.items():
+            if key in logs:
+                self._losses[label] = f"{logs[key]:.4g}"
+        if self.training_bar is not None:
+            self.training_bar.set_postfix(self._losses)

@@ -1,0 +1,63 @@
+"""Load saved models in a process of its own and let them answer. Run by path, so that the package is imported only if
+asked:
+
+    python -P fresh_process.py QUESTION.safetensors ANSWER.safetensors (plain | hf_tying) MODEL_FOLDER...
+
+The demo imports `answer` as well: what is compared is computed by the same lines.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+
+def answer(model, question: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Logits of given translations, translations by beam search, and parameters counted once each.
+
+    Args:
+        model: an encoder-decoder.
+        question (`dict[str, torch.Tensor]`): `input_ids` and `attention_mask`, `(sentences, source length)`; `labels`,
+            `(sentences, target length)`; `num_beams` and `max_length`, scalars.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `logits`, `(sentences, target length, vocabulary)`; `beams`, token ids `(sentences,
+        length)`; `parameters`.
+    """
+    model.eval()
+    inputs = {key: question[key].to(model.device) for key in ("input_ids", "attention_mask")}
+    with torch.inference_mode():
+        logits = model(**inputs, labels=question["labels"].to(model.device)).logits
+        beams = model.generate(
+            **inputs,
+            num_beams=question["num_beams"].item(),
+            max_length=question["max_length"].item(),
+            do_sample=False,
+        )
+    return {
+        "logits": logits.float().cpu().clone(),
+        "beams": beams.cpu().clone(),
+        "parameters": torch.tensor(sum(parameter.numel() for parameter in model.parameters())),
+    }
+
+
+def main(question_file: str, answer_file: str, way: str, *folders: str):
+    if way == "hf_tying":
+        from hf_tying import assert_tied
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+    question, answers = load_file(question_file), {}
+    for folder in folders:
+        AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForSeq2SeqLM.from_pretrained(folder)
+        if way == "hf_tying":
+            assert_tied(model)
+        elif "hf_tying" in sys.modules:
+            raise RuntimeError("hf_tying was imported: this process proves nothing about plain transformers")
+        answers |= {f"{Path(folder).name}/{key}": value for key, value in answer(model, question).items()}
+    save_file(answers, answer_file)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
