@@ -104,3 +104,9 @@ class TranslationSettings(_Settings):
     target_language: str = "de"
     max_length: int = 64
     num_beams: int = 4
+
+    @property
+    def is_default_pair(self) -> bool:
+        """Whether it is the text that the defaults were chosen for."""
+        languages = (TranslationSettings.source_language, TranslationSettings.target_language)
+        return not self.train_file and (self.source_language, self.target_language) == languages

@@ -18,7 +18,7 @@ from ..settings import REPORT, TranslationSettings
 from .corpus import Corpora, prepared_corpora
 from .fresh_process import answer
 from .models import SCHEMES, build_models, small_config
-from .proof import outcome_checks, question_for, reload_checks, start_check, success_check
+from .proof import bleu_check, outcome_checks, question_for, reload_checks, start_check, success_check
 from .training import TranslationRun, train
 
 _SAMPLES = 8
@@ -65,6 +65,7 @@ def run_translation_demo(settings: TranslationSettings, console: Console | None 
     saved_once = {name for name, model in tied.items() if model.config.tying["save_format"] == "dedup"}
     checks += [
         *outcome_checks(runs, results, saved_once),
+        *([bleu_check(results)] if settings.is_default_pair else []),
         *([] if settings.train_file else [success_check(runs["three_way"])]),
         still_tied("both are tied after training (assert_tied)", *tied.values()),
         *reload_checks(folders, in_memory, question),

@@ -12,7 +12,8 @@ from .corpus import Corpora
 from .training import TranslationRun
 
 #: By so many BLEU the three_way model may be worse than the untied one. The papers promise that it is not worse;
-#: with another seed each of them moves by half a point.
+#: with another seed each of them moves by half a point. Claimed of English to German alone, for which sizes and
+#: learning rate were chosen. From French to Polish, where words have more forms, it was 1.8 worse with the same ones.
 MOST_BLEU_LOST = 1.0
 #: What the three_way model must get right of CLDR's held-out lines for the comparison to be one of working models.
 LEAST_EXACT_MATCH = 0.5
@@ -32,7 +33,7 @@ def start_check(models: dict[str, PreTrainedModel]) -> Check:
 
 
 def outcome_checks(runs: dict[str, TranslationRun], results: dict[str, dict], saved_once: set[str]) -> list[Check]:
-    """The same data; fewer parameters with each tie; smaller files; BLEU not lost.
+    """The same data; fewer parameters with each tie; smaller files.
 
     Args:
         runs (`dict[str, TranslationRun]`): in the order untied, two_way, three_way.
@@ -44,7 +45,6 @@ def outcome_checks(runs: dict[str, TranslationRun], results: dict[str, dict], sa
     digests = [run.data for run in runs.values()]
     parameters = [result["parameters"] for result in results.values()]
     sizes = [results[name]["checkpoint_bytes"] for name in results if name == "untied" or name in saved_once]
-    lost = results["untied"]["bleu"] - results["three_way"]["bleu"]
     checks = [
         Check(
             "all see the same pairs in the same order",
@@ -57,14 +57,17 @@ def outcome_checks(runs: dict[str, TranslationRun], results: dict[str, dict], sa
         names = " and ".join(name for name in results if name in saved_once)
         claim = f"the files of {names} are smaller" if len(saved_once) > 1 else f"the file of {names} is smaller"
         checks.append(Check(claim, _falls(sizes), " > ".join(f"{n:,}" for n in sizes) + " bytes"))
-    return [
-        *checks,
-        Check(
-            f"three_way's BLEU is at most {MOST_BLEU_LOST} below the untied model's",
-            lost <= MOST_BLEU_LOST,
-            f"{results['three_way']['bleu']:.2f} and {results['untied']['bleu']:.2f}",
-        ),
-    ]
+    return checks
+
+
+def bleu_check(results: dict[str, dict]) -> Check:
+    """Three-way tying loses no BLEU to speak of."""
+    untied, three_way = (results[name]["bleu"] for name in ("untied", "three_way"))
+    return Check(
+        f"three_way's BLEU is at most {MOST_BLEU_LOST} below the untied model's",
+        untied - three_way <= MOST_BLEU_LOST,
+        f"{three_way:.2f} and {untied:.2f}",
+    )
 
 
 def success_check(run: TranslationRun) -> Check:
