@@ -83,8 +83,8 @@ class TranslationSettings(_Settings):
         model_type (`str`): an encoder-decoder of transformers.
         output_dir (`Path`): where models, report and picture go; made if absent.
         seed (`int`): of the pairs, the weights and the order of the data.
-        steps (`int`): optimizer steps of each model. 2,000 steps of 32 pairs take little more than a minute on one
-            core, and are four passes over the default pairs.
+        steps (`int`): optimizer steps of each model. 2,000 steps of 32 pairs take a minute and a half on one core,
+            and are nearly four passes over the default pairs.
         vocab_size (`int`): entries of the joint byte-level BPE, at most.
         batch_size (`int`): pairs in a step. Small: so few pairs are better spent on many steps.
         learning_rate (`float`): peak of the cosine schedule, after a warm-up of a tenth of the steps.
