@@ -4,11 +4,11 @@ Importing this package loads no torch and no model code. It arranges for one thi
 imported, stock classes honour a `tying` entry of their config (see `hf_tying.hook`).
 """
 
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 from . import hook
 from .config import TyingConfig, TyingConfigMixin, TyingError
+from .lazy import lazy_names
 
 try:
     __version__ = version("hf-tying")
@@ -26,16 +26,7 @@ _HOME = {
 
 __all__ = ["TyingConfig", "TyingConfigMixin", "TyingError", *_HOME]
 
-
-def __getattr__(name: str):
-    if name in _HOME:
-        value = globals()[name] = getattr(import_module(f".{_HOME[name]}", __name__), name)
-        return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__():
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = lazy_names(globals(), _HOME)
 
 
 hook.install()

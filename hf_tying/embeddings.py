@@ -75,22 +75,19 @@ def resize(
         TyingError: when an embedding is tied to something that has no row for each word, or the model has two
             vocabularies.
     """
-    if _is_joined(model):
-        stock_resize = partial(_resize_parts, model)
-    elif getattr(model.config, "model_type", None) in _TWO_SIZES and _is_one_vocabulary(model):
-        stock_resize = partial(_resize_all, model)
+    own_resize = _own_resize(model)
     rows = model.get_input_embeddings().weight.shape[0]
     changes = new_num_tokens is not None or pad_to_multiple_of is not None
     if changes:
         _refuse_other_rows(model)
-    others = _embeddings_out_of_reach(model, rows) if changes else []
+    others = _embeddings_out_of_reach(model, rows) if changes and own_resize is None else []
     before = [(module, module.weight.data) for module in others]
     try:
         for module in others:
             model._get_resized_embeddings(module, new_num_tokens, pad_to_multiple_of, mean_resizing)
-        embeddings = stock_resize(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        embeddings = (own_resize or stock_resize)(new_num_tokens, pad_to_multiple_of, mean_resizing)
     except Exception:
-        for module, weight in before:  # an architecture that refuses (EncoderDecoderModel) refuses it whole
+        for module, weight in before:  # an architecture that refuses, refuses it whole
             module.weight.data = weight
             fit_rows(module)
         raise
@@ -123,9 +120,14 @@ def _refuse_other_rows(model: PreTrainedModel) -> None:
             )
 
 
-def _is_joined(model: PreTrainedModel) -> bool:
-    """Whether it is an `EncoderDecoderModel`, put together from two models."""
-    return getattr(model.config, "model_type", None) == "encoder-decoder"
+def _own_resize(model: PreTrainedModel) -> Callable | None:
+    """What stands in for a stock resize that refuses (`EncoderDecoderModel`) or knows one side only."""
+    model_type = getattr(model.config, "model_type", None)
+    if model_type == "encoder-decoder":
+        return partial(_resize_parts, model)
+    if model_type in _TWO_SIZES and _is_one_vocabulary(model):
+        return partial(_resize_all, model)
+    return None
 
 
 def _is_one_vocabulary(model: PreTrainedModel) -> bool:
@@ -195,8 +197,6 @@ def _embeddings_out_of_reach(model: PreTrainedModel, rows: int) -> list[nn.Modul
 
     Not the decoder's where it has a vocabulary of its own: Marian resizes that by `resize_decoder_token_embeddings`.
     """
-    if _is_joined(model):
-        return []
     shared = getattr(model.config, "share_encoder_decoder_embeddings", True)
     role_names = roles(model)
     names = role_names.get("source", []) + (role_names.get("target", []) if shared else [])

@@ -93,7 +93,12 @@ def _role_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def _ask(owner, accessor: str):
-    """What an accessor answers; architectures without it raise one error or another."""
+    """What an accessor answers; `None` where an architecture has none, which is no error here: it lacks the role, and
+    a scheme that needs the role is refused by name.
+
+    AttributeError: no such method, or no such owner (a model without an encoder). NotImplementedError: transformers'
+    own `get_input_embeddings` where it finds nothing. TypeError: an accessor of custom code that wants an argument.
+    """
     try:
         return getattr(owner, accessor)()
     except (AttributeError, NotImplementedError, TypeError):

@@ -1,6 +1,6 @@
 """Corpora, tokenizers and vocabularies to train on. Nothing here needs a network."""
 
-from importlib import import_module
+from ..lazy import lazy_names
 
 _HOME = {
     "END_OF_TEXT": "tokenizers",
@@ -21,13 +21,4 @@ _HOME = {
 
 __all__ = [*_HOME]
 
-
-def __getattr__(name: str):
-    if name in _HOME:
-        value = globals()[name] = getattr(import_module(f".{_HOME[name]}", __name__), name)
-        return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__():
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = lazy_names(globals(), _HOME)

@@ -1,6 +1,7 @@
 """A `Trainer` under observation: one line of progress, the seconds of its steps, what it was fed, what it keeps."""
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -99,3 +100,24 @@ class _OneLineProgress(ProgressCallback):
                 self._losses[label] = f"{logs[key]:.4g}"
         if self.training_bar is not None:
             self.training_bar.set_postfix(self._losses)
+
+
+def common_arguments(settings) -> dict[str, Any]:
+    """What both demos ask of `TrainingArguments`: a cosine after a tenth of warm-up, thirty logs, six evaluations."""
+    return {
+        "output_dir": str(settings.output_dir),
+        "seed": settings.seed,
+        "max_steps": settings.steps,
+        "per_device_train_batch_size": settings.batch_size,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": settings.steps // 10,
+        "weight_decay": 0.1,
+        "adam_beta2": 0.98,
+        "logging_steps": max(1, settings.steps // 30),
+        "eval_strategy": "steps",
+        "eval_steps": math.ceil(settings.steps / 6),
+        "save_strategy": "no",
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "report_to": "none",
+    }

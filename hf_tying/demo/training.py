@@ -1,14 +1,12 @@
 """Train one of the two models with `Trainer` and measure it."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from ..metrics import perplexity_of, sequence_scores
-from .measuring import RecordingCollator, StepClock, optimizer_bytes, train_quietly
+from .measuring import RecordingCollator, StepClock, common_arguments, optimizer_bytes, train_quietly
 from .settings import DemoSettings
 
 
@@ -82,22 +80,8 @@ def train(
 
 def _arguments(settings: DemoSettings) -> TrainingArguments:
     return TrainingArguments(
-        output_dir=str(settings.output_dir),
-        seed=settings.seed,
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
+        **common_arguments(settings),
         per_device_eval_batch_size=32,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=settings.steps // 10,
-        weight_decay=0.1,
-        adam_beta2=0.98,
-        logging_steps=max(1, settings.steps // 30),
-        eval_strategy="steps",
-        eval_steps=math.ceil(settings.steps / 6),
-        save_strategy="no",
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to="none",
     )
 
 

@@ -3,7 +3,7 @@
 A family registers itself with the Auto classes when it is imported, and `hf_tying.hook` imports all of them.
 """
 
-from importlib import import_module
+from ..lazy import lazy_names
 
 _HOME = {
     "TiedEncoderDecoderConfig": "encoder_decoder",
@@ -13,13 +13,4 @@ _HOME = {
 __all__ = [*_HOME]
 FAMILIES = tuple(dict.fromkeys(_HOME.values()))
 
-
-def __getattr__(name: str):
-    if name in _HOME:
-        value = globals()[name] = getattr(import_module(f".{_HOME[name]}", __name__), name)
-        return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__():
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = lazy_names(globals(), _HOME)

@@ -1,18 +1,16 @@
 """Train one of the models with `Seq2SeqTrainer`, let it translate what was held out, and score that."""
 
 import hashlib
-import math
 import random
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 
 from ...metrics import Bleu, ChrF
 from ...metrics.translation import generated_text
 from ...training.translation import translation_collator
-from ..measuring import StepClock, optimizer_bytes, train_quietly
+from ..measuring import StepClock, common_arguments, optimizer_bytes, train_quietly
 from ..settings import TranslationSettings
 from .corpus import Corpora
 
@@ -161,24 +159,10 @@ def translated(
 
 def _arguments(settings: TranslationSettings) -> Seq2SeqTrainingArguments:
     return Seq2SeqTrainingArguments(
-        output_dir=str(settings.output_dir),
-        seed=settings.seed,
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
+        **common_arguments(settings),
         per_device_eval_batch_size=128,
         prediction_loss_only=True,
         train_sampling_strategy="sequential",  # the order is `training_order`
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=settings.steps // 10,
-        weight_decay=0.1,
-        adam_beta2=0.98,
-        logging_steps=max(1, settings.steps // 30),
-        eval_strategy="steps",
-        eval_steps=math.ceil(settings.steps / 6),
-        save_strategy="no",
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to="none",
     )
 
 
