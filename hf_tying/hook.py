@@ -15,6 +15,7 @@ def install() -> None:
     """Arrange for the hook; called once, by `import hf_tying`."""
     when_imported("transformers.modeling_utils")(_hook_models)
     when_imported("peft.tuners.tuners_utils")(_hook_adapters)
+    when_imported("peft")(_hook_peft)
     when_imported("transformers.models.auto.configuration_auto")(_hook_auto_config)
     when_imported("transformers.models.auto.tokenization_auto")(_hook_auto_tokenizer)
 
@@ -94,3 +95,14 @@ def _hook_adapters(tuners_utils) -> None:
     from .peft import merging
 
     merging.guard(tuners_utils.BaseTuner)
+
+
+def _hook_peft(peft) -> None:
+    try:
+        from .peft import registration
+    except ImportError as error:  # a PEFT that is not in the tested range must not fail for all its other adapters
+        from transformers.utils import logging
+
+        logging.get_logger(__name__).warning(f"Tied-LoRA is not available with peft {peft.__version__}: {error}")
+        return
+    registration.register(peft.mapping)

@@ -1,1 +1,15 @@
-"""Ties and adapters."""
+"""Tied-LoRA: low-rank adapters whose matrices all layers share, through PEFT; and adapters over tied weights."""
+
+# First, and whole: what is here builds on it, and is registered with it as soon as it has been imported.
+import peft  # noqa: F401
+
+from ..lazy import lazy_names
+
+_HOME = {
+    "TiedLoraConfig": "config",
+    "TiedLoraModel": "model",
+}
+
+__all__ = [*_HOME]
+
+__getattr__, __dir__ = lazy_names(globals(), _HOME)

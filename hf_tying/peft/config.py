@@ -1,0 +1,198 @@
+"""`TiedLoraConfig`: what is trained, what is tied, and over which modules."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from peft import PeftConfig
+
+#: The presets by the paper's names. "trained" and "tied" as in the fields of `TiedLoraConfig`.
+VARIANTS = {
+    "TL5": {"train_A": True, "train_B": True, "train_u": False, "train_v": False},
+    "TL6": {"train_A": True, "train_B": True, "train_u": True, "train_v": True},
+}
+for _switches in VARIANTS.values():
+    _switches |= {"tie_A": True, "tie_B": True, "tie_qkv": True}
+SWITCHES = tuple(VARIANTS["TL6"])
+SHARE_BY = ("module", "shape", "all")
+
+
+class TiedPeftType(StrEnum):
+    """PEFT's own `PeftType` is closed; a member of another string enum serves wherever PEFT asks for one."""
+
+    TIED_LORA = "TIED_LORA"
+
+
+@dataclass
+class TiedLoraConfig(PeftConfig):
+    """Tied-LoRA: low-rank adapters whose matrices are shared by all layers.
+
+    The update of the weight of module m in layer l is, with a scaling of `alpha / r`,
+
+        dW[l, m] = alpha / r * diag(v[l, m]) B[m] diag(u[l]) A
+
+    with A `(r, in_features)` and B `(out_features, r)` shared by all layers, A and u `(r,)` also by the query, key and
+    value projections of one layer, and v `(out_features,)` of each module alone. On q, k and v of width d in L layers
+    that is 4dr + L(r + 3d) parameters, where LoRA has 6Ldr.
+
+    Source: Renduchintala, Konuk, Kuchaiev, "Tied-LoRA: Enhancing parameter efficiency of LoRA with weight tying",
+    NAACL 2024 (arXiv 2311.09578). From there: the form above; TL5 (A and B tied and trained, u = v = 1) and TL6 (all
+    four trained); one A for q, k and v, which the paper adapts as one fused matrix; `alpha = r`, "effectively removing
+    its scaling effect". Not from there, because the text at hand does not tell: the definitions of TL1 to TL4 (reach
+    them by the switches), the initial values (below), and what is shared where modules differ in shape (`share_by`).
+
+    A new adapter changes nothing: of the trained factors the one nearest to the output, in the order B, v, u, A,
+    starts at zero. The other matrices start as LoRA's A, Kaiming uniform with a = sqrt(5); v at 1, u at `u_initial`.
+
+    Corners: `variant="TL6"` without ties and without u and v is LoRA (`tie_A = tie_B = tie_qkv = False`, `train_u =
+    train_v = False`); frozen A and B for all modules and trained u and v are VeRA (`train_A = train_B = False`,
+    `tie_qkv = False`, `share_by = "all"`, `u_initial = 0.1`).
+
+    Raises:
+        ValueError: for values that cannot be meant, and for switches that contradict `variant`.
+    """
+
+    r: int = field(default=8, metadata={"help": "Rank. 8 is PEFT's default for LoRA, and where the paper compares."})
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Names of the modules to adapt, a regular expression that matches whole names, or 'all-linear'. "
+            "Default: query, key and value, as in the paper, where the model type is known."
+        },
+    )
+    alpha: float | None = field(
+        default=None, metadata={"help": "The update is scaled by alpha / r. Default: r, no scaling, as in the paper."}
+    )
+    dropout: float = field(default=0.0, metadata={"help": "Dropout of the input of A, in [0, 1)."})
+    variant: str | None = field(
+        default=None,
+        metadata={
+            "help": "TL5 (A and B trained) or TL6 (and u and v too), the paper's names. Default: TL6, changed by the "
+            "switches below that are given; those of a named variant may be repeated, not changed."
+        },
+    )
+    train_A: bool | None = field(default=None, metadata={"help": "Train A. Default: by variant. Else it is frozen."})
+    train_B: bool | None = field(default=None, metadata={"help": "Train B. Default: by variant. Else it is frozen."})
+    train_u: bool | None = field(
+        default=None, metadata={"help": "Have a trained u between A and B. Default: by variant. Else u is 1."}
+    )
+    train_v: bool | None = field(
+        default=None, metadata={"help": "Have a trained v after B. Default: by variant. Else v is 1."}
+    )
+    tie_A: bool | None = field(default=None, metadata={"help": "One A for all layers. Default: by variant."})
+    tie_B: bool | None = field(default=None, metadata={"help": "One B for all layers. Default: by variant."})
+    tie_qkv: bool | None = field(
+        default=None,
+        metadata={"help": "One A and one u for the query, key and value of a layer. Default: by variant."},
+    )
+    qkv_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of the modules of one layer that tie_qkv means. Default: the usual names, such as "
+            "q_proj, k_proj, v_proj or query, key, value."
+        },
+    )
+    share_by: str = field(
+        default="module",
+        metadata={
+            "help": "Which modules share a matrix: 'module', those of one name inside their layer (self_attn.q_proj); "
+            "'shape', those for which it has the same shape; 'all': one A and one B, of which smaller modules use the "
+            "first columns and rows, as in VeRA."
+        },
+    )
+    layer_groups: list[list[int]] | None = field(
+        default=None,
+        metadata={"help": "Indices of the layers that share, such as [[0, 1], [2, 3]]. Default: all of them."},
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to adapt. Default: all of them."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the model's list of layers, if PEFT does not know it."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names of modules not to adapt, or a regular expression."}
+    )
+    bias: str = field(default="none", metadata={"help": "Biases to train: 'none', 'all' or 'tied_lora_only'."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules to train and save whole, such as a new classifier."}
+    )
+    fan_in_fan_out: bool = field(
+        default=False, metadata={"help": "The adapted weights are (in, out), as GPT-2's Conv1D has them."}
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={"help": "Start as a model without adapter. False: all factors random, which only tests need."},
+    )
+    u_initial: float = field(default=1.0, metadata={"help": "Initial value of u. VeRA has 0.1."})
+    ensure_weight_tying: bool = field(
+        default=False,
+        metadata={"help": "Refused: an adapter on tied embeddings has no form that a merge keeps. See TiedLoraModel."},
+    )
+    adapted_modules: dict[str, dict[str, str]] | None = field(
+        default=None,
+        metadata={"help": "Written at injection: for each adapted module, the names of its A, B and u. Not an input."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = TiedPeftType.TIED_LORA
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        self._check_values()
+        self._settle_switches()
+        if self.alpha is None:
+            self.alpha = self.r
+
+    @property
+    def scaling(self) -> float:
+        """`alpha / r`."""
+        return self.alpha / self.r
+
+    def _check_values(self) -> None:
+        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
+            raise ValueError(f"r={self.r!r}: expected a rank, an integer of at least 1.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout!r}: expected a probability in [0, 1).")
+        if self.share_by not in SHARE_BY:
+            raise ValueError(f"share_by={self.share_by!r}: expected one of {', '.join(map(repr, SHARE_BY))}.")
+        if self.bias not in ("none", "all", "tied_lora_only"):
+            raise ValueError(f"bias={self.bias!r}: expected 'none', 'all' or 'tied_lora_only'.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern says where layers_to_transform counts: give both, or neither.")
+        if isinstance(self.target_modules, str) and None not in (self.layers_to_transform, self.target_modules):
+            if self.target_modules != "all-linear":
+                raise ValueError(
+                    "layers_to_transform goes with a list of target_modules; a regular expression can name the layers "
+                    "itself."
+                )
+        for group in self.layer_groups or ():
+            if isinstance(group, int) or not all(isinstance(index, int) for index in group):
+                raise ValueError(f"layer_groups={self.layer_groups!r}: expected lists of indices, [[0, 1], [2, 3]].")
+        indices = [index for group in self.layer_groups or () for index in group]
+        twice = sorted({index for index in indices if indices.count(index) > 1})
+        if twice:
+            raise ValueError(f"layer_groups={self.layer_groups!r}: layer {twice[0]} stands in more than one group.")
+
+    def _settle_switches(self) -> None:
+        """Give every switch its value; `variant` becomes the name of what came out, if it has one."""
+        if self.variant is not None and self.variant not in VARIANTS:
+            raise ValueError(
+                f"variant={self.variant!r}: expected {' or '.join(VARIANTS)}. Other combinations of the paper have no "
+                f"preset; leave variant out and set {', '.join(SWITCHES)}."
+            )
+        preset = VARIANTS[self.variant or "TL6"]
+        for name in SWITCHES:
+            given = getattr(self, name)
+            if self.variant and given not in (None, preset[name]):
+                raise ValueError(
+                    f"{name}={given!r} contradicts variant={self.variant!r}, which has {name}={preset[name]!r}. Leave "
+                    "variant out: the switches that are not given are then those of TL6."
+                )
+            if given is None:
+                setattr(self, name, preset[name])
+        values = {name: getattr(self, name) for name in SWITCHES}
+        self.variant = next((name for name, switches in VARIANTS.items() if switches == values), None)
+        if not any((self.train_A, self.train_B, self.train_u, self.train_v)):
+            raise ValueError("Nothing would be trained: set one of train_A, train_B, train_u and train_v to True.")

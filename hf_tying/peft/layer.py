@@ -1,0 +1,304 @@
+"""One adapted module of Tied-LoRA: the base layer, its own v, and what it uses of the shared factors."""
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from peft.utils.other import transpose
+from torch import nn
+from torch.nn import functional as F
+
+from .config import TiedLoraConfig
+from .matrices import Factor, InputSlot, TiedMatrices, initialise, scaled
+from .sharing import Sharing, features_of
+
+
+@dataclass
+class Use:
+    """What one module uses of the shared factors, for one adapter. It refers to modules, never to their parameters:
+    PEFT replaces parameters when it casts them and when it loads them with `low_cpu_mem_usage`.
+    """
+
+    names: Sharing
+    A: Factor
+    B: Factor
+    u: Factor | None
+    slot: InputSlot
+    scaling: float
+    trained: frozenset[str]
+
+
+class TiedLoraLayer(BaseTunerLayer):
+    """What is common to all adapted modules; the factors are in the `TiedMatrices` on the root of the model."""
+
+    adapter_layer_names = ("tied_lora_v",)
+    other_param_names = ("tied_lora_dropout", "uses")
+
+    def __init__(self, base_layer: nn.Module, module_name: str, **kwargs):
+        self.base_layer = base_layer
+        self.quantization_backend = resolve_quantization_backend(
+            self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
+        )
+        self.kind, self.in_features, self.out_features = features_of(self.get_base_layer())
+        self.module_name = module_name
+        self.tied_lora_v = nn.ParameterDict()
+        self.tied_lora_dropout = nn.ModuleDict()
+        # In plain containers: what is here belongs to the root, and must not be this module's child too.
+        self.uses: dict[str, Use] = {}
+        self._matrices: list[TiedMatrices] = []
+        self._disable_adapters = False
+        self.merged_adapters = []
+
+    def update_layer(
+        self, adapter_name: str, matrices: TiedMatrices, names: Sharing, size: tuple[int, int], config: TiedLoraConfig
+    ) -> None:
+        """Add an adapter.
+
+        Args:
+            adapter_name: its name.
+            matrices: of the model.
+            names: of the factors that this module uses.
+            size: columns of its A, rows of its B; this module's own features, or more where smaller modules share.
+            config: the adapter's settings.
+        """
+        columns, rows = size
+        shapes = {"A": (config.r, columns), "B": (rows, config.r)} | ({"u": (config.r,)} if config.train_u else {})
+        new, factors = {}, {"u": None}
+        for kind, shape in shapes.items():
+            factors[kind], made = matrices.factor(kind, adapter_name, getattr(names, kind), shape)
+            if made:
+                new[kind] = factors[kind].weight
+        if config.train_v:
+            new["v"] = self.tied_lora_v[adapter_name] = nn.Parameter(torch.empty(self.out_features))
+        initialise(new, config)
+        self.tied_lora_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        slot = matrices.slots.setdefault((adapter_name, names.A, names.u), InputSlot())
+        slot.members.add(self.module_name)
+        trained = frozenset(kind for kind in "ABu" if getattr(config, f"train_{kind}"))
+        self.uses[adapter_name] = Use(names, slot=slot, scaling=config.scaling, trained=trained, **factors)
+        self._matrices = [matrices]
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    # The shared factors follow their layers in everything that PEFT does to these.
+
+    def factors(self, adapter_name: str) -> dict[str, Factor]:
+        """The shared factors of an adapter that this module uses, by "A", "B" and "u"."""
+        use = self.uses.get(adapter_name)
+        found = {kind: getattr(use, kind) for kind in "ABu"} if use else {}
+        return {kind: factor for kind, factor in found.items() if factor is not None}
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.uses)
+
+    def _set_shared_requires_grad(self, adapter_names, value: bool) -> None:
+        for name in adapter_names:
+            for kind, factor in self.factors(name).items():
+                factor.requires_grad_(value and kind in self.uses[name].trained)
+
+    def _follow(self) -> None:
+        for matrices in self._matrices:
+            matrices.follow(self.active_adapters, self._disable_adapters)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        active = set(self.active_adapters)
+        self._set_shared_requires_grad(active, not inference_mode)
+        self._set_shared_requires_grad(self.uses.keys() - active, False)
+        self._follow()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        super().enable_adapters(enabled)
+        if not enabled:
+            self._set_shared_requires_grad(self.uses, False)
+        self._follow()
+
+    def set_requires_grad(self, adapter_names, requires_grad: bool = True) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        super().set_requires_grad(names, requires_grad)
+        self._set_shared_requires_grad([name for name in names if name in self.uses], requires_grad)
+
+    def requires_grad_(self, requires_grad: bool = True):
+        # How transformers freezes an adapter that it has loaded.
+        self._set_shared_requires_grad(self.uses, requires_grad)
+        return super().requires_grad_(requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        use = self.uses.get(adapter_name)
+        if use is not None:
+            use.slot.members.discard(self.module_name)
+        super().delete_adapter(adapter_name)
+        self._follow()
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        of_base, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        for factor in self.factors(adapter_name).values():
+            if (device or of_base) is not None and not factor.weight.is_meta:
+                factor.to(device or of_base, dtype if dtype is not None and dtype.is_floating_point else None)
+
+    # The update.
+
+    def _v(self, adapter_name: str) -> torch.Tensor | None:
+        return self.tied_lora_v[adapter_name] if adapter_name in self.tied_lora_v else None
+
+    def get_lora_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The factors of an ordinary LoRA of scaling 1 that is the same update.
+
+        Returns:
+            `scaling * diag(u) A`, `(r, in_features)`, and `diag(v) B`, `(out_features, r)`.
+        """
+        use = self.uses[adapter_name]
+        a = use.A(columns=self.in_features)
+        b = use.B(rows=self.out_features, device=a.device)
+        u = None if use.u is None else use.u(device=a.device)
+        v = self._v(adapter_name)
+        return scaled(a, u) * use.scaling, scaled(b, None if v is None else v.to(a.device))
+
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+        """What merging adds to the base weight, in its layout and on its device."""
+        a, b = self.get_lora_factors(adapter_name)
+        dtype = a.dtype
+        if a.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
+            a, b = a.float(), b.float()  # some CPUs are slow at products in half precision
+        delta = transpose(b @ a, self.kind == "embedding" or self.fan_in_fan_out).to(dtype)
+        device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        return delta if device is None or device.type == "meta" else delta.to(device)
+
+    def _low(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+        """`scaling * u * (x A^T)`, `(..., r)`; once for the modules that share it."""
+        use = self.uses[adapter_name]
+        shared = len(use.slot.members) > 1 and not torch.compiler.is_compiling()
+        kept = use.slot.take(self.module_name, x) if shared else None
+        if kept is not None:
+            return kept
+        low = self._down(adapter_name, x, use.A(columns=self.in_features, device=x.device))
+        if use.u is not None:
+            u = use.u(device=x.device)
+            low = low * (u if use.scaling == 1 else u * use.scaling)
+        elif use.scaling != 1:
+            low = low * use.scaling
+        if shared:
+            use.slot.put(self.module_name, x, low)
+        return low
+
+    def _down(self, adapter_name: str, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        return F.linear(self.tied_lora_dropout[adapter_name](self._cast_input_dtype(x, matrix.dtype)), matrix)
+
+    def _update(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+        """What the adapter adds to the output for the input `x`: v is in B by then, so no such tensor is scaled."""
+        v = self._v(adapter_name)
+        b = self.uses[adapter_name].B(rows=self.out_features, device=x.device)
+        return F.linear(self._low(adapter_name, x), scaled(b, v))
+
+    def forward(self, x: torch.Tensor, *args, adapter_names: list[str] | None = None, **kwargs) -> torch.Tensor:
+        """The base layer's output, with the updates of the active adapters.
+
+        Args:
+            x: `(..., in_features)`, or ids for an embedding.
+            adapter_names: for each sample in the batch its adapter, or `"__base__"` for none; in place of the active.
+        """
+        if adapter_names is not None:
+            return self._mixed_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        if self.disable_adapters or self.merged:
+            if self.disable_adapters and self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        dtype = result.dtype
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        for name in self.active_adapters:
+            if name in self.uses:
+                result = result + self._update(name, x)
+        return result.to(dtype)
+
+    def _mixed_forward(self, x, *args, adapter_names, **kwargs):
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                f"adapter_names has {len(adapter_names)} entries for a batch of {len(x)}: expected one for each sample."
+            )
+        if self.merged:
+            raise ValueError("adapter_names cannot be used while adapters are merged: call unmerge_adapter() first.")
+        result = self.base_layer(x, *args, **kwargs)
+        for name in dict.fromkeys(adapter_names):
+            if name not in self.uses:
+                continue
+            rows = [row for row, of_row in enumerate(adapter_names) if of_row == name]
+            result[rows] += self._update(name, x[rows]).to(result.dtype)
+        return result
+
+    # Merging.
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the updates of the adapters to the base weight.
+
+        Args:
+            safe_merge: look at the result first; a `ValueError`, and the weight as it was, if it is not finite.
+            adapter_names: which; by default the active ones.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.uses:
+                continue
+            weight = self.get_base_weight()
+            if safe_merge:
+                weight = weight.clone()
+            weight += self.get_delta_weight(name).to(weight.dtype)
+            if safe_merge and not torch.isfinite(weight).all():
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            self.set_base_weight(weight)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Take the updates of all merged adapters out of the base weight."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.")
+            return
+        while self.merged_adapters:
+            weight = self.get_base_weight()
+            weight -= self.get_delta_weight(self.merged_adapters.pop()).to(weight.dtype)
+            self.set_base_weight(weight)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        return "tied_lora." + super().__repr__()
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)
+
+
+class Linear(TiedLoraLayer, nn.Module):
+    """An adapted `nn.Linear`, GPT-2 `Conv1D`, or quantised linear layer."""
+
+    def __init__(self, base_layer: nn.Module, module_name: str, fan_in_fan_out: bool = False, **kwargs):
+        nn.Module.__init__(self)
+        TiedLoraLayer.__init__(self, base_layer, module_name, **kwargs)
+        self.fan_in_fan_out = fan_in_fan_out
+
+
+class Embedding(TiedLoraLayer, nn.Module):
+    """An adapted `nn.Embedding`: A has a column for each row of it. There is no dropout."""
+
+    def __init__(self, base_layer: nn.Module, module_name: str, **kwargs):
+        nn.Module.__init__(self)
+        TiedLoraLayer.__init__(self, base_layer, module_name, **kwargs)
+        self.fan_in_fan_out = False
+
+    def update_layer(self, adapter_name, matrices, names, size, config):
+        super().update_layer(adapter_name, matrices, names, size, config)
+        padding = self.get_base_layer().padding_idx
+        if padding is not None:
+            with torch.no_grad():
+                self.uses[adapter_name].A.weight[:, padding] = 0  # and so it stays: no gradient comes to it
+
+    def _down(self, adapter_name, x, matrix):
+        return F.embedding(x, matrix.T, padding_idx=self.get_base_layer().padding_idx)
+
+    def _update(self, adapter_name, x):
+        update = super()._update(adapter_name, x)
+        scale = self._get_embed_scale()
+        return update if scale is None else update * scale.to(update.dtype)

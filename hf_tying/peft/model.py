@@ -1,0 +1,282 @@
+"""`TiedLoraModel`: puts Tied-LoRA into a model, through PEFT."""
+
+import warnings
+from contextlib import contextmanager
+from dataclasses import asdict
+from difflib import get_close_matches
+from functools import partial
+
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+)
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
+from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .config import TiedLoraConfig
+from .files import PREFIX as FILE_PREFIX
+from .files import from_file, to_file
+from .layer import Embedding, Linear, TiedLoraLayer
+from .matrices import CONTAINER, TiedMatrices
+from .sharing import FUSED_QKV, QKV, features_of, sharing_of
+
+PREFIX = "tied_lora_"
+# Their forward goes through all children, of which the container cannot be one.
+_ROOTS_OF_LAYERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+class TiedLoraModel(BaseTuner):
+    """A model with Tied-LoRA adapters. Made by `get_peft_model(model, TiedLoraConfig(...))`.
+
+    The shared A, B and u are in one module on the root of the model, `tied_matrices`, once; each adapted layer has
+    its own v and uses them. One parameter serves all layers, so its gradient is the sum over them.
+
+    An adapter on an embedding that is tied to the softmax is trained as PEFT does it, at that use alone, and its merge
+    is refused: the one matrix would change for the other use too. `ensure_weight_tying=True` is refused as well: the
+    adapter of the softmax would be the transpose of the embedding's, A and B exchanged, which is not a Tied-LoRA of
+    its layer. Untie the base (`hf_tying.untie`) to adapt both sides, or put the embedding into `modules_to_save`.
+
+    Args:
+        model (`torch.nn.Module`): to adapt, in place.
+        peft_config (`TiedLoraConfig`): the settings.
+        adapter_name (`str`): of the first adapter, `"default"` by PEFT's default.
+        low_cpu_mem_usage (`bool`): leave the factors on the meta device until they are loaded.
+    """
+
+    prefix = PREFIX
+    tuner_layer_cls = TiedLoraLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    # Before anything is changed.
+
+    def _prepare_adapter_config(self, peft_config, model_config):
+        if peft_config.target_modules is None:
+            names = {name.rpartition(".")[2] for name, _ in self.model.named_modules()}
+            usual = {name for trio in QKV for name in trio if names.issuperset(trio)} | (names & set(FUSED_QKV))
+            if usual:
+                peft_config.target_modules = usual
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _prepare_model(self, peft_config: TiedLoraConfig, model: nn.Module) -> None:
+        """Look at everything that will be adapted, and refuse what cannot be, while the model is still as it was."""
+        if peft_config.ensure_weight_tying:
+            raise ValueError(
+                "ensure_weight_tying=True: Tied-LoRA has no adapter for two tied embeddings, as that of the softmax "
+                "would be the transpose of the other one's. Untie the base first (hf_tying.untie), or put the "
+                "embedding into modules_to_save."
+            )
+        peft_config = _maybe_include_all_linear_layers(peft_config, model)
+        # By name of a factor: the widest of the modules that use it.
+        self._widest: dict[str, int] = {}
+        ranks = {}
+        for name, module in _outside_adapters(model):
+            if not self._check_target_module_exists(peft_config, name):
+                continue
+            features = features_of(module)
+            if features is None:
+                raise ValueError(
+                    f"Target module {name!r}, {module}, is not supported: Tied-LoRA adapts torch.nn.Linear (also "
+                    "quantised), transformers' Conv1D and torch.nn.Embedding. Take it out of target_modules, or put "
+                    "it into exclude_modules."
+                )
+            kind, in_features, out_features = features
+            names = sharing_of(peft_config, name, in_features, out_features, kind)
+            for factor, size in ((("A", names.A), in_features), (("B", names.B), out_features)):
+                self._widest[factor] = max(size, self._widest.get(factor, 0))
+            ranks[name] = min(in_features, out_features)
+        if ranks and peft_config.r > max(ranks.values()):
+            widest = max(ranks, key=ranks.get)
+            raise ValueError(
+                f"r={peft_config.r} is more than any adapted module has: the largest, {widest!r}, has rank "
+                f"{ranks[widest]}. Expected r of at most that."
+            )
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        # The names in a file of Tied-LoRA do not tell which modules are adapted; the config does.
+        kwargs.pop("state_dict", None)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except NoMatchingPeftModuleError as error:
+            near = _nearest(self.peft_config[adapter_name].target_modules, model)
+            raise NoMatchingPeftModuleError(f"{error} {near}".strip()) from None
+        config = self.peft_config[adapter_name]
+        config.adapted_modules = {
+            layer.module_name: asdict(layer.uses[adapter_name].names)
+            for layer in model.modules()
+            if isinstance(layer, TiedLoraLayer) and adapter_name in layer.uses
+        }
+
+    @staticmethod
+    def _check_target_module_exists(peft_config, key):
+        # The container's own modules are named after what they belong to, and a pattern may match them.
+        return CONTAINER not in key.split(".") and BaseTuner._check_target_module_exists(peft_config, key)
+
+    # Putting it in.
+
+    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
+        layer = target if isinstance(target, TiedLoraLayer) else self._new_layer(peft_config, target, current_key)
+        names = sharing_of(peft_config, layer.module_name, layer.in_features, layer.out_features, layer.kind)
+        widths = (("A", names.A), layer.in_features), (("B", names.B), layer.out_features)
+        size = tuple(max(own, self._widest.get(factor, 0)) for factor, own in widths)
+        if layer is not target:
+            layer._active_adapter = adapter_name
+        layer.update_layer(adapter_name, self._matrices(adapter_name, layer), names, size, peft_config)
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _new_layer(self, peft_config: TiedLoraConfig, target: nn.Module, name: str) -> TiedLoraLayer:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if isinstance(base, nn.Embedding):
+            return Embedding(target, name)
+        is_conv1d = isinstance(base, Conv1D)
+        if peft_config.fan_in_fan_out != is_conv1d:
+            kind = "`Conv1D`" if is_conv1d else "`torch.nn.Linear`"
+            warnings.warn(
+                f"fan_in_fan_out is set to {not is_conv1d} but the target module is {kind}. Setting fan_in_fan_out to "
+                f"{is_conv1d}."
+            )
+            peft_config.fan_in_fan_out = is_conv1d
+        return Linear(target, name, fan_in_fan_out=is_conv1d, **get_quantization_kwargs(self))
+
+    def _matrices(self, adapter_name: str, layer: TiedLoraLayer) -> TiedMatrices:
+        """The model's shared factors, with a place for those of this adapter."""
+        found = next((module for module in self.model.modules() if isinstance(module, TiedMatrices)), None)
+        if found is None:
+            found = TiedMatrices(adapter_name)
+            (layer if isinstance(self.model, _ROOTS_OF_LAYERS) else self.model).add_module(CONTAINER, found)
+        found.update(adapter_name)
+        return found
+
+    def _replace_module(self, parent, child_name, new_module, child):
+        if isinstance(child, TiedMatrices):  # the adapters are being unloaded
+            delattr(parent, child_name)
+            return
+        super()._replace_module(parent, child_name, new_module, child)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            return
+        for layer in self.model.modules():
+            if isinstance(layer, TiedLoraLayer):
+                for factor in layer.factors(adapter_name).values():
+                    if factor.weight.dtype.itemsize < 4:
+                        factor.float()
+
+    # Using it.
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        known = {name for layer in self.modules() if isinstance(layer, TiedLoraLayer) for name in layer.uses}
+        unknown = sorted(set(adapter_names) - known - {"__base__"})
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        beams = kwargs.get("num_beams") or 1
+        # In a beam search the decoder sees each sample once for each beam, the encoder once.
+        repeated = [name for name in adapter_names for _ in range(beams)]
+        encoder = getattr(self.model, "get_encoder", lambda: None)() if beams > 1 else None
+        inside_encoder = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
+        handles = []
+        for module in self.modules():
+            if isinstance(module, TiedLoraLayer | AuxiliaryTrainingWrapper) and not isinstance(module, TiedMatrices):
+                names = adapter_names if module in inside_encoder else repeated
+                hook = partial(_pass_adapter_names, adapter_names=names)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        owners: dict[int, set[str]] = {}
+        for name, module in self.model.named_modules():
+            for parameter in module.parameters(recurse=False):
+                owners.setdefault(id(parameter), set()).add(name)
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, TiedLoraLayer) and layer.uses:
+                weight = getattr(layer.get_base_layer(), "weight", None)
+                others = sorted(owners.get(id(weight), set()) - {f"{name}.base_layer"})
+                if others:
+                    raise ValueError(
+                        f"Cannot merge: the weight of {name!r} is also that of {others[0].removesuffix('.base_layer')!r}"
+                        ", and the merged update would change both. Keep the adapter unmerged; or untie first: base = "
+                        "model.unload(); hf_tying.untie(base); then load the adapter on it and merge."
+                    )
+
+    # Its file.
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        found |= {key: value for key, value in state_dict.items() if f"{CONTAINER}.{PREFIX}" in key}
+        # Names start so in a PeftModel, and not in a model that adapters were put into directly.
+        start = FILE_PREFIX if all(key.startswith(FILE_PREFIX) for key in found) else ""
+        factors, others = {}, {}
+        for key, value in found.items():
+            name = cls._remove_adapter_name_from_key(key, adapter_name)
+            _, container, inside = name.rpartition(f"{CONTAINER}.")
+            (others if name == key else factors)[container + inside.removeprefix(start)] = value
+        factors = to_file(factors, config)
+        return {start + key: value for key, value in (others | factors).items()}
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        parts = key.split(".")
+        for index, part in enumerate(parts[:-1]):
+            # What follows has names of its own, which may be equal to the adapter's.
+            if part.startswith(PREFIX) and parts[index + 1] == adapter_name:
+                return ".".join(parts[: index + 1] + parts[index + 2 :])
+        return key
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        names = {}
+        for key in model.state_dict():
+            _, container, inside = key.rpartition(f"{CONTAINER}.")
+            saved = cls._remove_adapter_name_from_key(inside, adapter_name)
+            if container and saved != inside:
+                names[FILE_PREFIX + container + saved] = key
+        state = {names.get(key, key): value for key, value in from_file(state_dict, config).items()}
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state)
+
+
+def _outside_adapters(model: nn.Module):
+    """The modules that an adapter may be put on: none inside of an adapted one or of the container."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name or name.startswith(inside or ("\0",)):
+            continue
+        if isinstance(module, BaseTunerLayer | TiedMatrices):
+            inside += (name + ".",)
+        if not isinstance(module, TiedMatrices):
+            yield name, module
+
+
+def _nearest(targets, model: nn.Module) -> str:
+    """Names of modules in the model that are like those that were looked for."""
+    if not targets:
+        return ""
+    names = {name.rpartition(".")[2] for name, module in _outside_adapters(model) if features_of(module)}
+    wanted = [targets] if isinstance(targets, str) else sorted(targets)
+    near = {match for name in wanted for match in get_close_matches(name.rpartition(".")[2], names, n=3, cutoff=0.5)}
+    if near:
+        return f"The nearest names in the model: {', '.join(sorted(near))}."
+    return f"Modules that can be adapted: {', '.join(sorted(names)[:12]) or 'none'}."
+
+
+def _pass_adapter_names(module, args, kwargs, adapter_names):
+    return args, kwargs | {"adapter_names": adapter_names}
