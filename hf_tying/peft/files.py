@@ -91,7 +91,11 @@ def from_file(saved: dict[str, torch.Tensor], config: TiedLoraConfig) -> dict[st
     refuse(problems)
     state = {key: value for key, value in saved.items() if not is_of_file(key)}
     for name, of_model in parts.items():
-        found = {of_model: factors[name]} if isinstance(of_model, str) else zip(of_model, factors[name].unbind())
+        found = (
+            {of_model: factors[name]}
+            if isinstance(of_model, str)
+            else zip(of_model, factors[name].unbind(), strict=True)
+        )
         state |= {PREFIX + key: value for key, value in dict(found).items()}
     return state
 

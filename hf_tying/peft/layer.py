@@ -218,7 +218,7 @@ class TiedLoraLayer(BaseTunerLayer):
     def _mixed_forward(self, x, *args, adapter_names, **kwargs):
         if len(x) != len(adapter_names):
             raise ValueError(
-                f"adapter_names has {len(adapter_names)} entries for a batch of {len(x)}: expected one for each sample."
+                f"adapter_names has {len(adapter_names)} entries for a batch of {len(x)}: expected one a sample."
             )
         if self.merged:
             raise ValueError("adapter_names cannot be used while adapters are merged: call unmerge_adapter() first.")
@@ -254,7 +254,7 @@ class TiedLoraLayer(BaseTunerLayer):
     def unmerge(self) -> None:
         """Take the updates of all merged adapters out of the base weight."""
         if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.")
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         while self.merged_adapters:
             weight = self.get_base_weight()

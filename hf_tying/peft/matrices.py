@@ -14,7 +14,7 @@ from torch import nn
 
 from .config import TiedLoraConfig
 
-#: The name of the module on the root. It must not contain the prefix "tied_lora_", by which PEFT knows adapter weights.
+#: The module on the root. The name must not contain the prefix "tied_lora_", by which PEFT knows adapter weights.
 CONTAINER = "tied_matrices"
 
 

@@ -139,7 +139,8 @@ class TiedLoraModel(BaseTuner):
             kind = "`Conv1D`" if is_conv1d else "`torch.nn.Linear`"
             warnings.warn(
                 f"fan_in_fan_out is set to {not is_conv1d} but the target module is {kind}. Setting fan_in_fan_out to "
-                f"{is_conv1d}."
+                f"{is_conv1d}.",
+                stacklevel=2,
             )
             peft_config.fan_in_fan_out = is_conv1d
         return Linear(target, name, fan_in_fan_out=is_conv1d, **get_quantization_kwargs(self))
@@ -212,9 +213,10 @@ class TiedLoraModel(BaseTuner):
                 others = sorted(owners.get(id(weight), set()) - {f"{name}.base_layer"})
                 if others:
                     raise ValueError(
-                        f"Cannot merge: the weight of {name!r} is also that of {others[0].removesuffix('.base_layer')!r}"
-                        ", and the merged update would change both. Keep the adapter unmerged; or untie first: base = "
-                        "model.unload(); hf_tying.untie(base); then load the adapter on it and merge."
+                        f"Cannot merge: the weight of {name!r} is also that of "
+                        f"{others[0].removesuffix('.base_layer')!r}, and the merged update would change both. Keep the "
+                        "adapter unmerged; or untie first: base = model.unload(); hf_tying.untie(base); then load the "
+                        "adapter on it and merge."
                     )
 
     # Its file.

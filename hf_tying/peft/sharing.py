@@ -91,8 +91,8 @@ def _together(config: TiedLoraConfig, index: int) -> str:
         if index in group:
             return "layers" + "_".join(map(str, sorted(group))) + "-"
     raise ValueError(
-        f"layer_groups={config.layer_groups!r} does not say with which layers layer {index} shares. Add it to a group, "
-        "or a group of its own, or keep it out by layers_to_transform."
+        f"layer_groups={config.layer_groups!r} does not say with which layers layer {index} shares. Add it to a "
+        "group, or give it one of its own, or keep it out by layers_to_transform."
     )
 
 
