@@ -128,9 +128,12 @@ class TiedLoraConfig(PeftConfig):
         default=False,
         metadata={"help": "Refused: an adapter on tied embeddings has no form that a merge keeps. See TiedLoraModel."},
     )
-    adapted_modules: dict[str, dict[str, str]] | None = field(
+    adapted_modules: dict[str, dict[str, str | int]] | None = field(
         default=None,
-        metadata={"help": "Written at injection: for each adapted module, the names of its A, B and u. Not an input."},
+        metadata={
+            "help": "Written at injection: for each adapted module, its size and the names of its A, B and u. Not an "
+            "input."
+        },
     )
 
     def __post_init__(self):

@@ -214,9 +214,9 @@ class TiedLoraModel(BaseTuner):
                 if others:
                     raise ValueError(
                         f"Cannot merge: the weight of {name!r} is also that of "
-                        f"{others[0].removesuffix('.base_layer')!r}, and the merged update would change both. Keep the "
-                        "adapter unmerged; or untie first: base = model.unload(); hf_tying.untie(base); then load the "
-                        "adapter on it and merge."
+                        f"{others[0].removesuffix('.base_layer')!r}, and the merged update would change both. Keep "
+                        "the adapter unmerged; or untie first: base = model.unload(); hf_tying.untie(base); then load "
+                        "the adapter on it and merge."
                     )
 
     # Its file.

@@ -24,7 +24,7 @@ FUSED_QKV = ("c_attn", "query_key_value", "qkv_proj", "Wqkv", "qkv", "attn_qkv")
 
 @dataclass(frozen=True)
 class Sharing:
-    """The names of the factors of one adapted module; modules with the same name of a factor share it.
+    """The names of the factors of one adapted module, and its size; modules with the same name of a factor share it.
 
     Args:
         A: name of its A; of its columns the module uses the first `in_features`.
@@ -32,6 +32,9 @@ class Sharing:
         u: name of its u.
         u_rows: name of the matrix in the file that has the u of all layers as its rows.
         v_rows: name of the matrix in the file that has the v of all layers as its rows.
+        kind: `"linear"` or `"embedding"`.
+        in_features: of the module; for an embedding its number of rows.
+        out_features: of the module.
     """
 
     A: str
@@ -39,6 +42,10 @@ class Sharing:
     u: str
     u_rows: str
     v_rows: str
+    # What the file alone does not tell: a factor may be wider than the module.
+    kind: str
+    in_features: int
+    out_features: int
 
 
 def sharing_of(config: TiedLoraConfig, module_name: str, in_features: int, out_features: int, kind: str) -> Sharing:
@@ -69,7 +76,7 @@ def sharing_of(config: TiedLoraConfig, module_name: str, in_features: int, out_f
     b = (together if config.tie_B else own) + b
     names = a, b, own + of_input, f"{of_input}-{config.r}", f"{inside}-{out_features}"
     # Names of modules, which these become, have no dots.
-    return Sharing(*(name.replace(".", "-") for name in names))
+    return Sharing(*(name.replace(".", "-") for name in names), kind, in_features, out_features)
 
 
 def split_name(module_name: str) -> tuple[str | None, int | None, str]:

@@ -8,13 +8,19 @@ import json
 import os
 import sys
 import types
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-# What upstream's common tests import and its source distribution does not ship. The tests that these two would add
-# are not run.
-STUBS = {"tests.exporters.test_export": "ExportTesterMixin", "tests.generation.test_utils": "GenerationTesterMixin"}
+# What upstream's tests import and their source distribution does not ship, or what only tests need that are not run.
+STUBS = {
+    "tests.exporters.test_export": "ExportTesterMixin",
+    "tests.generation.test_utils": "GenerationTesterMixin",
+    "diffusers": "StableDiffusionPipeline",
+    "scipy": "stats",
+}
 
 # A test, or one test of one family, and why it says nothing here. What needs a GPU, deepspeed and the like is skipped
 # by upstream's own marks.
@@ -32,8 +38,12 @@ def install_upstream(folder: Path) -> None:
     sys.modules["tests"] = package
     for name, mixin in STUBS.items():
         parent = name.rpartition(".")[0]
-        sys.modules[parent] = types.ModuleType(parent)
+        if parent:
+            sys.modules[parent] = types.ModuleType(parent)
+        elif find_spec(name):
+            continue
         sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].__spec__ = ModuleSpec(name, None)
         setattr(sys.modules[name], mixin, type(mixin, (), {}))
 
 
@@ -48,10 +58,18 @@ class Recorder:
         print(json.dumps(entry), file=self.file, flush=True)
 
     def pytest_collection_modifyitems(self, config, items):
-        out = [item for item in items if {item.name, f"{item.cls.__name__}::{item.name}"} & DESELECTED.keys()]
-        items[:] = [item for item in items if item not in out]
+        chosen, out, why = [], [], {}
+        for item in items:
+            name, family = getattr(item, "originalname", item.name), item.cls.__name__
+            reason = getattr(item.module, "left_out", lambda item: None)(item)
+            for key in (name, f"{family}::{name}"):
+                reason = DESELECTED.get(key, reason)
+            (chosen if reason is None else out).append(item)
+            if reason:
+                why[f"{family}::{name}"] = reason
+        items[:] = chosen
         config.hook.pytest_deselected(items=out)
-        self.write(collected=len(items), deselected=DESELECTED)
+        self.write(collected=len(items), deselected=why)
 
     def pytest_runtest_logreport(self, report):
         self.phases.setdefault(report.nodeid, []).append(report)
@@ -62,7 +80,7 @@ class Recorder:
         failed = [report for report in reports if report.failed]
         skipped = [report for report in reports if report.skipped and type(report) is pytest.TestReport]
         outcome = "failed" if failed else "skipped" if skipped else "passed"
-        _, family, test = nodeid.split("::")
+        _, family, test = nodeid.split("::", 2)
         reason = _reason((failed or skipped or [None])[0])
         seconds = sum(report.duration for report in reports)
         self.write(family=family, test=test, outcome=outcome, reason=reason, seconds=round(seconds, 3))

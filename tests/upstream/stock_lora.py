@@ -1,0 +1,19 @@
+"""The control of `tied_lora.py`: the same tests on PEFT's own LoRA."""
+
+import peft
+from lora_tests import collect, why_not
+
+
+class LoraConfig(peft.LoraConfig):
+    """PEFT's, which remembers its settings as the one of `tied_lora.py` does."""
+
+    def __init__(self, **settings):
+        self.settings = settings
+        super().__init__(**settings)
+
+
+globals().update(collect(LoraConfig, []))
+
+
+def left_out(item) -> str | None:
+    return why_not(item, LoraConfig)
