@@ -8,7 +8,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from hf_tying.peft import TiedLoraConfig
 from hf_tying.peft.layer import TiedLoraLayer
 
-from .models import SEQ2SEQ, tiny_config, tiny_inputs, tiny_model
+from .models import tiny_config, tiny_inputs
 
 #: The modules that the paper adapts, by the names of each architecture.
 QKV = {
@@ -66,7 +66,11 @@ def dense_updates(model: nn.Module, adapter_name: str = "default") -> dict[str, 
         a = state[f"{start}tied_lora_A.{adapter_name}.{names['A']}.weight"][:, : layer.in_features]
         b = state[f"{start}tied_lora_B.{adapter_name}.{names['B']}.weight"][: layer.out_features]
         u = state[f"{start}tied_lora_u.{adapter_name}.{names['u']}.weight"] if config.train_u else torch.ones(len(a))
-        v = state[f"base_model.model.{name}.tied_lora_v.{adapter_name}"] if config.train_v else torch.ones(len(b))
+        v = (
+            state[f"base_model.model.{name}.tied_lora_v.{adapter_name}.weight"]
+            if config.train_v
+            else torch.ones(len(b))
+        )
         updates[name] = config.alpha / config.r * torch.diag(v) @ b @ torch.diag(u) @ a
     return updates
 
@@ -82,6 +86,3 @@ def merged_by_hand(model: PeftModel, base: PreTrainedModel, adapter_name: str = 
 
 def _transposed(model: nn.Module, name: str) -> bool:
     return type(model.get_submodule(name)).__name__ in ("Conv1D", "Embedding")
-
-
-__all__ = ["SEQ2SEQ", "tiny_model"]

@@ -82,7 +82,10 @@ class TestEveryCombinationOfTheSwitches:
                 for kind in "AB":
                     if first_layer != second_layer and not (switches[f"tie_{kind}"] and together):
                         assert getattr(layer.uses["default"], kind) is not getattr(second.uses["default"], kind)
-                    elif share_by == "all" or module.partition(str(first_layer))[2] == other.partition(str(second_layer))[2]:
+                    elif (
+                        share_by == "all"
+                        or module.partition(str(first_layer))[2] == other.partition(str(second_layer))[2]
+                    ):
                         assert getattr(layer.uses["default"], kind) is getattr(second.uses["default"], kind)
                 qkv = all(name.endswith(("q_proj", "k_proj", "v_proj")) for name in (module, other))
                 if switches["train_u"]:
@@ -167,7 +170,7 @@ class TestCorners:
                 theirs.vera_A["default"].copy_(use.A.weight)
                 theirs.vera_B["default"].copy_(use.B.weight)
                 theirs.vera_lambda_d["default"].copy_(use.u.weight)
-                theirs.vera_lambda_b["default"].copy_(layer.tied_lora_v["default"])
+                theirs.vera_lambda_b["default"].copy_(layer.tied_lora_v["default"].weight)
         assert torch.allclose(outputs(ours), outputs(vera.eval()), atol=1e-6)
         ours_losses, vera_losses = same_training(ours, vera)
         assert ours_losses == pytest.approx(vera_losses, rel=1e-5) and ours_losses[0] != ours_losses[-1]
@@ -177,7 +180,7 @@ class TestCorners:
             r=4, train_A=False, train_B=False, tie_qkv=False, share_by="all", u_initial=0.1, target_modules=QKV["bert"]
         )
         use = next(iter(layers_of(get_peft_model(tiny_model("bert"), config)).values()))
-        assert torch.all(use.uses["default"].u.weight == 0.1) and not use.tied_lora_v["default"].any()
+        assert torch.all(use.uses["default"].u.weight == 0.1) and not use.tied_lora_v["default"].weight.any()
         assert use.uses["default"].B.weight.any()
 
 
@@ -191,11 +194,14 @@ class TestTheGradient:
                 for kind in "ABu":
                     factor = getattr(theirs.uses["default"], kind)
                     factor.weight.copy_(getattr(mine.uses["default"], kind).weight)
-                theirs.tied_lora_v["default"].copy_(mine.tied_lora_v["default"])
+                theirs.tied_lora_v["default"].weight.copy_(mine.tied_lora_v["default"].weight)
         for model in (tied, untied):
             model(**tiny_inputs(model.get_base_model())).loss.backward()
         for kind in "AB":
-            factors = {id(getattr(x.uses["default"], kind)): getattr(x.uses["default"], kind) for x in layers_of(tied).values()}
+            factors = {
+                id(getattr(x.uses["default"], kind)): getattr(x.uses["default"], kind)
+                for x in layers_of(tied).values()
+            }
             for factor in factors.values():
                 parts = {
                     id(theirs.uses["default"].__dict__[kind]): theirs.uses["default"].__dict__[kind].weight.grad
@@ -224,13 +230,19 @@ class TestTheSharedInput:
         first, second = torch.randn(2, 3, 16)
         with torch.no_grad():
             q(first)
-            assert torch.allclose(k(second), k.base_layer(second) + second @ dense_updates(model)[k.module_name].T, atol=1e-5)
+            assert torch.allclose(
+                k(second), k.base_layer(second) + second @ dense_updates(model)[k.module_name].T, atol=1e-5
+            )
             q(first)
             first.mul_(2)  # the same tensor, another value
-            assert torch.allclose(k(first), k.base_layer(first) + first @ dense_updates(model)[k.module_name].T, atol=1e-5)
+            assert torch.allclose(
+                k(first), k.base_layer(first) + first @ dense_updates(model)[k.module_name].T, atol=1e-5
+            )
             q(first)
             q.uses["default"].A.weight.mul_(3)
-            assert torch.allclose(q(first), q.base_layer(first) + first @ dense_updates(model)[q.module_name].T, atol=1e-4)
+            assert torch.allclose(
+                q(first), q.base_layer(first) + first @ dense_updates(model)[q.module_name].T, atol=1e-4
+            )
 
     def test_computed_without_a_gradient_does_not_serve_where_one_is_wanted(self):
         model = tied_lora(tiny_model("llama"))

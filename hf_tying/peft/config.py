@@ -1,7 +1,7 @@
 """`TiedLoraConfig`: what is trained, what is tied, and over which modules."""
 
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import Enum
 
 from peft import PeftConfig
 
@@ -16,7 +16,7 @@ SWITCHES = tuple(VARIANTS["TL6"])
 SHARE_BY = ("module", "shape", "all")
 
 
-class TiedPeftType(StrEnum):
+class TiedPeftType(str, Enum):  # noqa: UP042, PEFT takes the name from `str(member)`, which a StrEnum has not
     """PEFT's own `PeftType` is closed; a member of another string enum serves wherever PEFT asks for one."""
 
     TIED_LORA = "TIED_LORA"

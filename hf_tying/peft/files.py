@@ -43,19 +43,24 @@ def parts_of_file(config: TiedLoraConfig) -> dict[str, str | list[str]]:
         )
     parts: dict[str, str | list[str]] = {}
     for module in in_order(config.adapted_modules):
-        names = Sharing(**config.adapted_modules[module])
+        names, of_model = Sharing(**config.adapted_modules[module]), names_in_model(config, module)
         for kind in "AB":
-            name = f"{CONTAINER}.tied_lora_{kind}.{getattr(names, kind)}"
-            parts[name] = f"{name}.weight"
-        if config.train_u:
-            rows = parts.setdefault(f"{CONTAINER}.tied_lora_u.{names.u_rows}", [])
-            row = f"{CONTAINER}.tied_lora_u.{names.u}.weight"
-            if row not in rows:
-                rows.append(row)
-        if config.train_v:
-            rows = parts.setdefault(f"{CONTAINER}.tied_lora_v.{names.v_rows}", [])
-            rows.append(f"{module}.tied_lora_v")
+            parts[of_model[kind].removesuffix(".weight")] = of_model[kind]
+        for kind, rows in (("u", names.u_rows), ("v", names.v_rows)):
+            if kind in of_model:
+                rows = parts.setdefault(f"{CONTAINER}.tied_lora_{kind}.{rows}", [])
+                if of_model[kind] not in rows:
+                    rows.append(of_model[kind])
     return parts
+
+
+def names_in_model(config: TiedLoraConfig, module: str) -> dict[str, str]:
+    """By "A", "B", "u" and "v", as far as the adapter has them: the name in a model of that factor of a module."""
+    names = Sharing(**config.adapted_modules[module])
+    found = {kind: f"{CONTAINER}.tied_lora_{kind}.{getattr(names, kind)}.weight" for kind in "ABu"}
+    found["v"] = f"{module}.tied_lora_v.weight"
+    absent = [kind for kind in "uv" if not getattr(config, f"train_{kind}")]
+    return {kind: name for kind, name in found.items() if kind not in absent}
 
 
 def in_order(modules: Iterable[str]) -> list[str]:

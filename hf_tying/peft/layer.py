@@ -43,7 +43,7 @@ class TiedLoraLayer(BaseTunerLayer):
         )
         self.kind, self.in_features, self.out_features = features_of(self.get_base_layer())
         self.module_name = module_name
-        self.tied_lora_v = nn.ParameterDict()
+        self.tied_lora_v = nn.ModuleDict()
         self.tied_lora_dropout = nn.ModuleDict()
         # In plain containers: what is here belongs to the root, and must not be this module's child too.
         self.uses: dict[str, Use] = {}
@@ -71,7 +71,8 @@ class TiedLoraLayer(BaseTunerLayer):
             if made:
                 new[kind] = factors[kind].weight
         if config.train_v:
-            new["v"] = self.tied_lora_v[adapter_name] = nn.Parameter(torch.empty(self.out_features))
+            self.tied_lora_v[adapter_name] = Factor(self.out_features)
+            new["v"] = self.tied_lora_v[adapter_name].weight
         initialise(new, config)
         self.tied_lora_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         slot = matrices.slots.setdefault((adapter_name, names.A, names.u), InputSlot())
@@ -133,16 +134,19 @@ class TiedLoraLayer(BaseTunerLayer):
         self._follow()
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         of_base, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        target = device or of_base
+        if target is None or torch.device(target).type == "meta":
+            return  # a base weight that is offloaded says nothing of where its adapter should be
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         for factor in self.factors(adapter_name).values():
-            if (device or of_base) is not None and not factor.weight.is_meta:
-                factor.to(device or of_base, dtype if dtype is not None and dtype.is_floating_point else None)
+            if not factor.weight.is_meta:
+                factor.to(target, dtype if dtype is not None and dtype.is_floating_point else None)
 
     # The update.
 
-    def _v(self, adapter_name: str) -> torch.Tensor | None:
-        return self.tied_lora_v[adapter_name] if adapter_name in self.tied_lora_v else None
+    def _v(self, adapter_name: str, device) -> torch.Tensor | None:
+        return self.tied_lora_v[adapter_name](device=device) if adapter_name in self.tied_lora_v else None
 
     def get_lora_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The factors of an ordinary LoRA of scaling 1 that is the same update.
@@ -154,8 +158,7 @@ class TiedLoraLayer(BaseTunerLayer):
         a = use.A(columns=self.in_features)
         b = use.B(rows=self.out_features, device=a.device)
         u = None if use.u is None else use.u(device=a.device)
-        v = self._v(adapter_name)
-        return scaled(a, u) * use.scaling, scaled(b, None if v is None else v.to(a.device))
+        return scaled(a, u) * use.scaling, scaled(b, self._v(adapter_name, a.device))
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """What merging adds to the base weight, in its layout and on its device."""
@@ -189,7 +192,7 @@ class TiedLoraLayer(BaseTunerLayer):
 
     def _update(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         """What the adapter adds to the output for the input `x`: v is in B by then, so no such tensor is scaled."""
-        v = self._v(adapter_name)
+        v = self._v(adapter_name, x.device)
         b = self.uses[adapter_name].B(rows=self.out_features, device=x.device)
         return F.linear(self._low(adapter_name, x), scaled(b, v))
 

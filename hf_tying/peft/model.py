@@ -150,7 +150,9 @@ class TiedLoraModel(BaseTuner):
         found = next((module for module in self.model.modules() if isinstance(module, TiedMatrices)), None)
         if found is None:
             found = TiedMatrices(adapter_name)
-            (layer if isinstance(self.model, _ROOTS_OF_LAYERS) else self.model).add_module(CONTAINER, found)
+            owner = layer if isinstance(self.model, _ROOTS_OF_LAYERS) else self.model
+            # First of all children: an automatic device map then has it where the model begins, and not on a disk.
+            owner._modules = {CONTAINER: found, **owner._modules}
         found.update(adapter_name)
         return found
 

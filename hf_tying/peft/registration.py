@@ -20,6 +20,7 @@ def register(mapping) -> None:
     mapping.PEFT_TYPE_TO_CONFIG_MAPPING[TiedPeftType.TIED_LORA] = TiedLoraConfig
     mapping.PEFT_TYPE_TO_TUNER_MAPPING[TiedPeftType.TIED_LORA] = TiedLoraModel
     mapping.PEFT_TYPE_TO_PREFIX_MAPPING[TiedPeftType.TIED_LORA] = PREFIX
+    when_imported("peft.peft_model")(_hook_offload)
     when_imported("transformers.integrations.peft")(
         lambda module: wrap_function_wrapper(module, "PeftAdapterMixin.load_adapter", _load_by_transformers)
     )
@@ -42,3 +43,17 @@ def _load_by_transformers(wrapped, model, args, kwargs):
     state = load_peft_weights(path, device="cpu", **hub) if state is None else state
     given |= {"peft_config": config, "adapter_state_dict": from_file(state, config)}
     return wrapped(*bound.args, **bound.kwargs)
+
+
+def _hook_offload(peft_model) -> None:
+    if hasattr(peft_model.PeftModel, "_update_offload"):  # private: without it, an adapter is not offloaded to a disk
+        wrap_function_wrapper(peft_model, "PeftModel._update_offload", _with_weights_of_layers)
+
+
+def _with_weights_of_layers(wrapped, model, args, kwargs):
+    """PEFT puts an adapter's weights beside those of the offloaded layers, by the layers' names in its file."""
+    offload_index, weights = args
+    for config in model.peft_config.values():
+        if config.peft_type == TiedPeftType.TIED_LORA:
+            weights = from_file(weights, config)
+    return wrapped(offload_index, weights, **kwargs)
