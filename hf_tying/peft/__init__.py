@@ -8,6 +8,7 @@ from ..lazy import lazy_names
 _HOME = {
     "TiedLoraConfig": "config",
     "TiedLoraModel": "model",
+    "export_to_lora": "export",
 }
 
 __all__ = [*_HOME]

@@ -1,0 +1,181 @@
+"""`export_to_lora`: a Tied-LoRA adapter as an ordinary LoRA adapter, exactly."""
+
+import os
+from copy import copy
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from torch import nn
+
+from .config import TiedLoraConfig, TiedPeftType
+from .files import PREFIX, from_file, in_order, names_in_model
+from .folder import read_adapter, type_of_adapter, write_adapter
+from .layer import TiedLoraLayer
+from .matrices import scaled
+from .sharing import Sharing
+
+#: Where `push_to_hub(also_lora=True)` puts the tied form.
+TIED_FOLDER = "tied_lora"
+
+
+def export_to_lora(
+    model_or_path: nn.Module | str | os.PathLike,
+    out: str | os.PathLike,
+    adapter_name: str = "default",
+    subfolder: str | None = None,
+    **hub,
+) -> Path:
+    """Write a Tied-LoRA adapter as a LoRA adapter, which stock PEFT and whatever else reads LoRA loads.
+
+    The update of each module is one product of two matrices, so the scaling, u and v are multiplied into them,
+
+        alpha / r * diag(v) B diag(u) A = lora_B lora_A  with  lora_A = alpha / r * diag(u) A,  lora_B = diag(v) B,
+
+    and nothing is approximated; the LoRA has the same r, and `lora_alpha = r`. What was stored once is then stored for
+    each module: the file grows by about the number of layers. The dtypes are kept; the products are made in float32.
+
+    Modules that were trained whole (`modules_to_save`), biases, the task and the base model's name go with it.
+
+    Args:
+        model_or_path: a `PeftModel`; a transformers model with an adapter of its own (`add_adapter`, `load_adapter`);
+            or the folder or Hub id of a saved adapter, for which no base model is loaded.
+        out: the folder to write `adapter_config.json` and `adapter_model.safetensors` to; it is made if need be.
+            On an error nothing in it is changed.
+        adapter_name: which adapter of a model. PEFT saves one that is not `"default"` into a subfolder of its name.
+        subfolder: of a path.
+        hub: for a Hub id: `revision`, `token`, `cache_dir`, ...
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: there is no Tied-LoRA adapter, it is merged, its weights are not there, or `out` already has the
+            adapter in its tied form.
+        RuntimeError: a file's tensors do not fit its settings.
+    """
+    if isinstance(model_or_path, nn.Module):
+        if subfolder or hub:
+            raise ValueError(f"{', '.join(['subfolder'] * bool(subfolder) + list(hub))}: only of a path, not a model.")
+        config, state = _of_model(model_or_path, adapter_name)
+    else:
+        if adapter_name != "default":
+            raise ValueError(
+                f"adapter_name={adapter_name!r}: a saved adapter has no name. Expected "
+                f"subfolder={adapter_name!r}, where PEFT saves an adapter of that name."
+            )
+        config, state = read_tied_adapter(model_or_path, subfolder, **hub)
+    if type_of_adapter(out) == TiedPeftType.TIED_LORA:
+        raise ValueError(f"{out} has a Tied-LoRA adapter, which the export would replace. Give another folder.")
+    return write_adapter(lora_config(config), lora_tensors(state, config), out)
+
+
+def read_tied_adapter(
+    path: str | os.PathLike, subfolder: str | None = None, **hub
+) -> tuple[TiedLoraConfig, dict[str, torch.Tensor]]:
+    """The settings and the tensors, by their names in a model, of a saved Tied-LoRA adapter.
+
+    Raises:
+        ValueError: it is of another kind, or files are missing.
+        RuntimeError: the tensors do not fit the settings.
+    """
+    config, saved = read_adapter(path, subfolder, **hub)
+    place = os.path.join(os.fspath(path), subfolder or "")
+    _check_type(config, place)
+    return config, from_file(saved, config)
+
+
+def lora_config(config: TiedLoraConfig) -> LoraConfig:
+    """The settings of the LoRA adapter with the same update."""
+    lora = LoraConfig(
+        r=config.r,
+        lora_alpha=config.r,
+        lora_dropout=config.dropout,
+        bias="lora_only" if config.bias == "tied_lora_only" else config.bias,
+        fan_in_fan_out=config.fan_in_fan_out,
+        modules_to_save=config.modules_to_save,
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        auto_mapping=config.auto_mapping,
+        inference_mode=True,
+    )
+    # Full names: what the adapter was asked for (a pattern, some of the layers) has been decided. PEFT makes a set of
+    # a list that it is given; as a list it has one order.
+    lora.target_modules = sorted(config.adapted_modules)
+    return lora
+
+
+def lora_tensors(state: dict[str, torch.Tensor], config: TiedLoraConfig) -> dict[str, torch.Tensor]:
+    """The tensors of a LoRA adapter's file, from those of a Tied-LoRA adapter by their names in a model.
+
+    Of a linear layer `lora_A.weight`, `(r, in_features)`, and `lora_B.weight`, `(out_features, r)`, whatever the
+    layout of its weight; of an embedding `lora_embedding_A`, `(r, num_embeddings)`, and `lora_embedding_B`,
+    `(embedding_dim, r)`.
+    """
+    lora, used = {}, set()
+    for module in in_order(config.adapted_modules):
+        names = {kind: PREFIX + name for kind, name in names_in_model(config, module).items()}
+        used.update(names.values())
+        factors = {kind: state[name] for kind, name in names.items()}
+        sizes = Sharing(**config.adapted_modules[module])
+        a, b = factors["A"][:, : sizes.in_features], factors["B"][: sizes.out_features]
+        low, high = ("embedding_A", "embedding_B") if sizes.kind == "embedding" else ("A.weight", "B.weight")
+        lora[f"{PREFIX}{module}.lora_{low}"] = (_scaled(a, factors.get("u")) * config.scaling).to(a.dtype)
+        lora[f"{PREFIX}{module}.lora_{high}"] = _scaled(b, factors.get("v")).to(b.dtype)
+    return {name: tensor for name, tensor in state.items() if name not in used} | lora
+
+
+def _scaled(matrix: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    wide = torch.promote_types(matrix.dtype, torch.float32)
+    return scaled(matrix.to(wide), None if rows is None else rows.to(matrix.device, wide))
+
+
+def _of_model(model: nn.Module, adapter_name: str) -> tuple[TiedLoraConfig, dict[str, torch.Tensor]]:
+    """The same as of a file, through the names of the file: what is exported is what would have been saved."""
+    model = getattr(model, "_orig_mod", model)  # torch.compile
+    configs = getattr(model, "peft_config", None) or {}
+    if adapter_name not in configs:
+        found = f"It has {', '.join(map(repr, configs))}." if configs else "It has none."
+        raise ValueError(f"{type(model).__name__} has no adapter {adapter_name!r}. {found}")
+    config = configs[adapter_name]
+    _check_type(config, f"The adapter {adapter_name!r}")
+    for layer in model.modules():
+        if isinstance(layer, TiedLoraLayer) and adapter_name in layer.merged_adapters:
+            raise ValueError(
+                f"The adapter {adapter_name!r} is merged into the base weights, which would then have its update "
+                "twice with the export. Call unmerge_adapter() first, or keep the merged model and export nothing."
+            )
+    saved = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    # A model that has adapters of its own, without a PeftModel around it, has names without its prefix.
+    saved = {name if name.startswith(PREFIX) else PREFIX + name: tensor for name, tensor in saved.items()}
+    absent = next((name for name, tensor in saved.items() if tensor.is_meta), None)
+    if absent:
+        raise ValueError(f"{absent} is on the meta device, without values: load the adapter before it is exported.")
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    changes = {}
+    if config.base_model_name_or_path is None:
+        changes["base_model_name_or_path"] = getattr(base, "name_or_path", None) or None
+    if config.task_type is None and config.auto_mapping is None:
+        # As PeftModel.save_pretrained does, for AutoPeftModel.
+        changes["auto_mapping"] = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+    return _changed(config, changes), from_file(saved, config)
+
+
+def _changed(config: TiedLoraConfig, changes: dict) -> TiedLoraConfig:
+    config = copy(config)  # the model's own stays
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
+
+
+def _check_type(config: PeftConfig, place: str) -> None:
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if kind == TiedPeftType.TIED_LORA:
+        return
+    if kind == "LORA":
+        raise ValueError(
+            f"{place} is a LoRA adapter already: there is nothing to export. If push_to_hub or "
+            f"save_pretrained(also_lora=True) wrote it, the tied form is in its subfolder {TIED_FOLDER!r}."
+        )
+    raise ValueError(f"{place} is an adapter of type {kind}: expected {TiedPeftType.TIED_LORA.value}.")
