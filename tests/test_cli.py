@@ -37,7 +37,9 @@ def tied_folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["inspect", "--help"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["demo", "--help"], ["inspect", "--help"], ["export", "--help"]], ids=" ".join
+)
 def test_help_loads_nothing_heavy(arguments):
     code = (
         "import sys; from hf_tying.cli import main\n"

@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
+from hf_tying.cli import main
 from hf_tying.peft import TiedLoraConfig, export_to_lora
 
 from .adapters import dense_updates, outputs, shake, tied_lora, tiny_classifier
@@ -324,3 +325,43 @@ def test_an_error_while_writing_leaves_the_folder_as_it_was(tmp_path, monkeypatc
     assert equal_updates(lora_updates(tmp_path / "lora"), dense_updates(model))
     assert (tmp_path / "lora" / "notes.txt").read_text() == "mine"
     shutil.rmtree(tmp_path / "lora")
+
+
+class TestTheCommand:
+    @pytest.fixture
+    def hf_tying(self, monkeypatch, capsys):
+        def run(*arguments):
+            monkeypatch.setattr(sys, "argv", ["hf-tying", *map(str, arguments)])
+            with pytest.raises(SystemExit) as end:
+                main()
+            return end.value.code, *capsys.readouterr()
+
+        return run
+
+    def test_writes_the_export_and_says_what_it_is(self, hf_tying, tmp_path):
+        model = tied_lora(base_of("llama"))
+        model.save_pretrained(tmp_path / "run" / "tied")
+        lora = tmp_path / "lora"
+        status, output, _ = hf_tying("export", tmp_path / "run", lora, "--subfolder", "tied", "--json")
+        assert status == 0
+        assert equal_updates(lora_updates(lora), dense_updates(model))
+        assert json.loads(output) == {
+            "format": "lora",
+            "folder": str(lora),
+            "base_model": None,
+            "r": 4,
+            "modules": 6,
+            # q, and k and v that are half as wide, in two layers.
+            "parameters": 2 * 4 * (3 * 16 + 16 + 2 * 8),
+            "bytes": (lora / "adapter_model.safetensors").stat().st_size,
+        }
+        status, output, _ = hf_tying("export", tmp_path / "run" / "tied", lora, "--format", "lora")
+        assert status == 0
+        assert [line.split()[0] for line in output.splitlines()][:2] == ["format", "folder"]
+
+    def test_an_error_is_a_message_and_status_1(self, hf_tying, tmp_path):
+        get_peft_model(base_of("llama"), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+        for source in ("lora", "nothing"):
+            status, output, error = hf_tying("export", tmp_path / source, tmp_path / "out")
+            assert (status, output) == (1, "")
+            assert source in error and "Traceback" not in error
