@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from .config import TiedLoraConfig
 from .matrices import Factor, InputSlot, TiedMatrices, initialise, scaled
+from .plan import Adapted
 from .sharing import Sharing, features_of
 
 
@@ -52,19 +53,20 @@ class TiedLoraLayer(BaseTunerLayer):
         self.merged_adapters = []
 
     def update_layer(
-        self, adapter_name: str, matrices: TiedMatrices, names: Sharing, size: tuple[int, int], config: TiedLoraConfig
+        self, adapter_name: str, matrices: TiedMatrices, adapted: Adapted, config: TiedLoraConfig
     ) -> None:
         """Add an adapter.
 
         Args:
             adapter_name: its name.
             matrices: of the model.
-            names: of the factors that this module uses.
-            size: columns of its A, rows of its B; this module's own features, or more where smaller modules share.
+            adapted: what this module uses of them.
             config: the adapter's settings.
         """
-        columns, rows = size
-        shapes = {"A": (config.r, columns), "B": (rows, config.r)} | ({"u": (config.r,)} if config.train_u else {})
+        names = adapted.names
+        shapes = {"A": (config.r, adapted.columns), "B": (adapted.rows, config.r)}
+        if config.train_u:
+            shapes["u"] = (config.r,)
         new, factors = {}, {"u": None}
         for kind, shape in shapes.items():
             factors[kind], made = matrices.factor(kind, adapter_name, getattr(names, kind), shape)
@@ -291,8 +293,8 @@ class Embedding(TiedLoraLayer, nn.Module):
         TiedLoraLayer.__init__(self, base_layer, module_name, **kwargs)
         self.fan_in_fan_out = False
 
-    def update_layer(self, adapter_name, matrices, names, size, config):
-        super().update_layer(adapter_name, matrices, names, size, config)
+    def update_layer(self, adapter_name, matrices, adapted, config):
+        super().update_layer(adapter_name, matrices, adapted, config)
         padding = self.get_base_layer().padding_idx
         if padding is not None:
             with torch.no_grad():

@@ -22,7 +22,8 @@ from .files import PREFIX as FILE_PREFIX
 from .files import from_file, to_file
 from .layer import Embedding, Linear, TiedLoraLayer
 from .matrices import CONTAINER, TiedMatrices
-from .sharing import FUSED_QKV, QKV, features_of, sharing_of
+from .plan import outside_adapters, plan
+from .sharing import FUSED_QKV, QKV, features_of
 
 PREFIX = "tied_lora_"
 # Their forward goes through all children, of which the container cannot be one.
@@ -69,25 +70,8 @@ class TiedLoraModel(BaseTuner):
                 "would be the transpose of the other one's. Untie the base first (hf_tying.untie), or put the "
                 "embedding into modules_to_save."
             )
-        peft_config = _maybe_include_all_linear_layers(peft_config, model)
-        # By name of a factor: the widest of the modules that use it.
-        self._widest: dict[str, int] = {}
-        ranks = {}
-        for name, module in _outside_adapters(model):
-            if not self._check_target_module_exists(peft_config, name):
-                continue
-            features = features_of(module)
-            if features is None:
-                raise ValueError(
-                    f"Target module {name!r}, {module}, is not supported: Tied-LoRA adapts torch.nn.Linear (also "
-                    "quantised), transformers' Conv1D and torch.nn.Embedding. Take it out of target_modules, or put "
-                    "it into exclude_modules."
-                )
-            kind, in_features, out_features = features
-            names = sharing_of(peft_config, name, in_features, out_features, kind)
-            for factor, size in ((("A", names.A), in_features), (("B", names.B), out_features)):
-                self._widest[factor] = max(size, self._widest.get(factor, 0))
-            ranks[name] = min(in_features, out_features)
+        self._planned = plan(_maybe_include_all_linear_layers(peft_config, model), model)
+        ranks = {name: adapted.rank for name, adapted in self._planned.items()}
         if ranks and peft_config.r > max(ranks.values()):
             widest = max(ranks, key=ranks.get)
             raise ValueError(
@@ -119,12 +103,10 @@ class TiedLoraModel(BaseTuner):
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
         layer = target if isinstance(target, TiedLoraLayer) else self._new_layer(peft_config, target, current_key)
-        names = sharing_of(peft_config, layer.module_name, layer.in_features, layer.out_features, layer.kind)
-        widths = (("A", names.A), layer.in_features), (("B", names.B), layer.out_features)
-        size = tuple(max(own, self._widest.get(factor, 0)) for factor, own in widths)
+        adapted = self._planned[layer.module_name]
         if layer is not target:
             layer._active_adapter = adapter_name
-        layer.update_layer(adapter_name, self._matrices(adapter_name, layer), names, size, peft_config)
+        layer.update_layer(adapter_name, self._matrices(adapter_name, layer), adapted, peft_config)
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
@@ -258,23 +240,11 @@ class TiedLoraModel(BaseTuner):
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state)
 
 
-def _outside_adapters(model: nn.Module):
-    """The modules that an adapter may be put on: none inside of an adapted one or of the container."""
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if not name or name.startswith(inside or ("\0",)):
-            continue
-        if isinstance(module, BaseTunerLayer | TiedMatrices):
-            inside += (name + ".",)
-        if not isinstance(module, TiedMatrices):
-            yield name, module
-
-
 def _nearest(targets, model: nn.Module) -> str:
     """Names of modules in the model that are like those that were looked for."""
     if not targets:
         return ""
-    names = {name.rpartition(".")[2] for name, module in _outside_adapters(model) if features_of(module)}
+    names = {name.rpartition(".")[2] for name, module in outside_adapters(model) if features_of(module)}
     wanted = [targets] if isinstance(targets, str) else sorted(targets)
     near = {match for name in wanted for match in get_close_matches(name.rpartition(".")[2], names, n=3, cutoff=0.5)}
     if near:
