@@ -7,6 +7,7 @@ from huggingface_hub import hf_hub_download
 from peft import PeftConfig, load_peft_weights
 from wrapt import when_imported, wrap_function_wrapper
 
+from . import publish
 from .config import TiedLoraConfig, TiedPeftType
 from .files import from_file
 from .model import PREFIX, TiedLoraModel
@@ -122,6 +123,8 @@ _WRAPPERS = (
     ("peft.peft_model", "PeftModel.from_pretrained", _from_pretrained),
     ("peft.peft_model", "PeftModel.load_adapter", _load_adapter),
     ("peft.peft_model", "PeftModel._update_offload", _update_offload),
+    ("peft.peft_model", "PeftModel.save_pretrained", publish.save_pretrained),
+    ("peft.peft_model", "PeftModel.push_to_hub", publish.push_to_hub),
     ("peft.mixed_model", "_check_config_compatible", _mixed),
     ("peft.utils.hotswap", "check_hotswap_configs_compatible", _hotswap),
     ("transformers.integrations.peft", "PeftAdapterMixin.load_adapter", _load_by_transformers),
