@@ -20,7 +20,7 @@ class SavedActivations:
         return sum(storage.nbytes() for storage in self._storages.values())
 
     def see(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Count the storage of a tensor, if it is none of the model's own. It is held, so that no address comes twice."""
+        """Count the storage of a tensor, if it is none of the model's own; hold it, so that no address comes twice."""
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._not_counted:
             self._storages.setdefault(storage.data_ptr(), storage)

@@ -1,0 +1,70 @@
+"""The `Trainer` of `run_tied_lora.py`: equal batches for all methods, and what a step costs."""
+
+import time
+
+import torch
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import Seq2SeqTrainer, TrainerCallback
+
+from hf_tying.training.memory import saved_activations
+
+
+class Recorder(TrainerCallback):
+    """Seconds of each update, and a digest of the last batch: equal batches in another order end with another one."""
+
+    def __init__(self):
+        self.seconds, self.last_batch = [], None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._begin = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if torch.cuda.is_available() and not args.use_cpu:
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self._begin)
+
+
+class SeededOrder(Sampler):
+    """The order of an epoch by seed and number of it alone: what a method's dropout has drawn does not change it."""
+
+    def __init__(self, sampler: Sampler, trainer):
+        self.sampler, self.trainer = sampler, trainer
+
+    def __len__(self):
+        return len(self.sampler)
+
+    def __iter__(self):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.trainer.args.seed * 10_007 + int(self.trainer.state.epoch or 0))
+            return iter(list(self.sampler))
+
+
+class RecordedTrainer(Seq2SeqTrainer):
+    """A plain `Trainer` where nothing is generated."""
+
+    def __init__(self, *args, recorder: Recorder, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.recorder = recorder
+        self.add_callback(recorder)
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.recorder.last_batch = inputs["input_ids"].cpu().numpy().tobytes()
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def _get_train_sampler(self, *args, **kwargs):
+        return SeededOrder(super()._get_train_sampler(*args, **kwargs), self)
+
+    def _get_eval_sampler(self, eval_dataset):
+        # By `group_by_length` the test sentences would be shuffled too, against their references.
+        return SequentialSampler(eval_dataset)
+
+    def saved_bytes(self) -> int:
+        """What a training step on the first examples keeps for the backward pass."""
+        args, data = self.args, self._remove_unused_columns(self.train_dataset, "training")
+        batch = self.data_collator([data[i] for i in range(min(args.per_device_train_batch_size, len(data)))])
+        half = torch.bfloat16 if args.bf16 else torch.float16
+        self.model.train()
+        with saved_activations(self.model) as saved:
+            with torch.autocast(args.device.type, half, enabled=args.bf16 or args.fp16):
+                loss = self.model(**self._prepare_inputs(batch)).loss  # noqa: F841, it holds what was saved
+            return saved.bytes
