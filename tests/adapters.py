@@ -56,7 +56,7 @@ def layers_of(model: nn.Module) -> dict[str, TiedLoraLayer]:
 
 
 def dense_updates(model: nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
-    """scaling * diag(v) B diag(u) A of each adapted module, `(out, in)`, written out from the named parameters alone."""
+    """scaling * diag(v) B diag(u) A of each adapted module, `(out, in)`, from the named parameters alone."""
     state = model.state_dict()
     config = model.peft_config[adapter_name]
     start = next(key for key in state if ".tied_lora_A." in key).partition("tied_lora_A")[0]

@@ -11,16 +11,25 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def results() -> dict:
-    """All cases in one launch of two processes."""
+def launch(script: str) -> dict:
+    """All cases of a script in one launch of two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               str(ROOT / "tests" / "scripts" / "two_processes.py")]  # fmt: skip
+               str(ROOT / "tests" / "scripts" / script)]  # fmt: skip
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     run = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, cwd=ROOT)
     assert run.returncode == 0, run.stderr[-4000:]
     line = next(line for line in run.stdout.splitlines() if line.startswith("RESULTS "))
     return json.loads(line.removeprefix("RESULTS "))
+
+
+@pytest.fixture(scope="module")
+def results() -> dict:
+    return launch("two_processes.py")
+
+
+@pytest.fixture(scope="module")
+def adapters() -> dict:
+    return launch("two_processes_adapters.py")
 
 
 @pytest.mark.timeout(300)
@@ -34,3 +43,9 @@ def test_a_pair_sharded_in_two_groups_is_told(results):
     assert (
         results["fsdp2, pair torn apart"]["error"] and "lm_head.weight" in results["fsdp2, pair torn apart"]["error"]
     )
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("case", ["ddp, TL6", "ddp, TL5, all", "fsdp2, TL6", "fsdp2, TL5, all"])
+def test_two_processes_train_a_tied_lora_as_one_does(adapters, case):
+    assert adapters[case]["drift"] < 1e-5

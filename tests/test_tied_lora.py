@@ -216,10 +216,8 @@ class TestTheSharedInput:
     def test_is_multiplied_by_a_once_for_query_key_and_value(self, monkeypatch):
         model = tied_lora(tiny_model("llama"))
         layer = layers_of(model)["model.layers.0.self_attn.q_proj"]
-        calls = []
-        monkeypatch.setattr(
-            type(layer), "_down", lambda self, *args, stock=type(layer)._down: calls.append(self) or stock(self, *args)
-        )
+        calls, stock = [], type(layer)._down
+        monkeypatch.setattr(type(layer), "_down", lambda self, *args: calls.append(self) or stock(self, *args))
         outputs(model)
         assert len(calls) == 2  # one for each layer, and not three
         assert all(not use.slot._kept for x in layers_of(model).values() for use in x.uses.values())
