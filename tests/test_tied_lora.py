@@ -1,5 +1,7 @@
 """Tied-LoRA: the update is diag(v) B diag(u) A, with A and B one parameter for all layers."""
 
+import gc
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -250,3 +252,10 @@ class TestTheSharedInput:
             q(x)
         k(x).sum().backward()
         assert k.uses["default"].A.weight.grad.any()
+
+    def test_keeps_no_graph_alive(self):
+        model = tied_lora(tiny_model("llama")).train()
+        q = layers_of(model)["model.layers.0.self_attn.q_proj"]
+        q(torch.randn(3, 16, requires_grad=True) * 2)  # k and v, which would take the value, do not come
+        gc.collect()
+        assert q.uses["default"].slot._kept[3]() is None

@@ -7,6 +7,7 @@ the root of the model they are also right for FSDP2, which keeps the root's para
 
 import math
 import weakref
+from functools import partial
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -139,11 +140,13 @@ class InputSlot:
         waiting.discard(member)
         if not waiting:
             self._kept = None
-        return value
+        return value()
 
     def put(self, member: str, x: torch.Tensor, value: torch.Tensor) -> None:
         """Keep a value for the other members."""
         waiting = self.members - {member}
+        # In training the graph keeps it, as long as it lives; a value kept here would keep the whole graph.
+        value = weakref.ref(value) if value.requires_grad else partial(_same, value)
         self._kept = (weakref.ref(x), _state(x), waiting, value) if waiting else None
 
     # A copy has computed nothing yet; and what an unfinished pass has left cannot be copied.
@@ -155,6 +158,10 @@ class InputSlot:
 
     def __getstate__(self):
         return {"members": self.members, "_kept": None}
+
+
+def _same(value):
+    return value
 
 
 def _state(x: torch.Tensor) -> tuple:
