@@ -82,6 +82,7 @@ class TiedLoraLayer(BaseTunerLayer):
         trained = frozenset(kind for kind in "ABu" if getattr(config, f"train_{kind}"))
         self.uses[adapter_name] = Use(names, slot=slot, scaling=config.scaling, trained=trained, **factors)
         self._matrices = [matrices]
+        matrices.quantization_backend = self.quantization_backend  # so that a status speaks of one for the whole model
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 

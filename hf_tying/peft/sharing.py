@@ -122,7 +122,8 @@ def features_of(module: nn.Module) -> tuple[str, int, int] | None:
         module = module.get_base_layer()
     if isinstance(module, nn.Embedding):
         return "embedding", module.num_embeddings, module.embedding_dim
-    backend = resolve_quantization_backend(module)
+    # A quantised layer that is a Linear is not asked for more: for torchao PEFT wants what is not known here.
+    backend = None if isinstance(module, nn.Linear | Conv1D) else resolve_quantization_backend(module)
     if isinstance(module, nn.Linear | Conv1D) or (backend is not None and backend.layer_type == "linear"):
         found = _get_in_out_features(module)
         return None if None in found else ("linear", *found)
