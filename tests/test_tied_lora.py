@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_tying.peft import TiedLoraConfig
 from hf_tying.peft.config import SWITCHES, VARIANTS
+from hf_tying.peft.product import scaled_linear
 
 from .adapters import QKV, dense_updates, layers_of, merged_by_hand, outputs, tied_lora
 from .models import tiny_inputs, tiny_model
@@ -212,6 +213,43 @@ class TestTheGradient:
                 }
                 assert len(parts) > 1
                 assert torch.allclose(factor.weight.grad, sum(parts.values()), atol=1e-6)
+
+
+class TestTheScaledProduct:
+    @pytest.mark.parametrize("u", [True, False])
+    @pytest.mark.parametrize("v", [True, False])
+    @pytest.mark.parametrize("scaling", [1.0, 1.7])
+    def test_has_the_value_and_the_gradients_of_the_plain_form(self, u, v, scaling):
+        torch.manual_seed(0)
+        shapes = {"low": (3, 5, 4), "b": (6, 4)} | ({"u": (4,)} if u else {}) | ({"v": (6,)} if v else {})
+        given = {name: torch.randn(shape, dtype=torch.float64, requires_grad=True) for name, shape in shapes.items()}
+
+        def plain(low, b, u=None, v=None):
+            columns = torch.ones(4, dtype=low.dtype) if u is None else u
+            return scaling * low @ torch.diag(columns) @ b.T * (1 if v is None else v)
+
+        def ours(low, b, u=None, v=None):
+            return scaled_linear(low, b, u, v, scaling)
+
+        assert torch.allclose(ours(**given), plain(**given))
+        with torch.no_grad():
+            assert torch.allclose(ours(**given), plain(**given))
+        assert torch.autograd.gradcheck(
+            lambda *values: ours(**dict(zip(given, values, strict=True))), (*given.values(),)
+        )
+
+    def test_gives_no_gradient_to_what_is_frozen(self):
+        low, b, u, v = torch.randn(5, 4), torch.randn(6, 4), torch.randn(4), torch.randn(6, requires_grad=True)
+        scaled_linear(low, b, u, v).sum().backward()
+        assert v.grad is not None and b.grad is None and u.grad is None and low.grad is None
+
+    def test_keeps_for_the_backward_pass_only_what_it_was_given(self):
+        low, b, u, v = (torch.randn(n, 4, requires_grad=True) for n in (50, 60, 1, 15))
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+            out = scaled_linear(low, b, u.flatten(), v.flatten(), 2.0)
+        out.sum().backward()
+        assert set(kept) == {tensor.data_ptr() for tensor in (low, b, u, v)}
 
 
 class TestTheSharedInput:

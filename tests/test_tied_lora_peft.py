@@ -185,7 +185,7 @@ class TestSeveralAdapters:
         model, inputs = two_adapters(), tiny_inputs(tiny_model("llama"))
         with pytest.raises(ValueError, match="non-existing adapter.*third"):
             model(**inputs, adapter_names=["third", "default"])
-        with pytest.raises(ValueError, match="3 entries for a batch of 2"):
+        with pytest.raises(ValueError, match="number of inputs, but got 3 and 2"):
             model(**inputs, adapter_names=["default"] * 3)
         with pytest.raises(ValueError, match="training mode"):
             model.train()(**inputs, adapter_names=["default"] * 2)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from .config import TiedLoraConfig
 from .matrices import Factor, InputSlot, TiedMatrices, initialise, scaled
 from .plan import Adapted
+from .product import scaled_linear
 from .sharing import Sharing, features_of
 
 
@@ -174,18 +175,13 @@ class TiedLoraLayer(BaseTunerLayer):
         return delta if device is None or device.type == "meta" else delta.to(device)
 
     def _low(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
-        """`scaling * u * (x A^T)`, `(..., r)`; once for the modules that share it."""
+        """`x A^T`, `(..., r)`; once for the modules that share it."""
         use = self.uses[adapter_name]
         shared = len(use.slot.members) > 1 and not torch.compiler.is_compiling()
         kept = use.slot.take(self.module_name, x) if shared else None
         if kept is not None:
             return kept
         low = self._down(adapter_name, x, use.A(columns=self.in_features, device=x.device))
-        if use.u is not None:
-            u = use.u(device=x.device)
-            low = low * (u if use.scaling == 1 else u * use.scaling)
-        elif use.scaling != 1:
-            low = low * use.scaling
         if shared:
             use.slot.put(self.module_name, x, low)
         return low
@@ -194,10 +190,12 @@ class TiedLoraLayer(BaseTunerLayer):
         return F.linear(self.tied_lora_dropout[adapter_name](self._cast_input_dtype(x, matrix.dtype)), matrix)
 
     def _update(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
-        """What the adapter adds to the output for the input `x`: v is in B by then, so no such tensor is scaled."""
-        v = self._v(adapter_name, x.device)
-        b = self.uses[adapter_name].B(rows=self.out_features, device=x.device)
-        return F.linear(self._low(adapter_name, x), scaled(b, v))
+        """What the adapter adds to the output for the input `x`."""
+        use = self.uses[adapter_name]
+        low = self._low(adapter_name, x)
+        b = use.B(rows=self.out_features, device=x.device)
+        u = None if use.u is None else use.u(device=x.device)
+        return scaled_linear(low, b, u, self._v(adapter_name, x.device), use.scaling)
 
     def forward(self, x: torch.Tensor, *args, adapter_names: list[str] | None = None, **kwargs) -> torch.Tensor:
         """The base layer's output, with the updates of the active adapters.
@@ -224,10 +222,13 @@ class TiedLoraLayer(BaseTunerLayer):
     def _mixed_forward(self, x, *args, adapter_names, **kwargs):
         if len(x) != len(adapter_names):
             raise ValueError(
-                f"adapter_names has {len(adapter_names)} entries for a batch of {len(x)}: expected one a sample."
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
             )
         if self.merged:
-            raise ValueError("adapter_names cannot be used while adapters are merged: call unmerge_adapter() first.")
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
         result = self.base_layer(x, *args, **kwargs)
         for name in dict.fromkeys(adapter_names):
             if name not in self.uses:

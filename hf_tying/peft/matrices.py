@@ -121,7 +121,7 @@ class TiedMatrices(AuxiliaryTrainingWrapper):
 
 
 class InputSlot:
-    """`scaling * u * (x A^T)` for the modules that share A, u and, most often, x: computed by the first that asks.
+    """`x A^T` for the modules of a layer that share A and, most often, x: computed by the first that asks.
 
     Each module takes a value at most once, so that none outlives the pass that made it: who comes again computes anew.
     """

@@ -1,0 +1,63 @@
+"""The second half of the update, `low diag(u) B^T diag(v)`, without keeping more than its factors for the backward."""
+
+import torch
+from torch.nn import functional as F
+
+
+def scaled_linear(
+    low: torch.Tensor, b: torch.Tensor, u: torch.Tensor | None, v: torch.Tensor | None, scaling: float = 1.0
+) -> torch.Tensor:
+    """`low W^T` with `W = scaling * diag(v) B diag(u)`.
+
+    u and v are multiplied into B, `(out_features, r)`, and not into what has a row for each token. Autograd would
+    keep that product for the backward pass, for each module one; here it is made again.
+
+    Args:
+        low: `x A^T`, `(..., r)`.
+        b: `(out_features, r)`.
+        u: `(r,)`, or `None` for 1.
+        v: `(out_features,)`, or `None` for 1.
+        scaling: `alpha / r`.
+
+    Returns:
+        `(..., out_features)`, in the dtype of `low`, under autocast in that of autocast.
+    """
+    if u is None and v is None and scaling == 1:
+        return F.linear(low, b)
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler decides itself what to keep
+        return F.linear(low, _weight(b, u, v, scaling))
+    return _ScaledLinear.apply(low, b, u, v, scaling)
+
+
+def _weight(b, u, v, scaling):
+    columns = u * scaling if u is not None and scaling != 1 else scaling if u is None else u
+    weight = b if u is None and scaling == 1 else b * columns
+    return weight if v is None else weight * v.unsqueeze(-1)
+
+
+class _ScaledLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, low, b, u, v, scaling):
+        ctx.save_for_backward(low, b, u, v)
+        ctx.scaling = scaling
+        return F.linear(low, _weight(b, u, v, scaling))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        low, b, u, v = ctx.saved_tensors
+        of_low = of_b = of_u = of_v = None
+        if ctx.needs_input_grad[0]:
+            of_low = (grad @ _weight(b, u, v, ctx.scaling).to(grad.dtype)).to(low.dtype)
+        if any(ctx.needs_input_grad[1:4]):
+            # Of W, and from it of its factors, all of the size of B. Its sum over the tokens is in the dtype of grad,
+            # as it is for the weight of a linear layer.
+            of_weight = grad.flatten(0, -2).t() @ low.flatten(0, -2).to(grad.dtype)
+            of_weight = of_weight.to(b.dtype) * ctx.scaling
+            if ctx.needs_input_grad[1]:
+                of_b = _weight(of_weight, u, v, 1.0)
+            if ctx.needs_input_grad[2]:
+                of_u = (of_weight * b if v is None else of_weight * b * v.unsqueeze(-1)).sum(0)
+            if ctx.needs_input_grad[3]:
+                of_v = (of_weight * b if u is None else of_weight * b * u).sum(1)
+        return of_low, of_b, of_u, of_v, None
