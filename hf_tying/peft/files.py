@@ -88,6 +88,8 @@ def from_file(saved: dict[str, torch.Tensor], config: TiedLoraConfig) -> dict[st
     """
     parts = parts_of_file(config)
     factors = {key.removeprefix(PREFIX): value for key, value in saved.items() if is_of_file(key)}
+    for name, other in but_for_size(parts, factors).items():
+        factors[name] = factors.pop(other)  # PEFT says, or is told to ignore, that it has another size
     problems = [f"{name} is missing" for name in sorted(parts.keys() - factors.keys())]
     problems += [f"{name} has no place in it" for name in sorted(factors.keys() - parts.keys())]
     for name, rows in parts.items():
@@ -103,6 +105,13 @@ def from_file(saved: dict[str, torch.Tensor], config: TiedLoraConfig) -> dict[st
         )
         state |= {PREFIX + key: value for key, value in dict(found).items()}
     return state
+
+
+def but_for_size(expected: Iterable[str], found: Iterable[str]) -> dict[str, str]:
+    """For names that are not found: those of what is found whose name has another size at its end, and no place."""
+    more = {name.rpartition("-")[0]: name for name in set(found) - set(expected)}
+    missing = ((name, name.rpartition("-")[0]) for name in set(expected) - set(found))
+    return {name: more[stem] for name, stem in missing if stem in more}
 
 
 def refuse(problems: list[str]) -> None:

@@ -23,7 +23,7 @@ from .files import from_file, to_file
 from .layer import Embedding, Linear, TiedLoraLayer
 from .matrices import CONTAINER, TiedMatrices
 from .plan import outside_adapters, plan
-from .sharing import FUSED_QKV, QKV, features_of
+from .sharing import COMPILED, FUSED_QKV, QKV, features_of
 
 PREFIX = "tied_lora_"
 # Their forward goes through all children, of which the container cannot be one.
@@ -89,7 +89,7 @@ class TiedLoraModel(BaseTuner):
             raise NoMatchingPeftModuleError(f"{error} {near}".strip()) from None
         config = self.peft_config[adapter_name]
         config.adapted_modules = {
-            layer.module_name: asdict(layer.uses[adapter_name].names)
+            layer.module_name.replace(COMPILED, ""): asdict(layer.uses[adapter_name].names)
             for layer in model.modules()
             if isinstance(layer, TiedLoraLayer) and adapter_name in layer.uses
         }
@@ -132,7 +132,8 @@ class TiedLoraModel(BaseTuner):
         found = next((module for module in self.model.modules() if isinstance(module, TiedMatrices)), None)
         if found is None:
             found = TiedMatrices(adapter_name)
-            owner = layer if isinstance(self.model, _ROOTS_OF_LAYERS) else self.model
+            root = getattr(self.model, "_orig_mod", self.model)  # what torch.compile has wrapped
+            owner = layer if isinstance(root, _ROOTS_OF_LAYERS) else root
             # First of all children: an automatic device map then has it where the model begins, and not on a disk.
             owner._modules = {CONTAINER: found, **owner._modules}
         found.update(adapter_name)
@@ -215,7 +216,8 @@ class TiedLoraModel(BaseTuner):
         for key, value in found.items():
             name = cls._remove_adapter_name_from_key(key, adapter_name)
             _, container, inside = name.rpartition(f"{CONTAINER}.")
-            (others if name == key else factors)[container + inside.removeprefix(start)] = value
+            inside = inside.removeprefix(start)
+            (others if name == key else factors)[container + inside.replace(COMPILED, "")] = value
         factors = to_file(factors, config)
         return {start + key: value for key, value in (others | factors).items()}
 
@@ -234,8 +236,8 @@ class TiedLoraModel(BaseTuner):
         for key in model.state_dict():
             _, container, inside = key.rpartition(f"{CONTAINER}.")
             saved = cls._remove_adapter_name_from_key(inside, adapter_name)
-            if container and saved != inside:
-                names[FILE_PREFIX + container + saved] = key
+            if saved != inside and (container or COMPILED in saved):
+                names[FILE_PREFIX + container + saved.removeprefix(FILE_PREFIX).replace(COMPILED, "")] = key
         state = {names.get(key, key): value for key, value in from_file(state_dict, config).items()}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state)
 

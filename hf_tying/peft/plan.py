@@ -8,7 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from .config import TiedLoraConfig
-from .files import PREFIX, is_of_file, refuse
+from .files import PREFIX, but_for_size, is_of_file, refuse
 from .matrices import CONTAINER, TiedMatrices
 from .sharing import Sharing, features_of, sharing_of
 
@@ -92,6 +92,8 @@ def check_file(config: TiedLoraConfig, model: nn.Module, saved: dict[str, torch.
             of_v[0] += 1
     found = {key.removeprefix(PREFIX): list(value.shape) for key, value in saved.items() if is_of_file(key)}
     found = {key.removeprefix(f"{CONTAINER}."): shape for key, shape in found.items()}
+    for name, other in but_for_size(shapes, found).items():
+        found[name] = found.pop(other)
     problems = [f"{name} {shape} is missing" for name, shape in sorted(shapes.items()) if name not in found]
     problems += [f"{name} has no place in the model" for name in sorted(found.keys() - shapes.keys())]
     problems += [

@@ -62,7 +62,7 @@ def _load_adapter(wrapped, model, args, kwargs):
 def _check(model, path, config, key_mapping, kwargs: dict) -> None:
     hub = {name: value for name, value in kwargs.items() if name in _HUB_ARGUMENTS}
     config = config or _config_at(path, hub)
-    if is_tied(config) and isinstance(model, torch.nn.Module):
+    if is_tied(config) and isinstance(model, torch.nn.Module) and not kwargs.get("ignore_mismatched_sizes"):
         check_file(config, model, load_peft_weights(path, device="cpu", key_mapping=key_mapping, **hub))
 
 

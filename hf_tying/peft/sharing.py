@@ -7,6 +7,8 @@ from torch import nn
 
 from .config import TiedLoraConfig
 
+#: What torch.compile puts into the names of modules; in a file they are without it.
+COMPILED = "_orig_mod."
 #: The query, key and value of one layer, by the names that transformers' models give them.
 QKV = (
     ("q_proj", "k_proj", "v_proj"),
@@ -61,7 +63,7 @@ def sharing_of(config: TiedLoraConfig, module_name: str, in_features: int, out_f
         out_features: of the module.
         kind: `"linear"` or `"embedding"`; these never share.
     """
-    layer, index, inside = split_name(module_name)
+    layer, index, inside = split_name(module_name.replace(COMPILED, ""))
     own = f"{layer}-" if layer else ""
     together = _together(config, index) if layer else ""
     # A and u are those of the input, which query, key and value have in common; B and v are those of the output.
