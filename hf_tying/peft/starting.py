@@ -1,0 +1,200 @@
+"""Where the alternation of `alternating` starts: computed, so that updates that are tied are found to be."""
+
+from collections.abc import Iterator
+from itertools import combinations
+
+import torch
+
+from .alternating import Factors, Problem
+
+#: Pairs of layers of which the turn of A is computed, each for a start of its own.
+_PAIRS = 3
+#: For larger ones the equations of the turn, r^2 x r^2, would take more time than the alternation.
+_LARGEST_RANK = 32
+
+
+def starts(problem: Problem, restarts: int) -> Iterator[Factors]:
+    """The best first: factors that are exact for updates that are tied; then others.
+
+    Args:
+        problem: of which updates, names and rank are used.
+        restarts: how many with random turns of A.
+    """
+    base = {name: _row_space(problem, modules) for name, modules in problem.users("A").items()}
+    matching = {name: _matching(problem, name) for name in base}
+    turned = problem.with_u and any(matching.values())
+    if (turned or len(base) > 1) and (problem.r <= _LARGEST_RANK or not (turned or problem.with_v)):
+        for attempt in range(_PAIRS if turned else 1):
+            yield _complete(problem, _turned(problem, base, matching if turned else {}, attempt))
+    yield _complete(problem, base)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(restarts if turned else 0):
+        turns = {name: torch.randn(problem.r, problem.r, generator=generator, dtype=torch.float64) for name in base}
+        yield _complete(problem, {name: turns[name].to(a) @ a for name, a in base.items()})
+
+
+def _turned(problem: Problem, base: dict, matching: dict, attempt: int) -> dict[str, torch.Tensor]:
+    """Each A turned to where u is diagonal, and to where the others are with which it has a B in common."""
+    done: dict[str, torch.Tensor] = {}
+    waiting = sorted(base, key=lambda name: -len(matching.get(name, ())))
+    while waiting:
+        found = next((f for name in waiting if (f := _common(problem, name, done))), None)
+        name = found[0] if found else waiting[0]
+        turn = None
+        if found:
+            pairs = [
+                (_coordinates(problem, module, base[name]), _coordinates(problem, other, done[problem.names[other].A]))
+                for module, other in found[1]
+            ]
+            turn = _map(problem, pairs)
+        elif matching.get(name):
+            pairs = matching[name][attempt * (len(matching[name]) - 1) // max(1, _PAIRS - 1)]
+            turn = _turn(problem, base[name], pairs)
+        done[name] = base[name] if turn is None else turn @ base[name]
+        waiting.remove(name)
+    return done
+
+
+def _common(problem: Problem, name: str, done: dict) -> tuple[str, list[tuple[str, str]]] | None:
+    """Pairs of modules with one B, the first with this A, the second with one that is done; of one u each."""
+    found: dict[tuple, list] = {}
+    for module in problem.users("A")[name]:
+        of = problem.names[module]
+        for other in problem.users("B")[of.B]:
+            if problem.names[other].A in done:
+                found.setdefault((of.u, problem.names[other].u, problem.names[other].A), []).append((module, other))
+    return (name, max(found.values(), key=len)) if found else None
+
+
+def _row_space(problem: Problem, modules: list[str]) -> torch.Tensor:
+    """The first r right singular vectors of the modules' updates over each other, `(r, columns)`."""
+    widest = max(problem.updates[module].right.shape[1] for module in modules)
+    rows = []
+    for module in modules:
+        update = problem.updates[module]
+        # The same as of left @ right, with k rows: of left only its lengths and angles count.
+        values, vectors = torch.linalg.eigh(update.left.T @ update.left)
+        row = (vectors * values.clamp(min=0).sqrt()).T @ update.right
+        rows.append(torch.nn.functional.pad(row, (0, widest - row.shape[1])))
+    _, values, vectors = torch.linalg.svd(torch.cat(rows), full_matrices=False)
+    found = vectors[: problem.r]
+    live = values[: problem.r] > 8 * problem.eps * values[0] * len(vectors)
+    generator = torch.Generator().manual_seed(0)
+    free = torch.randn(problem.r, widest, generator=generator, dtype=torch.float64).to(found) / widest**0.5
+    free[: len(found)][live] = found[live]
+    return free
+
+
+def _coordinates(problem: Problem, module: str, a: torch.Tensor) -> torch.Tensor:
+    """The update's rows in the rows of `a`, `(out_features, r)`."""
+    update = problem.updates[module]
+    a = a[:, : update.right.shape[1]]
+    gram = a @ a.T
+    near = problem.eps * 16 * gram.diagonal().sum() * torch.eye(len(a)).to(a)
+    return update.left @ torch.linalg.solve(gram + near, a @ update.right.T).T
+
+
+def _unit(rows: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.normalize(rows, dim=1)
+
+
+def _matching(problem: Problem, name: str) -> list[list[tuple[str, str]]]:
+    """Pairs of modules with this A and one B, under two u; one list for each two u."""
+    by_u: dict[str, dict[str, str]] = {}
+    for module in problem.users("A")[name]:
+        of = problem.names[module]
+        by_u.setdefault(of.u, {})[of.B] = module
+    found = []
+    for first, second in combinations(by_u.values(), 2):
+        pairs = [(first[b], second[b]) for b in first.keys() & second.keys()]
+        if pairs:
+            found.append(pairs)
+    return found
+
+
+def _turn(problem: Problem, a: torch.Tensor, pairs: list[tuple[str, str]]) -> torch.Tensor | None:
+    """The W of which W `a` is the A that is looked for, `(r, r)`: it has the eigenvectors of W^-1 diag(u / u') W."""
+    matrix = _map(problem, [tuple(_coordinates(problem, module, a) for module in pair) for pair in pairs])
+    values, vectors = torch.linalg.eig(matrix)
+    # Of two conjugate vectors, which noise makes, the real and the imaginary part span the same plane.
+    vectors = torch.where((values.imag >= 0)[None], vectors.real, vectors.imag)
+    try:
+        return torch.linalg.inv(vectors)
+    except torch.linalg.LinAlgError:
+        return None
+
+
+def _map(problem: Problem, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """The M with y = x M for all rows of all pairs, `(r, r)`; with v, which is unknown, up to a factor of each row."""
+    r = problem.r
+    pairs = [(y[: len(x)], x[: len(y)]) for y, x in pairs]
+    if not problem.with_v:
+        y, x = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        return torch.linalg.lstsq(x, y, driver="gelsd" if x.device.type == "cpu" else None).solution
+    # Minimise what of x M is across y.
+    equations = problem.new(r * r, r * r).zero_()
+    for y, x in pairs:
+        y, x = _unit(y), _unit(x)
+        products = (x[:, :, None] * y[:, None, :]).reshape(len(y), -1)
+        equations += torch.kron(x.T @ x, torch.eye(r).to(x)) - products.T @ products
+    return torch.linalg.eigh(equations)[1][:, 0].view(r, r)
+
+
+def _complete(problem: Problem, of_a: dict[str, torch.Tensor]) -> Factors:
+    """u, then B and v that fit to an A."""
+    factors = Factors(A=of_a)
+    coordinates = {module: _coordinates(problem, module, of_a[names.A]) for module, names in problem.names.items()}
+    if problem.with_u:
+        factors.u = _first_u(problem, coordinates)
+    for name, modules in problem.users("B").items():
+        rows = max(len(coordinates[module]) for module in modules)
+        grams = problem.new(rows, problem.r, problem.r).zero_()
+        total = problem.new(rows, problem.r).zero_()
+        for module in modules:
+            t = _without_u(problem, factors, module, coordinates)
+            grams[: len(t)] += t[:, :, None] * t[:, None, :]
+            total[: len(t)] += t / len(modules)
+        # All rows that use one row of B are multiples of it: the first singular vector of them.
+        factors.B[name] = torch.linalg.eigh(grams)[1][:, :, -1] if problem.with_v else total
+        if problem.with_v:
+            for module in modules:
+                t = _without_u(problem, factors, module, coordinates)
+                factors.v[module] = (t * factors.B[name][: len(t)]).sum(1)
+    return factors
+
+
+def _without_u(problem: Problem, factors: Factors, module: str, coordinates: dict) -> torch.Tensor:
+    t = coordinates[module]
+    if not problem.with_u:
+        return t
+    u = factors.u[problem.names[module].u]
+    return t / torch.where(u.abs() > 1e-6, u, 1e-6)
+
+
+def _first_u(problem: Problem, coordinates: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Each u from the first one before it with which it has a B in common."""
+    found: dict[str, torch.Tensor] = {}
+    before: dict[str, str] = {}  # by name of a B, the first module that uses it
+    for name, modules in problem.users("u").items():
+        known = [(module, before[b]) for module in modules if (b := problem.names[module].B) in before]
+        reference = problem.names[known[0][1]].u if known else None
+        pairs = [(coordinates[m], coordinates[other]) for m, other in known if problem.names[other].u == reference]
+        found[name] = _ratio(problem, pairs) * found[reference] if pairs else problem.new(problem.r).fill_(1)
+        for module in modules:
+            before.setdefault(problem.names[module].B, module)
+    return found
+
+
+def _ratio(problem: Problem, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """u / u' from the coordinates under both, v b u and v' b u'."""
+    pairs = [(y[: len(x)], x[: len(y)]) for y, x in pairs]
+    if not problem.with_v:
+        top, bottom = sum((y * x).sum(0) for y, x in pairs), sum((x * x).sum(0) for _, x in pairs)
+        return torch.where(bottom > 0, top / bottom, 1)
+    equations = problem.new(problem.r, problem.r).zero_()
+    for y, x in pairs:
+        y, x = _unit(y), _unit(x)
+        # As in `_map`, of a diagonal matrix.
+        equations += torch.diag((x**2).sum(0)) - (x * y).T @ (x * y)
+    ratio = torch.linalg.eigh(equations)[1][:, 0] * problem.r**0.5
+    return ratio if ratio.sum() >= 0 else -ratio
