@@ -1,6 +1,7 @@
 """What is tied, in a live model or in a checkpoint: as a table, as JSON, as a picture."""
 
 import json
+import sys
 from dataclasses import asdict, dataclass, field
 from io import StringIO
 from math import prod
@@ -156,7 +157,8 @@ def tying_report(model_or_path) -> TyingReport:
 
     Args:
         model_or_path: a `PreTrainedModel` (also wrapped by PEFT, DDP, torch.compile); or a folder or Hub id, of which
-            `config.json` and the safetensors headers are read and no weight. For a checkpoint without a `tying` entry
+            `config.json` and the safetensors headers are read and no weight; a Tied-LoRA adapter, or its folder, has
+            a group for each factor that modules share. For a checkpoint without a `tying` entry
             the declaration is that of the transformers class named in its config, built without weights; code from the
             checkpoint is never run.
 
@@ -176,6 +178,11 @@ def _report_on_model(model) -> TyingReport:
     from .parameters import actual_groups, find_parameter, named_slots
     from .verify import groups_of, unwrapped
 
+    adapters = []
+    if "peft" in sys.modules and hasattr(model, "peft_config"):
+        from .peft.report import adapter_groups
+
+        adapters = adapter_groups(model)
     model = unwrapped(model)
     declared = groups_of(model)
     known = {name for group in declared for name in group.names}
@@ -189,7 +196,7 @@ def _report_on_model(model) -> TyingReport:
         some = next((p for p in held.values() if p is not None), None)
         distinct = len({id(p) for p in held.values()})
         rows.append(
-            _group_report(
+            group_report(
                 group.name,
                 list(group.names),
                 role_of,
@@ -204,11 +211,15 @@ def _report_on_model(model) -> TyingReport:
         )
     parameters = sum(p.numel() for p in {id(p): p for p in slots.values()}.values())
     scheme = scheme_of(model, [g for g, row in zip(groups, rows, strict=True) if row.actual])
-    return TyingReport(type(model).__name__, type(model).__name__, scheme, parameters, rows)
+    return TyingReport(type(model).__name__, type(model).__name__, scheme, parameters, rows + adapters)
 
 
 def _report_on_files(path: str | Path) -> TyingReport:
     folder = _folder(path)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        from .peft.report import report_on_adapter
+
+        return report_on_adapter(folder)
     config = read_json(folder / "config.json")
     header: dict[str, tuple[tuple[int, ...], str]] = {}
     for file in weight_files(folder):
@@ -237,13 +248,13 @@ def _report_on_files(path: str | Path) -> TyingReport:
         in_file = [n for n in names if keys_of[n]]
         shape, dtype = _matrix(keys_of[in_file[0]], header) if in_file else ((), "")
         rows.append(
-            _group_report(
+            group_report(
                 name,
                 names,
                 role_of,
                 list(shape),
-                _torch_dtype(dtype),
-                _BYTES.get(dtype, 0),
+                torch_dtype(dtype),
+                bytes_of(dtype),
                 declared=True,
                 actual=None,
                 in_file=in_file,
@@ -279,7 +290,8 @@ def _matrix(keys: list[str], header: dict) -> tuple[tuple[int, ...], str]:
     return (shape if len(keys) == 1 else (len(keys), *shape)), dtype
 
 
-def _group_report(name, names, role_of, shape, dtype, size, declared, actual, in_file, copies) -> GroupReport:
+def group_report(name, names, role_of, shape, dtype, size, declared, actual, in_file, copies) -> GroupReport:
+    """A `GroupReport` with what is saved counted: each of the `names` but the `copies` that there are."""
     saved = (len(names) - copies) * prod(shape) if shape else 0
     return GroupReport(
         name=name,
@@ -335,7 +347,12 @@ def _without_weights(config: dict, architecture):
         raise TyingError(f"config.json does not make a {architecture}: {error}") from error
 
 
-def _torch_dtype(dtype: str) -> str:
+def bytes_of(dtype: str) -> int:
+    """Of one element, by the dtype's name in a safetensors header; 0 for one that is not known."""
+    return _BYTES.get(dtype, 0)
+
+
+def torch_dtype(dtype: str) -> str:
     return {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(dtype, dtype.lower())
 
 

@@ -14,7 +14,7 @@ from peft.functional import inject_adapter_in_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from hf_tying import assert_tied, tie
+from hf_tying import TyingError, assert_tied, tie, tying_report
 from hf_tying.peft import TiedLoraConfig
 
 from .adapters import QKV, dense_updates, layers_of, outputs, shake, tied_lora, tiny_classifier
@@ -425,3 +425,38 @@ class TestStatusAndConversion:
         from peft import get_base_model_state_dict
 
         assert get_base_model_state_dict(model).keys() == tiny_model("llama").state_dict().keys()
+
+
+class TestTheReport:
+    def test_of_a_model_shows_each_shared_factor_with_its_modules(self):
+        groups = {group.name: group for group in tying_report(two_adapters()).groups}
+        a = groups["default: A self_attn-qkv-16"]
+        assert len(a.names) == 6 and a.actual and a.shape == [4, 16] and a.parameters_saved == 5 * 4 * 16
+        assert groups["second: B mlp-down_proj-16"].names == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+        assert groups["default: u model-layers-1-self_attn-qkv"].names == [
+            f"model.layers.1.self_attn.{name}_proj" for name in "qkv"
+        ]
+
+    def test_of_a_model_whose_factor_is_not_one_any_more_says_so(self, model):
+        layer = layers_of(model)["model.layers.1.self_attn.k_proj"]
+        layer.uses["default"].B = copy.deepcopy(layer.uses["default"].B)
+        groups = {group.name: group for group in tying_report(model).groups}
+        assert not groups["default: B self_attn-k_proj-16"].actual
+        assert groups["default: B self_attn-q_proj-16"].actual
+
+    def test_of_a_folder_is_the_same(self, tmp_path, model):
+        model.save_pretrained(tmp_path)
+        live = {group.name.removeprefix("default: "): group for group in tying_report(model).groups}
+        report = tying_report(tmp_path)
+        assert report.architecture == "Tied-LoRA TL6" and report.parameters == 360
+        for group in report.groups:
+            assert sorted(group.names) == sorted(live[group.name].names) and group.in_file == group.names[:1]
+            assert (
+                group.shape == live[group.name].shape and group.parameters_saved == live[group.name].parameters_saved
+            )
+        assert len(report.groups) == len(live)
+
+    def test_of_another_adapter_names_its_type(self, tmp_path):
+        get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=QKV["llama"])).save_pretrained(tmp_path)
+        with pytest.raises(TyingError, match="type 'LORA'.*Expected a model's folder, or that of a Tied-LoRA adapter"):
+            tying_report(tmp_path)
