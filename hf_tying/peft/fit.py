@@ -1,45 +1,25 @@
 """`fit_from_lora`: the tied adapter that is next to an existing LoRA adapter."""
 
 import os
-import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from math import sqrt
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from transformers.utils import logging
 
 from .alternating import Factors, Problem, Update
 from .config import TiedLoraConfig
 from .files import PREFIX, in_order, names_in_model, to_file
 from .folder import read_adapter, write_adapter
+from .plain_lora import updates_of_lora
 from .sharing import Sharing, sharing_of
 from .starting import starts
 
 logger = logging.get_logger(__name__)
 
 _SWEEPS_OF_TRIAL = 8
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.weight)?")
-#: Settings of LoRA with which the update is not lora_B lora_A of one module, or the base model is another one.
-_NOT_PLAIN = {
-    "use_dora": "DoRA also scales the columns of the adapted weight",
-    "target_parameters": "it adapts parameters that are not the weights of modules",
-    "layer_replication": "it has copies of layers",
-    "trainable_token_indices": "it also trains single tokens",
-    "lora_bias": "it has a bias of its own",
-    "use_qalora": "its A is of pooled inputs",
-    "use_bdlora": "its matrices are block diagonal",
-    "alora_invocation_tokens": "it is active for a part of the tokens only",
-    "arrow_config": "it chooses among adapters for each token",
-    "megatron_config": "its layers are Megatron's",
-    "kasa_config": "it has singular values of its own, and a changed base model",
-    "monteclora_config": "it draws its weights",
-}
-#: Starts that leave the base weights as they are; others take their part out of these.
-_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal", "default")
 
 
 @dataclass
@@ -143,61 +123,6 @@ def fit_from_lora(
     if out is not None:
         result.save(out)
     return result
-
-
-def updates_of_lora(
-    config: LoraConfig, tensors: dict[str, torch.Tensor], place: str
-) -> tuple[dict[str, Update], dict[str, str], dict[str, torch.Tensor]]:
-    """What a plain LoRA adapter adds to each module, the scaling in it.
-
-    Returns:
-        The updates by module; "linear" or "embedding" by module; and the tensors that are no factors.
-
-    Raises:
-        ValueError: it is not plain LoRA.
-    """
-    kind = getattr(config.peft_type, "value", config.peft_type)
-    if kind != "LORA":
-        raise ValueError(f"{place} is an adapter of type {kind}: expected LORA.")
-    reasons = [
-        f"{name}={getattr(config, name)!r}: {why}" for name, why in _NOT_PLAIN.items() if getattr(config, name, 0)
-    ]
-    start = config.init_lora_weights
-    if (start.lower() if isinstance(start, str) else start) not in _PLAIN_STARTS:
-        reasons.append(
-            f"init_lora_weights={start!r}: it belongs to a changed base model; PEFT's save_pretrained can "
-            "convert it (path_initial_model_for_weight_conversion)"
-        )
-    found: dict[str, dict[str, torch.Tensor]] = {}
-    kinds, others = {}, {}
-    for key, tensor in tensors.items():
-        match = _FACTOR.fullmatch(key.removeprefix(PREFIX))
-        if match is None:
-            if ".lora_" in key:
-                reasons.append(f"its file has {key!r}, which is no factor of plain LoRA")
-            others[key] = tensor
-            continue
-        if tensor.ndim != 2:
-            reasons.append(f"{key!r} is {tuple(tensor.shape)}: only linear layers and embeddings have a tied form")
-        found.setdefault(match["module"], {})[match["side"]] = tensor
-        kinds[match["module"]] = "embedding" if match["embedding"] else "linear"
-    reasons += [f"{module!r} has no lora_{'AB'.strip(*sides)}" for module, sides in found.items() if len(sides) == 1]
-    if not found:
-        reasons.append("its file has no factors")
-    if reasons:
-        more = f"; and {len(reasons) - 4} more" if len(reasons) > 4 else ""
-        raise ValueError(
-            f"{place} has no tied form: {'; '.join(reasons[:4])}{more}. Expected plain LoRA of linear layers and "
-            "embeddings."
-        )
-    updates = {}
-    for module in in_order(found):
-        a, b = found[module]["A"], found[module]["B"]
-        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
-        scaling = alpha / (sqrt(len(a)) if config.use_rslora else len(a))
-        # In float32 at least: the scaling is no number of the file.
-        updates[module] = Update(b, (a.to(torch.promote_types(a.dtype, torch.float32)) * scaling))
-    return updates, kinds, others
 
 
 def fit_updates(

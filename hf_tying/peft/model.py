@@ -186,6 +186,34 @@ class TiedLoraModel(BaseTuner):
             for handle in handles:
                 handle.remove()
 
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "fit",
+        r: int | None = None,
+        iterations: int = 300,
+    ) -> None:
+        """Add an adapter that is the weighted sum of others, as LoRA's method of this name does.
+
+        Args:
+            adapters: names of adapters of the model.
+            weights: of each; negative ones subtract.
+            adapter_name: of the new adapter. It is not made active.
+            combination_type: `"fit"`, the default for it is always possible: the adapter of rank `r` that is next to
+                the sum, see `fit_from_lora`; its relative error is logged. `"cat"`: exact, with the sum of the ranks,
+                for adapters without v (TL5) that share the same.
+            r: rank of a fit. Default: the largest of the adapters'.
+            iterations: of a fit, at most.
+
+        Raises:
+            ValueError: names or weights that do not fit, or adapters that have no sum of this type.
+        """
+        from .weighted import add_weighted_adapter  # which builds on all of the rest
+
+        add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, r, iterations)
+
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
         owners: dict[int, set[str]] = {}
