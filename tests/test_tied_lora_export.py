@@ -275,6 +275,20 @@ class TestRefused:
         with pytest.raises(ValueError, match="cannot be read"):
             export_to_lora(saved, tmp_path / "out")
 
+    def test_a_broken_file(self, saved, tmp_path):
+        weights = saved / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-9])
+        with pytest.raises(ValueError, match="truncated or corrupted"):
+            export_to_lora(saved, tmp_path / "out")
+
+    @pytest.mark.parametrize("entry", [{"A": "a"}, ["a"], None])
+    def test_settings_that_were_written_by_hand(self, saved, tmp_path, entry):
+        config = json.loads((saved / "adapter_config.json").read_text())
+        config["adapted_modules"] = {"model.layers.0.self_attn.q_proj": entry}
+        (saved / "adapter_config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match="not as they were saved"):
+            export_to_lora(saved, tmp_path / "out")
+
     def test_tensors_that_are_not_those_of_the_settings(self, saved, tmp_path):
         config = json.loads((saved / "adapter_config.json").read_text())
         config["adapted_modules"].popitem()

@@ -82,7 +82,13 @@ def read_tied_adapter(
     config, saved = read_adapter(path, subfolder, **hub)
     place = os.path.join(os.fspath(path), subfolder or "")
     _check_type(config, place)
-    return config, from_file(saved, config)
+    try:
+        return config, from_file(saved, config)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{place}: the adapted_modules of its settings are not as they were saved ({error}). Save the adapter "
+            "again."
+        ) from error
 
 
 def lora_config(config: TiedLoraConfig) -> LoraConfig:

@@ -11,6 +11,7 @@ from uuid import uuid4
 import torch
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 
@@ -44,7 +45,13 @@ def read_adapter(path: str | os.PathLike, subfolder: str | None = None, **hub) -
         )
     if subfolder:
         hub["subfolder"] = subfolder
-    return config, load_peft_weights(path, device="cpu", **hub)
+    try:
+        return config, load_peft_weights(path, device="cpu", **hub)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{place}: its {SAFETENSORS_WEIGHTS_NAME} cannot be read ({error}): it is truncated or corrupted. Save or "
+            "download it again."
+        ) from error
 
 
 def write_adapter(config: PeftConfig, tensors: dict[str, torch.Tensor], out: str | os.PathLike) -> Path:
