@@ -13,17 +13,25 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
-from .report import Session, findings, show, to_dict
+from .lora_models import make_models
+from .report import Session, findings, joined, show, to_dict
 from .sdist import SdistError, fetch_tests
 
 HERE = Path(__file__).parent
 CACHE = HERE.parents[1] / ".upstream"
+# By package, the files with what its tests are run on.
+FILES = {
+    "transformers": {"tied": "tied.py", "stock": "stock.py"},
+    "peft": {"tied": "tied_lora.py", "stock": "stock_lora.py"},
+}
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
+    "HF_HUB_CACHE": str(CACHE / "hub"),
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     # The same tests run on every machine, one with a GPU included.
     "TRANSFORMERS_TEST_DEVICE": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",
 }
 LONGEST = 1500  # seconds; a session takes one to two minutes on two cores
 
@@ -32,23 +40,35 @@ console = Console()
 
 def main(
     control: Annotated[bool, typer.Option("--control", help="Run the stock classes alone.")] = False,
+    packages: Annotated[
+        list[str] | None, typer.Option("--package", help="transformers or peft; both by default.")
+    ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the report to this file too.")] = None,
 ) -> None:
-    """Run transformers' own common model tests on classes built with TiedModelMixin.
+    """Run transformers' common model tests on classes with TiedModelMixin, and PEFT's tests of LoRA on Tied-LoRA.
 
-    The same tests run on the stock classes beside them. The exit code is 1 when a tied class fails, or skips, a test
-    that its stock class passes, 2 when the tests could not be run, else 0; with --control 1 when a stock class fails.
+    The same tests run on the stock classes, and on LoRA, beside them. The exit code is 1 when a tied one fails, or
+    skips, a test that its stock one passes, 2 when the tests could not be run, else 0; with --control 1 when a stock
+    one fails.
     """
     started = time.monotonic()
+    packages = packages or list(FILES)
+    if unknown := sorted(set(packages) - set(FILES)):
+        raise typer.BadParameter(f"{unknown[0]!r}: expected {' or '.join(FILES)}.", param_hint="--package")
     try:
-        with console.status("fetching the tests of transformers"):
-            upstream = fetch_tests(version("transformers"), CACHE)
+        with console.status(f"fetching the tests of {' and '.join(packages)}"):
+            upstream = {package: fetch_tests(version(package), CACHE, package) for package in packages}
     except SdistError as error:
         console.print(str(error), style="red", highlight=False, markup=False)
         raise typer.Exit(2) from None
-    sessions = _run(["stock"] if control else ["tied", "stock"], upstream)
+    if "peft" in packages:
+        with console.status("making the models of PEFT's tests"):
+            make_models(CACHE / "hub")
+    kinds = ["stock"] if control else ["tied", "stock"]
+    parts = [_run(package, kinds, upstream[package]) for package in packages]
+    sessions = {kind: joined([part[kind] for part in parts]) for kind in kinds}
     found = findings(sessions.get("tied"), sessions.get("stock"))
-    versions = {name: version(name) for name in ("transformers", "torch", "pytest")}
+    versions = {name: version(name) for name in ("transformers", "peft", "torch", "pytest")}
     report = to_dict(sessions, found, versions, time.monotonic() - started)
     show(report, console)
     if json_path:
@@ -57,21 +77,23 @@ def main(
     raise typer.Exit(any(finding.counts for finding in found))
 
 
-def _run(kinds: list[str], upstream: Path) -> dict[str, Session]:
+def _run(package: str, kinds: list[str], upstream: Path) -> dict[str, Session]:
     """Run one session of each kind at the same time, one core each."""
-    sessions = {kind: Session(CACHE / f"{kind}.jsonl") for kind in kinds}
+    files = {kind: HERE / FILES[package][kind] for kind in kinds}
+    sessions = {kind: Session(CACHE / f"{file.stem}.jsonl") for kind, file in files.items()}
+    logs = {kind: CACHE / f"{file.stem}.log" for kind, file in files.items()}
     started, processes = time.monotonic(), {}
     try:
         for kind, session in sessions.items():
             session.path.unlink(missing_ok=True)
-            command = [sys.executable, str(HERE / "session.py"), str(HERE / f"{kind}.py"), upstream, session.path]
-            with (CACHE / f"{kind}.log").open("w") as log:
+            command = [sys.executable, str(HERE / "session.py"), str(files[kind]), upstream, session.path]
+            with logs[kind].open("w") as log:
                 processes[kind] = subprocess.Popen(
                     command, cwd=CACHE, env=os.environ | ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT
                 )
         columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=console) as progress:
-            bars = {kind: progress.add_task(f"{kind} classes", total=None) for kind in kinds}
+            bars = {kind: progress.add_task(f"{package}: {kind}", total=None) for kind in kinds}
             running = True
             while running and time.monotonic() - started < LONGEST:
                 running = any(process.poll() is None for process in processes.values())
@@ -86,9 +108,10 @@ def _run(kinds: list[str], upstream: Path) -> dict[str, Session]:
     for kind, session in sessions.items():
         if not session.complete:
             done = f"{len(session.results)} of {session.collected or 'an unknown number of'} tests"
-            tail = (CACHE / f"{kind}.log").read_text(errors="replace").strip()[-2000:]
+            tail = logs[kind].read_text(errors="replace").strip()[-2000:]
             console.print(
-                f"The {kind} session did not finish: {done}, exit code {processes[kind].returncode}.\n{tail}",
+                f"The {kind} session of {package} did not finish: {done}, exit code "
+                f"{processes[kind].returncode}.\n{tail}",
                 style="red",
                 highlight=False,
                 markup=False,

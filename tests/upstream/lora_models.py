@@ -2,10 +2,8 @@
 
 import json
 import shutil
+from importlib.metadata import version
 from pathlib import Path
-
-import torch
-import transformers
 
 SMALL = {
     "hidden_size": 32,
@@ -18,12 +16,17 @@ GROUPED = SMALL | {"num_key_value_heads": 2}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "vocab_size": 1024}
 OPT = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_attention_heads": 4, "vocab_size": 1024}
 OPT |= {"max_position_embeddings": 128, "num_hidden_layers": 4}
-BART = {f"{part}_{size}": value for part in ("encoder", "decoder") for size, value in
-        {"layers": 2, "attention_heads": 4, "ffn_dim": 64}.items()}
+BART = {
+    f"{part}_{size}": value
+    for part in ("encoder", "decoder")
+    for size, value in {"layers": 2, "attention_heads": 4, "ffn_dim": 64}.items()
+}
 BART |= {"d_model": 32, "max_position_embeddings": 128, "vocab_size": 1024}
 
-# For each id: the class, and what is not its config's default. Sizes are near those of the models on the Hub; weights
-# are larger than a new model's, since tests ask that an adapter changes what is generated.
+# Written last: a model with it is whole, and made from these sizes by this transformers.
+RECIPE = "recipe.json"
+
+# For each id: the class, and what is not its config's default. Sizes are near those of the models on the Hub.
 MODELS = {
     "peft-internal-testing/tiny-random-OPTForCausalLM": ("OPTForCausalLM", OPT),
     "peft-internal-testing/opt-125m": ("OPTForCausalLM", OPT | {"num_hidden_layers": 12}),
@@ -55,6 +58,7 @@ MODELS = {
         "BertForSequenceClassification",
         SMALL | {"vocab_size": 1024},
     ),
+    "bert-base-uncased": ("BertForSequenceClassification", SMALL | {"vocab_size": 1024}),
     "peft-internal-testing/tiny-random-RobertaForSequenceClassification": (
         "RobertaForSequenceClassification",
         SMALL | {"vocab_size": 1024},
@@ -72,18 +76,27 @@ def make_models(cache: Path) -> None:
     Args:
         cache: where the Hub's library looks for what it has downloaded, `HF_HUB_CACHE`.
     """
-    for number, (name, (class_name, sizes)) in enumerate(MODELS.items()):
-        folder = cache / f"models--{name.replace('/', '--')}"
-        snapshot = folder / "snapshots" / "made-here"
-        recipe = json.dumps([class_name, sizes, transformers.__version__])
-        made = folder / "recipe.json"  # written last
-        if made.exists() and made.read_text(encoding="utf-8") == recipe:
-            continue
+    wanted = {cache / f"models--{name.replace('/', '--')}": recipe for name, recipe in MODELS.items()}
+    wanted = {folder: json.dumps([*recipe, version("transformers")]) for folder, recipe in wanted.items()}
+    absent = {folder: recipe for folder, recipe in wanted.items() if _read(folder / RECIPE) != recipe}
+    if not absent:
+        return
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    for folder, recipe in absent.items():
+        class_name, sizes, _ = json.loads(recipe)
         shutil.rmtree(folder, ignore_errors=True)
-        torch.manual_seed(number)
+        torch.manual_seed(0)
         model_class = getattr(transformers, class_name)
-        model = model_class(model_class.config_class(**{"pad_token_id": 0} | sizes))
-        model.save_pretrained(snapshot)
+        model_class(model_class.config_class(**{"pad_token_id": 0} | sizes)).save_pretrained(
+            folder / "snapshots" / "made-here"
+        )
         (folder / "refs").mkdir()
         (folder / "refs" / "main").write_text("made-here", encoding="utf-8")
-        made.write_text(recipe, encoding="utf-8")
+        (folder / RECIPE).write_text(recipe, encoding="utf-8")
+
+
+def _read(file: Path) -> str | None:
+    return file.read_text(encoding="utf-8") if file.exists() else None

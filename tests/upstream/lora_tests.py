@@ -4,16 +4,18 @@ PEFT's test modules are imported while `peft.LoraConfig` is the class to test. S
 it: the cases of their lists, those inside of tests, and what their helpers allow for LoRA and skip for other methods.
 """
 
-import importlib
+import importlib.util
 import inspect
-import os
 import re
+import sys
+import types
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
+from importlib.machinery import ModuleSpec
 from unittest.mock import patch
 
 import peft
-import pytest
 
 # The classes of tests, by test module.
 SUITES = {
@@ -47,6 +49,8 @@ SUITES = {
     ),
 }
 
+STUBS = {"diffusers": "StableDiffusionPipeline", "scipy": "stats"}
+
 # LoRA's settings that Tied-LoRA has too, by the names of both.
 SETTINGS = {"lora_alpha": "alpha", "lora_dropout": "dropout", "init_lora_weights": "init_weights"}
 SETTINGS |= {
@@ -68,11 +72,60 @@ def of_lora_alone(settings: dict) -> list[str]:
     return alone + ["init_lora_weights"] * isinstance(settings.get("init_lora_weights"), str)
 
 
-#: Tests of what LoRA alone has, by what their source says.
-LORA_PARTS = re.compile(
-    r"\blora_[AB]\b|\blora_embedding_|\blora\.|\.lora_alpha|LoraModel|LoraLayer|"
-    + r"|".join(rf"{name}=" for name in DEFAULTS if name not in SETTINGS)
-)
+# Cases beside PEFT's: what Tied-LoRA has and LoRA has not. The control ignores what it does not know.
+BOTH = {"target_modules": ["lin0", "lin1"]}
+OWN_CASES = {
+    "TL5": ("MLP", BOTH | {"variant": "TL5"}),
+    "u alone": ("MLP", BOTH | {"train_v": False}),
+    "v alone": ("MLP", BOTH | {"train_u": False}),
+    "A and B of each module": ("MLP", BOTH | {"tie_A": False, "tie_B": False, "tie_qkv": False}),
+    "shared by shape": ("MLP", BOTH | {"share_by": "shape"}),
+    "shared by all": ("MLP", BOTH | {"share_by": "all"}),
+    "VeRA": ("MLP", BOTH | {"share_by": "all", "train_A": False, "train_B": False, "tie_qkv": False}),
+    "q and v": ("MLP", BOTH | {"qkv_modules": ["lin0", "lin1"]}),
+    "embedding, Conv1D and Linear": ("EmbConv1D", {"target_modules": ["emb", "conv1d", "lin0"], "share_by": "all"}),
+}
+OWN_MODEL_CASES = {
+    "test_decoder_models": {
+        "task_type": "CAUSAL_LM",
+        "r": 8,
+        "lora_alpha": 4,
+        # Those of each model are among them; without OPT's fc1, which sees a batch of another size.
+        "target_modules": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj", "c_attn", "c_fc", "fc_in"],
+        "share_by": "all",
+    },
+    "test_encoder_decoder_models": {
+        "task_type": "SEQ_2_SEQ_LM",
+        "r": 8,
+        "target_modules": ["q", "k", "v", "wo", "q_proj", "k_proj", "v_proj", "fc2"],
+        "share_by": "shape",
+    },
+}
+
+WEIGHTED = "add_weighted_adapter, which PEFT has for LoRA and IA3 alone: the sum of two Tied-LoRA adapters is none"
+MIXED = "PeftMixedModel, which admits PEFT's own methods alone"
+# Tests of what LoRA alone has, by what their source says; each with the reason.
+OF_LORA_ALONE = {
+    r"\blora_[AB]\b|\blora_embedding_|\blora\.|\.lora_alpha|LoraModel|LoraLayer": "reads LoRA's own parts",
+    "|".join(rf"{name}=" for name in DEFAULTS if name not in SETTINGS): "a setting of LoRA alone",
+    "pissa|olora|mica|orthogonal|mamba|Mamba": "an initialisation, or a model, that only LoRA treats apart",
+    "conv2d|mha_cls|multihead_attention|ModelMha": "layers that Tied-LoRA does not adapt",
+}
+# Single tests, or all whose names begin so, and why they are left out for both.
+DESELECTED = {
+    "test_weighted_combination_of_adapters": WEIGHTED,
+    "test_add_weighted_adapter": WEIGHTED,
+    "test_multiple_adapters_mixed_modules_to_save_merging_adapters": WEIGHTED,
+    "test_multiple_adapters_same_modules_to_save_merging_adapters_raises": WEIGHTED,
+    "test_multiple_adapters_seq_cls_mixed_modules_to_save_merging_adapters": WEIGHTED,
+    "test_mixed_model_": MIXED,
+    "test_no_infinite_recursion[PeftMixedModel]": MIXED,
+    "test_add_adapter_rejects_duplicate_name_without_mutation[True]": MIXED,
+    "test_inject_from_state_dict_stable_diffusion": "needs diffusers and one of its models",
+    "test_inject_from_state_dict_extra_keys_warning": "compares the names of modules in the file with the config's; "
+    "a file of Tied-LoRA names no modules",
+    "test_key_mapping_save_new_load_old_lora": "is expected to fail, and passes: a file of Tied-LoRA names no modules",
+}
 
 
 def why_not(item, lora_config: type) -> str | None:
@@ -82,39 +135,67 @@ def why_not(item, lora_config: type) -> str | None:
     classes = [value for value in values if isinstance(value, type) and issubclass(value, peft.PeftConfig)]
     if any(config_class is not lora_config for config_class in classes + [type(config) for config in configs]):
         return ""
-    sources = [item.function] + [fixture.func for found in item._fixtureinfo.name2fixturedefs.values() for fixture in found]
-    source = "".join(inspect.getsource(function) for function in sources if function.__module__.startswith("tests."))
+    fixtures = [fixture.func for found in item._fixtureinfo.name2fixturedefs.values() for fixture in found]
+    own = [function for function in (item.function, *fixtures) if function.__module__.startswith("tests.")]
+    source = "".join(map(inspect.getsource, own))
     if not configs and not classes and "LoraConfig" not in source and "_lora" not in item.name:
         return ""
-    settings = [value for value in values if isinstance(value, dict)] + [config.settings for config in configs]
-    alone = sorted({name for given in settings for name in of_lora_alone(given)})
+    named = next((reason for name, reason in DESELECTED.items() if item.name.startswith(name)), None)
+    if named:
+        return named
+    given = [value for value in values if isinstance(value, dict)] + [config.settings for config in configs]
+    alone = sorted({name for settings in given for name in of_lora_alone(settings)})
     if alone:
         return f"a setting of LoRA alone: {', '.join(alone)}"
-    targets = [str(given.get("target_modules")) for given in settings]
-    if any(re.match("conv|mha", str(value), re.IGNORECASE) for value in values) or any("conv2d" in t or "mha" in t for t in targets):
-        return "layers that Tied-LoRA does not adapt: convolutions and multi-head attention"
-    if not classes and (found := LORA_PARTS.search(inspect.getsource(item.function))):
-        return f"reads LoRA's own parts, {found[0]}"
-    return None
+    layers = [value for value in values if isinstance(value, str)] + [str(s.get("target_modules")) for s in given]
+    if any(re.match(r"Conv|MHA|.*\b(conv2d|mha)\b", layer) for layer in layers):
+        return "layers that Tied-LoRA does not adapt: convolutions, multi-head attention"
+    if classes:
+        return None  # a test for all methods
+    found = ((re.search(pattern, source), reason) for pattern, reason in OF_LORA_ALONE.items())
+    return next((f"{reason}: {match[0].strip('=.')}" for match, reason in found if match), None)
 
 
-def collect(lora_config: type, own_cases: list[tuple]) -> dict[str, type]:
+def collect(lora_config: type) -> dict[str, type]:
     """Import PEFT's test classes with a class in the place of `LoraConfig`.
-
-    Args:
-        lora_config: the class.
-        own_cases: further rows for `TEST_CASES` of the custom models: `(name, model, settings)`.
 
     Returns:
         The classes of tests by name, for the module that pytest collects.
     """
-    with patch.object(peft, "LoraConfig", lora_config):
+    with patch.object(peft, "LoraConfig", lora_config), stubs():
         modules = {name: importlib.import_module(f"tests.{name}") for name in SUITES}
     # Every model is in the cache: nothing is looked for on the Hub.
     importlib.import_module("tests.testing_utils")._HUB_MODEL_ACCESSES = Seen()
+    for module in modules.values():
+        for cases in vars(module).values():
+            if isinstance(cases, list) and any(isinstance(row, tuple) and lora_config in row for row in cases):
+                cases[:] = [row for row in cases if lora_config in row]
     custom = modules["test_custom_models"]
-    custom.TEST_CASES += [(name, model, lora_config, settings) for name, model, settings in own_cases]
+    # In the rows of this list "lora" stands for "go on with add_weighted_adapter".
+    custom.MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES[:] = [
+        (name, method.replace("lora", "tied_lora"), *rest)
+        for name, method, *rest in custom.MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES
+    ]
+    custom.ALL_PEFT_CONFIG_CLASSES[:] = [lora_config]
+    custom.TEST_CASES += [(name, model, lora_config, settings) for name, (model, settings) in OWN_CASES.items()]
+    for name, settings in OWN_MODEL_CASES.items():
+        modules[name].ALL_CONFIGS.append((lora_config, settings))
     return {name: getattr(modules[module], name) for module, names in SUITES.items() for name in names}
+
+
+@contextmanager
+def stubs():
+    """Stand-ins for packages that PEFT's test modules import and only tests use that are not run."""
+    absent = {name: part for name, part in STUBS.items() if not importlib.util.find_spec(name)}
+    for name, part in absent.items():
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].__spec__ = ModuleSpec(name, None)
+        setattr(sys.modules[name], part, type(part, (), {}))
+    try:
+        yield
+    finally:
+        for name in absent:
+            del sys.modules[name]
 
 
 class Seen(Counter):

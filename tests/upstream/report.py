@@ -41,6 +41,16 @@ class Session:
         return Counter(entry["outcome"] for (of, _), entry in self.results.items() if of == family)
 
 
+def joined(sessions: list[Session]) -> Session:
+    """One session with the results of several, whose families are others."""
+    whole = Session(sessions[0].path)
+    for session in sessions:
+        whole.collected += session.collected
+        whole.deselected |= session.deselected
+        whole.results |= session.results
+    return whole
+
+
 @dataclass
 class Finding:
     """One test that did not go as it should."""
@@ -94,7 +104,10 @@ def to_dict(sessions: dict[str, Session], found: list[Finding], versions: dict[s
 def show(report: dict, console: Console) -> None:
     """Print the report as tables."""
     kinds = list(next(iter(report["classes"].values())))
-    table = Table("class", title=f"common tests of transformers {report['versions']['transformers']}")
+    versions = (
+        f"{name} {report['versions'][name]}" for name in ("transformers", "peft") if name in report["versions"]
+    )
+    table = Table("class", title=f"upstream's own tests: {', '.join(versions)}")
     for kind in kinds:
         for outcome in ("passed", "failed", "skipped"):
             table.add_column(f"{kind}\n{outcome}", justify="right")
@@ -102,7 +115,12 @@ def show(report: dict, console: Console) -> None:
         table.add_row(family, *(str(number) for kind in kinds for number in counts[kind].values()))
     console.print(table)
     lines = [(f"{times:4d} x skipped: {reason}", "dim") for reason, times in report["skip_reasons"].items()]
-    lines += [(f"deselected: {test}: {reason}", "dim") for test, reason in report["deselected"].items()]
+    out: dict[str, list[str]] = {}
+    for test, reason in report["deselected"].items():
+        out.setdefault(reason, []).append(test)
+    for reason, tests in out.items():
+        named = ", ".join(tests[:3]) + f" and {len(tests) - 3} more" * (len(tests) > 3)
+        lines.append((f"deselected: {named}: {reason}", "dim"))
     alike: dict[tuple, list[str]] = {}
     for finding in report["failures"]:
         alike.setdefault((finding["counts"], finding["family"], finding["reason"]), []).append(finding["test"])

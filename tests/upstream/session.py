@@ -8,19 +8,13 @@ import json
 import os
 import sys
 import types
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-# What upstream's tests import and their source distribution does not ship, or what only tests need that are not run.
-STUBS = {
-    "tests.exporters.test_export": "ExportTesterMixin",
-    "tests.generation.test_utils": "GenerationTesterMixin",
-    "diffusers": "StableDiffusionPipeline",
-    "scipy": "stats",
-}
+# What upstream's common tests import and its source distribution does not ship. The tests that these two would add
+# are not run.
+STUBS = {"tests.exporters.test_export": "ExportTesterMixin", "tests.generation.test_utils": "GenerationTesterMixin"}
 
 # A test, or one test of one family, and why it says nothing here. What needs a GPU, deepspeed and the like is skipped
 # by upstream's own marks.
@@ -38,12 +32,8 @@ def install_upstream(folder: Path) -> None:
     sys.modules["tests"] = package
     for name, mixin in STUBS.items():
         parent = name.rpartition(".")[0]
-        if parent:
-            sys.modules[parent] = types.ModuleType(parent)
-        elif find_spec(name):
-            continue
+        sys.modules[parent] = types.ModuleType(parent)
         sys.modules[name] = types.ModuleType(name)
-        sys.modules[name].__spec__ = ModuleSpec(name, None)
         setattr(sys.modules[name], mixin, type(mixin, (), {}))
 
 
@@ -60,13 +50,14 @@ class Recorder:
     def pytest_collection_modifyitems(self, config, items):
         chosen, out, why = [], [], {}
         for item in items:
-            name, family = getattr(item, "originalname", item.name), item.cls.__name__
-            reason = getattr(item.module, "left_out", lambda item: None)(item)
-            for key in (name, f"{family}::{name}"):
-                reason = DESELECTED.get(key, reason)
+            name = item.originalname or item.name
+            family = f"{item.cls.__name__}::{name}"
+            key = next((key for key in (name, family) if key in DESELECTED), family)
+            # `None` for a test that is run, an empty reason for one that is not meant.
+            reason = DESELECTED.get(key) or getattr(item.module, "left_out", lambda item: None)(item)
             (chosen if reason is None else out).append(item)
             if reason:
-                why[f"{family}::{name}"] = reason
+                why[key] = reason
         items[:] = chosen
         config.hook.pytest_deselected(items=out)
         self.write(collected=len(items), deselected=why)

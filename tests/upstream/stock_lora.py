@@ -1,7 +1,7 @@
 """The control of `tied_lora.py`: the same tests on PEFT's own LoRA."""
 
 import peft
-from lora_tests import collect, why_not
+from lora_tests import DEFAULTS, collect, why_not
 
 
 class LoraConfig(peft.LoraConfig):
@@ -9,10 +9,10 @@ class LoraConfig(peft.LoraConfig):
 
     def __init__(self, **settings):
         self.settings = settings
-        super().__init__(**settings)
+        super().__init__(**{name: value for name, value in settings.items() if name in DEFAULTS})
 
 
-globals().update(collect(LoraConfig, []))
+globals().update(collect(LoraConfig))
 
 
 def left_out(item) -> str | None:
