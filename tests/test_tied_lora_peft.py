@@ -148,6 +148,13 @@ class TestSeveralAdapters:
             assert model.get_model_status().active_adapters == [name]
             assert model.get_model_status().requires_grad == {name: True, other: False}
 
+    def test_none_is_trained_while_they_are_off(self, model):
+        with model.disable_adapter():
+            assert not any(parameter.requires_grad for parameter in model.parameters())
+        assert {name.partition("tied_lora_")[2][:1] for name, p in model.named_parameters() if p.requires_grad} == set(
+            "ABuv"
+        )
+
     def test_a_deleted_one_leaves_nothing(self):
         model = two_adapters()
         first = of_adapter(model, "default")
