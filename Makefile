@@ -17,7 +17,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(RUN) -m pytest -n 2
 
-# The common model tests of transformers itself, fetched from its source distribution.
+# The common model tests of transformers itself and PEFT's tests of LoRA, fetched from their source distributions.
 test-upstream: $(INSTALLED)
 	$(RUN) -m tests.upstream
 

@@ -1,1 +1,1 @@
-"""transformers' own common model tests, run on classes built with `TiedModelMixin`: `python -m tests.upstream`."""
+"""Upstream's own tests: transformers' on classes with `TiedModelMixin`, PEFT's on Tied-LoRA: `python -m tests.upstream`."""

@@ -72,6 +72,19 @@ def of_lora_alone(settings: dict) -> list[str]:
     return alone + ["init_lora_weights"] * isinstance(settings.get("init_lora_weights"), str)
 
 
+def of_tied_lora(settings: dict) -> dict:
+    """Tied-LoRA's settings for those of LoRA; its own stay as they are."""
+    known = {name: value for name, value in settings.items() if name in SETTINGS or name not in DEFAULTS}
+    known = {SETTINGS.get(name, name): value for name, value in known.items()}
+    if known.get("bias") == "lora_only":
+        known["bias"] = "tied_lora_only"
+    # LoRA takes any rank. Tied-LoRA refuses one above that of all adapted layers, and the tests' own layers have 2, 5
+    # and 10, one of them 1.
+    if known.get("r", 16) > 8:
+        known["r"] = 1 if known.get("target_modules") == ["conv1d"] else 2 if "r" not in known else 4
+    return known
+
+
 # Cases beside PEFT's: what Tied-LoRA has and LoRA has not. The control ignores what it does not know.
 BOTH = {"target_modules": ["lin0", "lin1"]}
 OWN_CASES = {
@@ -108,7 +121,7 @@ MIXED = "PeftMixedModel, which admits PEFT's own methods alone"
 OF_LORA_ALONE = {
     r"\blora_[AB]\b|\blora_embedding_|\blora\.|\.lora_alpha|LoraModel|LoraLayer": "reads LoRA's own parts",
     "|".join(rf"{name}=" for name in DEFAULTS if name not in SETTINGS): "a setting of LoRA alone",
-    "pissa|olora|mica|orthogonal|mamba|Mamba": "an initialisation, or a model, that only LoRA treats apart",
+    r"pissa|olora|\bmica\b|_mica_|orthogonal|[Mm]amba": "an initialisation, or a model, that only LoRA treats apart",
     "conv2d|mha_cls|multihead_attention|ModelMha": "layers that Tied-LoRA does not adapt",
 }
 # Single tests, or all whose names begin so, and why they are left out for both.
@@ -135,6 +148,7 @@ def why_not(item, lora_config: type) -> str | None:
     classes = [value for value in values if isinstance(value, type) and issubclass(value, peft.PeftConfig)]
     if any(config_class is not lora_config for config_class in classes + [type(config) for config in configs]):
         return ""
+    # What a test says is in its fixtures too.
     fixtures = [fixture.func for found in item._fixtureinfo.name2fixturedefs.values() for fixture in found]
     own = [function for function in (item.function, *fixtures) if function.__module__.startswith("tests.")]
     source = "".join(map(inspect.getsource, own))

@@ -3,10 +3,17 @@
 import io
 import json
 import tarfile
+from types import SimpleNamespace
 
+import peft
 import pytest
+from transformers import AutoModelForCausalLM
 
-from .report import Session, findings
+from hf_tying.peft import TiedLoraConfig
+
+from . import lora_models
+from .lora_tests import of_lora_alone, of_tied_lora, why_not
+from .report import Session, findings, joined
 from .sdist import SdistError, _unpack_tests, fetch_tests
 
 
@@ -72,3 +79,82 @@ def test_without_an_index_the_error_says_the_way_out_and_leaves_no_folder(tmp_pa
     with pytest.raises(SdistError, match="could not download(.|\n)*Way out"):
         fetch_tests("5.0.0", tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_an_sdist_of_peft_is_asked_for_the_common_tests_of_peft(tmp_path):
+    path = archive(tmp_path / "t.tar.gz", "t-1/tests/test_modeling_common.py")
+    with pytest.raises(SdistError, match="holds no tests/testing_common.py"):
+        _unpack_tests(path, tmp_path / "tests", "testing_common.py")
+
+
+def test_sessions_of_two_packages_are_one_in_the_report(tmp_path):
+    whole = joined([session(tmp_path, "a", test_a="passed"), session(tmp_path, "b", test_b="failed")])
+    assert whole.complete
+    assert [(f.test, f.counts) for f in findings(whole, None)] == [("test_b", True)]
+
+
+def test_settings_of_lora_become_those_of_tied_lora():
+    lora = {"r": 4, "lora_alpha": 8, "init_lora_weights": False, "bias": "lora_only", "use_dora": False}
+    assert of_tied_lora(lora) == {"r": 4, "alpha": 8, "init_weights": False, "bias": "tied_lora_only"}
+    assert of_tied_lora({"variant": "TL5"})["variant"] == "TL5"
+
+
+def test_only_settings_that_lora_alone_has_and_that_say_something_are_named():
+    assert of_lora_alone({"r": 4, "use_dora": False, "rank_pattern": {}, "init_lora_weights": False}) == []
+    assert of_lora_alone({"use_dora": True, "init_lora_weights": "pissa"}) == ["use_dora", "init_lora_weights"]
+
+
+def item(name="test_a", function=joined, **params):
+    """As pytest would hand over a test with these parameters."""
+    fixtures = SimpleNamespace(name2fixturedefs={})
+    callspec = SimpleNamespace(params=params)
+    return SimpleNamespace(name=name, function=function, callspec=callspec, _fixtureinfo=fixtures)
+
+
+def test_a_case_of_lora_is_run_and_one_of_another_method_is_not_meant():
+    case = {"config_cls": TiedLoraConfig, "config_kwargs": {"target_modules": ["lin0"]}, "model_id": "MLP"}
+    assert why_not(item(**case), TiedLoraConfig) is None
+    assert why_not(item(**case | {"config_cls": peft.VeraConfig}), TiedLoraConfig) == ""
+    assert why_not(item(), TiedLoraConfig) == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"config_kwargs": {"use_dora": True}}, "use_dora"),
+        ({"model_id": "Conv2d"}, "does not adapt"),
+        ({"config_kwargs": {"target_modules": ["mha"]}}, "does not adapt"),
+        ({"name": "test_weighted_combination_of_adapters[x]"}, "add_weighted_adapter"),
+    ],
+)
+def test_a_case_that_only_lora_can_have_is_left_out_with_a_reason(change, reason):
+    case = {"config_cls": TiedLoraConfig, "config_kwargs": {"target_modules": ["lin0"]}, "model_id": "MLP"}
+    assert reason in why_not(item(**case | change), TiedLoraConfig)
+
+
+def a_test_of_lora():
+    assert peft.LoraConfig().lora_alpha == 8
+
+
+def test_a_test_that_reads_parts_of_lora_is_left_out_with_what_it_reads(monkeypatch):
+    monkeypatch.setattr(a_test_of_lora, "__module__", "tests.test_custom_models")
+    assert why_not(item(function=a_test_of_lora), TiedLoraConfig) == "reads LoRA's own parts: lora_alpha"
+
+
+def test_models_are_made_once_and_found_without_a_network(tmp_path, monkeypatch):
+    name = "trl-internal-testing/tiny-random-LlamaForCausalLM"
+    class_name, sizes = lora_models.MODELS[name]
+    monkeypatch.setattr(lora_models, "MODELS", {name: (class_name, dict(sizes))})
+
+    def vocabulary():
+        return AutoModelForCausalLM.from_pretrained(name, cache_dir=tmp_path, local_files_only=True).vocab_size
+
+    lora_models.make_models(tmp_path)
+    assert vocabulary() == 1024
+    (weights,) = tmp_path.rglob("*.safetensors")
+    written = weights.stat().st_mtime_ns
+    lora_models.make_models(tmp_path)
+    assert weights.stat().st_mtime_ns == written
+    monkeypatch.setitem(lora_models.MODELS[name][1], "vocab_size", 8)
+    lora_models.make_models(tmp_path)
+    assert vocabulary() == 8

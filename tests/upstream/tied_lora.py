@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lora_tests import DEFAULTS, SETTINGS, collect, why_not
+from lora_tests import collect, of_tied_lora, why_not
 
 from hf_tying.peft import TiedLoraConfig
 
@@ -12,15 +12,7 @@ class LoraConfig(TiedLoraConfig):
 
     def __init__(self, **settings):
         self.settings = settings
-        known = {name: value for name, value in settings.items() if name in SETTINGS or name not in DEFAULTS}
-        known = {SETTINGS.get(name, name): value for name, value in known.items()}
-        if known.get("bias") == "lora_only":
-            known["bias"] = "tied_lora_only"
-        # LoRA takes any rank. Here one above that of all adapted layers is refused, and the tests' own layers have 2,
-        # 5 and 10, one of them 1.
-        if known.get("r", 16) > 8:
-            known["r"] = 1 if known.get("target_modules") == ["conv1d"] else 2 if "r" not in known else 4
-        super().__init__(**known)
+        super().__init__(**of_tied_lora(settings))
 
 
 # PEFT's tests have a learning rate for each method that needs its own. The start of a test's name, and the rate.
