@@ -6,6 +6,7 @@ import runpy
 import sys
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -299,6 +300,16 @@ def test_an_unseen_label_and_half_of_a_pair_are_refused(main, folder, tmp_path):
         start(main, folder, tmp_path / "out", "--test_file", tmp_path / "test.tsv")
     with pytest.raises(TyingError, match="Expected --validation_source_file and --validation_target_file for"):
         start(main, folder, tmp_path / "out", "--validation_source_file", "a.en", task="translation")
+
+
+def test_each_epoch_has_its_order_whatever_was_drawn_before(main):
+    order = sys.modules["tied_lora_training"].SeededOrder
+    orders = []
+    for epoch in (0, 0, 1):
+        trainer = SimpleNamespace(args=SimpleNamespace(seed=3), state=SimpleNamespace(epoch=float(epoch)))
+        torch.rand(1)
+        orders.append(list(order(torch.utils.data.RandomSampler(range(50)), trainer)))
+    assert orders[0] == orders[1] != orders[2] and sorted(orders[2]) == list(range(50))
 
 
 def test_saved_activations_are_each_storage_once_and_no_parameters():
