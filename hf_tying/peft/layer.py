@@ -131,9 +131,6 @@ class TiedLoraLayer(BaseTunerLayer):
         return super().requires_grad_(requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        use = self.uses.get(adapter_name)
-        if use is not None:
-            use.slot.members.discard(self.module_name)
         super().delete_adapter(adapter_name)
         self._follow()
 
