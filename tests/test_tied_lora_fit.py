@@ -69,7 +69,7 @@ class TestAnAdapterThatIsTiedIsFoundAgain:
         assert distance(dense_updates(tied), dense_updates(again)) < 1e-6
         assert fit.parameters == sum(p.numel() for n, p in tied.named_parameters() if "tied_lora_" in n)
 
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=15, deadline=None)
     @given(
         switches=st.fixed_dictionaries({name: st.booleans() for name in TIED}),
         share_by=st.sampled_from(["module", "shape", "all"]),
@@ -92,7 +92,7 @@ class TestAnAdapterThatIsTiedIsFoundAgain:
 
 
 class TestAnyOther:
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=15, deadline=None)
     @given(
         switches=st.fixed_dictionaries({name: st.booleans() for name in TIED}),
         share_by=st.sampled_from(["module", "shape", "all"]),
@@ -116,6 +116,7 @@ class TestAnyOther:
         problem = Problem(updates, names, r, config.train_u, config.train_v)
         for start in starts(problem, 1):
             problem.factors = start
+            problem.balance()
             before = float(sum(problem.errors().values()))
             for _ in range(6):
                 problem.run(1, 0)
@@ -125,7 +126,7 @@ class TestAnyOther:
                     a, b, u, v = problem.of(module)
                     dense[module] = ((update.left @ update.right - v[:, None] * b * u @ a) ** 2).sum()
                 assert sum(dense.values()).item() == pytest.approx(problem.error, abs=1e-9 * float(problem.norm))
-                assert problem.error <= before * (1 + 1e-9) + 1e-12 * float(problem.norm)
+                assert problem.error <= before
                 before = problem.error
             problem.balance()
             assert float(sum(problem.errors().values())) == pytest.approx(before, abs=1e-9 * float(problem.norm))
@@ -173,6 +174,18 @@ class TestAnyOther:
         lora_model(tiny_model("llama"), target_modules=QKV["llama"]).save_pretrained(tmp_path)
         fits = [fit_from_lora(tmp_path, 3, dtype=dtype, iterations=40) for dtype in (torch.float32, torch.float64)]
         assert fits[0].error == pytest.approx(fits[1].error, rel=0.02)
+
+
+def test_the_factors_are_of_like_sizes_so_that_training_can_go_on(tmp_path):
+    lora_model(tiny_model("llama"), target_modules=QKV["llama"]).save_pretrained(tmp_path)
+    fit = fit_from_lora(tmp_path, 3, iterations=10)
+    found = {kind: [t for name, t in fit.tensors.items() if f"tied_lora_{kind}." in name] for kind in "ABuv"}
+    for kind in "uv":
+        for rows in found[kind]:
+            assert torch.allclose((rows**2).mean(0).sqrt(), torch.ones(rows.shape[1]), atol=1e-4)
+    of_a = sum((a**2).sum(1) for a in found["A"])
+    of_b = sum((b**2).sum(0) for b in found["B"])
+    assert torch.allclose(of_a, of_b, rtol=1e-4)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -262,6 +275,10 @@ def test_the_result_is_saved_when_asked_and_has_the_dtype_of_the_adapter(tmp_pat
     assert os.listdir(tmp_path) == ["lora"]
     fit.save(tmp_path / "tied")
     assert {tensor.dtype for tensor in fit.tensors.values()} == {torch.bfloat16}
+    # What is reported is what is in the file, its rounding included.
+    exact = {m: d.float() for m, d in dense_of_lora(model.float()).items()}
+    again = dense_updates(loaded(tiny_model("llama"), tmp_path / "tied"))
+    assert distance(exact, again) == pytest.approx(fit.error, rel=1e-3)
     config = json.loads((tmp_path / "tied" / "adapter_config.json").read_text())
     assert (config["peft_type"], config["task_type"], config["variant"]) == ("TIED_LORA", "CAUSAL_LM", "TL6")
     assert config["target_modules"] == list(fit.errors)

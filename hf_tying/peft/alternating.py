@@ -61,13 +61,12 @@ class Problem:
     def __init__(self, updates: dict[str, Update], names: dict[str, Sharing], r: int, with_u: bool, with_v: bool):
         self.updates, self.r, self.with_u, self.with_v = updates, r, with_u, with_v
         self.names = {module: names[module] for module in updates}
-        self.norms = {module: update.squared_norm() for module, update in updates.items()}
-        self.norm = sum(self.norms.values())
+        self.norm = sum(update.squared_norm() for update in updates.values())
         first = next(iter(updates.values())).left
         self.new = first.new_empty  # of the dtype and on the device of all
         self.eps = torch.finfo(first.dtype).eps
-        # Below this the difference of the squares says nothing any more.
-        self.floor = 4 * self.eps * float(self.norm)
+        # A relative error of 1e-7, which is none in the dtype of an adapter.
+        self.floor = max(self.eps, 1e-14) * float(self.norm)
         self.factors = Factors()
         self.error = float("inf")
 
@@ -87,8 +86,6 @@ class Problem:
         v = factors.v[module] if self.with_v else one.expand(rows)
         return factors.A[names.A][:, :columns], factors.B[names.B][:rows], u, v
 
-    # The error.
-
     def look(self) -> None:
         """X and G of each module, which hold as long as A is the same."""
         self.X, self.G = {}, {}
@@ -99,13 +96,14 @@ class Problem:
 
     def errors(self) -> dict[str, torch.Tensor]:
         """The squared error of each module."""
-        self.look()
         found = {}
-        for module, norm in self.norms.items():
-            _, b, u, v = self.of(module)
-            scaled = v[:, None] * b
-            square = u @ ((scaled.T @ scaled) * self.G[module]) @ u
-            found[module] = (norm - 2 * (scaled * self.X[module]).sum(0) @ u + square).clamp(min=0)
+        for module, update in self.updates.items():
+            a, b, u, v = self.of(module)
+            # || left right || by their triangular factors; a difference of squared norms would lose half the digits.
+            left = torch.cat([update.left, v[:, None] * b], 1)
+            right = torch.cat([update.right, -u[:, None] * a])
+            low, high = (torch.linalg.qr(matrix, mode="r").R for matrix in (left, right.T))
+            found[module] = ((low @ high.T) ** 2).sum()
         return found
 
     # The alternation.
@@ -116,12 +114,16 @@ class Problem:
         for done in range(sweeps):
             if self.error <= self.floor:
                 return done
+            kept = Factors(*map(dict, (self.factors.A, self.factors.B, self.factors.u, self.factors.v)))
+            self.look()
             self.solve_v()
             self.solve_B()
             self.solve_u()
             self.solve_A()
             before, self.error = self.error, float(sum(self.errors().values()))
             step(1)
+            if not self.error <= before:  # there is nothing left but rounding
+                self.factors, self.error = kept, before
             if before - self.error <= tolerance * before:
                 return done + 1
         return sweeps
@@ -234,3 +236,9 @@ class Problem:
         factors.A = {name: a * to_a[:, None] for name, a in factors.A.items()}
         factors.B = {name: b * to_b for name, b in factors.B.items()}
         factors.u = {name: u / (to_a * to_b) for name, u in factors.u.items()}
+
+    def round_to(self, dtype: torch.dtype) -> None:
+        """The factors as they are in another dtype."""
+        for factors in (self.factors.A, self.factors.B, self.factors.u, self.factors.v):
+            for name, value in factors.items():
+                factors[name] = value.to(dtype).to(value.dtype)

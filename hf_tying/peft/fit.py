@@ -108,6 +108,7 @@ def fit_from_lora(
         iterations=iterations,
         tolerance=tolerance,
         restarts=restarts,
+        rounded=of_file,
     )
     norms = {module: float(_double(update).squared_norm()) for module, update in updates.items()}
     factors = to_file({name: tensor.to("cpu", of_file) for name, tensor in state.items()}, tied)
@@ -132,8 +133,11 @@ def fit_updates(
     iterations: int = 300,
     tolerance: float = 1e-6,
     restarts: int = 1,
+    rounded: torch.dtype | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, float], int]:
     """The best factors of an adapter for given updates. `config.adapted_modules` is set.
+
+    With `rounded`, the dtype that they will have, the errors are those of the factors in that.
 
     Returns:
         The factors by their names in a model; the squared error of each module; the sweeps.
@@ -155,7 +159,9 @@ def fit_updates(
     config.adapted_modules = {module: asdict(of) for module, of in names.items()}
     parts = len(_separate(names))
     with logging.tqdm(total=parts * iterations, desc="Fitting the tied factors", delay=2) as progress:
-        factors, errors, count = _alternate(updates, names, config, iterations, tolerance, restarts, progress.update)
+        factors, errors, count = _alternate(
+            updates, names, config, iterations, tolerance, restarts, rounded, progress.update
+        )
     state = {}
     for module, of in names.items():
         for kind, name in names_in_model(config, module).items():
@@ -171,6 +177,7 @@ def _alternate(
     iterations: int,
     tolerance: float,
     restarts: int,
+    rounded: torch.dtype | None,
     step: Callable[[int], None],
 ) -> tuple[Factors, dict[str, float], int]:
     """The best factors that were found, the squared error of each module, and the most sweeps that a part took.
@@ -188,6 +195,7 @@ def _alternate(
         best, sweeps = None, 0
         for start in starts(problem, restarts):
             problem.factors = start
+            problem.balance()
             trial = problem.run(min(_SWEEPS_OF_TRIAL, iterations), tolerance)
             if best is None or problem.error < best[0]:
                 best, sweeps = (problem.error, problem.factors), trial
@@ -198,6 +206,8 @@ def _alternate(
         sweeps += problem.run(iterations - sweeps, tolerance, step)
         step(iterations - sweeps)
         problem.balance()
+        if rounded is not None:
+            problem.round_to(rounded)
         found.update(problem.factors)
         errors |= {module: float(error) for module, error in problem.errors().items()}
         most = max(most, sweeps)

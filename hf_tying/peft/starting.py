@@ -5,12 +5,14 @@ from itertools import combinations
 
 import torch
 
-from .alternating import Factors, Problem
+from .alternating import Factors, Problem, Update
 
 #: Pairs of layers of which the turn of A is computed, each for a start of its own.
 _PAIRS = 3
 #: For larger ones the equations of the turn, r^2 x r^2, would take more time than the alternation.
 _LARGEST_RANK = 32
+#: Where the updates have fewer directions than r, a turn is of nothing in some of them.
+_LARGEST_CONDITION = 1e6
 
 
 def starts(problem: Problem, restarts: int) -> Iterator[Factors]:
@@ -50,7 +52,9 @@ def _turned(problem: Problem, base: dict, matching: dict, attempt: int) -> dict[
         elif matching.get(name):
             pairs = matching[name][attempt * (len(matching[name]) - 1) // max(1, _PAIRS - 1)]
             turn = _turn(problem, base[name], pairs)
-        done[name] = base[name] if turn is None else turn @ base[name]
+        if turn is None or torch.linalg.cond(turn) > _LARGEST_CONDITION:
+            turn = torch.eye(problem.r).to(base[name])
+        done[name] = turn @ base[name]
         waiting.remove(name)
     return done
 
@@ -67,20 +71,35 @@ def _common(problem: Problem, name: str, done: dict) -> tuple[str, list[tuple[st
 
 
 def _row_space(problem: Problem, modules: list[str]) -> torch.Tensor:
-    """The first r right singular vectors of the modules' updates over each other, `(r, columns)`."""
-    widest = max(problem.updates[module].right.shape[1] for module in modules)
+    """The first r right singular vectors of the modules' updates over each other, `(r, columns)`.
+
+    Of the columns that all modules have; those of wider ones are then what goes best with these.
+    """
+    updates = [problem.updates[module] for module in modules]
+    widths = sorted({update.right.shape[1] for update in updates})
+    found = _singular_vectors(problem, updates, widths[0])
+    for start, end in zip(widths, widths[1:], strict=False):
+        gram, right = problem.new(problem.r, problem.r).zero_(), problem.new(problem.r, end - start).zero_()
+        for update in (update for update in updates if update.right.shape[1] >= end):
+            y = _rows_in(problem, Update(update.left, update.right[:, :start]), found)
+            gram += y.T @ y
+            right += (y.T @ update.left) @ update.right[:, start:end]
+        found = torch.cat([found, problem.solve_columns(gram, right, torch.zeros_like(right))], 1)
+    return found
+
+
+def _singular_vectors(problem: Problem, updates: list[Update], columns: int) -> torch.Tensor:
     rows = []
-    for module in modules:
-        update = problem.updates[module]
+    for update in updates:
         # The same as of left @ right, with k rows: of left only its lengths and angles count.
         values, vectors = torch.linalg.eigh(update.left.T @ update.left)
-        row = (vectors * values.clamp(min=0).sqrt()).T @ update.right
-        rows.append(torch.nn.functional.pad(row, (0, widest - row.shape[1])))
+        rows.append((vectors * values.clamp(min=0).sqrt()).T @ update.right[:, :columns])
     _, values, vectors = torch.linalg.svd(torch.cat(rows), full_matrices=False)
     found = vectors[: problem.r]
     live = values[: problem.r] > 8 * problem.eps * values[0] * len(vectors)
+    # Where the updates have fewer, directions that training can use.
     generator = torch.Generator().manual_seed(0)
-    free = torch.randn(problem.r, widest, generator=generator, dtype=torch.float64).to(found) / widest**0.5
+    free = torch.randn(problem.r, columns, generator=generator, dtype=torch.float64).to(found) / columns**0.5
     free[: len(found)][live] = found[live]
     return free
 
@@ -88,10 +107,12 @@ def _row_space(problem: Problem, modules: list[str]) -> torch.Tensor:
 def _coordinates(problem: Problem, module: str, a: torch.Tensor) -> torch.Tensor:
     """The update's rows in the rows of `a`, `(out_features, r)`."""
     update = problem.updates[module]
-    a = a[:, : update.right.shape[1]]
-    gram = a @ a.T
-    near = problem.eps * 16 * gram.diagonal().sum() * torch.eye(len(a)).to(a)
-    return update.left @ torch.linalg.solve(gram + near, a @ update.right.T).T
+    return _rows_in(problem, update, a[:, : update.right.shape[1]])
+
+
+def _rows_in(problem: Problem, update: Update, a: torch.Tensor) -> torch.Tensor:
+    right = a @ update.right.T
+    return update.left @ problem.solve_columns(a @ a.T, right, torch.zeros_like(right)).T
 
 
 def _unit(rows: torch.Tensor) -> torch.Tensor:
