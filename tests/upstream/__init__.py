@@ -1,1 +1,1 @@
-"""Upstream's own tests: transformers' on classes with `TiedModelMixin`, PEFT's on Tied-LoRA: `python -m tests.upstream`."""
+"""Upstream's own tests, transformers' on `TiedModelMixin`, PEFT's on Tied-LoRA: `python -m tests.upstream`."""
