@@ -193,7 +193,7 @@ def test_the_ranks_alphas_and_scalings_of_lora_are_its_own(rslora, tmp_path):
     patterns = {"rank_pattern": {"layers.1.self_attn.q_proj": 5}, "alpha_pattern": {"k_proj": 11, "^model.*v_proj": 2}}
     lora = lora_model(tiny_model("llama"), target_modules=QKV["llama"], use_rslora=rslora, **patterns)
     lora.save_pretrained(tmp_path / "lora")
-    fit_from_lora(tmp_path / "lora", 5, tmp_path / "tied", tie_A=False, tie_B=False, tie_qkv=False)
+    fit_from_lora(tmp_path / "lora", 5, tmp_path / "tied", tie_A=False, tie_B=False, tie_qkv=False, alpha=12)
     tied = loaded(tiny_model("llama"), tmp_path / "tied")
     assert distance(dense_of_lora(lora), dense_updates(tied)) < 1e-5
 

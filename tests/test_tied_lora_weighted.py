@@ -74,6 +74,12 @@ class TestSideBySide:
                 model.add_weighted_adapter(["first", "second"], [1, 1], "both", combination_type="cat")
             assert list(model.peft_config) == ["first", "second"]
 
+    def test_is_refused_if_the_ranks_are_too_many(self):
+        model = two_adapters(r=10, variant="TL5")
+        with pytest.raises(ValueError, match="r=20 is more than"):
+            model.add_weighted_adapter(["first", "second"], [1, 1], "both", combination_type="cat")
+        assert list(model.peft_config) == ["first", "second"]
+
 
 class TestFitted:
     def test_a_multiple_of_one_is_exact(self):
