@@ -123,6 +123,27 @@ class TestAFileThatDoesNotFit:
                 PeftModel.from_pretrained(model, folder)
             assert not layers_of(model)
 
+    def test_for_layers_of_other_names_is_refused_where_their_order_is_not_known(self, tmp_path):
+        def towers(*names):
+            torch.manual_seed(0)
+            blocks = [
+                torch.nn.ModuleList(torch.nn.ModuleDict({"attn": torch.nn.Linear(6, 6)}) for _ in range(2))
+                for _ in names
+            ]
+            return torch.nn.ModuleDict(dict(zip(names, blocks, strict=True)))
+
+        for before, after in ((("visual", "text"), ("visual", "zz_text")), (("text",), ("zz_text",))):
+            folder = tmp_path / "_".join(before)
+            model = towers(*before)
+            tied_lora(model, r=2, target_modules=["attn"]).save_pretrained(folder)
+            if len(before) == 1:
+                loaded = PeftModel.from_pretrained(towers(*after), folder)
+                row = layers_of(loaded)["zz_text.1.attn"].get_delta_weight("default")
+                assert torch.equal(row, layers_of(model)["text.1.attn"].get_delta_weight("default"))
+            else:
+                with pytest.raises(RuntimeError, match="not known which row is whose; export it to LoRA"):
+                    PeftModel.from_pretrained(towers(*after), folder)
+
     def test_without_its_list_of_modules_cannot_be_read_by_transformers(self, folder):
         path = folder / "adapter_config.json"
         config = json.loads(path.read_text())

@@ -10,7 +10,7 @@ from torch import nn
 from .config import TiedLoraConfig
 from .files import PREFIX, but_for_size, is_of_file, refuse
 from .matrices import CONTAINER, TiedMatrices
-from .sharing import Sharing, features_of, sharing_of
+from .sharing import COMPILED, Sharing, features_of, sharing_of, split_name
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ def check_file(config: TiedLoraConfig, model: nn.Module, saved: dict[str, torch.
     """
     shapes: dict[str, list[int]] = {}
     rows_of_u: dict[str, set[str]] = {}
-    for adapted in plan(config, model).values():
+    planned = plan(config, model)
+    for adapted in planned.values():
         names = adapted.names
         shapes[f"tied_lora_A.{names.A}"] = [config.r, adapted.columns]
         shapes[f"tied_lora_B.{names.B}"] = [adapted.rows, config.r]
@@ -101,4 +102,20 @@ def check_file(config: TiedLoraConfig, model: nn.Module, saved: dict[str, torch.
         for name, shape in sorted(shapes.items())
         if found.get(name, shape) != shape
     ]
-    refuse(problems)
+    refuse(problems or _renamed(set(config.adapted_modules or ()), {name.replace(COMPILED, "") for name in planned}))
+
+
+def _renamed(saved: set[str], planned: set[str]) -> list[str]:
+    """The rows of a file are in the order of the modules' names. Where modules have other names than when it was
+    saved, that is the same order for one list of layers, and cannot be known for several.
+    """
+    lists = [
+        {split_name(name)[0].rpartition(".")[0] for name in names if split_name(name)[0]} for names in (saved, planned)
+    ]
+    if not saved or saved == planned or all(len(of_layers) < 2 for of_layers in lists):
+        return []
+    was, now = (", ".join(map(repr, sorted(of_layers))) for of_layers in lists)
+    return [
+        f"it was saved for layers in {was} and the model has {now}, so it is not known which row is whose; export it "
+        "to LoRA in the model that it was saved from (hf_tying.peft.export_to_lora), where each module has its name"
+    ]
