@@ -12,9 +12,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_tying.peft import TiedLoraConfig, export_to_lora, fit_from_lora
-from hf_tying.peft.alternating import Problem, Update
+from hf_tying.peft.fitting.alternating import Problem, Update
+from hf_tying.peft.fitting.starting import starts
 from hf_tying.peft.sharing import sharing_of
-from hf_tying.peft.starting import starts
 
 from .adapters import QKV, dense_updates, layers_of, outputs, tied_lora
 from .models import tiny_model

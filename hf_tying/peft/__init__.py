@@ -9,7 +9,7 @@ _HOME = {
     "TiedLoraConfig": "config",
     "TiedLoraModel": "model",
     "export_to_lora": "export",
-    "fit_from_lora": "fit",
+    "fit_from_lora": "fitting.fit",
 }
 
 __all__ = [*_HOME]

@@ -210,7 +210,7 @@ class TiedLoraModel(BaseTuner):
         Raises:
             ValueError: names or weights that do not fit, or adapters that have no sum of this type.
         """
-        from .weighted import add_weighted_adapter  # which builds on all of the rest
+        from .fitting.weighted import add_weighted_adapter  # which builds on all of the rest
 
         add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, r, iterations)
 

@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
+from ..files import PREFIX, in_order
 from .alternating import Update
-from .files import PREFIX, in_order
 
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.weight)?")
 #: Settings of LoRA with which the update is not lora_B lora_A of one module, or the base model is another one.

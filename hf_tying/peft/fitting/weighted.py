@@ -7,11 +7,11 @@ import torch
 from peft.utils.other import ModulesToSaveWrapper
 from transformers.utils import logging
 
+from ..config import TiedLoraConfig
+from ..files import names_in_model
+from ..layer import TiedLoraLayer
 from .alternating import Update
-from .config import TiedLoraConfig
-from .files import names_in_model
 from .fit import fit_updates
-from .layer import TiedLoraLayer
 
 logger = logging.get_logger(__name__)
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .sharing import Sharing
+from ..sharing import Sharing
 
 _ELEMENTS_AT_ONCE = 2**24
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+from ..config import TiedLoraConfig
+from ..files import PREFIX, in_order, names_in_model, to_file
+from ..folder import read_adapter, write_adapter
+from ..sharing import Sharing, sharing_of
 from .alternating import Factors, Problem, Update
-from .config import TiedLoraConfig
-from .files import PREFIX, in_order, names_in_model, to_file
-from .folder import read_adapter, write_adapter
 from .plain_lora import updates_of_lora
-from .sharing import Sharing, sharing_of
 from .starting import starts
 
 logger = logging.get_logger(__name__)
