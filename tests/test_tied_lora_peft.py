@@ -313,7 +313,8 @@ class TestTorch:
         with torch.no_grad():
             assert torch.allclose(compiled(**inputs).logits, expected, atol=1e-6)
 
-    def test_offloaded_layers_get_their_adapter_from_the_disk(self, tmp_path, model):
+    def test_offloaded_layers_get_their_adapter_from_the_disk(self, tmp_path, monkeypatch, model):
+        monkeypatch.chdir(tmp_path)  # PEFT writes what it offloads below the working directory
         tiny_model("llama").save_pretrained(tmp_path / "base")
         model.save_pretrained(tmp_path / "adapter")
         places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu",
