@@ -1,0 +1,18 @@
+"""The papers' losses as pure functions, each with a module of the same name and a reference in plain torch.
+
+Nothing here needs more than torch. What a training step of a whole model makes of them is in `hf_tying.tied_loss`.
+"""
+
+from ..lazy import lazy_names
+
+_HOME = {
+    "tied_embedding": "embedding",
+    "TiedEmbedding": "embedding",
+    "tied_cross_entropy": "cross_entropy",
+    "TiedCrossEntropy": "cross_entropy",
+    "reference_cross_entropy": "reference",
+}
+
+__all__ = [*_HOME]
+
+__getattr__, __dir__ = lazy_names(globals(), _HOME)

@@ -1,0 +1,17 @@
+"""Who computes the loss: this package's own walk, or a kernel library that is installed and computes the same thing."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from .autograd import tied_path
+from .options import Options
+
+BACKENDS = ("auto", "torch", "liger", "cce")
+
+
+def choose(backend: str, hidden: torch.Tensor, weight: torch.Tensor, bias, options: Options) -> Callable:
+    if backend not in BACKENDS:
+        raise ValueError(f"Unknown backend {backend!r}: expected one of {BACKENDS}.")
+    return tied_path

@@ -1,0 +1,97 @@
+"""How a softmax of N tokens over V words is cut: which tokens and which words at a time, and what is kept in between.
+
+The smallest chunk of tokens decides how fast the matrix products run, and how often the gradient of the matrix is read
+and written: a few rows at a time are several times slower than some hundred. The words of a block decide how much of
+the work on logits stays in the cache. Both follow from the shape, the dtype and a budget of bytes.
+"""
+
+from dataclasses import dataclass
+
+MIB = 2**20
+#: A chunk of fewer tokens than this costs more in the products and in traffic than computing its logits twice.
+FEWEST_ROWS = 192
+#: Bytes of one block at work. On a CPU it should stay in the cache between the passes over it.
+_AT_WORK = {"cpu": 4 * MIB}
+_AT_WORK_ELSEWHERE = 64 * MIB
+_NARROWEST, _WIDEST = 128, 8192
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`tokens` are walked one after the other, each over all `blocks` of words, twice where there are gradients.
+
+    `buffer` is the room for values between the two walks, in elements of the matrix's dtype. Beside it the first chunk
+    of tokens has the memory of the matrix's own gradient, where nothing is written yet.
+    """
+
+    tokens: tuple[slice, ...]
+    blocks: tuple[slice, ...]
+    buffer: int = 0
+
+    @property
+    def longest_block(self) -> int:
+        """Values in the largest block."""
+        return _longest(self.tokens) * _longest(self.blocks)
+
+
+def default_budget(vocabulary: int, width: int, itemsize: int) -> int:
+    """Bytes beside the one gradient of the matrix: as many as that one has, from 12 to 64 MiB."""
+    return min(max(vocabulary * width * itemsize, 12 * MIB), 64 * MIB)
+
+
+def plan_chunks(
+    tokens: int, width: int, vocabulary: int, itemsize: int, exact_itemsize: int, *,
+    budget: int, gradients: bool, matrix_gradient: bool, accumulates: bool, device: str,
+) -> Plan:  # fmt: skip
+    """Choose the axis and the sizes.
+
+    In float32 the tokens are cut when their values do not fit, and the gradient of the matrix is summed over chunks,
+    unless that would cut them too small. In half precision such a sum loses accuracy: there each of its rows is written
+    once, from all tokens, and values that do not fit are computed twice.
+
+    Args:
+        tokens, width, vocabulary: N, D and V.
+        itemsize: bytes of an element of the matrix, in whose dtype values are kept.
+        exact_itemsize: bytes of an element of the block at work.
+        budget: bytes for the block at work and for what is kept beside the gradient.
+        gradients: whether there is a second walk at all.
+        matrix_gradient: whether the matrix is trained.
+        accumulates: whether its gradient may be summed over chunks of tokens.
+        device: `"cpu"`, `"cuda"`, ...
+    """
+    at_work = min(_AT_WORK.get(device, _AT_WORK_ELSEWHERE), max(budget // 2, 1))
+    most = max(at_work // (_NARROWEST * exact_itemsize), 1)
+    if not gradients:
+        chunks = _even(0, tokens, most)
+        return Plan(chunks, _blocks(_longest(chunks), vocabulary, at_work // exact_itemsize))
+
+    room = max(budget - at_work, 0) // itemsize
+    borrowed = vocabulary * width if matrix_gradient else 0
+
+    def missing(rows: int) -> int:
+        """Values of the first chunk that the gradient's memory has no room for."""
+        return 0 if matrix_gradient and rows <= width else max(rows * vocabulary - borrowed, 0)
+
+    chunks = _even(0, tokens, max(tokens, 1))
+    later = room // max(vocabulary, 1)
+    if accumulates and missing(tokens) > room and later >= FEWEST_ROWS:
+        first = later + (width if matrix_gradient else 0)
+        chunks = (slice(0, first), *_even(first, tokens, later))
+    needed = max([missing(_longest(chunks[:1])), *(vocabulary * _longest([chunk]) for chunk in chunks[1:])])
+    blocks = _blocks(_longest(chunks), vocabulary, at_work // exact_itemsize)
+    return Plan(chunks, blocks, min(room, needed))
+
+
+def _even(start: int, stop: int, most: int) -> tuple[slice, ...]:
+    """Slices of `most` or somewhat fewer, so that the last is not a small one."""
+    count = -(-(stop - start) // most)
+    bounds = [start + (stop - start) * i // count for i in range(count + 1)] if count > 0 else []
+    return tuple(slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False))
+
+
+def _blocks(rows: int, vocabulary: int, values: int) -> tuple[slice, ...]:
+    return _even(0, vocabulary, min(max(values // max(rows, 1), _NARROWEST), _WIDEST))
+
+
+def _longest(slices) -> int:
+    return max((part.stop - part.start for part in slices), default=0)

@@ -1,0 +1,127 @@
+"""`tied_cross_entropy`: the loss of a language model from its hidden states and its softmax matrix."""
+
+import torch
+from torch import nn
+
+from .backends import choose
+from .options import Options, check
+from .reference import reference_cross_entropy
+from .gradient import is_plain
+
+
+def tied_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    num_items_in_batch: int | torch.Tensor | None = None,
+    logit_scale: float | None = None,
+    logit_softcap: float | None = None,
+    class_weight: torch.Tensor | None = None,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Exact cross entropy of `softcap(logit_scale * (hidden @ weight.T + bias))`, without the (N, V) logits.
+
+    Gradients are made in the forward pass, block by block (`hf_tying.losses.softmax`), so a backward pass can be run
+    once. At most one V x D gradient, `memory_budget`, and some N x D matrices in float32 are alive. In the backward
+    pass the gradient of `weight` is one buffer, into which `tied_embedding` of the same `weight` adds its rows
+    (`hf_tying.losses.gradient`). Tokens whose label is ignored take part in no matrix product.
+
+    Args:
+        hidden: (..., D), floating point; no shift is made: `hidden[i]` predicts `labels[i]`.
+        weight: (V, D), of the dtype of `hidden`, or any under autocast.
+        labels: hidden.shape[:-1], int64: words from 0 to V - 1, or `ignore_index`.
+        bias: (V,), floating point.
+        ignore_index: labels of this value count for nothing. Default -100, as everywhere in transformers.
+        label_smoothing: in [0, 1): this share of the target is spread evenly over all words (Szegedy et al. 2016,
+            section 7), as `torch.nn.functional.cross_entropy` does it. Default 0.
+        reduction: `"mean"` over the labels that count (by their class weights), `"sum"`, or `"none"`: the loss of each
+            token. The last one makes its gradients in the backward pass, and its logits twice.
+        num_items_in_batch: with `"mean"`, what to divide the sum by in place of the labels that count here: how
+            `Trainer` takes a mean over accumulated steps and over processes.
+        logit_scale: a factor of the logits (Cohere; 1 / logits_scaling in Granite). Default 1.
+        logit_softcap: logits are `cap * tanh(logits / cap)`, after the scale (Gemma 2, equation in section 2).
+        class_weight: (V,), a weight for each label, as in torch.
+        memory_budget: bytes for blocks at work and values kept from forward to backward products, beside the gradient.
+            Default: as many as the gradient of `weight` has, from 12 to 64 MiB. More saves recomputation where the
+            tokens are many; there is nothing to gain once nothing is computed twice.
+        backend: `"torch"`, `"liger"`, `"cce"` (if installed, on a GPU), or `"auto"`, see `hf_tying.losses.backends`.
+
+    Returns:
+        A scalar, or for `"none"` a tensor like `labels`; float32 (float64 for float64 inputs). 0 where no label counts.
+
+    Raises:
+        IndexError: for a label outside the vocabulary.
+        ValueError: for labels or a bias of another shape, an unknown reduction or backend.
+        RuntimeError: for mixed dtypes or devices, `hidden` and `weight` of different width, a label smoothing outside
+            [0, 1), and in the backward pass for a second one, or `create_graph=True`.
+
+    Example (the reference, see `hf_tying.losses.reference`):
+        >>> logits = hidden @ weight.T
+        >>> torch.nn.functional.cross_entropy(logits.float(), labels)
+    """
+    options = Options(
+        ignore_index, label_smoothing, reduction, num_items_in_batch, logit_scale, logit_softcap, class_weight
+    )
+    check(hidden, weight, labels, bias, options)
+    return cross_entropy(hidden, weight, labels, bias, options, memory_budget, backend)
+
+
+def cross_entropy(hidden, weight, labels, bias, options: Options, memory_budget=None, backend="auto") -> torch.Tensor:
+    """`tied_cross_entropy` after its checks."""
+    compute = choose(backend, hidden, weight, bias, options)
+    if not (is_plain(hidden) and is_plain(weight)):
+        return reference_cross_entropy(hidden, weight, labels, bias=bias, **options.keywords())
+    return compute(hidden, weight, labels, bias, options, memory_budget)
+
+
+class TiedCrossEntropy(nn.Module):
+    """`tied_cross_entropy` as a module: the options once, the tensors at each call.
+
+    Args: the keywords of `tied_cross_entropy` except `bias`, `class_weight` and `num_items_in_batch`, which are given
+        at the call.
+
+    Example:
+        >>> loss = TiedCrossEntropy(label_smoothing=0.1)(hidden, embedding.weight, labels)
+    """
+
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        logit_scale: float | None = None,
+        logit_softcap: float | None = None,
+        memory_budget: int | None = None,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        self.options = {
+            "ignore_index": ignore_index,
+            "label_smoothing": label_smoothing,
+            "reduction": reduction,
+            "logit_scale": logit_scale,
+            "logit_softcap": logit_softcap,
+            "memory_budget": memory_budget,
+            "backend": backend,
+        }
+
+    def forward(self, hidden, weight, labels, bias=None, class_weight=None, num_items_in_batch=None) -> torch.Tensor:
+        """Shapes and result as for `tied_cross_entropy`."""
+        return tied_cross_entropy(
+            hidden,
+            weight,
+            labels,
+            bias=bias,
+            class_weight=class_weight,
+            num_items_in_batch=num_items_in_batch,
+            **self.options,
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items() if value is not None)

@@ -1,0 +1,97 @@
+"""`tied_embedding`: rows of a matrix whose gradient goes into the one buffer that the softmax has made."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .gradient import held_gradient, is_plain, remember
+
+
+def tied_embedding(input_ids: torch.Tensor, weight: torch.Tensor, padding_idx: int | None = None) -> torch.Tensor:
+    """Look up rows of `weight`; a drop-in twin of `torch.nn.functional.embedding` beside `tied_cross_entropy`.
+
+    Same values, same gradients. In a backward pass in which the softmax has already given its gradient of the same
+    `weight`, the rows are added into that one: no second V x D matrix, and no third for the sum. Otherwise the gradient
+    is its own, as in torch. In half precision, rows of one word are summed in float32 and rounded once.
+
+    Args:
+        input_ids: integer tensor of any shape, values from 0 to V - 1.
+        weight: (V, D), floating point.
+        padding_idx: the row of this word gets no gradient from here (from the softmax it does). Negative values count
+            from the end, as in torch.
+
+    Returns:
+        `(*input_ids.shape, D)`, in the dtype of `weight`.
+
+    Raises:
+        IndexError: for an id outside the vocabulary, as in torch.
+        RuntimeError: for ids that are no integers; in the backward pass, when asked for a gradient of the gradient
+            (`create_graph=True`).
+
+    Source: Press & Wolf 2016, section 3: the gradient of a tied matrix is the sum over its uses.
+
+    Example (the reference):
+        >>> torch.nn.functional.embedding(input_ids, weight, padding_idx)
+    """
+    trained = weight.requires_grad and torch.is_grad_enabled()
+    if not trained or not is_plain(weight) or torch.compiler.is_compiling():
+        return F.embedding(input_ids, weight, padding_idx)
+    return _TiedEmbedding.apply(input_ids, weight, padding_idx)
+
+
+class TiedEmbedding(nn.Embedding):
+    """`torch.nn.Embedding` whose gradient goes into the one buffer of `tied_cross_entropy` (see `tied_embedding`).
+
+    Args: as for `torch.nn.Embedding`. Its `max_norm`, `scale_grad_by_freq` and `sparse` are not taken.
+
+    Raises:
+        ValueError: for one of these three.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+            if getattr(self, option):
+                raise ValueError(f"TiedEmbedding does not know {option}: a tied matrix has one dense gradient.")
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return tied_embedding(input, self.weight, self.padding_idx)
+
+
+class _TiedEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input_ids, weight, padding_idx):
+        ctx.save_for_backward(input_ids)
+        ctx.weight, ctx.padding_idx = weight, padding_idx
+        return F.embedding(input_ids, weight, padding_idx)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "tied_embedding has no gradient of its gradient (create_graph=True): use torch.nn.functional.embedding "
+                "for that."
+            )
+        (input_ids,), weight = ctx.saved_tensors, ctx.weight
+        ids, rows = input_ids.reshape(-1), upstream.reshape(-1, weight.shape[1])
+        if ctx.padding_idx is not None:
+            used = ids != ctx.padding_idx % len(weight)
+            ids, rows = ids[used], rows[used]
+        gradient = held = held_gradient(weight)
+        if held is None:
+            gradient = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+        _add_rows(gradient, ids, rows)
+        if held is not None:
+            return None, None, None
+        remember(weight, gradient)
+        return None, gradient, None
+
+
+def _add_rows(matrix: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor) -> None:
+    if matrix.dtype in (torch.float32, torch.float64):
+        matrix.index_add_(0, ids, rows.to(matrix.dtype))
+        return
+    # In half precision a frequent word would be rounded at each of its occurrences.
+    words, place = ids.unique(return_inverse=True)
+    sums = matrix[words].float().index_add_(0, place, rows.float())
+    matrix.index_copy_(0, words, sums.to(matrix.dtype))

@@ -1,0 +1,69 @@
+"""One gradient buffer for a matrix that is used several times: each use adds into what autograd already holds for it.
+
+In a backward pass autograd waits until every use of a matrix has given its gradient, and holds the sum until then. The
+softmax comes first and gives a whole matrix; each embedding then adds a few rows. Left to itself, autograd makes a
+matrix for each of them, and one more for their sum. Here the first one is remembered, weakly, and the later ones write
+their rows into it. It is a gradient like any other all the same: whoever comes first returns it to autograd, so nothing
+depends on the others: a frozen branch, an embedding used twice or not at all, or a recomputation changes nothing.
+
+Two facts have to hold for a remembered gradient to be written to, and are asked of torch each time: it is the same
+backward pass, and autograd still holds the tensor, so that it is not a sum by now or somebody's copy.
+"""
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+# Private names of torch (2.6 to 2.13, at least), the only ones used here. Without them each use has its own gradient,
+# as in torch.
+_PASS = getattr(torch._C, "_current_graph_task_id", None)
+_HOLDERS = getattr(torch.Tensor, "_use_count", None)
+
+
+@dataclass
+class _Remembered:
+    gradient: weakref.ref
+    backward_pass: int
+    stream: object
+
+
+_remembered: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` is torch's own kind, not sharded over processes, quantised or traced."""
+    return type(tensor) in (torch.Tensor, nn.Parameter)
+
+
+def held_gradient(weight: torch.Tensor) -> torch.Tensor | None:
+    """In a backward pass: the gradient of `weight` that autograd holds already, to be added to in place; or `None`."""
+    entry = _remembered.get(weight)
+    if entry is None or _PASS is None or entry.backward_pass != _PASS() or entry.stream != _stream(weight):
+        return None
+    gradient = entry.gradient()
+    # Two holders: autograd, and the Python object that is looked at here.
+    return gradient if gradient is not None and _HOLDERS(gradient) == 2 else None
+
+
+def remember(weight: torch.Tensor, gradient: torch.Tensor) -> None:
+    """In a backward pass: `gradient` is about to be returned to autograd for `weight`, and nobody else keeps it."""
+    if _PASS is not None and _HOLDERS is not None and _PASS() >= 0:
+        _remembered[weight] = _Remembered(weakref.ref(gradient), _PASS(), _stream(weight))
+
+
+def deliver(weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor | None:
+    """Add a whole matrix to what is held, or be the first: what a backward returns for `weight`."""
+    held = held_gradient(weight)
+    if held is None:
+        remember(weight, gradient)
+        return gradient
+    held.add_(gradient)
+    return None
+
+
+def _stream(weight: torch.Tensor) -> object:
+    """Work on another stream would not wait for what was written on this one."""
+    return torch.cuda.current_stream(weight.device) if weight.is_cuda else None

@@ -1,0 +1,80 @@
+"""What a cross entropy computes, and what it refuses."""
+
+from dataclasses import dataclass, fields
+
+import torch
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The keywords of `tied_cross_entropy` that say what is computed.
+
+    `upstream` is what the backward pass will probably multiply by, known beforehand where a sum is divided outside
+    (`ForCausalLMLoss`): gradients are made with it, and are right, after one more pass over them, for any other.
+    """
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    reduction: str = "mean"
+    num_items_in_batch: int | torch.Tensor | None = None
+    logit_scale: float | None = None
+    logit_softcap: float | None = None
+    class_weight: torch.Tensor | None = None
+    upstream: float = 1.0
+
+    def keywords(self) -> dict:
+        """As `reference_cross_entropy` takes them."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "upstream"}
+
+
+def check(hidden, weight, labels, bias, options: Options) -> None:
+    """Refuse what torch refuses in `linear` and `cross_entropy`, by the same exceptions, before any work."""
+    if weight.dim() != 2:
+        raise ValueError(f"Expected weight of shape (V, D), got {tuple(weight.shape)}.")
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise RuntimeError(
+            f"hidden and weight cannot be multiplied: expected hidden of shape (..., {weight.shape[1]}) for weight "
+            f"{tuple(weight.shape)}, got {tuple(hidden.shape)}."
+        )
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"Expected one label for each hidden state, {tuple(hidden.shape[:-1])}, got labels of shape "
+            f"{tuple(labels.shape)}. Shift or flatten both alike."
+        )
+    if labels.dtype != torch.int64:
+        raise RuntimeError(f"Expected labels of dtype torch.int64, got {labels.dtype}.")
+    for name, vector in (("bias", bias), ("class_weight", options.class_weight)):
+        if vector is not None and vector.shape != weight.shape[:1]:
+            raise (ValueError if name == "bias" else RuntimeError)(
+                f"Expected {name} of shape {tuple(weight.shape[:1])}, got {tuple(vector.shape)}."
+            )
+    tensors = {"hidden": hidden, "weight": weight, "bias": bias, "class_weight": options.class_weight}
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise RuntimeError(f"Expected {name} in a floating-point dtype, got {tensor.dtype}.")
+        if tensor is not None and tensor.device != labels.device:
+            raise RuntimeError(f"Expected {name} on the device of labels, {labels.device}; it is on {tensor.device}.")
+    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        raise RuntimeError(
+            f"Expected hidden and weight of one dtype, got {hidden.dtype} and {weight.dtype}. Convert one, or use "
+            "torch.autocast."
+        )
+    if options.reduction not in REDUCTIONS:
+        raise ValueError(f"{options.reduction!r} is not a valid value for reduction: expected one of {REDUCTIONS}.")
+    if options.num_items_in_batch is not None and options.reduction != "mean":
+        raise ValueError(
+            f"num_items_in_batch divides the sum of losses, so reduction is 'mean', not {options.reduction!r}."
+        )
+    if not 0 <= options.label_smoothing < 1:
+        raise RuntimeError(f"label_smoothing must be at least 0 and below 1, got {options.label_smoothing}.")
+    if options.logit_softcap is not None and not options.logit_softcap > 0:
+        raise ValueError(f"logit_softcap must be above 0, got {options.logit_softcap}.")
+    if labels.numel() and not labels.is_meta:
+        wrong = labels[(labels != options.ignore_index) & ((labels < 0) | (labels >= len(weight)))]
+        if len(wrong):
+            raise IndexError(
+                f"Target {int(wrong[0])} is out of bounds: expected words from 0 to {len(weight) - 1}, or "
+                f"ignore_index={options.ignore_index}."
+            )
