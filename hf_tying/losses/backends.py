@@ -1,9 +1,8 @@
-"""Who computes the loss: this package's own walk, or a kernel library that is installed and computes the same thing."""
+"""Who computes the loss: this package's own walk, or an installed kernel library that computes the same."""
 
 from collections.abc import Callable
 
 import torch
-from torch import nn
 
 from .autograd import tied_path
 from .options import Options

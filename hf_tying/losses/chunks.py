@@ -46,8 +46,8 @@ def plan_chunks(
     """Choose the axis and the sizes.
 
     In float32 the tokens are cut when their values do not fit, and the gradient of the matrix is summed over chunks,
-    unless that would cut them too small. In half precision such a sum loses accuracy: there each of its rows is written
-    once, from all tokens, and values that do not fit are computed twice.
+    unless that would cut them too small. In half precision such a sum loses accuracy: there each of its rows is
+    written once, from all tokens, and values that do not fit are computed twice.
 
     Args:
         tokens, width, vocabulary: N, D and V.

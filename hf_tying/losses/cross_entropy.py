@@ -4,9 +4,9 @@ import torch
 from torch import nn
 
 from .backends import choose
+from .gradient import is_plain
 from .options import Options, check
 from .reference import reference_cross_entropy
-from .gradient import is_plain
 
 
 def tied_cross_entropy(
@@ -53,7 +53,8 @@ def tied_cross_entropy(
         backend: `"torch"`, `"liger"`, `"cce"` (if installed, on a GPU), or `"auto"`, see `hf_tying.losses.backends`.
 
     Returns:
-        A scalar, or for `"none"` a tensor like `labels`; float32 (float64 for float64 inputs). 0 where no label counts.
+        A scalar, or for `"none"` a tensor like `labels`; float32, or float64 for float64 inputs. 0 where no label
+        counts.
 
     Raises:
         IndexError: for a label outside the vocabulary.

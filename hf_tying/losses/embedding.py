@@ -11,8 +11,8 @@ def tied_embedding(input_ids: torch.Tensor, weight: torch.Tensor, padding_idx: i
     """Look up rows of `weight`; a drop-in twin of `torch.nn.functional.embedding` beside `tied_cross_entropy`.
 
     Same values, same gradients. In a backward pass in which the softmax has already given its gradient of the same
-    `weight`, the rows are added into that one: no second V x D matrix, and no third for the sum. Otherwise the gradient
-    is its own, as in torch. In half precision, rows of one word are summed in float32 and rounded once.
+    `weight`, the rows are added into that one: no second V x D matrix, and no third for the sum. Otherwise the
+    gradient is its own, as in torch. In half precision, rows of one word are summed in float32 and rounded once.
 
     Args:
         input_ids: integer tensor of any shape, values from 0 to V - 1.
@@ -69,8 +69,8 @@ class _TiedEmbedding(torch.autograd.Function):
     def backward(ctx, upstream):
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "tied_embedding has no gradient of its gradient (create_graph=True): use torch.nn.functional.embedding "
-                "for that."
+                "tied_embedding has no gradient of its gradient (create_graph=True): use "
+                "torch.nn.functional.embedding for that."
             )
         (input_ids,), weight = ctx.saved_tensors, ctx.weight
         ids, rows = input_ids.reshape(-1), upstream.reshape(-1, weight.shape[1])

@@ -3,8 +3,8 @@
 In a backward pass autograd waits until every use of a matrix has given its gradient, and holds the sum until then. The
 softmax comes first and gives a whole matrix; each embedding then adds a few rows. Left to itself, autograd makes a
 matrix for each of them, and one more for their sum. Here the first one is remembered, weakly, and the later ones write
-their rows into it. It is a gradient like any other all the same: whoever comes first returns it to autograd, so nothing
-depends on the others: a frozen branch, an embedding used twice or not at all, or a recomputation changes nothing.
+their rows into it. It is a gradient like any other all the same: whoever comes first returns it to autograd, and
+nothing depends on the others: a frozen branch, an embedding used twice or not at all, a recomputation change nothing.
 
 Two facts have to hold for a remembered gradient to be written to, and are asked of torch each time: it is the same
 backward pass, and autograd still holds the tensor, so that it is not a sum by now or somebody's copy.

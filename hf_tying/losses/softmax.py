@@ -32,7 +32,7 @@ _LARGE = 1e30
 class Softmax:
     """Cross entropy of N tokens over V words, with logits `softcap(scale * (hidden @ weight.T + bias))`.
 
-    The loss of a token is `true_share * -log p(target) - sum over j of smoothing_j * log p(j)`; its gradient is that of
+    The loss of a token is `true_share * -log p(target) - sum over j of smoothing_j * log p(j)`; gradients are those of
     the sum of `factor * loss`.
 
     Attributes:
