@@ -21,6 +21,7 @@ _HOME = {
     "untie": "tying",
     "assert_tied": "verify",
     "tying_report": "report",
+    "use_tied_loss": "tied_loss",
     "TyingCallback": "training.callbacks",
 }
 

@@ -22,6 +22,7 @@ SCHEMES: dict[str, tuple[str, ...]] = {
     "three_way": ("source", "target", "output"),
 }
 SAVE_FORMATS = ("dedup", "portable")
+LOSSES = ("stock", "tied")
 
 # A declaration comes from a file that somebody else wrote. Real ones have some thousand names of some hundred
 # characters (every parameter of every layer tied); beyond these bounds it is refused before any work is done on it.
@@ -58,6 +59,8 @@ class TyingConfig:
         save_format (`str`, *optional*): `"dedup"` writes each group once, under its root; `"portable"` writes every
             name, so that any stock loader gets the right values. `None`, the default, is dedup where the stock class
             re-ties exactly these groups by itself, portable elsewhere.
+        loss (`str`): `"tied"` lets the model train through the tied softmax (`use_tied_loss`); `"stock"`, the default,
+            leaves its loss alone, and is not written to the file.
 
     Raises:
         TyingError: for an unknown scheme or option, a group of one, or one name in two groups.
@@ -71,6 +74,7 @@ class TyingConfig:
     groups: dict[str, list[str]] = field(default_factory=dict)
     on_conflict: str = "error"
     save_format: str | None = None
+    loss: str = "stock"
 
     def __post_init__(self):
         if self.scheme is not None and not (isinstance(self.scheme, str) and self.scheme in SCHEMES):
@@ -87,6 +91,8 @@ class TyingConfig:
             )
         if self.save_format is not None and self.save_format not in SAVE_FORMATS:
             raise TyingError(f"Unknown save_format {_short(self.save_format)}: expected 'dedup' or 'portable'.")
+        if not isinstance(self.loss, str) or self.loss not in LOSSES:
+            raise TyingError(f"Unknown loss {_short(self.loss)}: expected 'stock' or 'tied'.")
         object.__setattr__(self, "groups", _checked_groups(self.groups))
 
     @classmethod
@@ -113,7 +119,7 @@ class TyingConfig:
                 f"The `tying` entry has version {_short(version)}; this hf_tying reads up to version {VERSION}. "
                 "Upgrade with `pip install -U hf-tying`."
             )
-        known = {"scheme", "groups", "on_conflict", "save_format"}
+        known = {"scheme", "groups", "on_conflict", "save_format", "loss"}
         for key in entry:
             if key not in known | {"version"}:
                 hint = nearest(key, known) if isinstance(key, str) else ""
@@ -121,8 +127,9 @@ class TyingConfig:
                     f"The `tying` entry has an unknown key {_short(key)}: expected {sorted(known)}{hint}."
                 )
         given = {key: entry[key] for key in known & entry.keys()}
-        if given.get("on_conflict", "") is None:
-            del given["on_conflict"]
+        for key in ("on_conflict", "loss"):
+            if given.get(key, "") is None:
+                del given[key]
         return cls(**given)
 
     @classmethod
@@ -150,13 +157,14 @@ class TyingConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The plain dict that `config.json` carries."""
-        return {
+        entry = {
             "version": VERSION,
             "scheme": self.scheme,
             "groups": {name: list(names) for name, names in self.groups.items()},
             "on_conflict": self.on_conflict,
             "save_format": self.save_format,
         }
+        return entry if self.loss == "stock" else {**entry, "loss": self.loss}
 
     def replace(self, **changes) -> "TyingConfig":
         """A copy with some fields changed."""

@@ -82,6 +82,8 @@ class TiedModelMixin:
         self._ties_made = True
         if self._is_declared_class():
             write_config(self)
+            if config.loss == "tied":
+                _train_through_tied_loss(self)
 
     def _is_declared_class(self) -> bool:
         """Whether the config's names are meant for this class, not for a head over it or another head."""
@@ -297,6 +299,16 @@ class TiedModelMixin:
         return state
 
 
+def _train_through_tied_loss(model: PreTrainedModel) -> None:
+    try:
+        # By its full name: this file is also carried along with published classes, and that one is not.
+        from hf_tying.tied_loss import use_tied_loss
+    except ImportError:
+        logger.warning("The config says loss='tied', which needs hf_tying: the stock loss is used, of the same value.")
+        return
+    use_tied_loss(model)
+
+
 def set_groups(model: PreTrainedModel, groups: list[TieGroup]) -> None:
     """Make the parameters of `model` what `groups` say: names that leave a group get a copy, each group its root's."""
     separate(model, groups)
@@ -322,9 +334,9 @@ def declare(model: PreTrainedModel, groups: list[TieGroup]) -> None:
             continue
         if held and not isinstance(sub, TiedModelMixin):
             sub.__class__ = tied_class(type(sub))
-        elif prefix and not held and "_stock_class" in vars(type(sub)):
+        elif prefix and not held and TiedModelMixin in _put_in_front(type(sub)):
             # Put under the mixin when it was made, by the config that it shares with the outer model.
-            sub.__class__ = type(sub)._stock_class
+            sub.__class__ = taken_off(TiedModelMixin, type(sub))
             sub.__dict__.pop("tie_groups", None)
         vars(sub).setdefault("_stock_tied_weights_keys", sub._tied_weights_keys)
         sub._tied_weights_keys = {name: group.root for group in held for name in group.targets}
@@ -336,24 +348,52 @@ def declare(model: PreTrainedModel, groups: list[TieGroup]) -> None:
             vars(sub.config).pop("tying", None)  # one record: the outer model's
 
 
-@functools.cache
 def tied_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """`stock` with the mixin in front, under the same name, so that `architectures` in the file stays the same."""
+    """`stock` with `TiedModelMixin` in front, for a live model of that class."""
+    return in_front(TiedModelMixin, stock)
 
-    def reduce_tied(self, protocol):
+
+@functools.cache
+def in_front(mixin: type, stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """`stock` with `mixin` in front, under the same name, so that `architectures` in the file stays the same."""
+
+    def reduce(self, protocol):
         # Pickle finds classes by name, and under this name it would find the stock class.
-        return _revive_tied, (stock,), object.__reduce_ex__(self, protocol)[2]
+        mixins, cls = [], type(self)
+        while "_mixin" in vars(cls):
+            mixins, cls = [cls._mixin, *mixins], cls._stock_class
+        return _revive, (cls, *mixins), object.__reduce_ex__(self, protocol)[2]
 
     body = {
         "__module__": stock.__module__,
         "__qualname__": stock.__qualname__,
         "__doc__": stock.__doc__,
-        "__reduce_ex__": reduce_tied,
+        "__reduce_ex__": reduce,
+        "_mixin": mixin,
         "_stock_class": stock,
     }
-    return type(stock.__name__, (TiedModelMixin, stock), body)
+    if "forward" in vars(mixin):  # Trainer and PEFT read what a forward takes from its signature
+        body["forward"] = functools.update_wrapper(_passed_on(mixin.forward), stock.forward)
+    return type(stock.__name__, (mixin, stock), body)
 
 
-def _revive_tied(stock: type[PreTrainedModel]) -> PreTrainedModel:
-    cls = tied_class(stock)
-    return cls.__new__(cls)
+def _put_in_front(cls: type) -> list[type]:
+    """The mixins that `in_front` has put on `cls`, from the last one on."""
+    return [cls._mixin, *_put_in_front(cls._stock_class)] if "_mixin" in vars(cls) else []
+
+
+def taken_off(mixin: type, cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """`cls` without the `mixin` that `in_front` put there."""
+    if cls._mixin is mixin:
+        return cls._stock_class
+    return in_front(cls._mixin, taken_off(mixin, cls._stock_class))
+
+
+def _passed_on(method: Callable) -> Callable:
+    return lambda self, *args, **kwargs: method(self, *args, **kwargs)
+
+
+def _revive(stock: type[PreTrainedModel], *mixins: type) -> PreTrainedModel:
+    for mixin in mixins:
+        stock = in_front(mixin, stock)
+    return stock.__new__(stock)

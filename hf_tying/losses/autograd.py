@@ -17,11 +17,6 @@ def tied_path(hidden, weight, labels, bias, options: Options, memory_budget: int
     return _TiedCrossEntropy.apply(hidden, weight, bias, call)
 
 
-# What torch.compile looks for: the walk is not traced, it runs as it is between two graphs. (`torch.compiler.disable`
-# sets the same, and imports the whole compiler for it.)
-tied_path._torchdynamo_disable = True
-
-
 @dataclass
 class _Call:
     options: Options

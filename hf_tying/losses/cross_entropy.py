@@ -1,5 +1,8 @@
 """`tied_cross_entropy`: the loss of a language model from its hidden states and its softmax matrix."""
 
+import sys
+from functools import cache
+
 import torch
 from torch import nn
 
@@ -69,16 +72,31 @@ def tied_cross_entropy(
     options = Options(
         ignore_index, label_smoothing, reduction, num_items_in_batch, logit_scale, logit_softcap, class_weight
     )
-    check(hidden, weight, labels, bias, options)
     return cross_entropy(hidden, weight, labels, bias, options, memory_budget, backend)
 
 
 def cross_entropy(hidden, weight, labels, bias, options: Options, memory_budget=None, backend="auto") -> torch.Tensor:
-    """`tied_cross_entropy` after its checks."""
+    """`tied_cross_entropy` with its options in one."""
+    run = _untraced() if "torch._dynamo" in sys.modules else _cross_entropy
+    return run(hidden, weight, labels, bias, options, memory_budget, backend)
+
+
+# torch.compile does not trace the walk over the vocabulary: it runs as it is, between two graphs. The mark is what
+# torch.compiler.disable sets too, which cannot be used here alone, since it imports the whole compiler.
+cross_entropy._torchdynamo_disable = True
+
+
+def _cross_entropy(hidden, weight, labels, bias, options: Options, memory_budget, backend) -> torch.Tensor:
+    check(hidden, weight, labels, bias, options)
     compute = choose(backend, hidden, weight, bias, options)
     if not (is_plain(hidden) and is_plain(weight)):
         return reference_cross_entropy(hidden, weight, labels, bias=bias, **options.keywords())
     return compute(hidden, weight, labels, bias, options, memory_budget)
+
+
+@cache
+def _untraced():
+    return torch.compiler.disable(_cross_entropy)
 
 
 class TiedCrossEntropy(nn.Module):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import SCHEMES, TyingConfig, TyingError
+from ..config import LOSSES, SCHEMES, TyingConfig, TyingError
 
 
 @dataclass
@@ -50,6 +50,14 @@ class TyingArguments:
             "choices": ["dedup", "portable"],
         },
     )
+    loss: str = field(
+        default="stock",
+        metadata={
+            "help": "tied trains through the tied softmax: the same loss, computed by blocks of the vocabulary, "
+            "without the logits.",
+            "choices": list(LOSSES),
+        },
+    )
     log_roles: bool = field(
         default=False,
         metadata={
@@ -65,10 +73,14 @@ class TyingArguments:
             TyingError: for an unreadable groups file, and for all that `TyingConfig` refuses.
         """
         groups = _read_groups(Path(self.groups_file)) if self.groups_file else {}
-        if self.scheme is None and not groups:
+        if self.scheme is None and not groups and self.loss == "stock":
             return None
         return TyingConfig(
-            scheme=self.scheme, groups=groups, on_conflict=self.on_conflict, save_format=self.save_format
+            scheme=self.scheme,
+            groups=groups,
+            on_conflict=self.on_conflict,
+            save_format=self.save_format,
+            loss=self.loss,
         )
 
 

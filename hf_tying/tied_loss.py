@@ -1,0 +1,151 @@
+"""`use_tied_loss`: a model's training steps through the tied softmax, by its own forward and its own loss."""
+
+import inspect
+from functools import cache
+
+import torch
+from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput, logging
+
+from .config import TyingConfig, TyingError
+from .deferred_logits import DeferredLogits, LossSettings, TiedSoftmax
+from .groups import roles
+from .losses.backends import BACKENDS
+from .losses.gradient import is_plain
+from .modeling import in_front, taken_off
+from .parameters import find_parameter, why_no_parameter
+from .verify import unwrapped
+
+logger = logging.get_logger(__name__)
+
+
+def use_tied_loss(
+    model: nn.Module,
+    enabled: bool = True,
+    *,
+    label_smoothing: float = 0.0,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+) -> nn.Module:
+    """Let `model` train through `tied_cross_entropy`, in place: same loss, same gradients, no logits.
+
+    A training step is a forward pass of a model in training mode, with gradients and with `labels`. There the product
+    with the softmax matrix is deferred until the model's own loss function asks for the cross entropy of it, and that
+    is computed by blocks; a scale or a soft cap of the logits, as the config has it, is computed in them. Where the
+    softmax matrix is an embedding too, its gradient is one buffer (`hf_tying.losses.gradient`).
+
+    **In a training step `outputs.logits` is `None`**: they were never there. Everything else is as before: evaluation,
+    generation, a forward pass without labels, what is saved, and the step itself where the logits are needed whole
+    after all (an adapter on the head, a loss of another kind), of which the log tells once.
+
+    Nothing is recorded in the config; `TyingConfig(loss="tied")` is the same as a declaration, kept in the file. The
+    model may be tied or not.
+
+    `Trainer(label_smoothing_factor=...)` takes the labels from the model and needs its logits: that works as before,
+    whole. To smooth by blocks, say so here instead.
+
+    Args:
+        model: a `PreTrainedModel` with a softmax matrix and a `labels` argument, also one that PEFT has adapted or
+            that is wrapped (DistributedDataParallel, torch.compile).
+        enabled: `False` undoes it.
+        label_smoothing: of training steps, in [0, 1). Default 0.
+        memory_budget: bytes, see `tied_cross_entropy`.
+        backend: see `tied_cross_entropy`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TyingError: for a model that has no softmax matrix, a quantised one, or no `labels`.
+        ValueError: for an unknown backend, or a label smoothing outside [0, 1).
+
+    Example:
+        >>> model = use_tied_loss(AutoModelForCausalLM.from_pretrained("gpt2"))
+        >>> Trainer(model=model, args=args, train_dataset=data).train()
+    """
+    inner = unwrapped(model)
+    if not enabled:
+        if isinstance(inner, TiedLossMixin):
+            inner.__class__ = taken_off(TiedLossMixin, type(inner))
+            del inner._tied_loss, inner._softmax_name
+        if (getattr(inner.config, "tying", None) or {}).get("loss") == "tied":
+            inner.config.tying = TyingConfig.from_dict(inner.config.tying).replace(loss="stock").to_dict()
+        return model
+    if backend not in BACKENDS:
+        raise ValueError(f"Unknown backend {backend!r}: expected one of {BACKENDS}.")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing={label_smoothing}: expected a number in [0, 1).")
+    _refuse_unfit(inner)
+    if not isinstance(inner, TiedLossMixin):
+        inner.__class__ = in_front(TiedLossMixin, type(inner))
+    inner._tied_loss = LossSettings(label_smoothing, memory_budget, backend)
+    inner._softmax_name = roles(inner)["output"][-1]
+    logger.info(f"{type(inner).__name__}: training steps compute their loss by blocks; their logits are None.")
+    return model
+
+
+def has_tied_loss(model: nn.Module) -> bool:
+    """Whether `use_tied_loss` is in force for `model`."""
+    return isinstance(unwrapped(model), TiedLossMixin)
+
+
+class TiedLossMixin:
+    """What `use_tied_loss` puts in front of a model's class."""
+
+    _tied_loss: LossSettings
+    _softmax_name: str
+
+    def forward(self, *args, **kwargs):
+        forward = super().forward
+        if not self.training or not torch.is_grad_enabled() or not _has_labels(type(self), self, args, kwargs):
+            return forward(*args, **kwargs)
+        matrix = find_parameter(self, self._softmax_name)
+        if not is_plain(matrix):
+            logger.warning_once(
+                f"The softmax matrix of {type(self).__name__} is a {type(matrix).__name__} (sharded over processes, "
+                "or quantised): its loss is computed by the usual path."
+            )
+            return forward(*args, **kwargs)
+        with TiedSoftmax(matrix, self._tied_loss, kwargs.get("num_items_in_batch")):
+            outputs = forward(*args, **kwargs)
+        return _without_logits(outputs)
+
+
+def _refuse_unfit(model: PreTrainedModel) -> None:
+    name = type(model).__name__
+    if "labels" not in _parameters(type(model)):
+        raise TyingError(
+            f"{name} computes no loss itself: its forward takes no `labels`. Expected a model with a head."
+        )
+    if "output" not in roles(model):
+        raise TyingError(
+            f"{name} has no softmax matrix (get_output_embeddings() has none): its loss is over no vocabulary, and "
+            "there is nothing to compute by blocks."
+        )
+    output = roles(model)["output"][-1]
+    matrix = find_parameter(model, output)
+    if matrix is None or not matrix.is_floating_point():
+        state = f"is of dtype {matrix.dtype}" if matrix is not None else why_no_parameter(model, output)
+        raise TyingError(f"The softmax matrix of {name}, {output!r}, {state}: expected a floating-point parameter.")
+
+
+@cache
+def _parameters(cls: type) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(cls.forward).parameters)
+
+
+def _has_labels(cls: type, model, args: tuple, kwargs: dict) -> bool:
+    if "labels" in kwargs or not args:
+        return kwargs.get("labels") is not None
+    names = list(_parameters(cls))[1:]
+    return dict(zip(names, args, strict=False)).get("labels") is not None
+
+
+def _without_logits(outputs):
+    """`outputs`, with `None` for logits that were never computed."""
+    if isinstance(outputs, ModelOutput):
+        return type(outputs)(**{k: None if isinstance(v, DeferredLogits) else v for k, v in outputs.items()})
+    if isinstance(outputs, tuple):
+        return tuple(None if isinstance(value, DeferredLogits) else value for value in outputs)
+    return outputs
