@@ -235,12 +235,14 @@ class DeferredLogits:
             return before, None
         return (before * after, after) if after > 0 else (None, None)
 
-    def _upstream(self, reduction: str):
+    def _upstream(self, reduction: str) -> float | torch.Tensor:
+        """What a sum will be divided by: not asked of a GPU, which would have to be waited for."""
         items = self.softmax.num_items_in_batch
-        if reduction != "sum" or items is None:
+        if reduction != "sum" or items is None or isinstance(items, torch.Tensor) and items.numel() != 1:
             return 1.0
-        items = items if isinstance(items, torch.Tensor) and items.device.type != "cpu" else float(items)
-        return 1.0 / items if isinstance(items, torch.Tensor) or items > 0 else 1.0
+        if isinstance(items, torch.Tensor) and items.device.type != "cpu":
+            return 1.0 / items.reshape(()).to(self.device, torch.float32)
+        return 1.0 / float(items) if float(items) > 0 else 1.0
 
     # --- anything else -----------------------------------------------------------------------------------------------
 

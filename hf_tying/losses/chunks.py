@@ -35,8 +35,9 @@ class Plan:
 
 
 def default_budget(vocabulary: int, width: int, itemsize: int) -> int:
-    """Bytes beside the one gradient of the matrix: as many as that one has, from 12 to 64 MiB."""
-    return min(max(vocabulary * width * itemsize, 12 * MIB), 64 * MIB)
+    """Bytes beside the one gradient of the matrix: as many as that one has, from 16 to 64 MiB, or an eighth of it."""
+    gradient = vocabulary * width * itemsize
+    return max(16 * MIB, min(gradient, 64 * MIB), gradient // 8)
 
 
 def plan_chunks(
@@ -53,7 +54,7 @@ def plan_chunks(
         tokens, width, vocabulary: N, D and V.
         itemsize: bytes of an element of the matrix, in whose dtype values are kept.
         exact_itemsize: bytes of an element of the block at work.
-        budget: bytes for the block at work and for what is kept beside the gradient.
+        budget: bytes for all that is alive beside the gradients of the matrix and of the hidden states.
         gradients: whether there is a second walk at all.
         matrix_gradient: whether the matrix is trained.
         accumulates: whether its gradient may be summed over chunks of tokens.
@@ -65,7 +66,15 @@ def plan_chunks(
         chunks = _even(0, tokens, most)
         return Plan(chunks, _blocks(_longest(chunks), vocabulary, at_work // exact_itemsize))
 
-    room = max(budget - at_work, 0) // itemsize
+    def room(rows: int) -> int:
+        """Values that the budget has room for beside the block at work and copies of `rows` hidden states.
+
+        These are: in the dtype and the scale of the products, weighted for the second walk, and the targets' rows. A
+        matrix of another dtype is converted block by block, and so is its gradient.
+        """
+        converted = 0 if accumulates else 2 * _columns(rows, vocabulary, at_work // exact_itemsize) * width
+        return max(budget - at_work - (3 * rows * width + converted) * exact_itemsize, 0) // itemsize
+
     borrowed = vocabulary * width if matrix_gradient else 0
 
     def missing(rows: int) -> int:
@@ -73,13 +82,16 @@ def plan_chunks(
         return 0 if matrix_gradient and rows <= width else max(rows * vocabulary - borrowed, 0)
 
     chunks = _even(0, tokens, max(tokens, 1))
-    later = room // max(vocabulary, 1)
-    if accumulates and missing(tokens) > room and later >= FEWEST_ROWS:
-        first = later + (width if matrix_gradient else 0)
+    later = (budget - at_work) // (vocabulary * itemsize + 3 * width * exact_itemsize)
+    if accumulates and missing(tokens) > room(tokens) and later >= FEWEST_ROWS:
+        first = later
+        if matrix_gradient:  # and as many more as its own memory holds, but for the copies of their hidden states
+            row = vocabulary * itemsize
+            first += width * row // (row + 3 * width * exact_itemsize)
         chunks = (slice(0, first), *_even(first, tokens, later))
     needed = max([missing(_longest(chunks[:1])), *(vocabulary * _longest([chunk]) for chunk in chunks[1:])])
     blocks = _blocks(_longest(chunks), vocabulary, at_work // exact_itemsize)
-    return Plan(chunks, blocks, min(room, needed))
+    return Plan(chunks, blocks, min(room(_longest(chunks)), needed))
 
 
 def _even(start: int, stop: int, most: int) -> tuple[slice, ...]:
@@ -90,7 +102,11 @@ def _even(start: int, stop: int, most: int) -> tuple[slice, ...]:
 
 
 def _blocks(rows: int, vocabulary: int, values: int) -> tuple[slice, ...]:
-    return _even(0, vocabulary, min(max(values // max(rows, 1), _NARROWEST), _WIDEST))
+    return _even(0, vocabulary, _columns(rows, vocabulary, values))
+
+
+def _columns(rows: int, vocabulary: int, values: int) -> int:
+    return min(max(values // max(rows, 1), _NARROWEST), _WIDEST, vocabulary)
 
 
 def _longest(slices) -> int:

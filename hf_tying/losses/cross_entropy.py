@@ -50,9 +50,9 @@ def tied_cross_entropy(
         logit_scale: a factor of the logits (Cohere; 1 / logits_scaling in Granite). Default 1.
         logit_softcap: logits are `cap * tanh(logits / cap)`, after the scale (Gemma 2, equation in section 2).
         class_weight: (V,), a weight for each label, as in torch.
-        memory_budget: bytes for blocks at work and values kept from forward to backward products, beside the gradient.
-            Default: as many as the gradient of `weight` has, from 12 to 64 MiB. More saves recomputation where the
-            tokens are many; there is nothing to gain once nothing is computed twice.
+        memory_budget: bytes for blocks at work and values kept from the first products to the last, beside the
+            gradient. Default: as many as the gradient of `weight` has, from 16 to 64 MiB, or an eighth of it if that
+            is more. A larger one saves computing logits twice where the tokens are many, and nothing where none is.
         backend: `"torch"`, `"liger"`, `"cce"` (if installed, on a GPU), or `"auto"`, see `hf_tying.losses.backends`.
 
     Returns:

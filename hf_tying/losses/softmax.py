@@ -107,7 +107,7 @@ class Exponentials:
 
     def read(self, block: torch.Tensor, words: slice, at: At) -> None:
         """From products to values, and what the loss needs of them."""
-        self._differences(block)
+        self._differences(block, words)
         if self.softmax.smoothing is not None:
             block[at] = 0.0
             self.smoothed += self.softmax.smoothing[words] @ block
@@ -115,12 +115,14 @@ class Exponentials:
         block[at] = 0.0
         self.others += block.sum(0)
 
-    def compute(self, block: torch.Tensor, at: At) -> None:
+    def compute(self, block: torch.Tensor, words: slice, at: At) -> None:
         """From products to values."""
-        self._differences(block).exp2_()
+        self._differences(block, words).exp2_()
         block[at] = 0.0
 
-    def _differences(self, block: torch.Tensor) -> torch.Tensor:
+    def _differences(self, block: torch.Tensor, words: slice) -> torch.Tensor:
+        if self.softmax.bias is not None:
+            block.add_(self.softmax.bias[words, None], alpha=self.scale)
         if self.softmax.softcap is None:
             return block.sub_(self.target)
         return _capped(block, self.softmax.softcap).sub_(self.target).mul_(_LOG2_E)
@@ -174,7 +176,7 @@ class Logits:
 
     def read(self, block: torch.Tensor, words: slice, at: At) -> None:
         """From products to values, and what the loss needs of them."""
-        self.compute(block, at)
+        self.compute(block, words, at)
         if self.softmax.smoothing is not None:
             self.smoothed += self.softmax.smoothing[words] @ block
         block[at] = -torch.inf
@@ -183,8 +185,10 @@ class Logits:
         self.sum = self.sum * (self.largest - base).exp() + _exp_of_difference(block, base).sum(0)
         self.largest = largest
 
-    def compute(self, block: torch.Tensor, at: At) -> None:
+    def compute(self, block: torch.Tensor, words: slice, at: At) -> None:
         """From products to values."""
+        if self.softmax.bias is not None:
+            block.add_(self.softmax.bias[words, None])
         if self.softmax.scale != 1:
             block.mul_(self.softmax.scale)
         _capped(block, self.softmax.softcap)
@@ -197,12 +201,14 @@ class Logits:
         self.normaliser = self.target + surprise
         self.losses = self.true_share * surprise
         self.at_target = -self.true_share * odds.sigmoid()
-        self.share = self.true_share
+        self.share, self.last = self.true_share, self.upstream * self.softmax.scale
         if (smoothing := self.softmax.smoothing) is not None:
             total = smoothing.sum()
             self.losses = self.losses + total * self.normaliser - self.smoothed
             self.at_target = self.at_target + total * (-surprise).exp() - smoothing[self.labels]
             self.share = self.share + total
+        else:  # one factor in place of two
+            self.share, self.at_target, self.last = self.share * self.last, self.at_target * self.last, None
         return True
 
     def differentiate(self, block: torch.Tensor, words: slice, at: At) -> None:
@@ -215,7 +221,8 @@ class Logits:
         block[at] = self.at_target[at[1]]
         if inner is not None:
             block.mul_(inner)
-        block.mul_(self.upstream * softmax.scale)
+        if self.last is not None:
+            block.mul_(self.last)
 
 
 def _capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
@@ -279,10 +286,7 @@ class _Walk:
             block = self._block(words)
             if place is not None and place.dtype == block.dtype and not kind.keeps_products:
                 block = place
-            self._products(words, block)
-            if place is not None and kind.keeps_products:
-                place.copy_(block)
-                block.copy_(place)  # as rounded as the second walk will find them
+            self._products(words, block, keep=place if kind.keeps_products else None)
             self.values.read(block, words, at)
             if place is not None and place is not block and not kind.keeps_products:
                 place.copy_(block)
@@ -291,6 +295,8 @@ class _Walk:
     def backward(self) -> None:
         """The second walk."""
         values, softmax, gradients = self.values, self.softmax, self.gradients
+        if None not in self.places:
+            self.multiplied = None  # nothing is computed again
         into_hidden = None if gradients.hidden is None else gradients.hidden[self.rows].zero_()
         weighted = self.hidden if values.factor is None else self.hidden * values.factor[:, None]
         if softmax.scale != 1 and values.factor is not None:
@@ -304,7 +310,7 @@ class _Walk:
             else:
                 block.copy_(place)  # the rows of the gradient that hold it are about to be written
             if place is None or values.keeps_products:
-                values.compute(block, at)
+                values.compute(block, words, at)
             values.differentiate(block, words, at)
             if gradients.bias is not None:
                 sums = block.sum(1) if values.factor is None else (block @ values.factor).mul_(softmax.scale)
@@ -339,14 +345,15 @@ class _Walk:
     def _matrix(self, words: slice) -> torch.Tensor:
         return self.softmax.weight[words].to(self.softmax.hidden.dtype)
 
-    def _products(self, words: slice, block: torch.Tensor) -> None:
+    def _products(self, words: slice, block: torch.Tensor, keep: torch.Tensor | None = None) -> None:
+        """Into `block`, and as they are kept into `keep`: then the first walk rounds as the second will."""
         matrix, hidden = self._matrix(words), self.multiplied.t()
-        if matrix.dtype == block.dtype:
-            torch.mm(matrix, hidden, out=block)
-        else:
-            block.copy_(matrix @ hidden)
-        if self.softmax.bias is not None:
-            block.add_(self.softmax.bias[words, None], alpha=self.values.scale)
+        out = next((place for place in (keep, block) if place is not None and place.dtype == matrix.dtype), None)
+        products = torch.mm(matrix, hidden) if out is None else torch.mm(matrix, hidden, out=out)
+        if keep is not None and products is not keep:
+            products = keep.copy_(products)
+        if products is not block:
+            block.copy_(products)
 
 
 def _add_product(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
