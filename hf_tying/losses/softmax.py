@@ -196,26 +196,29 @@ class Logits:
 
     def finish(self) -> bool:
         """The losses; nothing overflows here."""
-        odds = self.largest + self.sum.log() - self.target  # of all other words against the target, in logs
+        odds = self.largest - self.target + self.sum.log()  # of all other words against the target, in logs
         surprise = softplus(odds, threshold=80)
-        self.normaliser = self.target + surprise
+        # The largest logit and the sum relative to it stay apart: their sum would lose digits where logits are large.
+        self.base = torch.maximum(self.largest, self.target)
+        normaliser = self.sum * (self.largest - self.base).exp() + (self.target - self.base).exp()
         self.losses = self.true_share * surprise
         self.at_target = -self.true_share * odds.sigmoid()
         self.share, self.last = self.true_share, self.upstream * self.softmax.scale
         if (smoothing := self.softmax.smoothing) is not None:
             total = smoothing.sum()
-            self.losses = self.losses + total * self.normaliser - self.smoothed
+            self.losses = self.losses + total * (self.target + surprise) - self.smoothed
             self.at_target = self.at_target + total * (-surprise).exp() - smoothing[self.labels]
             self.share = self.share + total
         else:  # one factor in place of two
             self.share, self.at_target, self.last = self.share * self.last, self.at_target * self.last, None
+        self.share = self.share / normaliser
         return True
 
     def differentiate(self, block: torch.Tensor, words: slice, at: At) -> None:
         """From values to the gradient of the products."""
         softmax = self.softmax
         inner = None if softmax.softcap is None else (block / softmax.softcap).square_().neg_().add_(1)
-        _exp_of_difference(block, self.normaliser).mul_(self.share)
+        _exp_of_difference(block, self.base).mul_(self.share)
         if softmax.smoothing is not None:
             block.sub_(softmax.smoothing[words, None])
         block[at] = self.at_target[at[1]]
@@ -232,7 +235,7 @@ def _capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
 
 def _exp_of_difference(block: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     """`exp(block - base)`, in place."""
-    return torch.add(base * -_LOG2_E, block, alpha=_LOG2_E, out=block).exp2_()
+    return block.sub_(base).mul_(_LOG2_E).exp2_()
 
 
 class _Memory:
