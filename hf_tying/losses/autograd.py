@@ -30,11 +30,13 @@ class _TiedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, call: _Call):
         wanted = ctx.needs_input_grad[:3] if call.differentiable else (False, False, False)
         ctx.call, ctx.wanted, ctx.weight, ctx.run = call, wanted, weight, None
-        by_token = call.options.reduction == "none"
-        if by_token:
+        # A float16 gradient cannot be multiplied afterwards by what the backward pass brings (a loss scale): by then
+        # it would have overflowed, or be 0.
+        ctx.in_backward = call.options.reduction == "none" or wanted[1] and weight.dtype == torch.float16
+        if ctx.in_backward:
             ctx.save_for_backward(hidden, weight, bias)
-        run = _Run(hidden, weight, bias, call, (False, False, False) if by_token else wanted)
-        if any(wanted) and not by_token:
+        run = _Run(hidden, weight, bias, call, (False, False, False) if ctx.in_backward else wanted)
+        if any(wanted) and not ctx.in_backward:
             ctx.run = run
         return run.loss
 
@@ -45,8 +47,8 @@ class _TiedCrossEntropy(torch.autograd.Function):
                 "tied_cross_entropy has no gradient of its gradient (create_graph=True): use "
                 "hf_tying.losses.reference_cross_entropy for that."
             )
-        if ctx.call.options.reduction == "none":
-            run, upstream = _Run(*ctx.saved_tensors, ctx.call, ctx.wanted, by_token=upstream), None
+        if ctx.in_backward:
+            run, upstream = _Run(*ctx.saved_tensors, ctx.call, ctx.wanted, upstream=upstream), None
         elif ctx.run is None:
             raise RuntimeError(
                 "Trying to go backward through tied_cross_entropy a second time: its gradients were made in the "
@@ -65,10 +67,10 @@ class _Run:
     """One loss, and its gradients if `wanted` (of hidden, weight, bias).
 
     Args:
-        by_token: what the backward pass brings for the loss of each token, where these are not summed.
+        upstream: what the backward pass brings, where gradients are made there.
     """
 
-    def __init__(self, hidden, weight, bias, call: _Call, wanted, by_token: torch.Tensor | None = None):
+    def __init__(self, hidden, weight, bias, call: _Call, wanted, upstream: torch.Tensor | None = None):
         options = call.options
         self.shape, self.dtype = hidden.shape, hidden.dtype
         labels = call.labels.reshape(-1)
@@ -78,16 +80,20 @@ class _Run:
             self.tokens = None
         else:
             labels, flat = labels[self.tokens], flat[self.tokens]
+        products, exact = _dtypes(hidden, weight)
         with torch.autocast(hidden.device.type, enabled=False):
-            products, exact = _dtypes(hidden, weight)
             softmax = self._softmax(flat.to(products), weight, bias, labels, options, exact)
-            # In half precision what is as small as 1 / number of tokens is multiplied into the result, not before.
             self.rest = 1.0
-            if by_token is not None:
-                factor = by_token.reshape(-1) if self.tokens is None else by_token.reshape(-1)[self.tokens]
-                softmax.factor = factor.to(exact)
-            elif products == torch.float16 or weight.dtype == torch.float16:
-                self.rest = self.share
+            if upstream is not None:
+                upstream = upstream.reshape(-1).to(exact)
+                if len(upstream) > 1 and self.tokens is not None:
+                    upstream = upstream[self.tokens]
+                softmax.factor = softmax.factor * upstream * (self.share / self.expected)
+            elif products == torch.float16:
+                # What is as small as 1 / number of tokens vanishes in it, and a sum over them overflows: half way.
+                half_way = max(len(labels), 1) ** 0.5
+                self.rest = half_way * self.share
+                softmax.factor = softmax.factor / half_way
             else:
                 softmax.factor = softmax.factor * self.share
             self.gradients = _allocate(softmax, wanted)
@@ -149,7 +155,7 @@ class _Run:
         if upstream is not None:
             factor = upstream * (self.rest / self.expected)
             # On a CPU it costs nothing to see that there is nothing to multiply.
-            if factor.device.type != "cpu" or abs(float(factor) - 1) > 1e-6:
+            if factor.device.type != "cpu" or not abs(float(factor) - 1) <= 2 * torch.finfo(upstream.dtype).eps:
                 for gradient in (gradients.hidden, gradients.weight, gradients.bias):
                     if gradient is not None:
                         gradient.mul_(factor)

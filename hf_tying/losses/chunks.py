@@ -82,13 +82,11 @@ def plan_chunks(
         return 0 if matrix_gradient and rows <= width else max(rows * vocabulary - borrowed, 0)
 
     chunks = _even(0, tokens, max(tokens, 1))
-    later = (budget - at_work) // (vocabulary * itemsize + 3 * width * exact_itemsize)
+    extra = width if matrix_gradient else 0  # what the gradient's memory holds of the first chunk
+    copies = 3 * width * exact_itemsize
+    later = (budget - at_work - extra * copies) // (vocabulary * itemsize + copies)
     if accumulates and missing(tokens) > room(tokens) and later >= FEWEST_ROWS:
-        first = later
-        if matrix_gradient:  # and as many more as its own memory holds, but for the copies of their hidden states
-            row = vocabulary * itemsize
-            first += width * row // (row + 3 * width * exact_itemsize)
-        chunks = (slice(0, first), *_even(first, tokens, later))
+        chunks = (slice(0, later + extra), *_even(later + extra, tokens, later))
     needed = max([missing(_longest(chunks[:1])), *(vocabulary * _longest([chunk]) for chunk in chunks[1:])])
     blocks = _blocks(_longest(chunks), vocabulary, at_work // exact_itemsize)
     return Plan(chunks, blocks, min(room(_longest(chunks)), needed))

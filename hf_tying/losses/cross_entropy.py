@@ -1,7 +1,6 @@
 """`tied_cross_entropy`: the loss of a language model from its hidden states and its softmax matrix."""
 
 import sys
-from functools import cache
 
 import torch
 from torch import nn
@@ -61,9 +60,10 @@ def tied_cross_entropy(
 
     Raises:
         IndexError: for a label outside the vocabulary.
-        ValueError: for labels or a bias of another shape, an unknown reduction or backend.
-        RuntimeError: for mixed dtypes or devices, `hidden` and `weight` of different width, a label smoothing outside
-            [0, 1), and in the backward pass for a second one, or `create_graph=True`.
+        ValueError: for labels of another shape, an unknown reduction or backend.
+        RuntimeError: for mixed dtypes or devices, a bias or class weights of another length, `hidden` and `weight` of
+            different width, a label smoothing outside [0, 1), and in the backward pass for a second one, or
+            `create_graph=True`.
 
     Example (the reference, see `hf_tying.losses.reference`):
         >>> logits = hidden @ weight.T
@@ -77,12 +77,13 @@ def tied_cross_entropy(
 
 def cross_entropy(hidden, weight, labels, bias, options: Options, memory_budget=None, backend="auto") -> torch.Tensor:
     """`tied_cross_entropy` with its options in one."""
-    run = _untraced() if "torch._dynamo" in sys.modules else _cross_entropy
-    return run(hidden, weight, labels, bias, options, memory_budget, backend)
+    if _run is _cross_entropy and "torch._dynamo" in sys.modules:
+        _do_not_trace()
+    return _run(hidden, weight, labels, bias, options, memory_budget, backend)
 
 
 # torch.compile does not trace the walk over the vocabulary: it runs as it is, between two graphs. The mark is what
-# torch.compiler.disable sets too, which cannot be used here alone, since it imports the whole compiler.
+# torch.compiler.disable sets too, which is not used before it must, since it imports the whole compiler.
 cross_entropy._torchdynamo_disable = True
 
 
@@ -94,9 +95,12 @@ def _cross_entropy(hidden, weight, labels, bias, options: Options, memory_budget
     return compute(hidden, weight, labels, bias, options, memory_budget)
 
 
-@cache
-def _untraced():
-    return torch.compiler.disable(_cross_entropy)
+_run = _cross_entropy
+
+
+def _do_not_trace() -> None:
+    global _run
+    _run = torch.compiler.disable(_cross_entropy)
 
 
 class TiedCrossEntropy(nn.Module):

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .gradient import held_gradient, is_plain, remember
+from .gradient import held_gradient, is_plain, prepare, remember
 
 
 def tied_embedding(input_ids: torch.Tensor, weight: torch.Tensor, padding_idx: int | None = None) -> torch.Tensor:
@@ -61,6 +61,7 @@ class TiedEmbedding(nn.Embedding):
 class _TiedEmbedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input_ids, weight, padding_idx):
+        prepare()
         ctx.save_for_backward(input_ids)
         ctx.weight, ctx.padding_idx = weight, padding_idx
         return F.embedding(input_ids, weight, padding_idx)
@@ -73,7 +74,7 @@ class _TiedEmbedding(torch.autograd.Function):
                 "torch.nn.functional.embedding for that."
             )
         (input_ids,), weight = ctx.saved_tensors, ctx.weight
-        ids, rows = input_ids.reshape(-1), upstream.reshape(-1, weight.shape[1])
+        ids, rows = input_ids.reshape(-1).long(), upstream.reshape(-1, weight.shape[1])
         if ctx.padding_idx is not None:
             used = ids != ctx.padding_idx % len(weight)
             ids, rows = ids[used], rows[used]

@@ -7,11 +7,14 @@ their rows into it. It is a gradient like any other all the same: whoever comes 
 nothing depends on the others: a frozen branch, an embedding used twice or not at all, a recomputation change nothing.
 
 Two facts have to hold for a remembered gradient to be written to, and are asked of torch each time: it is the same
-backward pass, and autograd still holds the tensor, so that it is not a sum by now or somebody's copy.
+backward pass, and autograd holds the tensor, alone. It may be a sum by now that was made elsewhere, or a hook has kept
+it. Then the gradient at hand is one of its own.
 """
 
+import sys
 import weakref
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import nn
@@ -21,6 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 # as in torch.
 _PASS = getattr(torch._C, "_current_graph_task_id", None)
 _HOLDERS = getattr(torch.Tensor, "_use_count", None)
+_STORAGE_HOLDERS = getattr(torch._C, "_storage_Use_Count", None)
 
 
 @dataclass
@@ -41,16 +45,15 @@ def is_plain(tensor: torch.Tensor) -> bool:
 def held_gradient(weight: torch.Tensor) -> torch.Tensor | None:
     """In a backward pass: the gradient of `weight` that autograd holds already, to be added to in place; or `None`."""
     entry = _remembered.get(weight)
-    if entry is None or _PASS is None or entry.backward_pass != _PASS() or entry.stream != _stream(weight):
+    if entry is None or entry.backward_pass != _PASS() or entry.stream != _stream(weight):
         return None
     gradient = entry.gradient()
-    # Two holders: autograd, and the Python object that is looked at here.
-    return gradient if gradient is not None and _HOLDERS(gradient) == 2 else None
+    return gradient if gradient is not None and _holders(gradient) == prepare() else None
 
 
 def remember(weight: torch.Tensor, gradient: torch.Tensor) -> None:
     """In a backward pass: `gradient` is about to be returned to autograd for `weight`, and nobody else keeps it."""
-    if _PASS is not None and _HOLDERS is not None and _PASS() >= 0:
+    if None not in (_PASS, _HOLDERS, _STORAGE_HOLDERS) and _PASS() >= 0:
         _remembered[weight] = _Remembered(weakref.ref(gradient), _PASS(), _stream(weight))
 
 
@@ -62,6 +65,43 @@ def deliver(weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor | None
         return gradient
     held.add_(gradient)
     return None
+
+
+@cache
+def prepare() -> tuple[int, int, int] | None:
+    """The holders of a gradient that autograd alone holds: seen once, on one of a single number."""
+    if None in (_PASS, _HOLDERS, _STORAGE_HOLDERS):
+        return None
+    seen: list[tuple[int, int, int]] = []
+    with torch.enable_grad(), torch.device("cpu"):
+        weight = torch.zeros(1, requires_grad=True)
+        _Probe.apply(_Probe.apply(weight, weight, seen), weight, seen).sum().backward()
+    return seen[0]
+
+
+class _Probe(torch.autograd.Function):
+    """A use of a matrix: the first in a backward pass is remembered, the second looks at it."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, seen):
+        ctx.weight, ctx.seen = weight, seen
+        return hidden + weight
+
+    @staticmethod
+    def backward(ctx, upstream):
+        entry = _remembered.get(ctx.weight)
+        if entry is None:
+            gradient = torch.ones_like(ctx.weight)
+            remember(ctx.weight, gradient)
+            return upstream, gradient, None
+        gradient = entry.gradient()
+        ctx.seen.append(_holders(gradient))
+        return None, None, None
+
+
+def _holders(gradient: torch.Tensor) -> tuple[int, int, int]:
+    """How many hold the tensor, its memory, and its Python object."""
+    return _HOLDERS(gradient), _STORAGE_HOLDERS(gradient.untyped_storage()._cdata), sys.getrefcount(gradient)
 
 
 def _stream(weight: torch.Tensor) -> object:

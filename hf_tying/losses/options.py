@@ -47,9 +47,7 @@ def check(hidden, weight, labels, bias, options: Options) -> None:
         raise RuntimeError(f"Expected labels of dtype torch.int64, got {labels.dtype}.")
     for name, vector in (("bias", bias), ("class_weight", options.class_weight)):
         if vector is not None and vector.shape != weight.shape[:1]:
-            raise (ValueError if name == "bias" else RuntimeError)(
-                f"Expected {name} of shape {tuple(weight.shape[:1])}, got {tuple(vector.shape)}."
-            )
+            raise RuntimeError(f"Expected {name} of shape {tuple(weight.shape[:1])}, got {tuple(vector.shape)}.")
     tensors = {"hidden": hidden, "weight": weight, "bias": bias, "class_weight": options.class_weight}
     for name, tensor in tensors.items():
         if tensor is not None and not tensor.is_floating_point():

@@ -9,7 +9,7 @@ are computed again. With room for all, that is three matrix products, the least 
 With the target's logit `l_t` as the reference of each token, the loss is `log(1 + sum of exp(l_j - l_t) over j != t)`:
 no maximum to look for, and no digit lost where the model is sure. The gradient of logit j is then the kept exponential
 times a factor of its token alone, and that factor goes into the hidden states: the second walk has no work on logits.
-(`Exponentials`. Where one overflows, and where the products are in half precision: `Logits`.)
+(`Exponentials`. Where one could overflow, or the products are in half precision: `Logits`.)
 """
 
 from dataclasses import dataclass
@@ -26,6 +26,8 @@ _KEPT_AS = {torch.float16: torch.bfloat16}
 _LOG2_E = 1 / log(2)
 # An exponential or a sum of them beyond this is taken for an overflow.
 _LARGE = 1e30
+# Under a soft cap up to this, no two logits are so far apart that an exponential of their difference is 0.
+_LARGEST_CAP = 40.0
 
 
 @dataclass
@@ -74,10 +76,10 @@ def cross_entropy(softmax: Softmax, plan: Plan, gradients: Gradients) -> torch.T
     """The loss of each token, (N,) in the exact dtype; `gradients` are filled."""
     losses = torch.empty_like(softmax.factor)
     memory = _Memory(softmax, plan, gradients)
-    exact = softmax.hidden.dtype == softmax.exact
+    as_exponentials = softmax.hidden.dtype == softmax.exact and (softmax.softcap or 0.0) <= _LARGEST_CAP
     for rows in plan.tokens:
         walk = _Walk(softmax, plan, gradients, memory, rows)
-        if not exact or not walk.forward(Exponentials):
+        if not as_exponentials or not walk.forward(Exponentials):
             walk.forward(Logits)
         losses[rows] = walk.values.losses
         if gradients:
@@ -129,6 +131,7 @@ class Exponentials:
 
     def finish(self) -> bool:
         """The losses; whether nothing has overflowed. A NaN is no overflow but the answer."""
+        self.others += self.target - self.target  # an infinite logit is no number, as in torch
         surprise, normaliser = self.others.log1p(), 1 + self.others
         total, share, at_target = 0.0, self.true_share, -self.others
         if (smoothing := self.softmax.smoothing) is not None:
@@ -197,7 +200,7 @@ class Logits:
     def finish(self) -> bool:
         """The losses; nothing overflows here."""
         odds = self.largest - self.target + self.sum.log()  # of all other words against the target, in logs
-        surprise = softplus(odds, threshold=80)
+        surprise = softplus(odds + (self.target - self.target), threshold=80)  # as in torch, inf - inf is no number
         # The largest logit and the sum relative to it stay apart: their sum would lose digits where logits are large.
         self.base = torch.maximum(self.largest, self.target)
         normaliser = self.sum * (self.largest - self.base).exp() + (self.target - self.base).exp()
