@@ -9,7 +9,8 @@ is computed as it always was: right, but not by blocks, and the log says so once
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import nn
@@ -52,7 +53,13 @@ class TiedSoftmax(TorchFunctionMode):
             return DeferredLogits.of(self, *args, **kwargs)
         if function is F.embedding and self._is_matrix(_argument(args, kwargs, 1, "weight")):
             return _embedding(*args, **kwargs)
+        if function is F.cross_entropy and self._is_over_words(args[0]) and not kwargs.get("label_smoothing"):
+            kwargs = {**kwargs, "label_smoothing": self.settings.label_smoothing}
         return function(*args, **kwargs)
+
+    def _is_over_words(self, logits) -> bool:
+        """Logits that could not be deferred: an adapter on the head has added to them."""
+        return isinstance(logits, torch.Tensor) and logits.ndim > 1 and logits.shape[1] == len(self.matrix)
 
     def _is_matrix(self, weight) -> bool:
         """The parameter itself, or the view of it that a `RoleMeter` puts in its place."""
@@ -69,26 +76,39 @@ def _embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, sc
     return tied_embedding(input, weight, padding_idx)
 
 
-@dataclass(frozen=True)
+class _Family:
+    """All that was made of one product: once one of them is whole, and may be written into, all are."""
+
+    whole = False
+
+
 class DeferredLogits:
-    """`steps` applied to `hidden @ weight.T + bias`, shaped like `hidden` with V in the place of D."""
+    """`steps` applied to `hidden @ weight.T + bias`, shaped like `hidden` with V in the place of D.
 
-    softmax: TiedSoftmax
-    hidden: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    dtype: torch.dtype
-    #: Factors, and `None` for a tanh.
-    steps: tuple[float | None, ...] = ()
+    Attributes:
+        hidden: (..., D).
+        weight: (V, D).
+        bias: (V,) or `None`.
+        dtype: that the logits would have.
+        steps: factors, in their order, and `None` for a tanh.
+    """
 
-    # Python's fallback, asking for items until there is none, would compute them.
-    __iter__ = None
+    def __init__(self, softmax: TiedSoftmax, hidden, weight, bias, dtype, make: Callable, steps=(), family=None):
+        self.softmax, self.hidden, self.weight, self.bias, self.dtype = softmax, hidden, weight, bias, dtype
+        self.steps: tuple[float | None, ...] = steps
+        self._make, self._made, self._family = make, None, family or _Family()
 
     @classmethod
-    def of(cls, softmax: TiedSoftmax, hidden, weight, bias=None) -> DeferredLogits:
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        return cls(softmax, hidden, weight, bias, dtype)
+    def of(cls, softmax: TiedSoftmax, input, weight, bias=None) -> DeferredLogits:
+        """In the place of `torch.nn.functional.linear(input, weight, bias)`."""
+        device = input.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+
+        def product():
+            products = input @ weight.t()  # not F.linear, which would be deferred again
+            return products if bias is None else products + bias
+
+        return cls(softmax, input, weight, bias, dtype, product)
 
     # --- what a tensor is asked --------------------------------------------------------------------------------------
 
@@ -104,6 +124,10 @@ class DeferredLogits:
     def ndim(self) -> int:
         return self.hidden.ndim
 
+    @property
+    def requires_grad(self) -> bool:
+        return self.hidden.requires_grad or self.weight.requires_grad
+
     def dim(self) -> int:
         return self.hidden.ndim
 
@@ -113,83 +137,100 @@ class DeferredLogits:
     def __len__(self) -> int:
         return self.shape[0]
 
+    def __iter__(self):
+        # transformers' ModelOutput tries this on its first field, where FSMT's decoder puts logits.
+        raise TypeError(
+            "Logits that are deferred (use_tied_loss) are not iterable. For a model that iterates over its logits in a "
+            "training step: use_tied_loss(model, False)."
+        )
+
     # --- what is noted down ------------------------------------------------------------------------------------------
 
-    def float(self) -> DeferredLogits:
-        return replace(self, dtype=torch.float32)
+    def _noted(self, operation: Callable[[torch.Tensor], torch.Tensor], **changes) -> DeferredLogits | torch.Tensor:
+        """What `operation` makes of these logits: themselves with `changes`, as long as all are deferred."""
+        if self._family.whole:
+            return operation(self._logits())
+        state = {name: getattr(self, name) for name in ("softmax", "hidden", "weight", "bias", "dtype", "steps")}
+        return DeferredLogits(**state | changes, make=lambda: operation(self._logits()), family=self._family)
+
+    def float(self):
+        return self._noted(lambda logits: logits.float(), dtype=torch.float32)
 
     def to(self, *args, **kwargs):
         dtype, device = torch._C._nn._parse_to(*_without_tensor(args), **kwargs)[1::-1]
         if device is not None and torch.empty(0, device=device).device != self.device:
             return self.whole("to another device").to(*args, **kwargs)
-        return self if dtype is None else replace(self, dtype=dtype)
+        return self._noted(lambda logits: logits.to(*args, **kwargs), dtype=dtype or self.dtype)
 
-    def contiguous(self, *args, **kwargs) -> DeferredLogits:
-        return self
+    def contiguous(self, *args, **kwargs):
+        return self._noted(lambda logits: logits.contiguous(*args, **kwargs))
 
-    def view(self, *shape):
-        return self._reshaped(shape, "view")
+    def view(self, *shape, **kwargs):
+        return self._reshaped("view", shape, kwargs)
 
-    def reshape(self, *shape):
-        return self._reshaped(shape, "reshape")
+    def reshape(self, *shape, **kwargs):
+        return self._reshaped("reshape", shape, kwargs)
 
-    def _reshaped(self, shape: tuple, name: str):
-        shape = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
-        words = len(self.weight)
-        lead = self.hidden.shape[:-1].numel()
+    def _reshaped(self, name: str, args: tuple, kwargs: dict):
+        shape = tuple(args[0]) if len(args) == 1 and isinstance(args[0], tuple | list) else args
+        words, lead = len(self.weight), self.hidden.shape[:-1].numel()
         known = [size for size in shape[:-1] if size != -1]
-        # -1 at the end means the words only where the sizes before it say so.
-        last_is_words = bool(shape) and (
-            shape[-1] == words
-            or shape[-1] == -1
-            and len(known) == len(shape) - 1
-            and torch.Size(known).numel() == lead
-        )
-        if not last_is_words:
-            return getattr(self.whole(name), name)(*shape)
-        return replace(self, hidden=self.hidden.reshape(*shape[:-1], self.hidden.shape[-1]))
+        keeps_words = bool(shape) and not kwargs and all(isinstance(size, int) for size in shape)
+        if keeps_words and shape[-1] == -1:  # the words, where the sizes before it say so
+            keeps_words = len(known) == len(shape) - 1 and torch.Size(known).numel() == lead
+        elif keeps_words:
+            keeps_words = shape[-1] == words
+        if not keeps_words:
+            return getattr(self.whole(name), name)(*args, **kwargs)
+        hidden = self.hidden.reshape(*shape[:-1], self.hidden.shape[-1])
+        return self._noted(lambda logits: getattr(logits, name)(*args), hidden=hidden)
 
     def __getitem__(self, index):
         parts = index if isinstance(index, tuple) else (index,)
-        simple = all(isinstance(part, int | slice | torch.Tensor) or part is Ellipsis for part in parts)
-        if simple:
-            taken = sum(
-                part.ndim if isinstance(part, torch.Tensor) and part.dtype == torch.bool else 1
-                for part in parts
-                if part is not Ellipsis
-            )
-            whole_rows = isinstance(parts[-1], slice) and parts[-1] == slice(None)
-            if Ellipsis in [part for part in parts if not isinstance(part, torch.Tensor)]:
-                leaves_words = whole_rows
-            else:
-                leaves_words = taken < self.ndim or whole_rows
-            if leaves_words:
-                return replace(self, hidden=self.hidden[index])
-        return self.whole("an index into the words")[index]
+        if not self._leaves_words(parts):
+            return self.whole("an index into the words")[index]
+        return self._noted(lambda logits: logits[index], hidden=self.hidden[index])
+
+    def _leaves_words(self, parts: tuple) -> bool:
+        """Whether an index chooses among the tokens only, so that it is one of the hidden states too."""
+        if not parts or not all(isinstance(part, int | slice | torch.Tensor) or part is Ellipsis for part in parts):
+            return False
+        if isinstance(parts[-1], slice) and parts[-1] == slice(None):
+            return True
+        masks = [part.ndim for part in parts if isinstance(part, torch.Tensor) and part.dtype == torch.bool]
+        return all(part is not Ellipsis for part in parts) and len(parts) - len(masks) + sum(masks) < self.ndim
 
     def __add__(self, other):
-        words = len(self.weight)
-        if not self.steps and isinstance(other, torch.Tensor) and other.shape in ((words,), (1, words), (1, 1, words)):
-            return replace(self, bias=other.reshape(-1) if self.bias is None else self.bias + other.reshape(-1))
-        return self.whole("a sum") + other
+        words = (len(self.weight),)
+        is_bias = isinstance(other, torch.Tensor) and other.ndim <= self.ndim and other.shape[-1:] == words
+        if not is_bias or other.numel() != words[0] or self.steps:
+            return self.whole("a sum") + other
+        bias = other.reshape(-1) if self.bias is None else self.bias + other.reshape(-1)
+        return self._noted(
+            lambda logits: logits + other, bias=bias, dtype=torch.promote_types(self.dtype, other.dtype)
+        )
 
     __radd__ = __add__
 
     def __mul__(self, factor):
-        return self._step(_number(factor)) if _number(factor) is not None else self.whole("a product") * factor
+        if (number := _number(factor)) is None:
+            return self.whole("a product") * factor
+        return self._noted(lambda logits: logits * factor, steps=(*self.steps, number))
 
-    __rmul__ = __mul__
+    __rmul__ = mul = __mul__
 
     def __truediv__(self, divisor):
-        return self * (1 / _number(divisor)) if _number(divisor) else self.whole("a quotient") / divisor
+        if not (number := _number(divisor)):
+            return self.whole("a quotient") / divisor
+        return self._noted(lambda logits: logits / divisor, steps=(*self.steps, 1 / number))
 
-    mul, div = __mul__, __truediv__
+    def div(self, divisor, **kwargs):
+        return self.whole("a quotient").div(divisor, **kwargs) if kwargs else self / divisor
 
     def tanh(self):
-        return self.whole("a second tanh").tanh() if None in self.steps else self._step(None)
-
-    def _step(self, step: float | None) -> DeferredLogits:
-        return replace(self, steps=(*self.steps, step))
+        if None in self.steps:
+            return self.whole("a second tanh").tanh()
+        return self._noted(torch.tanh, steps=(*self.steps, None))
 
     # --- the loss ----------------------------------------------------------------------------------------------------
 
@@ -199,38 +240,31 @@ class DeferredLogits:
     ) -> torch.Tensor:  # fmt: skip
         """`torch.nn.functional.cross_entropy` of these logits, with its arguments."""
         settings = self.softmax.settings
-        smoothing = label_smoothing or settings.label_smoothing
-        by_class = target.ndim == self.ndim - 1 and self.ndim <= 2 and target.dtype == torch.int64
+        label_smoothing = label_smoothing or settings.label_smoothing
         scale, cap = self._scale_and_cap()
-        if not by_class or size_average is not None or reduce is not None or scale is None:
+        by_word = target.ndim == self.ndim - 1 and self.ndim <= 2 and target.dtype == torch.int64
+        if not by_word or size_average is not None or reduce is not None or scale is None or self._family.whole:
             return F.cross_entropy(
-                self.whole("this kind of loss"),
-                target,
-                weight,
-                size_average,
-                ignore_index,
-                reduce,
-                reduction,
-                smoothing,
-            )
+                self.whole("this kind of loss"), target, weight, size_average, ignore_index, reduce, reduction,
+                label_smoothing,
+            )  # fmt: skip
         options = Options(
             ignore_index=ignore_index,
-            label_smoothing=smoothing,
+            label_smoothing=label_smoothing,
             reduction=reduction,
             logit_scale=scale,
             logit_softcap=cap,
             class_weight=weight,
             upstream=self._upstream(reduction),
         )
-        hidden, autocast = self.hidden, torch.is_autocast_enabled(self.device.type)
-        if not autocast and hidden.dtype != self.weight.dtype:
-            hidden = hidden.to(self.weight.dtype)
-        return cross_entropy(hidden, self.weight, target, self.bias, options, settings.memory_budget, settings.backend)
+        return cross_entropy(
+            self.hidden, self.weight, target, self.bias, options, settings.memory_budget, settings.backend
+        )
 
     def _scale_and_cap(self) -> tuple[float | None, float | None]:
         """`cap * tanh(a * products)` is a soft cap of `a * cap * products`; a scale of `None`: neither form fits."""
         at = self.steps.index(None) if None in self.steps else len(self.steps)
-        before, after = _product(self.steps[:at]), _product(self.steps[at + 1 :])
+        before, after = prod(self.steps[:at]), prod(self.steps[at + 1 :])
         if at == len(self.steps):
             return before, None
         return (before * after, after) if after > 0 else (None, None)
@@ -247,16 +281,17 @@ class DeferredLogits:
     # --- anything else -----------------------------------------------------------------------------------------------
 
     def whole(self, why: str) -> torch.Tensor:
-        """The logits themselves, as the model's own forward makes them."""
+        """The logits themselves, as the model's own forward makes them: one tensor, which may be written into."""
         logger.warning_once(
             f"The logits are needed whole ({why}), so this loss is not computed by blocks; it is right all the same."
         )
-        logits = self.hidden @ self.weight.t()  # not F.linear, which would be deferred again
-        if self.bias is not None:
-            logits = logits + self.bias
-        for step in self.steps:
-            logits = torch.tanh(logits) if step is None else logits * step
-        return logits.to(self.dtype)
+        self._family.whole = True
+        return self._logits()
+
+    def _logits(self) -> torch.Tensor:
+        if self._made is None:
+            self._made = self._make()
+        return self._made
 
     def __getattr__(self, name: str):
         if name.startswith("__"):
@@ -274,11 +309,32 @@ class DeferredLogits:
             ours, other = args if isinstance(args[0], cls) else args[::-1]
             return ours + other
         name = getattr(function, "__name__", str(function))
+        return function(*_whole(args, name), **_whole(kwargs, name))
 
-        def known(value):
-            return value.whole(name) if isinstance(value, cls) else value
 
-        return function(*map(known, args), **{key: known(value) for key, value in kwargs.items()})
+def _by_whole(name: str) -> Callable:
+    return lambda self, *args: getattr(self.whole(name), name)(*args)
+
+
+# Python looks these up on the class, not by `__getattr__`.
+for _name in (
+    *("sub", "rsub", "rtruediv", "floordiv", "rfloordiv", "mod", "rmod", "pow", "rpow", "matmul", "rmatmul"),
+    *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "neg", "pos", "abs", "invert"),
+    *("and", "or", "xor", "lt", "le", "gt", "ge", "eq", "ne", "bool", "int", "float", "contains", "setitem"),
+):
+    setattr(DeferredLogits, f"__{_name}__", _by_whole(f"__{_name}__"))
+DeferredLogits.__hash__ = object.__hash__
+
+
+def _whole(value, why: str):
+    """`value` with logits for deferred ones, in lists and dicts too."""
+    if isinstance(value, DeferredLogits):
+        return value.whole(why)
+    if isinstance(value, tuple | list):
+        return type(value)(_whole(part, why) for part in value)
+    if isinstance(value, dict):
+        return {key: _whole(part, why) for key, part in value.items()}
+    return value
 
 
 def _number(value) -> float | None:
@@ -286,13 +342,6 @@ def _number(value) -> float | None:
     if isinstance(value, torch.Tensor):
         return None if value.requires_grad or value.numel() != 1 else float(value)
     return float(value) if isinstance(value, int | float) else None
-
-
-def _product(factors: tuple) -> float:
-    result = 1.0
-    for factor in factors:
-        result *= factor
-    return result
 
 
 def _without_tensor(args: tuple) -> tuple:

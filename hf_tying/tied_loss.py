@@ -57,7 +57,8 @@ def use_tied_loss(
         The same model.
 
     Raises:
-        TyingError: for a model that has no softmax matrix, a quantised one, or no `labels`.
+        TyingError: for a model that has no softmax matrix, a quantised one, or no `labels`, and for one that
+            Accelerate has prepared already.
         ValueError: for an unknown backend, or a label smoothing outside [0, 1).
 
     Example:
@@ -76,7 +77,7 @@ def use_tied_loss(
         raise ValueError(f"Unknown backend {backend!r}: expected one of {BACKENDS}.")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing={label_smoothing}: expected a number in [0, 1).")
-    _refuse_unfit(inner)
+    refuse_without_softmax(inner)
     if not isinstance(inner, TiedLossMixin):
         inner.__class__ = in_front(TiedLossMixin, type(inner))
     inner._tied_loss = LossSettings(label_smoothing, memory_budget, backend)
@@ -112,8 +113,18 @@ class TiedLossMixin:
         return _without_logits(outputs)
 
 
-def _refuse_unfit(model: PreTrainedModel) -> None:
+def refuse_without_softmax(model: PreTrainedModel) -> None:
+    """Whether `use_tied_loss` can have `model`.
+
+    Raises:
+        TyingError: with the reason.
+    """
     name = type(model).__name__
+    if "forward" in vars(model) and not isinstance(model, TiedLossMixin):
+        raise TyingError(
+            f"The forward of this {name} is wrapped already (by Accelerate's prepare or dispatch_model): what is put "
+            "in front of its class would not be run. Call use_tied_loss(model) before."
+        )
     if "labels" not in _parameters(type(model)):
         raise TyingError(
             f"{name} computes no loss itself: its forward takes no `labels`. Expected a model with a head."

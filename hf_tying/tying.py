@@ -19,7 +19,7 @@ from .groups import (
 from .modeling import TiedModelMixin, set_groups, tied_class
 from .parameters import actual_groups, difference, find_parameter, named_slots, same_values, separate
 from .record import write_config
-from .tied_loss import use_tied_loss
+from .tied_loss import refuse_without_softmax, use_tied_loss
 from .vocabulary import vocabularies_of
 
 logger = logging.get_logger(__name__)
@@ -66,6 +66,8 @@ def tie(
     """
     refuse_unfit(model, "tie")
     config = TyingConfig.of(scheme_or_groups)
+    if config.loss == "tied":
+        refuse_without_softmax(model)
     if on_conflict is not None:
         config = config.replace(on_conflict=on_conflict)
     groups = _planned(model, config)
