@@ -93,13 +93,13 @@ class DeferredLogits:
         steps: factors, in their order, and `None` for a tanh.
     """
 
-    def __init__(self, softmax: TiedSoftmax, hidden, weight, bias, dtype, make: Callable, steps=(), family=None):
-        self.softmax, self.hidden, self.weight, self.bias, self.dtype = softmax, hidden, weight, bias, dtype
+    def __init__(self, by: TiedSoftmax, hidden, weight, bias, dtype, make: Callable, steps=(), family=None):
+        self._by, self.hidden, self.weight, self.bias, self.dtype = by, hidden, weight, bias, dtype
         self.steps: tuple[float | None, ...] = steps
         self._make, self._made, self._family = make, None, family or _Family()
 
     @classmethod
-    def of(cls, softmax: TiedSoftmax, input, weight, bias=None) -> DeferredLogits:
+    def of(cls, by: TiedSoftmax, input, weight, bias=None) -> DeferredLogits:
         """In the place of `torch.nn.functional.linear(input, weight, bias)`."""
         device = input.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
@@ -108,7 +108,7 @@ class DeferredLogits:
             products = input @ weight.t()  # not F.linear, which would be deferred again
             return products if bias is None else products + bias
 
-        return cls(softmax, input, weight, bias, dtype, product)
+        return cls(by, input, weight, bias, dtype, product)
 
     # --- what a tensor is asked --------------------------------------------------------------------------------------
 
@@ -140,8 +140,8 @@ class DeferredLogits:
     def __iter__(self):
         # transformers' ModelOutput tries this on its first field, where FSMT's decoder puts logits.
         raise TypeError(
-            "Logits that are deferred (use_tied_loss) are not iterable. For a model that iterates over its logits in a "
-            "training step: use_tied_loss(model, False)."
+            "Logits that are deferred (use_tied_loss) are not iterable. For a model that iterates over its logits in "
+            "a training step: use_tied_loss(model, False)."
         )
 
     # --- what is noted down ------------------------------------------------------------------------------------------
@@ -150,8 +150,9 @@ class DeferredLogits:
         """What `operation` makes of these logits: themselves with `changes`, as long as all are deferred."""
         if self._family.whole:
             return operation(self._logits())
-        state = {name: getattr(self, name) for name in ("softmax", "hidden", "weight", "bias", "dtype", "steps")}
-        return DeferredLogits(**state | changes, make=lambda: operation(self._logits()), family=self._family)
+        state = {name: getattr(self, name) for name in ("hidden", "weight", "bias", "dtype", "steps")}
+        make = lambda: operation(self._logits())  # noqa: E731
+        return DeferredLogits(self._by, **state | changes, make=make, family=self._family)
 
     def float(self):
         return self._noted(lambda logits: logits.float(), dtype=torch.float32)
@@ -239,7 +240,7 @@ class DeferredLogits:
         label_smoothing=0.0,
     ) -> torch.Tensor:  # fmt: skip
         """`torch.nn.functional.cross_entropy` of these logits, with its arguments."""
-        settings = self.softmax.settings
+        settings = self._by.settings
         label_smoothing = label_smoothing or settings.label_smoothing
         scale, cap = self._scale_and_cap()
         by_word = target.ndim == self.ndim - 1 and self.ndim <= 2 and target.dtype == torch.int64
@@ -271,7 +272,7 @@ class DeferredLogits:
 
     def _upstream(self, reduction: str) -> float | torch.Tensor:
         """What a sum will be divided by: not asked of a GPU, which would have to be waited for."""
-        items = self.softmax.num_items_in_batch
+        items = self._by.num_items_in_batch
         if reduction != "sum" or items is None or isinstance(items, torch.Tensor) and items.numel() != 1:
             return 1.0
         if isinstance(items, torch.Tensor) and items.device.type != "cpu":
