@@ -334,7 +334,7 @@ def declare(model: PreTrainedModel, groups: list[TieGroup]) -> None:
             continue
         if held and not isinstance(sub, TiedModelMixin):
             sub.__class__ = tied_class(type(sub))
-        elif prefix and not held and TiedModelMixin in _put_in_front(type(sub)):
+        elif prefix and not held and TiedModelMixin in put_in_front(type(sub)):
             # Put under the mixin when it was made, by the config that it shares with the outer model.
             sub.__class__ = taken_off(TiedModelMixin, type(sub))
             sub.__dict__.pop("tie_groups", None)
@@ -377,9 +377,9 @@ def in_front(mixin: type, stock: type[PreTrainedModel]) -> type[PreTrainedModel]
     return type(stock.__name__, (mixin, stock), body)
 
 
-def _put_in_front(cls: type) -> list[type]:
+def put_in_front(cls: type) -> list[type]:
     """The mixins that `in_front` has put on `cls`, from the last one on."""
-    return [cls._mixin, *_put_in_front(cls._stock_class)] if "_mixin" in vars(cls) else []
+    return [cls._mixin, *put_in_front(cls._stock_class)] if "_mixin" in vars(cls) else []
 
 
 def taken_off(mixin: type, cls: type[PreTrainedModel]) -> type[PreTrainedModel]:

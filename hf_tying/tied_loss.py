@@ -13,7 +13,7 @@ from .deferred_logits import DeferredLogits, LossSettings, TiedSoftmax
 from .groups import roles
 from .losses.backends import BACKENDS
 from .losses.gradient import is_plain
-from .modeling import in_front, taken_off
+from .modeling import in_front, put_in_front, taken_off
 from .parameters import find_parameter, why_no_parameter
 from .verify import unwrapped
 
@@ -67,9 +67,11 @@ def use_tied_loss(
     """
     inner = unwrapped(model)
     if not enabled:
-        if isinstance(inner, TiedLossMixin):
+        if TiedLossMixin in put_in_front(type(inner)):
             inner.__class__ = taken_off(TiedLossMixin, type(inner))
             del inner._tied_loss, inner._softmax_name
+        elif isinstance(inner, TiedLossMixin):  # under a class of somebody else's: FSDP2
+            inner._tied_loss = None
         if (getattr(inner.config, "tying", None) or {}).get("loss") == "tied":
             inner.config.tying = TyingConfig.from_dict(inner.config.tying).replace(loss="stock").to_dict()
         return model
@@ -88,18 +90,19 @@ def use_tied_loss(
 
 def has_tied_loss(model: nn.Module) -> bool:
     """Whether `use_tied_loss` is in force for `model`."""
-    return isinstance(unwrapped(model), TiedLossMixin)
+    return getattr(unwrapped(model), "_tied_loss", None) is not None
 
 
 class TiedLossMixin:
     """What `use_tied_loss` puts in front of a model's class."""
 
-    _tied_loss: LossSettings
+    _tied_loss: LossSettings | None
     _softmax_name: str
 
     def forward(self, *args, **kwargs):
         forward = super().forward
-        if not self.training or not torch.is_grad_enabled() or not _has_labels(type(self), self, args, kwargs):
+        in_step = self._tied_loss is not None and self.training and torch.is_grad_enabled()
+        if not in_step or not _has_labels(type(self), args, kwargs):
             return forward(*args, **kwargs)
         matrix = find_parameter(self, self._softmax_name)
         if not is_plain(matrix):
@@ -146,7 +149,7 @@ def _parameters(cls: type) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(cls.forward).parameters)
 
 
-def _has_labels(cls: type, model, args: tuple, kwargs: dict) -> bool:
+def _has_labels(cls: type, args: tuple, kwargs: dict) -> bool:
     if "labels" in kwargs or not args:
         return kwargs.get("labels") is not None
     names = list(_parameters(cls))[1:]
