@@ -8,7 +8,8 @@ nothing depends on the others: a frozen branch, an embedding used twice or not a
 
 Two facts have to hold for a remembered gradient to be written to, and are asked of torch each time: it is the same
 backward pass, and autograd holds the tensor, alone. It may be a sum by now that was made elsewhere, or a hook has kept
-it. Then the gradient at hand is one of its own.
+it. Then the gradient at hand is one of its own. (What cannot be seen: a hook of the loss's node that makes this
+gradient the `grad` of another tensor, in a step with one more dense use of the matrix. Such a hook must copy it.)
 """
 
 import sys
