@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -79,7 +80,9 @@ def _embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, sc
 class _Family:
     """All that was made of one product: once one of them is whole, and may be written into, all are."""
 
-    whole = False
+    def __init__(self):
+        self.whole = False
+        self.members: WeakSet[DeferredLogits] = WeakSet()
 
 
 class DeferredLogits:
@@ -97,6 +100,7 @@ class DeferredLogits:
         self._by, self.hidden, self.weight, self.bias, self.dtype = by, hidden, weight, bias, dtype
         self.steps: tuple[float | None, ...] = steps
         self._make, self._made, self._family = make, None, family or _Family()
+        self._family.members.add(self)
 
     @classmethod
     def of(cls, by: TiedSoftmax, input, weight, bias=None) -> DeferredLogits:
@@ -286,7 +290,10 @@ class DeferredLogits:
         logger.warning_once(
             f"The logits are needed whole ({why}), so this loss is not computed by blocks; it is right all the same."
         )
-        self._family.whole = True
+        if not self._family.whole:
+            self._family.whole = True
+            for member in list(self._family.members):
+                member._logits()  # before anything is written: a copy stays what it was
         return self._logits()
 
     def _logits(self) -> torch.Tensor:

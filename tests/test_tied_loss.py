@@ -1347,16 +1347,19 @@ class TestDeferredLogits:
         return [value.detach(), *(None if x is None else x.grad for x in leaves)]
 
     def test_it_answers_what_a_tensor_is_asked(self):
-        (logits, _), (real, _) = deferred(2, 5)
-        for ask in (
+        other = torch.zeros(2, dtype=torch.float64)
+        for number, ask in enumerate((
             lambda x: x.shape, lambda x: x.size(), lambda x: x.size(-1), lambda x: x.size(0), lambda x: x.ndim,
             lambda x: x.dim(), lambda x: len(x), lambda x: x.device, lambda x: x.dtype, lambda x: x.numel(),
-            lambda x: x.to(torch.bfloat16).dtype, lambda x: x.to(real).dtype,
-            lambda x: x.to("cpu", torch.float64).dtype,
-            lambda x: x.float().dtype, lambda x: x.to(torch.float64).float().dtype, lambda x: x[0].shape,
-            lambda x: x[:, -1].shape, lambda x: x.view(-1, WORDS).shape, lambda x: x.requires_grad,
-        ):  # fmt: skip
-            assert ask(logits) == ask(real)
+            lambda x: x.to(torch.bfloat16).dtype, lambda x: x.to(other).dtype, lambda x: x.requires_grad,
+            lambda x: x.to("cpu", torch.float64).dtype, lambda x: x.to("cpu").dtype, lambda x: x[0].shape,
+            lambda x: x.float().dtype, lambda x: x.to(torch.float64).float().dtype, lambda x: x[:, -1].shape,
+            lambda x: x.view(-1, WORDS).shape, lambda x: (x + torch.ones(WORDS, dtype=torch.float64)).dtype,
+            lambda x: (x + torch.ones(WORDS, dtype=torch.bfloat16)).dtype, lambda x: (x * 2).dtype,
+            lambda x: (x[0] + torch.ones(1, 1, WORDS)).shape, lambda x: torch.tanh(x).shape,
+        )):  # fmt: skip
+            (logits, _), (real, _) = deferred(2, 5)
+            assert ask(logits) == ask(real), number
 
     @pytest.mark.parametrize("names, by_blocks", [
         ((), True), (("view",), True), (("transpose",), False), (("probabilities",), False), (("words",), False),
@@ -1445,7 +1448,8 @@ class TestDeferredLogits:
         for logits, _ in deferred(2, 5):
             later = shared(logits)
             shared(logits)[..., 0] = 5.0
-            values.append((logits.sum(0).detach(), later.sum(0).detach(), shared(logits).sum(0).detach()))
+            loss = F.cross_entropy(shared(logits).view(-1, WORDS)[:5], torch.arange(5))
+            values.append((loss.detach(), logits.sum(0).detach(), later.sum(0).detach()))
         assert all(same(a, b, 1e-5) for a, b in zip(*values, strict=True))
 
     def test_it_is_not_iterated_over_and_says_what_to_do(self):

@@ -131,7 +131,7 @@ class Exponentials:
 
     def finish(self) -> bool:
         """The losses; whether nothing has overflowed. A NaN is no overflow but the answer."""
-        self.others += self.target - self.target  # an infinite logit is no number, as in torch
+        self.others += _nan_where_infinite(self.target)
         surprise, normaliser = self.others.log1p(), 1 + self.others
         total, share, at_target = 0.0, self.true_share, -self.others
         if (smoothing := self.softmax.smoothing) is not None:
@@ -200,7 +200,7 @@ class Logits:
     def finish(self) -> bool:
         """The losses; nothing overflows here."""
         odds = self.largest - self.target + self.sum.log()  # of all other words against the target, in logs
-        surprise = softplus(odds + (self.target - self.target), threshold=80)  # as in torch, inf - inf is no number
+        surprise = softplus(odds + _nan_where_infinite(self.target), threshold=80)
         # The largest logit and the sum relative to it stay apart: their sum would lose digits where logits are large.
         self.base = torch.maximum(self.largest, self.target)
         normaliser = self.sum * (self.largest - self.base).exp() + (self.target - self.base).exp()
@@ -229,6 +229,12 @@ class Logits:
             block.mul_(inner)
         if self.last is not None:
             block.mul_(self.last)
+
+
+def _nan_where_infinite(target: torch.Tensor) -> torch.Tensor:
+    """0, and NaN for a NaN or for infinity: as in torch, where such a logit meets its equal in inf - inf."""
+    above = target.clamp(min=0)
+    return above - above
 
 
 def _capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
