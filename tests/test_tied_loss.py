@@ -1448,7 +1448,7 @@ class TestDeferredLogits:
         for logits, _ in deferred(2, 5):
             later = shared(logits)
             shared(logits)[..., 0] = 5.0
-            loss = F.cross_entropy(shared(logits).view(-1, WORDS)[:5], torch.arange(5))
+            loss = F.cross_entropy(shared(logits).reshape(-1, WORDS)[:5], torch.arange(5))
             values.append((loss.detach(), logits.sum(0).detach(), later.sum(0).detach()))
         assert all(same(a, b, 1e-5) for a, b in zip(*values, strict=True))
 
