@@ -47,10 +47,12 @@ class TiedSoftmax(TorchFunctionMode):
     def __init__(self, matrix: nn.Parameter, settings: LossSettings, num_items_in_batch=None):
         super().__init__()
         self.matrix, self.settings, self.num_items_in_batch = matrix, settings, num_items_in_batch
+        self.deferred = False  # whether there has been such a product
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function is F.linear and self._is_matrix(_argument(args, kwargs, 1, "weight")):
+            self.deferred = True
             return DeferredLogits.of(self, *args, **kwargs)
         if function is F.embedding and self._is_matrix(_argument(args, kwargs, 1, "weight")):
             return _embedding(*args, **kwargs)

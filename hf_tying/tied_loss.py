@@ -42,6 +42,8 @@ def use_tied_loss(
     Nothing is recorded in the config; `TyingConfig(loss="tied")` is the same as a declaration, kept in the file. The
     model may be tied or not.
 
+    Gradients of such a step can be taken once: a second backward pass through it (`retain_graph=True`) is an error.
+
     `Trainer(label_smoothing_factor=...)` takes the labels from the model and needs its logits: that works as before,
     whole. To smooth by blocks, say so here instead.
 
@@ -111,8 +113,14 @@ class TiedLossMixin:
                 "or quantised): its loss is computed by the usual path."
             )
             return forward(*args, **kwargs)
-        with TiedSoftmax(matrix, self._tied_loss, kwargs.get("num_items_in_batch")):
+        softmax = TiedSoftmax(matrix, self._tied_loss, kwargs.get("num_items_in_batch"))
+        with softmax:
             outputs = forward(*args, **kwargs)
+        if not softmax.deferred and not torch.compiler.is_compiling():
+            logger.warning_once(
+                f"{type(self).__name__} does not multiply by {self._softmax_name!r} itself (it makes another matrix "
+                "of it, or an adapter stands in for it): its loss is computed by the usual path."
+            )
         return _without_logits(outputs)
 
 

@@ -19,7 +19,7 @@ from .groups import (
 from .modeling import TiedModelMixin, set_groups, tied_class
 from .parameters import actual_groups, difference, find_parameter, named_slots, same_values, separate
 from .record import write_config
-from .tied_loss import refuse_without_softmax, use_tied_loss
+from .tied_loss import has_tied_loss, refuse_without_softmax, use_tied_loss
 from .vocabulary import vocabularies_of
 
 logger = logging.get_logger(__name__)
@@ -81,7 +81,7 @@ def tie(
                 find_parameter(model, group.root).copy_(values)  # the root keeps its identity
     loss = {} if config.loss == "stock" else {"loss": config.loss}  # not named, it stays as it is
     _take_over(model, groups, on_conflict=config.on_conflict, save_format=config.save_format, **loss)
-    return use_tied_loss(model) if loss else model
+    return use_tied_loss(model) if loss and not has_tied_loss(model) else model
 
 
 def untie(model: PreTrainedModel, names: list[str] | str | None = None) -> PreTrainedModel:

@@ -138,7 +138,9 @@ class Exponentials:
             total = smoothing.sum()
             share = self.true_share + total
             self.smoothing_share = normaliser / share
-            at_target = (total - self.true_share * self.others) / share - self.smoothed_target * self.smoothing_share
+            # One quotient: in a vocabulary of one word the parts cancel, to the last digit.
+            at_target = total - self.true_share * self.others - self.smoothed_target * normaliser
+            at_target = at_target / share
         self.losses = share * surprise - self.smoothed / _LOG2_E
         self.factor = self.upstream * share / normaliser
         self.at_target = at_target
