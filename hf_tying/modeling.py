@@ -359,10 +359,11 @@ def in_front(mixin: type, stock: type[PreTrainedModel]) -> type[PreTrainedModel]
 
     def reduce(self, protocol):
         # Pickle finds classes by name, and under this name it would find the stock class.
-        mixins, cls = [], type(self)
-        while "_mixin" in vars(cls):
-            mixins, cls = [cls._mixin, *mixins], cls._stock_class
-        return _revive, (cls, *mixins), object.__reduce_ex__(self, protocol)[2]
+        cls = type(self)
+        mixins = put_in_front(cls)
+        for mixin in mixins:
+            cls = taken_off(mixin, cls)
+        return _revive, (cls, *reversed(mixins)), object.__reduce_ex__(self, protocol)[2]
 
     body = {
         "__module__": stock.__module__,
