@@ -22,6 +22,8 @@ _HOME = {
     "assert_tied": "verify",
     "tying_report": "report",
     "use_tied_loss": "tied_loss",
+    "use_projection": "projecting",
+    "merge_projection": "projecting",
     "TyingCallback": "training.callbacks",
 }
 

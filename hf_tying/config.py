@@ -43,6 +43,55 @@ def nearest(name: str, candidates: Iterable[str], most: int = 3) -> str:
 
 
 @dataclass(frozen=True)
+class ProjectionConfig:
+    """A projection before the softmax (PR, Press & Wolf 2016 section 3.2), and the penalty that keeps it small.
+
+    Args:
+        bias (`bool`): the projection has a bias, as in the released code, with which the published perplexities were
+            made. Default `True`.
+        norm (`str`), strength (`float`, *optional*): of the penalty, see `hf_tying.losses.projection_penalty`.
+
+    Raises:
+        TyingError: for an unknown norm or a negative strength.
+    """
+
+    bias: bool = True
+    norm: str = "fro_squared_half"
+    strength: float | None = None
+
+    def __post_init__(self):
+        if self.norm not in ("fro_squared_half", "fro"):
+            raise TyingError(f"Unknown norm {_short(self.norm)}: expected 'fro_squared_half' or 'fro'.")
+        number = isinstance(self.strength, int | float) and not isinstance(self.strength, bool)
+        if self.strength is not None and not (number and 0 <= self.strength < float("inf")):
+            raise TyingError(f"The strength of a projection is {_short(self.strength)}: expected 0 or more, or None.")
+        if not isinstance(self.bias, bool):
+            raise TyingError(f"The bias of a projection is {_short(self.bias)}: expected True or False.")
+
+    @classmethod
+    def of(cls, value: "bool | dict[str, Any] | ProjectionConfig | None") -> "ProjectionConfig | None":
+        """What a `tying` entry may say: its fields, `True` for the defaults, `None` or `False` for no projection."""
+        if value is None or value is False:
+            return None
+        if value is True:
+            return cls()
+        if isinstance(value, cls):
+            return value
+        known = {"bias", "norm", "strength"}
+        if not isinstance(value, dict) or not value.keys() <= known:
+            found = sorted(value.keys() - known, key=str) if isinstance(value, dict) else value
+            raise TyingError(
+                f"`projection` has {_short(found[0] if isinstance(found, list) else found)}: expected a dict with "
+                f"some of {sorted(known)}, or true."
+            )
+        return cls(**value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plain dict that `config.json` carries."""
+        return {"bias": self.bias, "norm": self.norm, "strength": self.strength}
+
+
+@dataclass(frozen=True)
 class TyingConfig:
     """What is tied in a model: a scheme, explicit groups, or both. The same thing as the `tying` entry of
     `config.json`.
@@ -61,6 +110,8 @@ class TyingConfig:
             re-ties exactly these groups by itself, portable elsewhere.
         loss (`str`): `"tied"` lets the model train through the tied softmax (`use_tied_loss`); `"stock"`, the default,
             leaves its loss alone, and is not written to the file.
+        projection (`ProjectionConfig`, *optional*): a projection before the softmax (PR), which also takes a dict or
+            `True`. `None`, the default, is not written to the file.
 
     Raises:
         TyingError: for an unknown scheme or option, a group of one, or one name in two groups.
@@ -75,6 +126,7 @@ class TyingConfig:
     on_conflict: str = "error"
     save_format: str | None = None
     loss: str = "stock"
+    projection: ProjectionConfig | None = None
 
     def __post_init__(self):
         if self.scheme is not None and not (isinstance(self.scheme, str) and self.scheme in SCHEMES):
@@ -94,6 +146,7 @@ class TyingConfig:
         if not isinstance(self.loss, str) or self.loss not in LOSSES:
             raise TyingError(f"Unknown loss {_short(self.loss)}: expected 'stock' or 'tied'.")
         object.__setattr__(self, "groups", _checked_groups(self.groups))
+        object.__setattr__(self, "projection", ProjectionConfig.of(self.projection))
 
     @classmethod
     def from_dict(cls, entry: "dict[str, Any] | TyingConfig | None") -> "TyingConfig":
@@ -119,7 +172,7 @@ class TyingConfig:
                 f"The `tying` entry has version {_short(version)}; this hf_tying reads up to version {VERSION}. "
                 "Upgrade with `pip install -U hf-tying`."
             )
-        known = {"scheme", "groups", "on_conflict", "save_format", "loss"}
+        known = {"scheme", "groups", "on_conflict", "save_format", "loss", "projection"}
         for key in entry:
             if key not in known | {"version"}:
                 hint = nearest(key, known) if isinstance(key, str) else ""
@@ -164,7 +217,11 @@ class TyingConfig:
             "on_conflict": self.on_conflict,
             "save_format": self.save_format,
         }
-        return entry if self.loss == "stock" else {**entry, "loss": self.loss}
+        if self.loss != "stock":
+            entry["loss"] = self.loss
+        if self.projection is not None:
+            entry["projection"] = self.projection.to_dict()
+        return entry
 
     def replace(self, **changes) -> "TyingConfig":
         """A copy with some fields changed."""

@@ -32,6 +32,7 @@ from .parameters import (
     stands_in,
     state_key,
 )
+from .projection import ProjectedLinear, project, with_penalty
 from .record import refuse_contradicting_flag, write_config
 from .verify import offloaded, violations
 
@@ -68,6 +69,8 @@ class TiedModelMixin:
     def _post_init_tied(self, stock_post_init: Callable[[], None]) -> None:
         self._ties_made = False  # until then `tie_weights` takes values that are just initialised for what they are
         config = TyingConfig.from_dict(getattr(self.config, "tying", None))
+        if config.projection is not None:
+            project(self, config.projection)
         shared = actual_groups(self)  # by the architecture's own `__init__`, and by the models inside
         kept = shared if config.scheme is None else other_chains(self, shared)
         groups = resolve(self, config, strict=self._is_declared_class(), also=kept)
@@ -169,6 +172,8 @@ class TiedModelMixin:
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replace the output embedding; every name tied to it follows."""
         old = self.get_output_embeddings()
+        if isinstance(old, ProjectedLinear) and type(new_embeddings) is nn.Linear:
+            new_embeddings = ProjectedLinear.around(new_embeddings, old.projection)
         if new_embeddings is not old:
             if not replace_tied(self, old, new_embeddings):
                 super().set_output_embeddings(new_embeddings)
@@ -197,7 +202,10 @@ class TiedModelMixin:
         """In training, a forward pass over a broken tie raises: the matrices would drift apart unseen."""
         if self.training and not torch.compiler.is_compiling() and not getattr(self, "_is_replica", False):
             self._raise_if_split()
-        return super().__call__(*args, **kwargs)
+        vars(self).pop("loss_parts", None)  # what the loss of the last training step was made of, where it has parts
+        outputs = super().__call__(*args, **kwargs)
+        has_projection = self.training and (getattr(self.config, "tying", None) or {}).get("projection")
+        return with_penalty(self, outputs, args, kwargs) if has_projection else outputs
 
     def _raise_if_split(self) -> None:
         for group in self.tie_groups:

@@ -19,6 +19,8 @@ _MODULES = (
     "loading",
     "record",
     "embeddings",
+    "losses.projection",
+    "projection",
     "remote_code",
     "modeling",
 )
@@ -42,9 +44,13 @@ def carry_along(folder: str | Path) -> None:
         path.write_text(_IMPORT.sub(_relative, text), encoding="utf-8")
     package = resources.files(__package__)
     for module in _MODULES:
-        text = package.joinpath(f"{module}.py").read_text(encoding="utf-8")
-        text = re.sub(r"from \.(\w+) import", rf"from .{_PREFIX}\1 import", text)
-        (folder / f"{_PREFIX}{module}.py").write_text(text, encoding="utf-8")
+        text = package.joinpath(f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+        text = re.sub(r"from \.([\w.]+) import", lambda m: f"from .{_flat(m[1])} import", text)
+        (folder / f"{_flat(module)}.py").write_text(text, encoding="utf-8")
+
+
+def _flat(module: str) -> str:
+    return _PREFIX + module.replace(".", "_")
 
 
 def _relative(match: re.Match) -> str:

@@ -158,6 +158,8 @@ def _parameters(cls: type) -> dict[str, inspect.Parameter]:
 
 
 def _has_labels(cls: type, args: tuple, kwargs: dict) -> bool:
+    if kwargs.get("shift_labels") is not None:  # shifted already
+        return True
     if "labels" in kwargs or not args:
         return kwargs.get("labels") is not None
     names = list(_parameters(cls))[1:]

@@ -228,6 +228,6 @@ def test_every_carried_module_is_there_and_imports_only_carried_ones():
 
     package = Path(hf_tying.__file__).parent
     for at, module in enumerate(remote_code._MODULES):
-        for line in (package / f"{module}.py").read_text().splitlines():
+        for line in package.joinpath(f"{module.replace('.', '/')}.py").read_text().splitlines():
             if line.lstrip().startswith("from ."):
                 assert line.split()[1].lstrip(".") in remote_code._MODULES[:at], f"{module}: {line}"

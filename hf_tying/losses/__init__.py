@@ -11,6 +11,12 @@ _HOME = {
     "tied_cross_entropy": "cross_entropy",
     "TiedCrossEntropy": "cross_entropy",
     "reference_cross_entropy": "reference",
+    "augmented_loss": "augmented",
+    "AugmentedLoss": "augmented",
+    "contrastive_weight_tying_loss": "contrastive",
+    "ContrastiveWeightTyingLoss": "contrastive",
+    "projection_penalty": "projection",
+    "ProjectionPenalty": "projection",
 }
 
 __all__ = [*_HOME]

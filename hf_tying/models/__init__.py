@@ -8,6 +8,9 @@ from ..lazy import lazy_names
 _HOME = {
     "TiedEncoderDecoderConfig": "encoder_decoder",
     "TiedEncoderDecoderModel": "encoder_decoder",
+    "TiedLSTMConfig": "lstm",
+    "TiedLSTMModel": "lstm",
+    "TiedLSTMForCausalLM": "lstm",
 }
 
 __all__ = [*_HOME]

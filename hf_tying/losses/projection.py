@@ -1,0 +1,63 @@
+"""`projection_penalty`: what keeps the projection of PR small (Press & Wolf 2016, section 3.2)."""
+
+import torch
+from torch import nn
+
+#: What the norms are multiplied by unless somebody says otherwise: the released code divides by 6.5, the paper's text
+#: has a lambda of 0.15.
+STRENGTHS = {"fro_squared_half": 1 / 6.5, "fro": 0.15}
+
+
+def projection_penalty(
+    projection: torch.Tensor, *, norm: str = "fro_squared_half", strength: float | None = None, divisor=1.0
+) -> torch.Tensor:
+    """The term that projection regularisation adds to the loss: `strength * norm(P) / divisor`.
+
+    The released code and the paper's text differ: the code has half the square of the Frobenius norm, and divides it
+    by the batch, as it does the sum of the cross entropy over all steps; the text has `lambda * ||P||_2`. The default
+    is the code, with which the published perplexities were made. Perplexity is always computed without this term.
+
+    Args:
+        projection: P, (H, H), floating point; its bias has no penalty.
+        norm: `"fro_squared_half"`, half the sum of squares (the code's `l2_loss`), or `"fro"`, its root (the text).
+        strength: default 1 / 6.5 for the code's norm, 0.15 for the text's.
+        divisor: what the sum of the tokens' losses is divided by: the number of tokens for a loss that is their mean,
+            the batch size where it is summed over the steps.
+
+    Returns:
+        A scalar, in float32 or float64.
+
+    Raises:
+        ValueError: for an unknown norm, or a negative strength.
+
+    Example:
+        >>> loss = cross_entropy.sum() / batch + projection_penalty(P, divisor=batch)
+    """
+    if norm not in STRENGTHS:
+        raise ValueError(f"Unknown norm {norm!r}: expected one of {', '.join(map(repr, STRENGTHS))}.")
+    strength = STRENGTHS[norm] if strength is None else strength
+    if not strength >= 0:
+        raise ValueError(f"strength={strength}: expected 0 or more.")
+    exact = projection if projection.dtype == torch.float64 else projection.float()
+    if norm == "fro":
+        # The root has no gradient at a projection of zeros; 0 is one of those that it may be given.
+        value = torch.linalg.vector_norm(exact)
+    else:
+        value = exact.square().sum() / 2
+    return strength * value / divisor
+
+
+class ProjectionPenalty(nn.Module):
+    """`projection_penalty` as a module: the options once, the matrix at each call."""
+
+    def __init__(self, norm: str = "fro_squared_half", strength: float | None = None):
+        super().__init__()
+        self.norm, self.strength = norm, strength
+        projection_penalty(torch.zeros(1, 1), norm=norm, strength=strength)  # refuses at once what it would later
+
+    def forward(self, projection: torch.Tensor, divisor=1.0) -> torch.Tensor:
+        """Shapes and result as for `projection_penalty`."""
+        return projection_penalty(projection, norm=self.norm, strength=self.strength, divisor=divisor)
+
+    def extra_repr(self) -> str:
+        return f"norm={self.norm!r}, strength={self.strength}"

@@ -1,0 +1,12 @@
+"""The LSTM language model that the literature on weight tying grew from, and that transformers lacks."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .configuration_lstm import TiedLSTMConfig
+from .modeling_lstm import TiedLSTMForCausalLM, TiedLSTMModel
+
+__all__ = ["TiedLSTMConfig", "TiedLSTMForCausalLM", "TiedLSTMModel"]
+
+AutoConfig.register(TiedLSTMConfig.model_type, TiedLSTMConfig, exist_ok=True)
+AutoModel.register(TiedLSTMConfig, TiedLSTMModel, exist_ok=True)
+AutoModelForCausalLM.register(TiedLSTMConfig, TiedLSTMForCausalLM, exist_ok=True)

@@ -1,0 +1,61 @@
+"""One layer of the language model: `torch.nn.LSTM` with one bias, and what the papers do to its recurrent input."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+#: A layer's last output and its cell, each (batch, width).
+LayerState = tuple[torch.Tensor, torch.Tensor]
+
+
+class LSTMLayer(nn.LSTM):
+    """A layer of `torch.nn.LSTM`, batch first, whose second bias is held at zero and is no parameter.
+
+    The papers' cell has one bias for each gate. Torch has two, which are counted twice and learn at twice the rate.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int):
+        super().__init__(input_size, hidden_size, batch_first=True)
+        del self.bias_hh_l0
+        self.register_buffer("bias_hh_l0", torch.zeros(4 * hidden_size), persistent=False)
+
+    def forward(
+        self,
+        inputs: torch.Tensor,
+        state: LayerState,
+        recurrent_mask: torch.Tensor | None = None,
+        weight_dropout: float = 0.0,
+        attended: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, LayerState]:
+        """
+        Args:
+            inputs: (batch, time, input width).
+            state: the output and the cell of the step before, without dropout.
+            recurrent_mask: (batch, width), for the output as the recurrent input of each step (variational dropout).
+            weight_dropout: share of the recurrent weights that is 0 in this pass, the same at each step (DropConnect).
+            attended: (batch, time), boolean; at a step where it is false the state stays as it was.
+
+        Returns:
+            The outputs (batch, time, width), and the state after the last step.
+        """
+        recurrent = F.dropout(self.weight_hh_l0, weight_dropout) if weight_dropout else self.weight_hh_l0
+        if recurrent_mask is None and attended is None:
+            weights = [self.weight_ih_l0, recurrent, self.bias_ih_l0, self.bias_hh_l0]
+            state = tuple(part[None].contiguous() for part in state)
+            outputs, output, cell = torch.lstm(inputs, state, weights, True, 1, 0.0, self.training, False, True)
+            return outputs, (output[0], cell[0])
+
+        gates = F.linear(inputs, self.weight_ih_l0, self.bias_ih_l0)
+        output, cell = state
+        outputs = []
+        for step in range(inputs.shape[1]):
+            masked = output if recurrent_mask is None else output * recurrent_mask
+            i, f, g, o = torch.addmm(gates[:, step], masked, recurrent.t()).chunk(4, dim=1)
+            new_cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+            new_output = o.sigmoid() * new_cell.tanh()
+            outputs.append(new_output)
+            if attended is not None:
+                here = attended[:, step, None]
+                new_output, new_cell = torch.where(here, new_output, output), torch.where(here, new_cell, cell)
+            output, cell = new_output, new_cell
+        return torch.stack(outputs, dim=1), (output, cell)

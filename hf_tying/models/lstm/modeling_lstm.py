@@ -1,0 +1,259 @@
+"""`TiedLSTMForCausalLM`: the LSTM language model of Zaremba, Press & Wolf, Inan and Merity."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.generation import GenerationMixin
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from hf_tying.modeling import TiedModelMixin
+
+from .configuration_lstm import TiedLSTMConfig
+from .dropout import drop, drop_words, locked_mask
+from .layer import LayerState, LSTMLayer
+
+
+@dataclass
+class TiedLSTMModelOutput(ModelOutput):
+    """
+    Args:
+        last_hidden_state: (batch, time, width of the last layer), after dropout.
+        state: for each layer its last output and its cell, each (batch, width), without dropout; pass it on with the
+            next piece of the same texts.
+        hidden_states: the vectors looked up and each layer's output, without dropout, if asked for.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    state: tuple[LayerState, ...] | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class TiedLSTMOutput(ModelOutput):
+    """
+    Args:
+        loss: a scalar, if there are labels.
+        logits: (batch, time, words).
+        state, hidden_states: see `TiedLSTMModelOutput`.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    state: tuple[LayerState, ...] | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+
+
+class TiedLSTMPreTrainedModel(TiedModelMixin, PreTrainedModel):
+    config: TiedLSTMConfig
+    config_class = TiedLSTMConfig
+    base_model_prefix = "lstm"
+    _is_stateful = True
+    _no_split_modules = ["LSTMLayer"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        scale = self.config.initializer_range
+        if isinstance(module, LSTMLayer):
+            recurrent = self.config.recurrent_initializer_range
+            recurrent = module.hidden_size**-0.5 if recurrent is None else recurrent
+            init.uniform_(module.weight_ih_l0, -recurrent, recurrent)
+            init.uniform_(module.weight_hh_l0, -recurrent, recurrent)
+            init.zeros_(module.bias_ih_l0)
+            init.zeros_(module.bias_hh_l0)
+        elif isinstance(module, nn.Linear | nn.Embedding):
+            init.uniform_(module.weight, -scale, scale)
+            if getattr(module, "bias", None) is not None:
+                is_output = module.out_features == self.config.vocab_size
+                if self.config.zero_output_bias and is_output:
+                    init.zeros_(module.bias)
+                else:
+                    init.uniform_(module.bias, -scale, scale)
+
+
+class TiedLSTMModel(TiedLSTMPreTrainedModel):
+    """The embedding and the layers, without the softmax."""
+
+    def __init__(self, config: TiedLSTMConfig):
+        super().__init__(config)
+        widths = [config.embedding_size, *config.layer_widths]
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_size)
+        self.layers = nn.ModuleList(LSTMLayer(*pair) for pair in zip(widths[:-1], widths[1:], strict=True))
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        state: tuple[LayerState, ...] | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> TiedLSTMModelOutput | tuple:
+        """
+        Args:
+            input_ids: (batch, time), or `inputs_embeds`, (batch, time, embedding_size).
+            attention_mask: (batch, time); 0 for padding, which leaves the state as it was. A longer one belongs to
+                the whole of a text of which this is the end.
+            state: of the piece of the same texts before this one; zeros if there is none. It is not detached.
+            use_cache: whether the state is given out. Default `config.use_cache`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Expected either input_ids or inputs_embeds.")
+        config, rate = self.config, self._rate
+        locked = config.dropout_kind == "variational"
+        hidden = inputs_embeds
+        if hidden is None:
+            hidden = self.embed_tokens(input_ids)
+            hidden = drop_words(hidden, input_ids, len(self.embed_tokens.weight), rate("embedding_dropout"))
+        if state is None:
+            state = self.initial_state(len(hidden), hidden)
+        attended = None
+        if attention_mask is not None and not (attention_mask := attention_mask[:, -hidden.shape[1] :]).all():
+            attended = attention_mask.bool()
+
+        all_hidden, last_states = [hidden], []
+        hidden = drop(hidden, rate("input_dropout"), locked=locked)
+        for layer, before in zip(self.layers, state, strict=True):
+            name = "output_dropout" if layer is self.layers[-1] else "hidden_dropout"
+            width = before[0]
+            above = locked_mask(width, rate(name)) if locked and rate(name) else None
+            beside = locked_mask(width, rate("recurrent_dropout")) if rate("recurrent_dropout") else None
+            beside = above if config.shared_recurrent_mask else beside
+            hidden, after = layer(hidden, before, beside, rate("weight_dropout"), attended)
+            all_hidden.append(hidden)
+            last_states.append(after)
+            hidden = drop(hidden, rate(name), above, locked)
+
+        use_cache = config.use_cache if use_cache is None else use_cache
+        show = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output = TiedLSTMModelOutput(
+            last_hidden_state=hidden,
+            state=tuple(last_states) if use_cache else None,
+            hidden_states=tuple(all_hidden) if show else None,
+        )
+        return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def initial_state(self, batch: int, like: torch.Tensor | None = None) -> tuple[LayerState, ...]:
+        """Zeros for each layer, in the dtype and on the device of `like`, or of the embedding."""
+        like = self.embed_tokens.weight if like is None else like
+        return tuple(
+            (like.new_zeros(batch, width), like.new_zeros(batch, width)) for width in self.config.layer_widths
+        )
+
+    def _rate(self, name: str) -> float:
+        return getattr(self.config, name) if self.training else 0.0
+
+
+class TiedLSTMForCausalLM(TiedLSTMPreTrainedModel, GenerationMixin):
+    """The language model, tied or not, with or without an output bias; a projection before the softmax (PR) and the
+    tied softmax come by `config.tying`.
+
+    `labels` are `input_ids` as everywhere in transformers (the model shifts them and predicts one word less than it
+    reads), or `shift_labels` are the next words: then a text that is cut into pieces loses none.
+
+    Example:
+        >>> model = TiedLSTMForCausalLM(TiedLSTMConfig.named("zaremba_small"))
+        >>> model.num_parameters()
+        2651600
+        >>> first = model(input_ids=ids[:, :20], shift_labels=ids[:, 1:21])
+        >>> second = model(input_ids=ids[:, 20:40], shift_labels=ids[:, 21:41], state=first.state)
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "lstm.embed_tokens.weight"}
+
+    def __init__(self, config: TiedLSTMConfig):
+        super().__init__(config)
+        self.lstm = TiedLSTMModel(config)
+        self.lm_head = nn.Linear(config.layer_widths[-1], config.vocab_size, bias=config.output_bias)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        state: tuple[LayerState, ...] | None = None,
+        labels: torch.LongTensor | None = None,
+        shift_labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> TiedLSTMOutput | tuple:
+        """
+        Args:
+            labels: (batch, time); position t is predicted from what comes before it; -100 is left out.
+            shift_labels: (batch, time); the word after each position; -100 is left out. In place of `labels`.
+            logits_to_keep: how many of the last logits to compute; 0 for all.
+            kwargs: `num_items_in_batch`, what to divide the sum of losses by.
+            The rest: see `TiedLSTMModel`.
+        """
+        config = self.config
+        regularised = config.activation_regularization or config.temporal_activation_regularization
+        show = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        outputs = self.lstm(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            state=state,
+            use_cache=use_cache,
+            output_hidden_states=show or bool(self.training and regularised),
+            return_dict=True,
+        )
+        hidden = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, kept, :])
+        loss = None
+        if labels is not None or shift_labels is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                shift_labels=None if shift_labels is None else shift_labels.contiguous(),
+                vocab_size=logits.shape[-1],
+                num_items_in_batch=kwargs.get("num_items_in_batch"),
+            )
+            if self.training and regularised:
+                penalty = self._activation_penalty(hidden, outputs.hidden_states[-1])
+                self.loss_parts = {"cross_entropy": loss.detach(), "activation": penalty.detach()}
+                loss = loss + penalty
+        output = TiedLSTMOutput(
+            loss=loss,
+            logits=logits,
+            state=outputs.state,
+            hidden_states=outputs.hidden_states if show else None,
+        )
+        return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _activation_penalty(self, dropped: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+        """AR of the last layer's output after dropout, and TAR of it before (Merity et al. 2017 section 4.6)."""
+        penalty = self.config.activation_regularization * dropped.float().square().mean()
+        if outputs.shape[1] > 1:
+            steps = outputs[:, 1:].float() - outputs[:, :-1].float()
+            penalty = penalty + self.config.temporal_activation_regularization * steps.square().mean()
+        return penalty
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """Private: `generate` makes no cache of keys and values; the cache is `state`."""
+        return False
+
+    def prepare_inputs_for_generation(
+        self, input_ids, attention_mask=None, inputs_embeds=None, state=None, use_cache=None, **kwargs
+    ) -> dict:
+        """One word for a model that has read the ones before it; the whole prompt at first."""
+        inputs = {"attention_mask": attention_mask, "state": state, "use_cache": use_cache}
+        if state is not None:
+            return inputs | {"input_ids": input_ids[:, -1:]}
+        if inputs_embeds is not None:
+            return inputs | {"inputs_embeds": inputs_embeds}
+        return inputs | {"input_ids": input_ids}
+
+    @staticmethod
+    def _reorder_cache(state: tuple[LayerState, ...], beam_idx: torch.LongTensor) -> tuple[LayerState, ...]:
+        return tuple(tuple(part.index_select(0, beam_idx.to(part.device)) for part in layer) for layer in state)

@@ -1,0 +1,255 @@
+"""Training a recurrent language model as its papers did: contiguous batches, with the state carried from one to the
+next, their losses and their learning rates, and evaluation over a whole text; all within `Trainer`."""
+
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..config import TyingError
+from ..data.words import ContiguousText
+from ..verify import unwrapped
+
+# Logits of one piece in evaluation, at most: 64 MiB of them.
+_MOST_LOGITS = 2**24
+_FILE = "carried_state.safetensors"
+
+
+@dataclass
+class CarriedStateArguments(TrainingArguments):
+    """`TrainingArguments` with the defaults and the further choices of the papers' recipes."""
+
+    optim: str = field(default="sgd", metadata={"help": "Plain SGD is what the papers use."})
+    learning_rate: float = field(default=1.0, metadata={"help": "In the first epochs."})
+    max_grad_norm: float = field(default=5.0, metadata={"help": "Of all gradients together."})
+    train_sampling_strategy: str = field(default="sequential", metadata={"help": "The order of the text."})
+    sum_over_time: bool = field(
+        default=True,
+        metadata={
+            "help": "The loss is summed over the steps of a piece and divided by the batch size, not by the number of "
+            "words (Zaremba et al. 2014): learning rate and clipping mean what they say with that."
+        },
+    )
+    decay: float = field(default=1.0, metadata={"help": "What the learning rate is multiplied by after each epoch."})
+    decay_after: int = field(
+        default=0,
+        metadata={"help": "Epochs before the first that is decayed, less one: decay ** max(epoch - this, 0), from 0."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        # Each process has some of the columns, and the same ones in every batch.
+        self.accelerator_config.split_batches = True
+
+
+class CarriedStateTrainer(Trainer):
+    """`Trainer` for a model that takes and gives a `state` (`TiedLSTMForCausalLM`).
+
+    The state starts at zero in each epoch, and is saved with each checkpoint: training that is resumed in the middle
+    of an epoch goes on bit for bit. Each epoch logs `train_perplexity`, of the losses as they were in training (with
+    dropout, without penalties, as the papers give it), and `tokens_per_second`, without evaluation.
+
+    Args:
+        model, args (`CarriedStateArguments`), callbacks, ...: as for `Trainer`.
+        train_dataset (`ContiguousText`): of `args.per_device_train_batch_size` columns; over all processes together.
+        eval_dataset: ids of a text, (words,), int64, or a dict of such texts: evaluated at batch 1, all words but the
+            first predicted, the state carried from the first to the last. Metrics: `loss`, `perplexity`, `tokens`.
+
+    Raises:
+        TyingError: for another kind of dataset, or a checkpoint without a state.
+    """
+
+    def __init__(self, model=None, args=None, *, train_dataset=None, **kwargs):
+        if train_dataset is not None:
+            if not isinstance(train_dataset, ContiguousText):
+                raise TyingError(f"train_dataset is a {type(train_dataset).__name__}: expected a ContiguousText.")
+            if train_dataset.batch_size != args.per_device_train_batch_size:
+                raise TyingError(
+                    f"The text has {train_dataset.batch_size} columns, and the batch has "
+                    f"{args.per_device_train_batch_size} rows: expected as many, since a row goes on where that of "
+                    "the batch before it ended."
+                )
+        kwargs.setdefault("data_collator", default_data_collator)
+        super().__init__(model, args, train_dataset=train_dataset, **kwargs)
+        self._epoch = _Epoch()
+        self._resumed: Path | None = None
+        self.add_callback(_KeepState(self))
+
+    # --- training ----------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As in `Trainer`; the state is taken up where the checkpoint left it."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise TyingError(f"There is no checkpoint in {self.args.output_dir} to go on from.")
+        self._resumed = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        if self._resumed is not None and not (self._resumed / self._file).is_file():
+            raise TyingError(
+                f"{self._resumed} has no {self._file}, without which the text cannot be gone on with: expected a "
+                "checkpoint that a CarriedStateTrainer of as many processes wrote."
+            )
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """`decay ** max(epoch - decay_after, 0)`, unless another scheduler is asked for."""
+        if self.lr_scheduler is None and self.args.decay != 1:
+            batches = self.train_dataset.pieces // self.args.gradient_accumulation_steps
+            decay, after = self.args.decay, self.args.decay_after
+            optimizer = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = LambdaLR(optimizer, lambda step: decay ** max(step // max(batches, 1) - after, 0))
+            self._created_lr_scheduler = True
+        elif self.lr_scheduler is None and self.args.lr_scheduler_type == "linear":
+            self.args.lr_scheduler_type = "constant"  # Trainer's default, which no recipe here means
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The batches of one update, and what the sum of their losses is divided by."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        divisor = self.train_dataset.batch_size
+        if not self.args.sum_over_time:
+            divisor = divisor * self.train_dataset.time_steps * max(len(batches), 1)
+        return batches, torch.tensor(divisor, device=device)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """As in `Trainer`, from the state that the batch before has left, which is no part of the gradient."""
+        inputs = {**inputs, "state": self._epoch.state, "use_cache": True}
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self._epoch.state = _detached(outputs.state)
+        parts = getattr(unwrapped(model), "loss_parts", {})
+        self._epoch.count(parts.get("cross_entropy", loss.detach() / self._loss_scale), num_items_in_batch, inputs)
+        return (loss, outputs) if return_outputs else loss
+
+    @property
+    def _loss_scale(self) -> int:
+        return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+
+    @property
+    def _file(self) -> str:
+        """One for each process, since each has its own columns."""
+        return _FILE if self.args.process_index == 0 else f"{self.args.process_index}_{_FILE}"
+
+    # --- evaluation --------------------------------------------------------------------------------------------------
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Perplexity of a whole text at batch 1, each piece from the state that the one before it has left."""
+        texts = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(texts, dict):
+            metrics = {}
+            for name, text in texts.items():
+                metrics |= self.evaluate(text, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+        if not isinstance(texts, torch.Tensor) or texts.ndim != 1 or len(texts) < 2:
+            raise TyingError("Nothing to evaluate on: expected the ids of a text, of two words at least.")
+        start = time.perf_counter()
+        loss = negative_log_likelihood(unwrapped(self.model), texts) / (len(texts) - 1)
+        metrics = {
+            "loss": loss,
+            "perplexity": math.exp(loss) if loss < 700 else math.inf,
+            "tokens": len(texts) - 1,
+            "runtime": round(time.perf_counter() - start, 4),
+        }
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+@torch.no_grad()
+def negative_log_likelihood(model, tokens: torch.Tensor) -> float:
+    """The sum over all words of a text but the first, in nats; the state is carried from the first to the last.
+
+    Args:
+        model: a `TiedLSTMForCausalLM`; dropout is off while it reads.
+        tokens: (words,), int64.
+    """
+    training = model.training
+    model.eval()
+    length = max(1, min(1024, _MOST_LOGITS // model.config.vocab_size))
+    state, total = None, 0.0
+    for start in range(0, len(tokens) - 1, length):
+        words = tokens[None, start : start + length + 1].to(model.device)
+        outputs = model(
+            input_ids=words[:, :-1],
+            shift_labels=words[:, 1:],
+            state=state,
+            use_cache=True,
+            num_items_in_batch=1,
+            return_dict=True,
+        )
+        state, total = outputs.state, total + float(outputs.loss)
+    model.train(training)
+    return total
+
+
+class _Epoch:
+    """What is carried through an epoch: the state, and the sums of its reports."""
+
+    def __init__(self):
+        self.state, self.batches, self.words = None, 0, 0
+        self.loss: torch.Tensor | float = 0.0
+        self.seconds, self.start, self.timed_words = 0.0, time.perf_counter(), 0
+
+    def count(self, cross_entropy: torch.Tensor, divisor, inputs: dict) -> None:
+        self.loss = self.loss + (cross_entropy * divisor).double()
+        self.words += inputs["input_ids"].numel()
+        self.timed_words += inputs["input_ids"].numel()
+        self.batches += 1
+
+    def save(self, path: Path) -> None:
+        tensors = {f"{i}.{j}": part.contiguous() for i, layer in enumerate(self.state) for j, part in enumerate(layer)}
+        tensors |= {"loss": torch.as_tensor(self.loss), "counts": torch.tensor([self.batches, self.words])}
+        save_file(tensors, path)
+
+    @classmethod
+    def load(cls, path: Path, device) -> "_Epoch":
+        epoch, tensors = cls(), load_file(path, device=str(device))
+        epoch.batches, epoch.words = tensors.pop("counts").tolist()
+        epoch.loss = tensors.pop("loss")
+        layers = len(tensors) // 2
+        epoch.state = tuple((tensors[f"{i}.0"], tensors[f"{i}.1"]) for i in range(layers))
+        return epoch
+
+
+class _KeepState(TrainerCallback):
+    """Begins each epoch with a new state or that of a checkpoint, saves it with each checkpoint, reports the epoch."""
+
+    def __init__(self, trainer: CarriedStateTrainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        trainer = self.trainer
+        trainer._epoch = _Epoch()
+        if trainer._resumed is not None:
+            epoch = _Epoch.load(trainer._resumed / trainer._file, args.device)
+            if epoch.batches < trainer.train_dataset.pieces:  # a checkpoint at the end of one leaves nothing to carry
+                trainer._epoch = epoch
+            trainer._resumed = None
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.trainer._epoch.state is not None:
+            folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            self.trainer._epoch.save(folder / self.trainer._file)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        epoch = self.trainer._epoch
+        if epoch.words:
+            seconds = time.perf_counter() - epoch.start
+            loss = float(epoch.loss) / epoch.words
+            self.trainer.log(
+                {
+                    "train_perplexity": math.exp(loss) if loss < 700 else math.inf,
+                    "tokens_per_second": epoch.timed_words / seconds,
+                    "epoch_seconds": seconds,
+                }
+            )
+
+
+def _detached(state) -> tuple:
+    return tuple(tuple(part.detach() for part in layer) for layer in state)
