@@ -78,7 +78,7 @@ def with_penalty(model: PreTrainedModel, outputs, args: tuple, kwargs: dict):
         return outputs
     divisor = given.get("num_items_in_batch")
     if divisor is None:
-        shifted = given.get("shift_labels") is None and getattr(model, "loss_type", None) == "ForCausalLM"
+        shifted = given.get("shift_labels") is None and _shifts_labels(model)
         divisor = ((labels[..., 1:] if shifted else labels) != -100).sum().clamp(min=1)
     settings = TyingConfig.from_dict(model.config.tying).projection
     penalty = projection_penalty(
@@ -91,3 +91,10 @@ def with_penalty(model: PreTrainedModel, outputs, args: tuple, kwargs: dict):
         return (total, *outputs[1:])
     outputs["loss"] = total
     return outputs
+
+
+def _shifts_labels(model: PreTrainedModel) -> bool:
+    """Whether the loss leaves out the first word of each text, which nothing comes before; as in transformers, the
+    default of a class whose name says nothing."""
+    encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
+    return not encoder_decoder and getattr(model, "loss_type", None) in (None, "ForCausalLM")

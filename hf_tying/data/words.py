@@ -87,8 +87,8 @@ class ContiguousText(Dataset):
     """A text cut into `batch_size` columns, each read `time_steps` words at a time.
 
     Item `t * batch_size + b` is piece t of column b: read in order, a batch is one piece of every column, and the
-    state of a recurrent model after a batch belongs to the next one. `shift_labels` are the next words; no word is lost
-    between pieces. What does not fill the columns or a last piece is left out (less than a column and a piece).
+    state of a recurrent model after a batch belongs to the next one. `shift_labels` are the next words; no word is
+    lost between pieces. What does not fill the columns or a last piece is left out (less than a column and a piece).
 
     Args:
         tokens: (words,), int64.

@@ -52,8 +52,9 @@ class CarriedStateTrainer(Trainer):
     """`Trainer` for a model that takes and gives a `state` (`TiedLSTMForCausalLM`).
 
     The state starts at zero in each epoch, and is saved with each checkpoint: training that is resumed in the middle
-    of an epoch goes on bit for bit. Each epoch logs `train_perplexity`, of the losses as they were in training (with
-    dropout, without penalties, as the papers give it), and `tokens_per_second`, without evaluation.
+    of an epoch goes on bit for bit. Beside each loss the log has `train_perplexity`, of the epoch so far and of the
+    losses as they were in training (with dropout, without penalties, as the papers give it), and
+    `tokens_per_second`, without evaluation.
 
     Args:
         model, args (`CarriedStateArguments`), callbacks, ...: as for `Trainer`.
@@ -126,6 +127,12 @@ class CarriedStateTrainer(Trainer):
         self._epoch.count(parts.get("cross_entropy", loss.detach() / self._loss_scale), num_items_in_batch, inputs)
         return (loss, outputs) if return_outputs else loss
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in `Trainer`, with the perplexity and the speed of the epoch so far beside each loss."""
+        if "loss" in logs and self._epoch.words:
+            logs |= self._epoch.report()
+        super().log(logs, start_time)
+
     @property
     def _loss_scale(self) -> int:
         return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
@@ -149,12 +156,9 @@ class CarriedStateTrainer(Trainer):
             raise TyingError("Nothing to evaluate on: expected the ids of a text, of two words at least.")
         start = time.perf_counter()
         loss = negative_log_likelihood(unwrapped(self.model), texts) / (len(texts) - 1)
-        metrics = {
-            "loss": loss,
-            "perplexity": math.exp(loss) if loss < 700 else math.inf,
-            "tokens": len(texts) - 1,
-            "runtime": round(time.perf_counter() - start, 4),
-        }
+        seconds = time.perf_counter() - start
+        self._epoch.start += seconds  # no part of its training
+        metrics = {"loss": loss, "perplexity": _exp(loss), "tokens": len(texts) - 1, "runtime": round(seconds, 4)}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -194,13 +198,21 @@ class _Epoch:
     def __init__(self):
         self.state, self.batches, self.words = None, 0, 0
         self.loss: torch.Tensor | float = 0.0
-        self.seconds, self.start, self.timed_words = 0.0, time.perf_counter(), 0
+        self.start, self.timed_words = time.perf_counter(), 0
 
     def count(self, cross_entropy: torch.Tensor, divisor, inputs: dict) -> None:
         self.loss = self.loss + (cross_entropy * divisor).double()
         self.words += inputs["input_ids"].numel()
         self.timed_words += inputs["input_ids"].numel()
         self.batches += 1
+
+    def report(self) -> dict[str, float]:
+        seconds = time.perf_counter() - self.start
+        return {
+            "train_perplexity": _exp(float(self.loss) / self.words),
+            "tokens_per_second": self.timed_words / seconds,
+            "epoch_seconds": seconds,
+        }
 
     def save(self, path: Path) -> None:
         tensors = {f"{i}.{j}": part.contiguous() for i, layer in enumerate(self.state) for j, part in enumerate(layer)}
@@ -218,7 +230,7 @@ class _Epoch:
 
 
 class _KeepState(TrainerCallback):
-    """Begins each epoch with a new state or that of a checkpoint, saves it with each checkpoint, reports the epoch."""
+    """Begins each epoch with a new state or that of a checkpoint, and saves it with each checkpoint."""
 
     def __init__(self, trainer: CarriedStateTrainer):
         self.trainer = trainer
@@ -237,18 +249,9 @@ class _KeepState(TrainerCallback):
             folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
             self.trainer._epoch.save(folder / self.trainer._file)
 
-    def on_epoch_end(self, args, state, control, **kwargs):
-        epoch = self.trainer._epoch
-        if epoch.words:
-            seconds = time.perf_counter() - epoch.start
-            loss = float(epoch.loss) / epoch.words
-            self.trainer.log(
-                {
-                    "train_perplexity": math.exp(loss) if loss < 700 else math.inf,
-                    "tokens_per_second": epoch.timed_words / seconds,
-                    "epoch_seconds": seconds,
-                }
-            )
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def _detached(state) -> tuple:

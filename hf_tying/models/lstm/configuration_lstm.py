@@ -27,7 +27,7 @@ class TiedLSTMConfig(TyingConfigMixin, PreTrainedConfig):
         output_bias (`bool`): the softmax has a bias: kept in Press & Wolf's tied models, not in Inan's (section 4).
         initializer_range (`float`): all weights and the softmax's bias are uniform in +- this. Default 0.1.
         recurrent_initializer_range (`float`, *optional*): the same of the layers' weights; `None` for the one of
-            `torch.nn.LSTM`, one over the root of the layer's width. A layer's bias starts at 0, as in TensorFlow's cell.
+            `torch.nn.LSTM`, one over the root of the layer's width. A layer's bias starts at 0 (TensorFlow's cell).
         zero_output_bias (`bool`): the softmax's bias starts at 0 instead (Merity et al. 2017).
         dropout_kind (`str`): `"standard"`, a new mask at each step (Zaremba et al. 2014), or `"variational"`, one for
             each example through all steps of a forward pass (Gal & Ghahramani 2016; "locked" in Merity et al. 2017).
@@ -42,7 +42,8 @@ class TiedLSTMConfig(TyingConfigMixin, PreTrainedConfig):
         weight_dropout (`float`): of the recurrent weights, one mask for a forward pass (DropConnect, Merity et al.
             2017 section 2).
         activation_regularization, temporal_activation_regularization (`float`): AR and TAR (Merity et al. 2017
-            section 4.6): in training the loss has `alpha * mean(dropped output ** 2) + beta * mean(step of the output ** 2)`.
+            section 4.6): in training the loss has `alpha * mean(dropped output ** 2)`, and `beta * mean(d ** 2)` where
+            d is the difference of the outputs of two steps.
         tying (`dict`, *optional*): see `hf_tying.TyingConfig`; it can also give the model a projection (PR).
 
     Raises:
