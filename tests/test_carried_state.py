@@ -6,12 +6,14 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
 from hf_tying import TyingCallback, TyingError
 from hf_tying.data.words import ContiguousText, encode_words, train_word_level
 from hf_tying.models import TiedLSTMConfig, TiedLSTMForCausalLM
+from hf_tying.training.averaging import Averaging
 from hf_tying.training.carried_state import (
     CarriedStateArguments,
     CarriedStateTrainer,
@@ -246,3 +248,53 @@ def test_another_dataset_or_another_batch_is_refused(text, tmp_path):
         CarriedStateTrainer(model, args, train_dataset=ContiguousText(text["train"], BATCH, STEPS))
     with pytest.raises(TyingError, match="expected a ContiguousText"):
         CarriedStateTrainer(model, args, train_dataset=[{"input_ids": [1, 2]}])
+
+
+# --- NT-ASGD ---------------------------------------------------------------------------------------------------------
+
+
+def test_averaging_begins_when_the_last_evaluations_were_no_better_than_the_best_before(text):
+    averaging, begun = Averaging(make_model(text), patience=2), []
+    for loss in (5.0, 4.0, 3.0, 3.5, 2.9, 3.1, 3.2, 3.3):
+        averaging.evaluated(loss)
+        begun.append(averaging.mean is not None)
+    # As in the released code: at 3.2 the best but the last two is 3.0, at the one before 3.0 too; 3.1 > 3.0 begins.
+    assert begun == [False, False, False, False, False, True, True, True]
+
+
+def test_the_mean_is_that_of_torchs_asgd(text):
+    model, twin = make_model(text), make_model(text)
+    averaging = Averaging(model, patience=0)
+    averaging.evaluated(1.0), averaging.evaluated(2.0)
+    plain = torch.optim.SGD(model.parameters(), lr=0.5)
+    asgd = torch.optim.ASGD(twin.parameters(), lr=0.5, t0=0, lambd=0.0)
+    words = text["train"][None, :40]
+    for _ in range(4):
+        for m, optimizer in ((model, plain), (twin, asgd)):
+            optimizer.zero_grad()
+            m(input_ids=words, labels=words).loss.backward()
+            optimizer.step()
+        averaging.updated()
+    for (name, _), parameter in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(averaging.mean[str(name)], asgd.state[parameter]["ax"])
+    last = [p.detach().clone() for p in model.parameters()]
+    with averaging.in_place():
+        assert all(torch.equal(p, averaging.mean[str(name)]) for name, p in model.named_parameters())
+        assert model.lm_head.weight is model.lstm.embed_tokens.weight
+    assert all(torch.equal(p, kept) for p, kept in zip(model.parameters(), last, strict=True))
+
+
+def test_an_averaged_run_is_evaluated_with_the_mean_and_ends_with_it_and_resumes(text, tmp_path):
+    how = {"average_after": 0, "eval_strategy": "steps", "eval_steps": 5, "save_strategy": "steps", "save_steps": 14}
+    how |= {"learning_rate": 20.0, "max_grad_norm": 1.0}  # so that it gets worse at once
+    whole = make_trainer(make_model(text), text, tmp_path / "whole", **how)
+    whole.train()
+    assert 0 < whole.averaging.updates < whole.state.global_step
+    for name, parameter in whole.model.named_parameters():
+        assert torch.equal(parameter, whole.averaging.mean[str(name)])
+    checkpoint = tmp_path / "whole" / "checkpoint-28"
+    assert load_file(checkpoint / "averaging.safetensors")["updates"] > 0
+    resumed = make_trainer(make_model(text), text, tmp_path / "resumed", **how)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, other)

@@ -3,6 +3,7 @@ next, their losses and their learning rates, and evaluation over a whole text; a
 
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..config import TyingError
 from ..data.words import ContiguousText
 from ..verify import unwrapped
+from .averaging import Averaging
 
 # Logits of one piece in evaluation, at most: 64 MiB of them.
 _MOST_LOGITS = 2**24
@@ -40,6 +42,14 @@ class CarriedStateArguments(TrainingArguments):
     decay_after: int = field(
         default=0,
         metadata={"help": "Epochs before the first that is decayed, less one: decay ** max(epoch - this, 0), from 0."},
+    )
+
+    average_after: int | None = field(
+        default=None,
+        metadata={
+            "help": "Average the parameters once so many evaluations in a row were no better than the best one before "
+            "them (NT-ASGD, Merity et al. 2017 section 3); evaluated and kept is the mean then."
+        },
     )
 
     def __post_init__(self):
@@ -80,6 +90,8 @@ class CarriedStateTrainer(Trainer):
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
         self._epoch = _Epoch()
         self._resumed: Path | None = None
+        patience = self.args.average_after
+        self.averaging = None if patience is None else Averaging(unwrapped(self.model), patience)
         self.add_callback(_KeepState(self))
 
     # --- training ----------------------------------------------------------------------------------------------------
@@ -155,7 +167,10 @@ class CarriedStateTrainer(Trainer):
         if not isinstance(texts, torch.Tensor) or texts.ndim != 1 or len(texts) < 2:
             raise TyingError("Nothing to evaluate on: expected the ids of a text, of two words at least.")
         start = time.perf_counter()
-        loss = negative_log_likelihood(unwrapped(self.model), texts) / (len(texts) - 1)
+        with self.averaging.in_place() if self.averaging is not None and self.is_in_train else nullcontext():
+            loss = negative_log_likelihood(unwrapped(self.model), texts) / (len(texts) - 1)
+        if self.averaging is not None and self.is_in_train:
+            self.averaging.evaluated(loss)
         seconds = time.perf_counter() - start
         self._epoch.start += seconds  # no part of its training
         metrics = {"loss": loss, "perplexity": _exp(loss), "tokens": len(texts) - 1, "runtime": round(seconds, 4)}
@@ -235,6 +250,10 @@ class _KeepState(TrainerCallback):
     def __init__(self, trainer: CarriedStateTrainer):
         self.trainer = trainer
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.trainer.averaging is not None and self.trainer._resumed is not None:
+            self.trainer.averaging.load(self.trainer._resumed)
+
     def on_epoch_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
         trainer._epoch = _Epoch()
@@ -244,10 +263,20 @@ class _KeepState(TrainerCallback):
                 trainer._epoch = epoch
             trainer._resumed = None
 
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.averaging is not None:
+            self.trainer.averaging.updated()
+
     def on_save(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
         if self.trainer._epoch.state is not None:
-            folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
             self.trainer._epoch.save(folder / self.trainer._file)
+        if self.trainer.averaging is not None and state.is_world_process_zero:
+            self.trainer.averaging.save(folder)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.trainer.averaging is not None:
+            self.trainer.averaging.finish()
 
 
 def _exp(loss: float) -> float:

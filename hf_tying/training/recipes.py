@@ -34,6 +34,7 @@ RECIPES: dict[str, dict] = {
         "decay_after": 0,
         "max_grad_norm": 0.25,
         "weight_decay": 1.2e-6,
+        "average_after": 5,
         "sum_over_time": False,
     },
 }

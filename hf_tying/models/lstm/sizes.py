@@ -25,8 +25,8 @@ def _inan(width: int, scale: float, dropout: float) -> dict:
     return _zaremba(width, scale, dropout) | {"dropout_kind": "variational", "shared_recurrent_mask": True}
 
 
-# Inan's rates are not in the text at hand: these are a third party's settings for the Penn Treebank read as shares to
-# keep (see the research notes of examples/papers/inan.py).
+# Inan's rates are not in the text at hand: these are a third party's settings for the Penn Treebank (icoxfog417's
+# tying-wv-and-wc), read as shares to keep.
 SIZES: dict[str, dict] = {
     "zaremba_small": _zaremba(200, 0.1, 0.0),
     "zaremba_medium": _zaremba(650, 0.05, 0.5),
