@@ -66,7 +66,11 @@ def linear_head(model: PreTrainedModel) -> nn.Linear:
 
 
 def with_penalty(model: PreTrainedModel, outputs, args: tuple, kwargs: dict):
-    """`outputs` of a training step, with the penalty in their loss."""
+    """`outputs` of a training step, with the penalty in their loss, once for each forward pass.
+
+    It is divided by what the sum of the losses is divided by, and by the number of processes: their gradients are
+    averaged after `Trainer` has multiplied each one's share of the loss by that number.
+    """
     head = model.get_output_embeddings()
     loss = outputs.get("loss") if isinstance(outputs, ModelOutput) else outputs[0] if outputs else None
     if not isinstance(head, ProjectedLinear) or not isinstance(loss, torch.Tensor) or not loss.requires_grad:
@@ -80,6 +84,8 @@ def with_penalty(model: PreTrainedModel, outputs, args: tuple, kwargs: dict):
     if divisor is None:
         shifted = given.get("shift_labels") is None and _shifts_labels(model)
         divisor = ((labels[..., 1:] if shifted else labels) != -100).sum().clamp(min=1)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        divisor = divisor * torch.distributed.get_world_size()
     settings = TyingConfig.from_dict(model.config.tying).projection
     penalty = projection_penalty(
         head.projection.weight, norm=settings.norm, strength=settings.strength, divisor=divisor

@@ -231,3 +231,46 @@ def test_every_carried_module_is_there_and_imports_only_carried_ones():
         for line in package.joinpath(f"{module.replace('.', '/')}.py").read_text().splitlines():
             if line.lstrip().startswith("from ."):
                 assert line.split()[1].lstrip(".") in remote_code._MODULES[:at], f"{module}: {line}"
+
+
+LSTM_CHILD = """
+import json
+import torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+assert "hf_tying" not in sys.modules
+ids = torch.arange(8)[None]
+output = model(input_ids=ids, labels=ids)
+model.train()(input_ids=ids, labels=ids).loss.backward()
+found = {
+    "module": type(model).__module__,
+    "loss": float(output.loss),
+    "tied": model.lm_head.weight is model.lstm.embed_tokens.weight,
+    "parameters": model.num_parameters(),
+    "parts": sorted(model.loss_parts),
+    "generated": model.eval().generate(ids, max_new_tokens=4, do_sample=False).shape[1],
+}
+print(json.dumps(found))
+"""
+
+
+def test_the_lstm_is_published_with_its_code(tmp_path, monkeypatch):
+    """`register_for_auto_class`: the folder needs transformers alone, tied, with its projection (PR)."""
+    from hf_tying.models import TiedLSTMConfig, TiedLSTMForCausalLM
+
+    monkeypatch.setattr(TiedLSTMConfig, "_auto_class", None)
+    monkeypatch.setattr(TiedLSTMForCausalLM, "_auto_class", None)
+    TiedLSTMConfig.register_for_auto_class()
+    TiedLSTMForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+    tying = {"version": 1, "scheme": "two_way", "projection": {}}
+    model = TiedLSTMForCausalLM(TiedLSTMConfig(vocab_size=30, embedding_size=6, hidden_size=6, tying=tying)).eval()
+    model.save_pretrained(tmp_path / "lstm")
+    ids = torch.arange(8)[None]
+    child = run_without_the_package(LSTM_CHILD, tmp_path / "lstm")
+    assert child.returncode == 0, child.stderr[-3000:]
+    found = json.loads(child.stdout.splitlines()[-1])
+    assert found["module"].startswith("transformers_modules.")
+    assert found["loss"] == pytest.approx(float(model(input_ids=ids, labels=ids).loss.detach()), rel=1e-5)
+    assert found["tied"] and found["parameters"] == model.num_parameters() and found["generated"] == 12
+    assert found["parts"] == ["cross_entropy", "projection"]

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import set_seed
@@ -75,6 +76,7 @@ def train_and_report(arguments: LSTMArguments, make_config, recipe: dict, publis
         **{"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 1, "report_to": "none"} | steps,
         logging_strategy="epoch",
         disable_tqdm=not sys.stderr.isatty(),
+        dataloader_pin_memory=torch.cuda.is_available() and not arguments.use_cpu,
     )
     set_seed(arguments.seed)
     model = TiedLSTMForCausalLM(make_config(vocab_size=len(text.tokenizer), eos_token_id=text.tokenizer.eos_token_id))
