@@ -2,5 +2,19 @@
 
 from .perplexity import Perplexity, perplexity_of, sequence_scores
 from .translation import Bleu, ChrF, generated_text, translation_metrics
+from .word_similarity import WordSimilarity, read_word_pairs, spearman, word_id, word_similarities
 
-__all__ = ["Bleu", "ChrF", "Perplexity", "generated_text", "perplexity_of", "sequence_scores", "translation_metrics"]
+__all__ = [
+    "Bleu",
+    "ChrF",
+    "Perplexity",
+    "WordSimilarity",
+    "generated_text",
+    "perplexity_of",
+    "read_word_pairs",
+    "sequence_scores",
+    "spearman",
+    "translation_metrics",
+    "word_id",
+    "word_similarities",
+]

@@ -1,0 +1,166 @@
+"""How alike two embedding matrices of one vocabulary are, and how many directions one of them uses."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+_METHODS = ("procrustes", "linear")
+_BLOCK = 2**24  # similarities at once, 128 MiB
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How well one matrix's rows are another's under a map.
+
+    Args:
+        cosine: mean cosine of the mapped rows and the other's, at most 1.
+        neighbours: mean share of a row's nearest rows that are the same in both, 0 to 1. No map is needed for that.
+    """
+
+    cosine: float
+    neighbours: float
+
+
+def alignment(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    method: str = "procrustes",
+    neighbours: int = 10,
+    rows: torch.Tensor | None = None,
+    sample: int = 2000,
+    seed: int = 0,
+) -> Alignment:
+    """Map `a` onto `b` and compare them row by row.
+
+    The map is fitted to both matrices less their mean rows, which otherwise are most of what rows have in common. It
+    minimises the squared distance to `b`. Neighbours are those of highest cosine in each matrix as it is, among the
+    rows compared. Rows that are zero in either matrix (padding) are left out. All in float64.
+
+    Args:
+        a: (V, D), floating point.
+        b: (V, E), floating point, the same words in the same order; `E == D` for `"procrustes"`.
+        method: `"procrustes"` for the best rotation (with reflections), which changes no distance within `a`;
+            `"linear"` for the best D x E matrix.
+        neighbours: how many nearest rows. Default 10.
+        rows: (R,), int64: the rows to compare, such as the most frequent words; all when not given.
+        sample: neighbours are looked for among that many rows at most, drawn without replacement; the cost is in
+            its square.
+        seed: of the draw, which leaves torch's own generator alone.
+
+    Returns:
+        An `Alignment`. NaN where a matrix is not finite: a run that diverges is not stopped by its diagnosis.
+
+    Raises:
+        ValueError: for matrices that do not fit, an unknown method, or fewer than `neighbours + 1` rows.
+
+    Source: Lopardo et al. 2026 (arXiv 2603.26663), sections on alignment and kNN@10; the map: Schoenemann 1966.
+
+    Example (the reference):
+        >>> a, b = a - a.mean(0), b - b.mean(0)
+        >>> u, _, vh = torch.linalg.svd(a.T @ b)
+        >>> F.cosine_similarity(a @ u @ vh, b).mean()
+    """
+    if method not in _METHODS:
+        raise ValueError(f"Unknown method {method!r}: expected one of {', '.join(_METHODS)}.")
+    if a.ndim != 2 or b.ndim != 2 or len(a) != len(b):
+        raise ValueError(f"Expected two matrices with a row for the same words, found {_shape(a)} and {_shape(b)}.")
+    if method == "procrustes" and a.shape != b.shape:
+        raise ValueError(
+            f"A rotation needs equal widths, found {_shape(a)} and {_shape(b)}: use method='linear' for these."
+        )
+    if isinstance(neighbours, bool) or not isinstance(neighbours, int) or neighbours < 1:
+        raise ValueError(f"neighbours={neighbours!r}: expected a number from 1.")
+    a, b = _exact(a), _exact(b).to(_exact_device(a))
+    if rows is not None:
+        a, b = a[rows.to(a.device)], b[rows.to(a.device)]
+    if not (a.isfinite().all() and b.isfinite().all()):
+        return Alignment(math.nan, math.nan)
+    used = a.any(dim=1) & b.any(dim=1)
+    a, b = a[used], b[used]
+    if min(len(a), sample) <= neighbours:
+        raise ValueError(
+            f"{min(len(a), sample)} rows to compare: expected more than neighbours={neighbours} (rows that are zero "
+            "in either matrix are left out)."
+        )
+    return Alignment(_mapped_cosine(a, b, method), _common_neighbours(a, b, neighbours, sample, seed))
+
+
+def effective_rank(matrix: torch.Tensor) -> float:
+    """exp(entropy) of the singular values, taken as shares of their sum: 1 for rank one, D for D equal ones.
+
+    Args:
+        matrix: (V, D), floating point; computed in float64 from the smaller of its two Gram matrices.
+
+    Returns:
+        A number from 1 to min(V, D); 0 for a matrix of zeros, NaN for one that is not finite.
+
+    Raises:
+        ValueError: when it is no matrix.
+
+    Source: Roy & Vetterli 2007, "The effective rank", definition 1.
+
+    Example (the reference):
+        >>> shares = torch.linalg.svdvals(matrix) / torch.linalg.svdvals(matrix).sum()
+        >>> torch.special.entr(shares).sum().exp()
+    """
+    if matrix.ndim != 2:
+        raise ValueError(f"Expected a matrix, found {_shape(matrix)}.")
+    matrix = _exact(matrix)
+    if not matrix.isfinite().all():
+        return math.nan
+    peak = matrix.abs().max() if matrix.numel() else 0
+    if peak == 0:
+        return 0.0
+    matrix = matrix / peak
+    squares = torch.linalg.eigvalsh(matrix.T @ matrix if len(matrix) > matrix.shape[1] else matrix @ matrix.T)
+    # Of squares, what is below this is rounding: its roots would be a tail of small singular values.
+    squares = squares.where(squares > squares.max() * max(matrix.shape) * torch.finfo(squares.dtype).eps, 0)
+    shares = squares.sqrt() / squares.sqrt().sum()
+    return torch.special.entr(shares).sum().exp().item()
+
+
+def _mapped_cosine(a: torch.Tensor, b: torch.Tensor, method: str) -> float:
+    a, b = a - a.mean(dim=0), b - b.mean(dim=0)
+    if method == "procrustes":
+        u, _, vh = torch.linalg.svd(a.T @ b)
+        mapped = a @ (u @ vh)
+    else:
+        mapped = a @ (torch.linalg.pinv(a.T @ a, hermitian=True) @ (a.T @ b))
+    return nn.functional.cosine_similarity(mapped, b).mean().item()
+
+
+def _common_neighbours(a: torch.Tensor, b: torch.Tensor, count: int, sample: int, seed: int) -> float:
+    if len(a) > sample:
+        drawn = torch.randperm(len(a), generator=torch.Generator().manual_seed(seed))[:sample].to(a.device)
+        a, b = a[drawn], b[drawn]
+    a, b = nn.functional.normalize(a), nn.functional.normalize(b)
+    common = 0
+    for start in range(0, len(a), size := max(1, _BLOCK // len(a))):
+        block = slice(start, start + size)
+        near = [_nearest(matrix, block, count) for matrix in (a, b)]
+        common += int((near[0][:, :, None] == near[1][:, None, :]).sum())
+    return common / (len(a) * count)
+
+
+def _nearest(matrix: torch.Tensor, block: slice, count: int) -> torch.Tensor:
+    """(B, count): for each row of the block its nearest rows, itself left out."""
+    similarities = matrix[block] @ matrix.T
+    own = torch.arange(len(similarities), device=matrix.device)
+    similarities[own, own + block.start] = -math.inf
+    return similarities.topk(count).indices
+
+
+def _exact(matrix: torch.Tensor) -> torch.Tensor:
+    matrix = matrix.detach()
+    return matrix.to(_exact_device(matrix)).double()
+
+
+def _exact_device(tensor: torch.Tensor) -> torch.device:
+    return tensor.device if tensor.device.type in ("cpu", "cuda") else torch.device("cpu")
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return f"shape {tuple(tensor.shape)}"

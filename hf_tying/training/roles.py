@@ -1,0 +1,139 @@
+"""The roles of a tied matrix in training: what each of them gives to the gradient, and a factor for one of them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+
+from ..config import TyingError
+from ..groups import roles
+from ..parameters import find_slot
+from ..verify import groups_of, unwrapped
+
+#: `input` is every embedding of input tokens: that of a language model, or both of an encoder-decoder.
+ROLES = {"input": ("source", "target"), "source": ("source",), "target": ("target",), "output": ("output",)}
+
+
+def names_of_role(model: PreTrainedModel, role: str) -> list[str]:
+    """The parameter names of `role` in `model`, with those that only carry its matrix (BART's `shared`).
+
+    Args:
+        role: `"input"`, `"source"`, `"target"` or `"output"` (see `ROLES`).
+
+    Raises:
+        TyingError: for an unknown role, or one that the model has not.
+    """
+    if role not in ROLES:
+        raise TyingError(f"Unknown role {role!r}: expected one of {', '.join(ROLES)}.")
+    found = roles(model)
+    names = [name for part in ROLES[role] for name in found.get(part, [])]
+    if not names:
+        raise TyingError(
+            f"{type(model).__name__} has no {role} embedding: its roles are {', '.join(found) or 'none'}."
+        )
+    return names
+
+
+class RoleMeter:
+    """Gradient norm of each use of a tied matrix.
+
+    During a forward pass each use gets a view of the one parameter. Autograd computes the gradient of every use anyway
+    before it sums them; on the view it can be seen.
+
+    Args:
+        model: a model with declared groups. Only names with a role are measured.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self._handles: list = []
+        self._norms: dict[tuple[str, str], torch.Tensor] = {}
+
+    def attach(self) -> None:
+        """Watch every forward pass until `detach`."""
+        if self._handles:
+            return
+        role_of = {name: role for role, names in roles(self.model).items() for name in names}
+        for group in groups_of(self.model):
+            for name in group.names:
+                module, attribute = find_slot(self.model, name)
+                if name in role_of and attribute == "weight":
+                    self._watch(module, group.name, role_of[name])
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def norms(self) -> dict[str, float]:
+        """`grad_norm/<group>/<role>` (L2) and `grad_share/<group>/<role>` (0 to 1) of the last backward pass."""
+        norms = {key: float(value) for key, value in self._norms.items()}
+        totals: dict[str, float] = {}
+        for (group, _), norm in norms.items():
+            totals[group] = totals.get(group, 0.0) + norm
+        logs = {f"grad_norm/{group}/{role}": norm for (group, role), norm in norms.items()}
+        logs |= {f"grad_share/{g}/{role}": norm / totals[g] if totals[g] else 0.0 for (g, role), norm in norms.items()}
+        return logs
+
+    def _watch(self, module: nn.Module, group: str, role: str) -> None:
+        key = (group, role)
+        parameters: list[nn.Parameter] = []
+
+        def before(module, args):
+            parameter = module._parameters.get("weight")
+            if torch.is_grad_enabled() and parameter is not None and parameter.requires_grad:
+                view = parameter.view_as(parameter)
+                view.register_hook(lambda grad: self._norms.__setitem__(key, grad.detach().float().norm()))
+                parameters.append(parameter)
+                module._parameters["weight"] = view
+
+        def after(module, args, output):
+            if parameters:
+                module._parameters["weight"] = parameters.pop()
+
+        self._handles += [
+            module.register_forward_pre_hook(before),
+            module.register_forward_hook(after, always_call=True),
+        ]
+
+
+@contextmanager
+def measured_roles(model: nn.Module) -> Iterator[RoleMeter]:
+    """A `RoleMeter` on `model` for the length of a block, outside Trainer."""
+    meter = RoleMeter(unwrapped(model))
+    meter.attach()
+    try:
+        yield meter
+    finally:
+        meter.detach()
+
+
+def scale_input_gradient(model: nn.Module, scale: float) -> list:
+    """Multiply the part of the gradient that comes through the embedding lookup by `scale`, until it is removed.
+
+    Nothing lies below the lookup but the matrix, so no other gradient changes. The softmax's part is as before. (The
+    published code also has a factor for the other role, put on the logits: it would scale the whole model's gradient.)
+
+    Args:
+        model: with input embeddings, tied or not, also under `use_tied_loss`.
+        scale: 0 or more. 5 in the source.
+
+    Returns:
+        Handles; `handle.remove()` on each of them undoes it.
+
+    Source: Lopardo et al. 2026 (arXiv 2603.26663).
+
+    Example (the reference, for one lookup):
+        >>> rows = F.embedding(input_ids, weight)
+        >>> rows.register_hook(lambda grad: grad * scale)
+    """
+
+    def after(module, args, output):
+        if torch.is_grad_enabled() and output.requires_grad:
+            output.register_hook(lambda grad: grad * scale)
+
+    inner = unwrapped(model)
+    modules = {find_slot(inner, name)[0] for name in names_of_role(inner, "input")}
+    return [module.register_forward_hook(after) for module in modules]
