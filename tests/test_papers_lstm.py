@@ -1,5 +1,6 @@
 """The scripts of the LSTM papers as a user runs them: the docstring's line, the results, bad input in one line."""
 
+import importlib
 import json
 import runpy
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from hf_tying import tying_report
 
@@ -131,3 +133,35 @@ def test_in_a_process_of_its_own(text, tmp_path):
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=170, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "out" / "results.json").read_text())["parameters"] == 31 * 200 + 641_600 + 31
+
+
+# --- the theory of Inan et al. ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def theory(monkeypatch):
+    monkeypatch.syspath_prepend(str(PAPERS))
+    return importlib.import_module("inan_theory")
+
+
+def test_the_distance_of_subspaces(theory):
+    torch.manual_seed(0)
+    basis = torch.randn(60, 5)
+    assert theory.subspace_distance(basis @ torch.randn(5, 4), basis) < 1e-6
+    shifted = basis @ torch.randn(5, 4) + torch.randn(4)  # one number for all words, in each column
+    assert theory.subspace_distance(shifted, basis) < 1e-6 < 0.1 < theory.subspace_distance(shifted, basis, False)
+    outside = torch.linalg.qr(torch.cat([torch.ones(60, 1), basis, torch.randn(60, 3)], 1)).Q[:, 6:]
+    assert theory.subspace_distance(outside, basis) == pytest.approx(1.0, abs=1e-6)
+    half = outside[:, :1] + torch.linalg.qr(basis - basis.mean(0)).Q[:, :1]
+    assert theory.subspace_distance(half, basis) == pytest.approx(0.5**0.5, abs=1e-5)
+
+
+def test_the_softmax_matrix_comes_nearer_to_the_embedding_by_the_augmented_loss_alone(text, tmp_path, run):
+    flags = ("--tokens", 900, "--hidden_size", 12, "--epochs", 3, "--betas", 0, 1, "--learning_rate", 0.1)
+    done = run("inan_theory.py", "--data_dir", text, "--output_dir", tmp_path, *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((tmp_path / "results.json").read_text())
+    zero, one = (entry["distance"] for entry in results["runs"])
+    assert one < 0.5 * zero and (tmp_path / "theory.png").stat().st_size > 5000
+    done = run("inan_theory.py", "--data_dir", text, "--output_dir", tmp_path, "--betas", 2)
+    assert done.returncode == 1 and "each from 0 to 1" in done.stderr

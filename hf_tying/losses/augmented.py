@@ -1,0 +1,290 @@
+"""`augmented_loss`: cross entropy plus the divergence from a target made of word vectors (Inan et al. 2017)."""
+
+import sys
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .augmented_autograd import Call, TiedAugmentedLoss
+from .gradient import is_plain
+from .options import Options, check
+from .reference import reference_cross_entropy
+
+#: alpha = GAMMA * temperature unless somebody says otherwise.
+GAMMA = 0.5
+
+
+def augmented_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    embedding: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    temperature: float = 20.0,
+    alpha: float | None = None,
+    gamma: float | None = None,
+    detach_target: bool = False,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items_in_batch: int | torch.Tensor | None = None,
+    cross_entropy_weight: float = 1.0,
+    logit_scale: float | None = None,
+    memory_budget: int | None = None,
+) -> torch.Tensor:
+    """`cross_entropy_weight * CE + alpha * KL(t || q)`, the augmented loss, without an (N, V) matrix.
+
+    A one-hot target calls every other word equally wrong. Here the target t also gives something to words whose
+    vectors are like that of the right one: with L the input embedding, W the softmax matrix and y the label,
+
+        t = softmax(L L[y] / temperature)                  the target distribution
+        q = softmax(logit_scale * W h / temperature)       the model's, without its output bias
+
+    The live embedding makes the target, so it is trained by it too, as the matrix and as the label's row, unless
+    `detach_target`. Everything is computed over blocks of the vocabulary, with gradients made in the forward pass: a
+    backward pass can be run once. The target is computed once for each different label. In the backward pass the
+    gradients of `weight` and `embedding` go into the buffers that `tied_embedding` shares, and are one where the two
+    are the same tensor (REAL in the paper).
+
+    Args:
+        hidden: h, (..., D), floating point; no shift is made: `hidden[i]` predicts `labels[i]`.
+        weight: W, (V, D), of the dtype of `hidden`, or any under autocast.
+        labels: y, hidden.shape[:-1], int64: words from 0 to V - 1, or `ignore_index`.
+        embedding: L, (V, any width), of the dtype of `weight`. Default: `weight`, as in a tied model. Give an untied
+            model's input embedding (AL in the paper).
+        bias: (V,), floating point; of the cross entropy alone (equation 3.1 has none). Reusing the embedding, the
+            paper sets it to zero.
+        temperature: tau, above 0. Default 20, third-party accounts' value for the Penn Treebank.
+        alpha: the weight of the divergence, 0 or more. Default `gamma * temperature`: its gradient falls with the
+            temperature, and so the product keeps its size; published settings are given as gamma.
+        gamma: alpha / temperature. Default 0.5; 0.5 to 0.8 were used on the Penn Treebank, 1.0 to 1.5 on WikiText-2.
+        detach_target: no gradient goes through the target. Default False: the paper says nothing of it.
+        ignore_index: labels of this value count for nothing. Default -100, as everywhere in transformers.
+        reduction: `"mean"` over the labels that count, or `"sum"`.
+        num_items_in_batch: with `"mean"`, what to divide the sum by in place of the labels that count here, as
+            `Trainer` does.
+        cross_entropy_weight: a factor of the cross entropy. Default 1; 0 leaves the divergence alone.
+        logit_scale: a factor of the model's logits, in both parts. Default 1.
+        memory_budget: bytes for blocks at work and kept products, beside the gradients. Default: as many as the
+            gradient of `weight` has, from 16 to 64 MiB, or an eighth of it if that is more. A block is never narrower
+            than 128 words.
+
+    Returns:
+        A scalar; float32, or float64 for float64 inputs. 0 where no label counts.
+
+    Raises:
+        ValueError: for a temperature not above 0, a negative alpha or gamma, both of them, a reduction other than the
+            two, an embedding of another number of rows, labels of another shape.
+        IndexError: for a label outside the vocabulary.
+        RuntimeError: for mixed dtypes or devices, a bias of another length, `hidden` and `weight` of different width,
+            and in the backward pass for a second one, or `create_graph=True`.
+
+    Source: Inan, Khosravi & Socher 2017, "Tying Word Vectors and Word Classifiers", section 3, equations 3.1 to 3.7;
+    tying: section 4. alpha as gamma * tau is third parties' form of it.
+
+    Example (the reference, see `reference_augmented_loss`):
+        >>> target = torch.softmax(embedding @ embedding[y] / temperature, -1)
+        >>> model = torch.log_softmax(weight @ h / temperature, -1)
+        >>> loss = cross_entropy + alpha * (target * (target.log() - model)).sum()
+    """
+    return augmented_parts(
+        hidden,
+        weight,
+        labels,
+        embedding=embedding,
+        bias=bias,
+        temperature=temperature,
+        alpha=alpha,
+        gamma=gamma,
+        detach_target=detach_target,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        num_items_in_batch=num_items_in_batch,
+        cross_entropy_weight=cross_entropy_weight,
+        logit_scale=logit_scale,
+        memory_budget=memory_budget,
+    )[0]
+
+
+def augmented_parts(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    embedding: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    temperature: float = 20.0,
+    alpha: float | None = None,
+    gamma: float | None = None,
+    detach_target: bool = False,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items_in_batch: int | torch.Tensor | None = None,
+    cross_entropy_weight: float = 1.0,
+    logit_scale: float | None = None,
+    memory_budget: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`augmented_loss`, and beside it the cross entropy alone, of which perplexity is made.
+
+    Args: those of `augmented_loss`.
+
+    Returns:
+        Two scalars: the augmented loss, and the cross entropy (reduced alike, not multiplied by
+        `cross_entropy_weight`), which has no gradient.
+
+    Raises: what `augmented_loss` raises.
+
+    Example:
+        >>> loss, cross_entropy = augmented_parts(hidden, embedding.weight, labels, gamma=1.0)
+        >>> loss.backward()
+        >>> perplexity = cross_entropy.exp()
+    """
+    if _run is _parts and "torch._dynamo" in sys.modules:
+        _do_not_trace()
+    options = Options(ignore_index, 0.0, reduction, num_items_in_batch, logit_scale)
+    call = Call(
+        options,
+        labels,
+        temperature,
+        _checked_alpha(temperature, alpha, gamma),
+        detach_target,
+        float(cross_entropy_weight),
+        memory_budget,
+        differentiable=torch.is_grad_enabled(),
+    )
+    return _run(hidden, weight, bias, embedding, call)
+
+
+def _parts(hidden, weight, bias, embedding, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    if call.options.reduction not in ("mean", "sum"):
+        raise ValueError(f"{call.options.reduction!r} is not a valid value for reduction: expected 'mean' or 'sum'.")
+    check(hidden, weight, call.labels, bias, call.options)
+    if embedding is weight:
+        embedding = None
+    if embedding is not None:
+        _check_embedding(embedding, weight)
+        embedding = embedding.detach() if call.detach_target else embedding
+    if all(is_plain(tensor) for tensor in (hidden, weight, embedding) if tensor is not None):
+        return TiedAugmentedLoss.apply(hidden, weight, bias, embedding, call)
+    keywords = call.options.keywords()
+    keywords = {name: keywords[name] for name in ("ignore_index", "reduction", "num_items_in_batch", "logit_scale")}
+    total = reference_augmented_loss(
+        hidden, weight, call.labels, embedding=embedding, bias=bias, temperature=call.temperature, alpha=call.alpha,
+        detach_target=call.detach_target, cross_entropy_weight=call.cross_entropy_weight, **keywords,
+    )  # fmt: skip
+    return total, reference_cross_entropy(hidden, weight, call.labels, bias=bias, **keywords).detach()
+
+
+_run = _parts
+
+
+def _do_not_trace() -> None:
+    """torch.compile does not trace the walk over the vocabulary: it runs as it is, between two graphs."""
+    global _run
+    _run = torch.compiler.disable(_parts)
+
+
+def reference_augmented_loss(
+    hidden, weight, labels, *, embedding=None, bias=None, temperature=20.0, alpha=None, gamma=None,
+    detach_target=False, ignore_index=-100, reduction="mean", num_items_in_batch=None, cross_entropy_weight=1.0,
+    logit_scale=None,
+) -> torch.Tensor:  # fmt: skip
+    """`augmented_loss` in plain torch, all matrices whole: what it is tested against.
+
+    Arguments, shapes and result as for `augmented_loss`.
+    """
+    alpha = _checked_alpha(temperature, alpha, gamma)
+    exact = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
+    counted = labels != ignore_index
+    reduced = dict(ignore_index=ignore_index, reduction=reduction, num_items_in_batch=num_items_in_batch)
+    cross_entropy = reference_cross_entropy(hidden, weight, labels, bias=bias, logit_scale=logit_scale, **reduced)
+    matrix = (weight if embedding is None else embedding).to(exact)
+    target = F.log_softmax(matrix[labels[counted]] @ matrix.t() / temperature, -1)
+    if detach_target:
+        target = target.detach()
+    logits = hidden[counted].to(exact) @ weight.to(exact).t() * (1.0 if logit_scale is None else logit_scale)
+    divergence = F.kl_div(F.log_softmax(logits / temperature, -1), target, reduction="sum", log_target=True)
+    items = 1 if reduction == "sum" else counted.sum() if num_items_in_batch is None else num_items_in_batch
+    items = torch.as_tensor(items, device=hidden.device)
+    return cross_entropy_weight * cross_entropy + alpha * divergence / items.masked_fill(items == 0, 1)
+
+
+class AugmentedLoss(nn.Module):
+    """`augmented_loss` as a module: the options once, the tensors at each call.
+
+    Args: the keywords of `augmented_loss` except `embedding`, `bias` and `num_items_in_batch`, which are given at the
+        call.
+
+    Raises:
+        ValueError: at once, for a temperature, alpha or gamma that `augmented_loss` refuses.
+
+    Example:
+        >>> loss = AugmentedLoss(gamma=1.0)(hidden, embedding.weight, labels)
+    """
+
+    def __init__(
+        self,
+        temperature: float = 20.0,
+        alpha: float | None = None,
+        gamma: float | None = None,
+        detach_target: bool = False,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        cross_entropy_weight: float = 1.0,
+        logit_scale: float | None = None,
+        memory_budget: int | None = None,
+    ):
+        super().__init__()
+        self.options = {
+            "temperature": temperature,
+            "alpha": _checked_alpha(temperature, alpha, gamma),
+            "detach_target": detach_target,
+            "ignore_index": ignore_index,
+            "reduction": reduction,
+            "cross_entropy_weight": cross_entropy_weight,
+            "logit_scale": logit_scale,
+            "memory_budget": memory_budget,
+        }
+
+    def forward(self, hidden, weight, labels, embedding=None, bias=None, num_items_in_batch=None) -> torch.Tensor:
+        """Shapes and result as for `augmented_loss`."""
+        return augmented_loss(
+            hidden,
+            weight,
+            labels,
+            embedding=embedding,
+            bias=bias,
+            num_items_in_batch=num_items_in_batch,
+            **self.options,
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items() if value is not None)
+
+
+def _checked_alpha(temperature, alpha, gamma) -> float:
+    """The weight of the divergence."""
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}: expected a number above 0.")
+    if alpha is not None and gamma is not None:
+        raise ValueError(
+            f"alpha={alpha} and gamma={gamma} are both given: expected one, since alpha = gamma * temperature."
+        )
+    for name, value in (("alpha", alpha), ("gamma", gamma)):
+        if value is not None and not value >= 0:
+            raise ValueError(f"{name}={value}: expected 0 or more.")
+    return float(alpha if alpha is not None else (GAMMA if gamma is None else gamma) * temperature)
+
+
+def _check_embedding(embedding: torch.Tensor, weight: torch.Tensor) -> None:
+    if embedding.dim() != 2 or len(embedding) != len(weight):
+        raise ValueError(
+            f"Expected embedding with a row for each of the {len(weight)} words of weight {tuple(weight.shape)}, got "
+            f"{tuple(embedding.shape)}."
+        )
+    if embedding.dtype != weight.dtype or embedding.device != weight.device:
+        raise RuntimeError(
+            f"Expected embedding like weight, in {weight.dtype} on {weight.device}; it is in {embedding.dtype} on "
+            f"{embedding.device}."
+        )
