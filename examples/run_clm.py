@@ -13,7 +13,8 @@ A saved or published model, on one GPU, on several, or on the CPU; flags may sta
     torchrun --nproc_per_node 4 examples/run_clm.py mine.yaml     (or: accelerate launch examples/run_clm.py mine.yaml)
     python examples/run_clm.py --use_cpu --model_name_or_path gpt2 --train_file a.txt --do_train --output_dir runs/y
 
-Without --scheme and --groups_file the model is tied, or not, as its own config says.
+Without --scheme and --groups_file the model is tied, or not, as its own config says. --objective al trains by the
+augmented loss, --untie_at 0.67 unties after two thirds of the steps, --freeze output leaves the softmax as it is.
 """
 
 import sys
@@ -33,10 +34,10 @@ from transformers import (
     set_seed,
 )
 
-from hf_tying import TyingCallback, TyingError, tie
+from hf_tying import TyingError, tie, use_tied_loss
 from hf_tying.data import train_byte_level_bpe
 from hf_tying.metrics import perplexity_of, sequence_scores
-from hf_tying.training import TyingArguments
+from hf_tying.training import ObjectiveArguments, TyingArguments
 
 
 @dataclass
@@ -141,7 +142,9 @@ def make_model_and_tokenizer(args: ModelArguments, tying: TyingArguments, texts)
 
 
 def main():
-    parser = HfArgumentParser((ModelArguments, DataTrainingArguments, TrainingArguments, TyingArguments))
+    parser = HfArgumentParser(
+        (ModelArguments, DataTrainingArguments, TrainingArguments, TyingArguments, ObjectiveArguments)
+    )
     file = Path(sys.argv[1]) if len(sys.argv) == 2 else Path()
     if file.suffix == ".json":
         arguments = parser.parse_json_file(file)
@@ -149,11 +152,13 @@ def main():
         arguments = parser.parse_yaml_file(file)
     else:
         arguments = parser.parse_args_into_dataclasses()
-    model_args, data_args, training_args, tying_args = arguments
+    model_args, data_args, training_args, tying_args, objective_args = arguments
 
     set_seed(training_args.seed)
     data, column = load_text(data_args)
     model, tokenizer = make_model_and_tokenizer(model_args, tying_args, data["train"][column])
+    if (objective := objective_args.to_objective()) is not None:
+        use_tied_loss(model, objective=objective)
     with training_args.main_process_first(desc="tokenizing"):
         blocks = cut_into_blocks(data, column, tokenizer, data_args)
 
@@ -166,7 +171,7 @@ def main():
         data_collator=default_data_collator,
         preprocess_logits_for_metrics=sequence_scores,
         compute_metrics=perplexity_of,
-        callbacks=[TyingCallback(log_roles=tying_args.log_roles)],
+        callbacks=[tying_args.to_callback()],
     )
     if training_args.do_train:
         result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)

@@ -35,7 +35,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_tying import TyingCallback, TyingError, tie
+from hf_tying import TyingError, tie
 from hf_tying.data.parallel import ParallelCorpus, encode_parallel, read_parallel_text, read_translation_json
 from hf_tying.data.tokenizers import joint_tokenizer
 from hf_tying.metrics import Bleu, ChrF, generated_text, translation_metrics
@@ -228,7 +228,7 @@ def main():
     generation = model.generation_config
     generation.max_length = generation.max_length or args.generation_max_length
     generation.num_beams = args.generation_num_beams or generation.num_beams
-    callbacks = [TyingCallback(log_roles=tying_args.log_roles)]
+    callbacks = [tying_args.to_callback()]
     if target is not tokenizer:
         callbacks.append(TwoTokenizersCallback(tokenizer, target))
     trainer = Seq2SeqTrainer(

@@ -19,9 +19,11 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers.utils import logging
 
+from .config import TyingError
 from .losses.cross_entropy import cross_entropy
 from .losses.embedding import tied_embedding
 from .losses.options import Options
+from .objectives import Objective
 
 logger = logging.get_logger(__name__)
 
@@ -33,6 +35,7 @@ class LossSettings:
     label_smoothing: float = 0.0
     memory_budget: int | None = None
     backend: str = "auto"
+    objective: Objective | None = None
 
 
 class TiedSoftmax(TorchFunctionMode):
@@ -42,22 +45,34 @@ class TiedSoftmax(TorchFunctionMode):
         matrix: the softmax matrix, which is also an embedding where the model is tied.
         settings: of the loss.
         num_items_in_batch: what the model will divide a sum of losses by, if it is told.
+        embedding: the input embedding, for an objective. Default: `matrix`.
+
+    Attributes:
+        deferred: whether there has been such a product.
+        parts: of the loss by the objective, detached, as the model will divide them; empty until it is asked for.
     """
 
-    def __init__(self, matrix: nn.Parameter, settings: LossSettings, num_items_in_batch=None):
+    def __init__(self, matrix: nn.Parameter, settings: LossSettings, num_items_in_batch=None, embedding=None):
         super().__init__()
         self.matrix, self.settings, self.num_items_in_batch = matrix, settings, num_items_in_batch
-        self.deferred = False  # whether there has been such a product
+        self.embedding = matrix if embedding is None else embedding
+        self.deferred = False
+        self.parts: dict[str, torch.Tensor] = {}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function is F.linear and self._is_matrix(_argument(args, kwargs, 1, "weight")):
             self.deferred = True
             return DeferredLogits.of(self, *args, **kwargs)
-        if function is F.embedding and self._is_matrix(_argument(args, kwargs, 1, "weight")):
+        if function is F.embedding and self._is_embedding(_argument(args, kwargs, 1, "weight")):
             return _embedding(*args, **kwargs)
-        if function is F.cross_entropy and self._is_over_words(args[0]) and not kwargs.get("label_smoothing"):
-            kwargs = {**kwargs, "label_smoothing": self.settings.label_smoothing}
+        if function is F.cross_entropy and self._is_over_words(args[0]):
+            if self.settings.objective is not None:
+                raise needs_deferred(
+                    "an adapter on the head adds to them, or they are of another matrix", self.settings
+                )
+            if not kwargs.get("label_smoothing"):
+                kwargs = {**kwargs, "label_smoothing": self.settings.label_smoothing}
         return function(*args, **kwargs)
 
     def _is_over_words(self, logits) -> bool:
@@ -67,6 +82,18 @@ class TiedSoftmax(TorchFunctionMode):
     def _is_matrix(self, weight) -> bool:
         """The parameter itself, or the view of it that a `RoleMeter` puts in its place."""
         return weight is self.matrix or getattr(weight, "_base", None) is self.matrix
+
+    def _is_embedding(self, weight) -> bool:
+        return weight is self.embedding or self._is_matrix(weight)
+
+
+def needs_deferred(why: str, settings: LossSettings) -> TyingError:
+    """An objective takes the place of the cross entropy, which is not computed in its stead unasked."""
+    return TyingError(
+        f"This training step needs its logits whole ({why}), and {type(settings.objective).__name__} is computed from "
+        "the hidden states before them: expected a model that multiplies them by its softmax matrix itself and asks "
+        "for the cross entropy of that with its labels. Train it by cross entropy: use_tied_loss(model)."
+    )
 
 
 def _argument(args: tuple, kwargs: dict, place: int, name: str):
@@ -264,9 +291,27 @@ class DeferredLogits:
             class_weight=weight,
             upstream=self._upstream(reduction),
         )
+        if settings.objective is not None:
+            return self._by_objective(target, options)
         return cross_entropy(
             self.hidden, self.weight, target, self.bias, options, settings.memory_budget, settings.backend
         )
+
+    def _by_objective(self, target, options: Options) -> torch.Tensor:
+        by, objective = self._by, self._by.settings.objective
+        if not objective.needs_softmax and self.steps:
+            logger.warning_once(
+                f"{type(objective).__name__} takes no notice of what this model does to its logits (a scale or a soft "
+                "cap): it has none."
+            )
+        # Tied, it is the use by the head; a `RoleMeter` has put a view of its own in its place.
+        embedding = self.weight if by.embedding is by.matrix else by.embedding
+        loss, parts = objective.loss(
+            self.hidden, self.weight, target, self.bias, options, embedding, by.settings.memory_budget
+        )
+        for name, part in parts.items():
+            by.parts[name] = by.parts.get(name, 0.0) + part * options.upstream
+        return loss
 
     def _scale_and_cap(self) -> tuple[float | None, float | None]:
         """`cap * tanh(a * products)` is a soft cap of `a * cap * products`; a scale of `None`: neither form fits."""
@@ -288,7 +333,13 @@ class DeferredLogits:
     # --- anything else -----------------------------------------------------------------------------------------------
 
     def whole(self, why: str) -> torch.Tensor:
-        """The logits themselves, as the model's own forward makes them: one tensor, which may be written into."""
+        """The logits themselves, as the model's own forward makes them: one tensor, which may be written into.
+
+        Raises:
+            TyingError: where an objective is set.
+        """
+        if self._by.settings.objective is not None:
+            raise needs_deferred(why, self._by.settings)
         logger.warning_once(
             f"The logits are needed whole ({why}), so this loss is not computed by blocks; it is right all the same."
         )

@@ -1,19 +1,23 @@
 """`use_tied_loss`: a model's training steps through the tied softmax, by its own forward and its own loss."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
 from .config import TyingConfig, TyingError
-from .deferred_logits import DeferredLogits, LossSettings, TiedSoftmax
+from .deferred_logits import DeferredLogits, LossSettings, TiedSoftmax, needs_deferred
 from .groups import roles
 from .losses.backends import BACKENDS
 from .losses.gradient import is_plain
 from .modeling import in_front, put_in_front, taken_off
+from .objectives import Objective, freeze, refuse_unfit_objective, thaw, unused_parameters
 from .parameters import find_parameter, why_no_parameter
 from .verify import unwrapped
 
@@ -24,6 +28,7 @@ def use_tied_loss(
     model: nn.Module,
     enabled: bool = True,
     *,
+    objective: Objective | None = None,
     label_smoothing: float = 0.0,
     memory_budget: int | None = None,
     backend: str = "auto",
@@ -47,10 +52,22 @@ def use_tied_loss(
     `Trainer(label_smoothing_factor=...)` takes the labels from the model and needs its logits: that works as before,
     whole. To smooth by blocks, say so here instead.
 
+    With an `objective` a training step has that loss in the place of its cross entropy, computed from the hidden
+    states that the model would multiply with its softmax matrix, and `model.loss_parts` has the numbers of the last
+    step, detached: `"cross_entropy"` and `"augmented"` (AL), or `"contrastive"` (CWT). A step that cannot have it
+    (logits needed whole, no labels) raises: a model is never trained by cross entropy in its stead. Evaluation is by
+    cross entropy as before.
+
+    A contrastive objective leaves the biases of the head without a gradient, and where the model is untied the softmax
+    matrix too: they are frozen until the objective is taken off again (DistributedDataParallel would wait for their
+    gradients, and weight decay would shrink them). `hf_tying.training.headless` trains by it and recovers the head.
+
     Args:
         model: a `PreTrainedModel` with a softmax matrix and a `labels` argument, also one that PEFT has adapted or
             that is wrapped (DistributedDataParallel, torch.compile).
         enabled: `False` undoes it.
+        objective: `AugmentedObjective(...)` or `ContrastiveObjective(...)` of `hf_tying.objectives`; their matrix is
+            the input embedding. Default: cross entropy.
         label_smoothing: of training steps, in [0, 1). Default 0.
         memory_budget: bytes, see `tied_cross_entropy`.
         backend: see `tied_cross_entropy`.
@@ -60,7 +77,9 @@ def use_tied_loss(
 
     Raises:
         TyingError: for a model that has no softmax matrix, a quantised one, or no `labels`, and for one that
-            Accelerate has prepared already.
+            Accelerate has prepared already. For an objective beside label smoothing or another backend, one that the
+            model's embedding does not fit, and a contrastive one on a model that DistributedDataParallel wraps already
+            and that has something to freeze.
         ValueError: for an unknown backend, or a label smoothing outside [0, 1).
 
     Example:
@@ -69,9 +88,11 @@ def use_tied_loss(
     """
     inner = unwrapped(model)
     if not enabled:
+        thaw(inner)
         if TiedLossMixin in put_in_front(type(inner)):
             inner.__class__ = taken_off(TiedLossMixin, type(inner))
             del inner._tied_loss, inner._softmax_name
+            vars(inner).pop("_embedding_name", None)
         elif isinstance(inner, TiedLossMixin):  # under a class of somebody else's: FSDP2
             inner._tied_loss = None
         if (getattr(inner.config, "tying", None) or {}).get("loss") == "tied":
@@ -82,12 +103,44 @@ def use_tied_loss(
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing={label_smoothing}: expected a number in [0, 1).")
     refuse_without_softmax(inner)
+    unused = []
+    if objective is not None:
+        refuse_unfit_objective(inner, objective, label_smoothing, backend)
+        unused = unused_parameters(inner, objective)
+        if unused and isinstance(model, DistributedDataParallel):
+            raise TyingError(
+                f"{type(objective).__name__} leaves {', '.join(unused)} without a gradient, for which this "
+                "DistributedDataParallel would wait. Call use_tied_loss before the model is wrapped."
+            )
+    thaw(inner)
     if not isinstance(inner, TiedLossMixin):
         inner.__class__ = in_front(TiedLossMixin, type(inner))
-    inner._tied_loss = LossSettings(label_smoothing, memory_budget, backend)
+    inner._tied_loss = LossSettings(label_smoothing, memory_budget, backend, objective)
     inner._softmax_name = roles(inner)["output"][-1]
+    freeze(inner, unused)
+    if objective is not None:
+        inner._embedding_name = roles(inner)["target"][-1]
+        logger.info(f"{type(inner).__name__}: training steps have the loss of {objective}; their logits are None.")
+        return model
     logger.info(f"{type(inner).__name__}: training steps compute their loss by blocks; their logits are None.")
     return model
+
+
+def objective_of(model: nn.Module) -> Objective | None:
+    """The objective that `use_tied_loss` has set for `model`; `None` where it trains by cross entropy."""
+    settings = getattr(unwrapped(model), "_tied_loss", None)
+    return None if settings is None else settings.objective
+
+
+@contextmanager
+def evaluated_by_objective(model: nn.Module) -> Iterator[None]:
+    """While this is open, `model` has the loss of its objective outside training too, and no logits."""
+    inner = unwrapped(model)
+    inner._also_in_evaluation = True
+    try:
+        yield
+    finally:
+        vars(inner).pop("_also_in_evaluation", None)
 
 
 def has_tied_loss(model: nn.Module) -> bool:
@@ -100,23 +153,47 @@ class TiedLossMixin:
 
     _tied_loss: LossSettings | None
     _softmax_name: str
+    _embedding_name: str  # where there is an objective
+    _also_in_evaluation = False
 
     def forward(self, *args, **kwargs):
-        forward = super().forward
-        in_step = self._tied_loss is not None and self.training and torch.is_grad_enabled()
-        if not in_step or not _has_labels(type(self), args, kwargs):
+        forward, settings = super().forward, self._tied_loss
+        objective = None if settings is None else settings.objective
+        in_step = settings is not None and (
+            self.training and torch.is_grad_enabled() or objective is not None and self._also_in_evaluation
+        )
+        if not in_step:
             return forward(*args, **kwargs)
-        matrix = find_parameter(self, self._softmax_name)
-        if not is_plain(matrix):
+        if not _has_labels(type(self), args, kwargs):
+            if objective is not None:
+                raise needs_deferred(
+                    "it has no labels; Trainer's label_smoothing_factor and compute_loss_func take them away", settings
+                )
+            return forward(*args, **kwargs)
+        matrix = embedding = find_parameter(self, self._softmax_name)
+        if objective is not None:
+            embedding = find_parameter(self, self._embedding_name)
+            vars(self).pop("loss_parts", None)  # of the step before
+        if not is_plain(matrix) or not is_plain(embedding):
+            if objective is not None:
+                raise needs_deferred("the softmax matrix or the embedding is sharded, or quantised", settings)
             logger.warning_once(
                 f"The softmax matrix of {type(self).__name__} is a {type(matrix).__name__} (sharded over processes, "
                 "or quantised): its loss is computed by the usual path."
             )
             return forward(*args, **kwargs)
-        softmax = TiedSoftmax(matrix, self._tied_loss, kwargs.get("num_items_in_batch"))
+        softmax = TiedSoftmax(matrix, settings, kwargs.get("num_items_in_batch"), embedding)
         with softmax:
             outputs = forward(*args, **kwargs)
-        if not softmax.deferred and not torch.compiler.is_compiling():
+        if objective is not None:
+            if not softmax.parts:
+                raise needs_deferred(
+                    f"{type(self).__name__} asks for no cross entropy of its products with {self._softmax_name!r}",
+                    settings,
+                )
+            others = {k: v for k, v in vars(self).get("loss_parts", {}).items() if k != "cross_entropy"}
+            self.loss_parts = {**softmax.parts, **others}  # those that the model has set itself: penalties
+        elif not softmax.deferred and not torch.compiler.is_compiling():
             logger.warning_once(
                 f"{type(self).__name__} does not multiply by {self._softmax_name!r} itself (it makes another matrix "
                 "of it, or an adapter stands in for it): its loss is computed by the usual path."

@@ -4,6 +4,7 @@ from ..lazy import lazy_names
 
 _HOME = {
     "END_OF_TEXT": "tokenizers",
+    "ContiguousText": "words",
     "Corpus": "text",
     "JointTokenizer": "joint_tokenizer",
     "ParallelCorpus": "parallel",
@@ -11,12 +12,14 @@ _HOME = {
     "cldr_corpus": "cldr",
     "corpus_from_files": "text",
     "encode_parallel": "parallel",
+    "encode_words": "words",
     "join_vocabularies": "vocabularies",
     "read_parallel_text": "parallel",
     "read_translation_json": "parallel",
     "standard_library_corpus": "text",
     "train_byte_level_bpe": "tokenizers",
     "train_joint_tokenizer": "tokenizers",
+    "train_word_level": "words",
 }
 
 __all__ = [*_HOME]

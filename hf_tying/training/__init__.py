@@ -1,5 +1,18 @@
-"""What training needs beside `Trainer`: flags that declare ties, and the callback that checks them."""
+"""What training needs beside `Trainer`: flags that declare ties and objectives, the callback, the papers' trainers."""
 
-from .arguments import TyingArguments
+from ..lazy import lazy_names
 
-__all__ = ["TyingArguments"]
+_HOME = {
+    "CarriedStateArguments": "carried_state",
+    "CarriedStateTrainer": "carried_state",
+    "HeadlessTrainer": "headless",
+    "ObjectiveArguments": "objectives",
+    "RECIPES": "recipes",
+    "TyingArguments": "arguments",
+    "TyingCallback": "callbacks",
+    "recover_lm_head": "headless",
+}
+
+__all__ = [*_HOME]
+
+__getattr__, __dir__ = lazy_names(globals(), _HOME)

@@ -65,6 +65,24 @@ class TyingArguments:
             "output role."
         },
     )
+    untie_at: float | None = field(
+        default=None,
+        metadata={"help": "Train tied for this share of the steps, then untied. Default: tied to the end."},
+    )
+    freeze: str | None = field(
+        default=None,
+        metadata={
+            "help": "A role that is not trained: input, source, target or output. Tied to one that is, it is untied."
+        },
+    )
+    freeze_until: float | None = field(
+        default=None,
+        metadata={"help": "The share of the steps after which it is trained. Default: not before the end."},
+    )
+    input_gradient_scale: float | None = field(
+        default=None,
+        metadata={"help": "A factor of the gradient that comes through the input role of a matrix, such as 5."},
+    )
 
     def to_tying_config(self) -> TyingConfig | None:
         """The declaration, or `None` if no flag declares one.
@@ -81,6 +99,22 @@ class TyingArguments:
             on_conflict=self.on_conflict,
             save_format=self.save_format,
             loss=self.loss,
+        )
+
+    def to_callback(self):
+        """The `TyingCallback` that asserts the ties, and does what the flags on training say.
+
+        Raises:
+            TyingError: for what `TyingCallback` refuses.
+        """
+        from .callbacks import TyingCallback
+
+        return TyingCallback(
+            log_roles=self.log_roles,
+            untie_at=self.untie_at,
+            freeze=self.freeze,
+            freeze_until=self.freeze_until,
+            input_gradient_scale=self.input_gradient_scale,
         )
 
 
