@@ -22,7 +22,7 @@ def told():
     handler.emit = lambda record: messages.append(record.getMessage())
     logger = stdlib_logging.getLogger("hf_tying")
     logger.addHandler(handler)
-    stdlib_logging.Logger.warning_once.cache_clear()
+    contrastive._warn_once.cache_clear()
     yield messages
     logger.removeHandler(handler)
 

@@ -1,17 +1,18 @@
 """`contrastive_weight_tying_loss` (CWT): the words of the batch stand in for the vocabulary."""
 
+import logging
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers.utils import logging
 
 from .cross_entropy import cross_entropy
 from .embedding import tied_embedding
 from .options import Options, check
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 NEGATIVES = ("batch", "unique", "sampled")
 
@@ -88,7 +89,7 @@ def contrastive_weight_tying_loss(
     batch, processes = (_of_all_processes(own), dist.get_world_size()) if gather and _is_many() else (own, 1)
     candidates = _candidates(batch, len(weight), negatives, num_sampled or 0, generator)
     if len(candidates.words) < 2:
-        logger.warning_once(
+        _warn_once(
             f"A batch of the contrastive loss has {len(batch)} positions that count, of {len(candidates.words)} "
             "different words: there is nothing to tell apart, and its gradient is zero. Give larger batches, or mask "
             "more."
@@ -176,6 +177,11 @@ def check_options(negatives: str, num_sampled: int | None, temperature: float) -
         raise ValueError(f"num_sampled={num_sampled!r}: expected an integer of 1 or more.")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature={temperature}: expected a number above 0.")
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 class _Candidates(NamedTuple):
