@@ -115,6 +115,16 @@ def test_an_epoch_is_that_of_a_plain_loop(text, tmp_path, tied, loss):
     assert rates == [1.0, 1.0, 0.5]
 
 
+@pytest.mark.parametrize("accumulated", [3, 5])
+def test_the_rate_falls_with_the_epochs_however_many_batches_make_an_update(text, tmp_path, accumulated):
+    how = {"gradient_accumulation_steps": accumulated, "decay": 0.5, "num_train_epochs": 4}
+    trainer = make_trainer(make_model(text), text, tmp_path, **how)
+    assert trainer.train_dataset.pieces % accumulated  # the last update of an epoch has fewer
+    trainer.train()
+    rates = [log["learning_rate"] for log in trainer.state.log_history if "learning_rate" in log]
+    assert rates == [1.0, 0.5, 0.25, 0.125]
+
+
 @pytest.mark.parametrize("norm", ["fro_squared_half", "fro"])
 def test_projection_regularisation_is_that_of_a_plain_loop(text, tmp_path, norm):
     model = make_model(text, tying={"version": 1, "scheme": "two_way", "projection": {"norm": norm}})

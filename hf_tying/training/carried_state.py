@@ -113,10 +113,10 @@ class CarriedStateTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """`decay ** max(epoch - decay_after, 0)`, unless another scheduler is asked for."""
         if self.lr_scheduler is None and self.args.decay != 1:
-            batches = self.train_dataset.pieces // self.args.gradient_accumulation_steps
+            updates = math.ceil(self.train_dataset.pieces / self.args.gradient_accumulation_steps)  # in an epoch
             decay, after = self.args.decay, self.args.decay_after
             optimizer = self.optimizer if optimizer is None else optimizer
-            self.lr_scheduler = LambdaLR(optimizer, lambda step: decay ** max(step // max(batches, 1) - after, 0))
+            self.lr_scheduler = LambdaLR(optimizer, lambda step: decay ** max(step // updates - after, 0))
             self._created_lr_scheduler = True
         elif self.lr_scheduler is None and self.args.lr_scheduler_type == "linear":
             self.args.lr_scheduler_type = "constant"  # Trainer's default, which no recipe here means
