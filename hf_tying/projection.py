@@ -102,5 +102,5 @@ def with_penalty(model: PreTrainedModel, outputs, args: tuple, kwargs: dict):
 def _shifts_labels(model: PreTrainedModel) -> bool:
     """Whether the loss leaves out the first word of each text, which nothing comes before; as in transformers, the
     default of a class whose name says nothing."""
-    encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
-    return not encoder_decoder and getattr(model, "loss_type", None) in (None, "ForCausalLM")
+    shifts = (None, "ForCausalLM", "ForConditionalGeneration")  # the last with an encoder, or as in LLaVA without one
+    return not getattr(model.config, "is_encoder_decoder", False) and getattr(model, "loss_type", None) in shifts

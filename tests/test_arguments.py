@@ -64,5 +64,16 @@ def test_an_unknown_scheme_is_refused_on_the_command_line_and_in_a_file(capsys):
         TyingArguments(scheme="two-way").to_tying_config()
 
 
+def test_the_flags_on_training_become_the_callback():
+    flags = ["--log_roles", "--untie_at", "0.5", "--freeze", "input", "--freeze_until", "0.25"]
+    callback = parse(*flags, "--input_gradient_scale", "5").to_callback()
+    assert callback.log_roles is True and (callback.untie_at, callback.freeze_until) == (0.5, 0.25)
+    assert (callback.freeze, callback.input_gradient_scale) == ("input", 5.0)
+    plain = parse().to_callback()
+    assert plain.log_roles is False and plain.untie_at is plain.freeze is plain.input_gradient_scale is None
+    with pytest.raises(TyingError, match="freeze"):
+        parse("--freeze", "encoder").to_callback()
+
+
 def test_every_flag_has_its_help():
     assert all(len(field.metadata["help"]) > 40 for field in dataclasses.fields(TyingArguments))

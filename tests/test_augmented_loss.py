@@ -155,12 +155,12 @@ def test_at_a_high_temperature_the_gradient_is_that_of_the_difference_of_the_pro
 
 def test_of_large_logits_no_digit_is_lost_and_nothing_overflows():
     tensors = problem(dtype=torch.float32, bias=False)
-    tensors["weight"] *= 60
+    tensors["weight"] *= 2000
     options = {"temperature": 2.0, "alpha": 3.0}
     found, expected = (results(augmented_loss, dtype=dtype, **tensors, **options)
                        for dtype in (torch.float32, torch.float64))  # fmt: skip
     assert_near(found, expected, 1e-4)
-    assert expected["loss"] > 500
+    assert expected["loss"] > 20_000
 
 
 def test_only_what_is_trained_has_a_gradient():
@@ -257,6 +257,19 @@ def test_in_half_precision_values_and_gradients_are_near_float64(monkeypatch, wa
     expected = results(augmented_loss, dtype=torch.float64, **tensors, **options)
     assert found["loss"].dtype == torch.float32
     assert found["weight"].dtype == tensors["weight"].dtype and found["hidden"].dtype == half
+    assert_near(found, expected, 0.01)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_in_float16_a_token_of_very_many_items_does_not_vanish_under_a_loss_scale(monkeypatch, tied):
+    from hf_tying.losses import autograd
+
+    monkeypatch.setattr(autograd, "_has_fast_half", lambda dtype: True)
+    tensors = problem(tied, dtype=torch.float16, words=300, width=32, shape=(64,))
+    options = {"temperature": 5.0, "num_items_in_batch": 10**5, "upstream": 2.0**16}
+    found, expected = (
+        results(augmented_loss, dtype=dtype, **tensors, **options) for dtype in (torch.float16, torch.float64)
+    )
     assert_near(found, expected, 0.01)
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from hf_tying import TyingCallback, TyingError
+from hf_tying import TyingCallback, TyingError, untie
 from hf_tying.data.words import ContiguousText, encode_words, train_word_level
 from hf_tying.models import TiedLSTMConfig, TiedLSTMForCausalLM
 from hf_tying.training.averaging import Averaging
@@ -146,6 +146,14 @@ def test_a_loss_per_word_is_that_of_a_plain_loop(text, tmp_path):
     same_weights(model, plain, rtol=1e-4, atol=1e-5)
 
 
+def test_the_sum_of_losses_is_divided_by_the_batch_or_by_the_words_of_an_update(text, tmp_path):
+    for summed, divisor in ((True, BATCH), (False, 3 * BATCH * STEPS)):
+        how = {"sum_over_time": summed, "gradient_accumulation_steps": 3}
+        trainer = make_trainer(make_model(text), text, tmp_path, **how)
+        batches, found = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 3, "cpu")
+        assert len(batches) == 3 and found == divisor
+
+
 def test_the_state_is_carried_from_batch_to_batch_and_begins_at_zero_in_each_epoch(text, tmp_path):
     model, states = make_model(text), []
     model.register_forward_pre_hook(lambda m, args, kwargs: states.append(kwargs["state"]), with_kwargs=True)
@@ -208,7 +216,9 @@ def test_resume_from_the_last_checkpoint_and_its_refusals(text, tmp_path):
 def test_evaluation_is_one_long_pass_over_the_text(text, tmp_path, monkeypatch):
     from hf_tying.training import carried_state
 
-    model = make_model(text, output_dropout=0.5).train()
+    # Large weights: with those of the start the state and the dropout would hardly be seen.
+    large = {"initializer_range": 1.0, "recurrent_initializer_range": 1.0}
+    model = make_model(text, output_dropout=0.5, **large).train()
     tokens = text["valid"]
     with torch.no_grad():
         logits = model.eval()(input_ids=tokens[None, :-1]).logits[0]
@@ -218,7 +228,10 @@ def test_evaluation_is_one_long_pass_over_the_text(text, tmp_path, monkeypatch):
     monkeypatch.setattr(carried_state, "_MOST_LOGITS", 7 * model.config.vocab_size)  # in many pieces
     assert negative_log_likelihood(model, tokens) == pytest.approx(float(expected), rel=1e-5)
     assert model.training
-    metrics = make_trainer(model, text, tmp_path).evaluate()
+    trainer = make_trainer(model, text, tmp_path)
+    started = trainer._epoch.start
+    metrics = trainer.evaluate()
+    assert trainer._epoch.start - started == pytest.approx(metrics["eval_runtime"], abs=1e-3)  # not of the training
     assert metrics["eval_tokens"] == len(tokens) - 1
     assert metrics["eval_perplexity"] == pytest.approx(math.exp(float(expected) / (len(tokens) - 1)), rel=1e-5)
 
@@ -272,6 +285,17 @@ def test_averaging_begins_when_the_last_evaluations_were_no_better_than_the_best
     assert begun == [False, False, False, False, False, True, True, True]
 
 
+def test_what_was_evaluated_before_a_checkpoint_counts_after_it(text, tmp_path):
+    before, after = (Averaging(make_model(text), patience=2) for _ in range(2))
+    for loss in (5.0, 4.0, 3.0, 3.5, 2.9):
+        before.evaluated(loss)
+    before.save(tmp_path)
+    after.load(tmp_path)
+    assert after.mean is None
+    after.evaluated(3.1)
+    assert after.mean is not None
+
+
 def test_the_mean_is_that_of_torchs_asgd(text):
     model, twin = make_model(text), make_model(text)
     averaging = Averaging(model, patience=0)
@@ -295,11 +319,24 @@ def test_the_mean_is_that_of_torchs_asgd(text):
     assert all(torch.equal(p, kept) for p, kept in zip(model.parameters(), last, strict=True))
 
 
-def test_an_averaged_run_is_evaluated_with_the_mean_and_ends_with_it_and_resumes(text, tmp_path):
+def test_an_averaged_run_is_evaluated_with_the_mean_and_ends_with_it_and_resumes(text, tmp_path, monkeypatch):
+    from hf_tying.training import carried_state
+
     how = {"average_after": 0, "eval_strategy": "steps", "eval_steps": 5, "save_strategy": "steps", "save_steps": 14}
     how |= {"learning_rate": 20.0, "max_grad_norm": 1.0}  # so that it gets worse at once
-    whole = make_trainer(make_model(text), text, tmp_path / "whole", **how)
-    whole.train()
+    whole, is_mean = make_trainer(make_model(text), text, tmp_path / "whole", **how), []
+
+    def seen(model, tokens):
+        mean = whole.averaging.mean if whole.averaging.updates else None
+        if mean is not None:
+            is_mean.append(all(torch.equal(p, mean[str(name)]) for name, p in model.named_parameters()))
+        return negative_log_likelihood(model, tokens)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(carried_state, "negative_log_likelihood", seen)
+        whole.train()
+    assert is_mean and all(is_mean)
+    assert whole.averaging.history == [log["eval_loss"] for log in whole.state.log_history if "eval_loss" in log]
     assert 0 < whole.averaging.updates < whole.state.global_step
     for name, parameter in whole.model.named_parameters():
         assert torch.equal(parameter, whole.averaging.mean[str(name)])
@@ -309,3 +346,23 @@ def test_an_averaged_run_is_evaluated_with_the_mean_and_ends_with_it_and_resumes
     resumed.train(resume_from_checkpoint=str(checkpoint))
     for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_tie_undone_and_a_matrix_freed_on_the_way_are_averaged_from_then_on(text):
+    model = make_model(text)
+    model.lm_head.bias.requires_grad_(False)
+    averaging = Averaging(model, patience=0)
+    averaging.evaluated(1.0), averaging.evaluated(2.0)
+    averaging.updated()
+    untie(model)
+    model.lm_head.bias.requires_grad_(True)
+    with averaging.in_place():  # before the next update they are what they are
+        assert torch.equal(model.lm_head.weight, model.lstm.embed_tokens.weight)
+    averaging.updated()
+    first = model.lm_head.weight.detach().clone()
+    with torch.no_grad():
+        model.lm_head.weight.add_(3.0)
+    averaging.updated()
+    torch.testing.assert_close(averaging.mean["lm_head.weight"], first + 1.0)
+    assert "lm_head.bias" in averaging.mean
+    torch.testing.assert_close(averaging.mean["lstm.embed_tokens.weight"], first)

@@ -78,6 +78,9 @@ def test_the_widths_of_the_papers():
     assert layers("inan_medium", True) == [650, 650]
     assert layers("awd", True) == [1150, 1150, 400]  # the last one is as wide as the embedding where it is tied
     assert layers("awd", False) == [1150, 1150, 1150]
+    for scheme, widths in (("none", [9, 9]), ("two_way", [9, 8])):  # `tying` says it too, before the flag
+        config = TiedLSTMConfig(embedding_size=8, hidden_size=9, tying={"version": 1, "scheme": scheme})
+        assert config.layer_widths == widths
 
 
 @pytest.mark.parametrize(
@@ -114,9 +117,12 @@ def test_initial_values_are_those_of_the_config():
     for layer in model.lstm.layers:
         assert 0.035 < layer.weight_ih_l0.abs().max() <= 0.04 and 0.035 < layer.weight_hh_l0.abs().max() <= 0.04
         assert not layer.bias_ih_l0.any() and not layer.bias_hh_l0.any()
-    model = tiny_lstm(recurrent_initializer_range=None, zero_output_bias=True)
-    assert 0.3 < model.lstm.layers[0].weight_hh_l0.abs().max() <= 8**-0.5
-    assert not model.lm_head.bias.any()
+    entry = {"version": 1, "scheme": "none", "projection": True}
+    model = tiny_lstm(recurrent_initializer_range=None, zero_output_bias=True, hidden_size=25, tying=entry)
+    for matrix in (model.lstm.layers[0].weight_ih_l0, model.lstm.layers[0].weight_hh_l0):
+        assert 0.15 < matrix.abs().max() <= 25**-0.5  # of the layer's width, not of what comes in
+    assert not model.lm_head.bias.any() and model.lm_head.projection.bias.any()
+    assert tiny_lstm(output_bias=False).lm_head.bias is None
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
@@ -240,6 +246,30 @@ def test_padding_leaves_the_state_as_it_was():
         torch.testing.assert_close(layer[1][1:], short[1])
 
 
+def test_a_mask_of_the_whole_text_is_that_of_its_last_words():
+    model, ids = tiny_lstm(recurrent_initializer_range=1.0).eval(), some_words(batch=2, length=9)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    first = model(input_ids=ids[:, :6], attention_mask=mask[:, :6])
+    second = model(input_ids=ids[:, 6:], attention_mask=mask, state=first.state)
+    torch.testing.assert_close(second.logits[1:], model(input_ids=ids[1:, 4:]).logits[:, 2:])
+    last = model(input_ids=ids[:, 6:], attention_mask=mask.flip(1), state=first.state)  # all but two are padding
+    alone = model(input_ids=ids[1:, 4:6]).state
+    for layer, before in zip(last.state, alone, strict=True):
+        torch.testing.assert_close(layer[0][1:], before[0])
+
+
+def test_padding_leaves_the_state_without_the_mask_of_recurrent_dropout():
+    layer, inputs = LSTMLayer(5, 7).double(), torch.randn(2, 4, 5, dtype=torch.float64)
+    state = tuple(torch.randn(2, 7, dtype=torch.float64) for _ in range(2))
+    mask = torch.tensor([[0.0, 2.0] * 3 + [2.0]] * 2, dtype=torch.float64)
+    attended = torch.tensor([[False] * 2 + [True] * 2, [False] * 4])
+    outputs, after = layer(inputs, state, mask, attended=attended)
+    alone, _ = layer(inputs[:1, 2:], tuple(part[:1] for part in state), mask[:1])
+    torch.testing.assert_close(outputs[:1, 2:], alone)
+    assert torch.equal(after[0][1], state[0][1]) and torch.equal(after[1][1], state[1][1])
+
+
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"use_cache": False}])
 def test_generate_carries_the_state(how):
     model = tiny_lstm().eval()
@@ -330,6 +360,22 @@ def test_dropout_is_off_in_evaluation_and_on_in_training(name, kind):
     assert not torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
+@pytest.mark.parametrize("kind", ["standard", "variational"])
+def test_each_rate_is_at_its_place_and_of_its_kind(kind):
+    rates = {"input_dropout": 0.2, "hidden_dropout": 0.5, "output_dropout": 0.8}
+    model = tiny_lstm(embedding_size=60, hidden_size=60, dropout_kind=kind, **rates).train()
+    given = []
+    for layer in model.lstm.layers:
+        layer.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+    output = model.lstm(input_ids=some_words(), output_hidden_states=True)
+    after = [*given, output.last_hidden_state]
+    for rate, whole, dropped in zip(rates.values(), output.hidden_states, after, strict=True):
+        mask = dropped / whole
+        assert (mask == 0).float().mean() == pytest.approx(rate, abs=0.1)
+        torch.testing.assert_close(mask[mask != 0], torch.full_like(mask[mask != 0], 1 / (1 - rate)))
+        assert torch.equal(mask[:, 0] == 0, mask[:, 1] == 0) is (kind == "variational")
+
+
 def test_variational_dropout_of_the_recurrent_input_by_its_definition():
     """h_t = cell(x_t, mask * h_{t-1}), one mask for each example through all steps (Gal & Ghahramani 2016)."""
     layer, inputs = LSTMLayer(5, 7).double(), torch.randn(3, 6, 5, dtype=torch.float64)
@@ -390,6 +436,7 @@ def test_weight_drop_is_of_the_recurrent_weights_once_for_a_pass(monkeypatch):
 
 def test_ar_and_tar_by_their_definitions():
     changes = {"activation_regularization": 2.0, "temporal_activation_regularization": 3.0, "output_dropout": 0.5}
+    changes |= {"initializer_range": 1.0, "recurrent_initializer_range": 1.0}  # so that the terms can be told apart
     model, ids = tiny_lstm(**changes).train(), some_words()
     torch.manual_seed(9)
     total = model(input_ids=ids, labels=ids).loss

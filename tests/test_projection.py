@@ -20,6 +20,7 @@ from hf_tying import (
 )
 from hf_tying.config import ProjectionConfig
 from hf_tying.losses import ProjectionPenalty, projection_penalty
+from hf_tying.models import TiedLSTMConfig, TiedLSTMForCausalLM
 from hf_tying.projection import ProjectedLinear
 
 from .models import logits, tiny_inputs, tiny_model
@@ -88,6 +89,7 @@ def test_a_live_model_computes_what_it_did_until_it_is_trained(arch, tied):
     model = tiny_model(arch, tie_word_embeddings=tied)
     before, parameters = logits(model), model.num_parameters()
     assert use_projection(model) is model
+    assert not any(part.training for part in model.modules())
     width = model.get_output_embeddings().in_features
     torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-6)
     assert model.num_parameters() == parameters + width * width + width
@@ -96,7 +98,7 @@ def test_a_live_model_computes_what_it_did_until_it_is_trained(arch, tied):
     assert shared is tied
 
 
-@pytest.mark.parametrize("arch", ["gpt2", "gemma3_text", "bert"])
+@pytest.mark.parametrize("arch", ["gpt2", "gemma3_text", "bert", "t5", "llava"])
 @pytest.mark.parametrize("loss", ["stock", "tied"])
 def test_a_training_step_has_the_penalty_and_says_so(arch, loss):
     model = tiny_model(arch)
@@ -107,6 +109,8 @@ def test_a_training_step_has_the_penalty_and_says_so(arch, loss):
         for part in module.modules():
             if isinstance(part, nn.Dropout):
                 part.p = 0.0
+            elif isinstance(getattr(part, "dropout", None), float):  # T5's attention
+                part.dropout = 0.0
         module.config.attention_dropout = 0.0
     use_projection(model, strength=3.0, bias=False)
     if loss == "tied":
@@ -114,7 +118,7 @@ def test_a_training_step_has_the_penalty_and_says_so(arch, loss):
     model.train()
     expected = plain(**inputs).loss
     total = model(**inputs).loss
-    labels = inputs["labels"] if arch == "bert" else inputs["labels"][:, 1:]
+    labels = inputs["labels"] if arch in ("bert", "t5") else inputs["labels"][:, 1:]
     penalty = 3.0 * model.get_output_embeddings().in_features / 2 / (labels != -100).sum()  # of the identity
     torch.testing.assert_close(total, expected + penalty, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model.loss_parts["projection"], penalty)
@@ -134,6 +138,35 @@ def test_num_items_in_batch_divides_the_penalty_too():
     loss, *_ = model(**inputs, num_items_in_batch=torch.tensor(5), return_dict=False)
     parts = model.loss_parts
     torch.testing.assert_close(loss.detach(), parts["cross_entropy"] + parts["projection"])
+
+
+def test_labels_are_found_wherever_they_are_given():
+    model = TiedLSTMForCausalLM(TiedLSTMConfig(vocab_size=9, embedding_size=5, hidden_size=5))
+    use_projection(model, norm="fro", strength=3.0).train()
+    ids = torch.arange(8).view(2, 4)
+    norm = 3.0 * 5**0.5  # of the identity
+    model(ids, None, None, None, ids)
+    assert float(model.loss_parts["projection"]) == pytest.approx(norm / 6)  # the first words are not predicted
+    model(input_ids=ids, shift_labels=ids)
+    assert float(model.loss_parts["projection"]) == pytest.approx(norm / 8)
+    with torch.no_grad():  # no training step, whatever the mode
+        output = model(input_ids=ids, shift_labels=ids)
+        torch.testing.assert_close(output.loss, F.cross_entropy(output.logits.flatten(0, 1), ids.flatten()))
+    use_tied_loss(model)
+    loss = model(input_ids=ids, shift_labels=torch.full_like(ids, -100)).loss
+    assert float(loss.detach()) == pytest.approx(norm)  # divided by no word: as the loss, by 1
+
+
+def test_the_parts_of_a_loss_with_other_penalties_add_up():
+    sizes = {"vocab_size": 9, "embedding_size": 4, "hidden_size": 4, "initializer_range": 1.0}
+    model = TiedLSTMForCausalLM(TiedLSTMConfig(**sizes, activation_regularization=2.0))
+    ids = torch.arange(8).view(2, 4)
+    output = use_projection(model).train()(input_ids=ids, labels=ids)
+    parts = model.loss_parts
+    expected = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(parts["cross_entropy"], expected.detach())
+    assert parts.keys() == {"cross_entropy", "activation", "projection"}
+    torch.testing.assert_close(output.loss.detach(), sum(parts.values()))
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "llama", "bert"])
@@ -182,6 +215,7 @@ def test_merged_the_logits_are_the_same_for_any_loader(tmp_path, arch, tied):
             model.get_output_embeddings().projection.bias.normal_()
     before = logits(model)
     assert merge_projection(model) is model
+    assert not any(part.training for part in model.modules())
     torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
     assert model.config.tie_word_embeddings is False and "projection" not in model.config.tying
     assert_tied(model)
@@ -191,8 +225,14 @@ def test_merged_the_logits_are_the_same_for_any_loader(tmp_path, arch, tied):
         merge_projection(model)
 
 
+def test_what_is_frozen_stays_so_when_merged():
+    model = use_projection(tiny_model("llama", tie_word_embeddings=False)).requires_grad_(False)
+    assert not merge_projection(model).lm_head.weight.requires_grad
+
+
 def test_a_bias_without_a_place_to_go_is_not_dropped():
     model = use_projection(tiny_model("llama"))
+    merge_projection(copy.deepcopy(model))  # of a bias of zeros nothing is lost
     with torch.no_grad():
         model.lm_head.projection.bias.fill_(1.0)
     before = logits(model)

@@ -59,6 +59,9 @@ def test_unseen_words_without_unk_are_told_once_and_counted(file, caplog):
 def test_no_row_is_added_where_none_is_needed(file):
     train = file("a b\n")
     assert len(train_word_level(train, others=[file("b\n", "valid.txt")])) == 3
+    known = file("a <unk>\n", "known.txt")
+    tokenizer = train_word_level(known, others=[file("a x\n", "valid.txt")])
+    assert sorted(tokenizer.get_vocab().values()) == [0, 1, 2]  # the text's own `<unk>`
     with pytest.raises(TyingError, match="2 words that the tokenizer does not know, such as 'x'"):
         encode_words(file("x a y\n", "test.txt"), train_word_level(train))
 

@@ -40,6 +40,8 @@ class Averaging:
             return
         self.updates += 1
         for name, parameter in self._parameters():
+            if name not in self.mean:  # untied, or no longer frozen, since it began
+                self.mean[name] = parameter.detach().clone()
             self.mean[name].lerp_(parameter, 1 / self.updates)  # the first replaces what was there when it began
 
     @contextmanager
@@ -48,7 +50,7 @@ class Averaging:
         if self.mean is None or not self.updates:
             yield
             return
-        kept = {name: p.detach().clone() for name, p in self._parameters()}
+        kept = {name: p.detach().clone() for name, p in self._parameters() if name in self.mean}
         self._put(self.mean)
         try:
             yield
@@ -82,4 +84,5 @@ class Averaging:
     @torch.no_grad()
     def _put(self, values: dict[str, torch.Tensor]) -> None:
         for name, parameter in self._parameters():
-            parameter.copy_(values[name])
+            if name in values:
+                parameter.copy_(values[name])
