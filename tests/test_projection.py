@@ -290,3 +290,22 @@ def test_the_projected_linear_by_its_definition():
     expected = F.linear(hidden @ p.weight.t() + p.bias, head.weight, head.bias)
     torch.testing.assert_close(projected(hidden), expected)
     assert projected.weight is head.weight and projected.bias is head.bias
+
+
+def test_an_adapter_on_a_projected_head_is_not_merged_into_another_function():
+    from peft import LoraConfig, get_peft_model
+
+    tuned = get_peft_model(
+        use_projection(tiny_model("llama", tie_word_embeddings=False)), LoraConfig(target_modules=["lm_head"])
+    )
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_" in name:
+                parameter.normal_()
+    before = logits(tuned)
+    for merge in (tuned.merge_adapter, tuned.merge_and_unload):
+        with pytest.raises(TyingError, match="before the projection"):
+            merge()
+    assert torch.equal(logits(tuned), before)
+    beside = get_peft_model(use_projection(tiny_model("llama")), LoraConfig(target_modules=["q_proj"]))
+    beside.merge_adapter()  # on another module it is none of the projection's business

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..config import TyingError
 from ..parameters import find_parameter, find_slot, fit_rows, link, state_key
+from ..projection import ProjectedLinear
 
 # Private or public, these are the methods through which PEFT writes deltas into base weights.
 _MERGES = ("merge_adapter", "unmerge_adapter", "_unload_and_optionally_merge")
@@ -28,6 +29,8 @@ def _guarded(stock_method):
     def method(self, *args, **kwargs):
         model = getattr(self, "model", None)
         merging = writes or kwargs.get("merge", args[0] if args else True)
+        if merging:
+            refuse_projected(model)
         if not merging or not getattr(model, "tie_groups", None):
             return stock_method(self, *args, **kwargs)
         names = kwargs.get("adapter_names") or list(self.active_adapters)
@@ -36,6 +39,21 @@ def _guarded(stock_method):
             return stock_method(self, *args, **kwargs)
 
     return method
+
+
+def refuse_projected(model: nn.Module) -> None:
+    """An adapter on a head with a projection (PR) takes its input before the projection, and the matrix after it.
+
+    Raises:
+        TyingError: when merging would make another function of the two.
+    """
+    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        if isinstance(getattr(module, "base_layer", None), ProjectedLinear):
+            raise TyingError(
+                f"Cannot merge: the adapter on {name!r} reads what comes before the projection (PR) of that head, and "
+                "its matrix what comes after it. Keep the adapter unmerged, or merge_projection(model) before it is "
+                "trained."
+            )
 
 
 def refuse_uneven(model: nn.Module, adapters: list[str]) -> None:
