@@ -47,9 +47,8 @@ def use_projection(
         if projection.bias is not None:
             nn.init.zeros_(projection.bias)
     model.config.tying = entry.replace(projection=settings).to_dict()
-    return tie(
-        model, TyingConfig()
-    )  # what is tied stays so; the model comes under the mixin, and the entry is complete
+    # What is tied stays so; the model comes under the mixin, and the entry is completed.
+    return tie(model, TyingConfig())
 
 
 def merge_projection(model: PreTrainedModel) -> PreTrainedModel:

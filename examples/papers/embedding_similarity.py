@@ -14,13 +14,13 @@ embedding is the better one of an untied language model, and the tied one is muc
 embedding (its tables are not repeated here).
 """
 
-import json
 import math
 import sys
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 
+from results_file import write_json
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
@@ -114,8 +114,7 @@ def main():
         embeddings |= tied
     results = {"model": arguments.model, "tied_model": arguments.tied_model, **compare(embeddings, sets)}
     output = Path(arguments.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_json(results, output / "results.json")
     console = Console()
     console.print(table("Spearman's correlation with people's scores", results["sets"]))
     if len(embeddings) > 1:

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from headless_parts import TimeBudget, make_model, perplexity, read_blocks
-from lstm_training import run, write_json
+from lstm_training import run
+from results_file import write_json
 from rich.console import Console
 from transformers import DataCollatorForLanguageModeling, HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging

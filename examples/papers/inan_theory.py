@@ -26,8 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from lstm_training import run, write_json
+from lstm_training import run
 from matplotlib.figure import Figure
+from results_file import write_json
 from rich.console import Console
 from torch import nn
 from torch.nn import functional as F

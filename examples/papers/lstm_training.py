@@ -1,12 +1,12 @@
 """What the scripts of the LSTM papers have in common: reading a folder, training by a recipe, the results."""
 
-import json
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from results_file import write_json
 from rich.console import Console
 from rich.table import Table
 from transformers import set_seed
@@ -123,14 +123,6 @@ def _speed(history: list[dict]) -> float | None:
     """Words by seconds over all epochs."""
     words = sum(log["tokens_per_second"] * log["epoch_seconds"] for log in history)
     return words / sum(log["epoch_seconds"] for log in history) if history else None
-
-
-def write_json(content: dict, path: Path) -> None:
-    """By way of a temporary name: a reader never finds half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    scratch.replace(path)
 
 
 def print_table(results: dict, output: Path) -> None:

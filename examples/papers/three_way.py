@@ -25,9 +25,10 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from results_file import write_json
 from rich.console import Console
 from sacrebleu.metrics import BLEU
-from three_way_report import paired_tests, plot, results_table, role_shares, write_json
+from three_way_report import paired_tests, plot, results_table, role_shares
 from torch.utils.data import SequentialSampler
 from transformers import (
     AutoModelForSeq2SeqLM,

@@ -1,6 +1,5 @@
 """What `three_way.py` reports: the table, the paired test, the shares of the gradient by role, and the picture."""
 
-import json
 from pathlib import Path
 from statistics import fmean as _mean
 
@@ -124,10 +123,3 @@ def plot(results: list[dict], path: Path):
 def _series(history: list[dict], key: str) -> tuple[list[int], list[float]]:
     logs = [log for log in history if key in log]
     return [log["step"] for log in logs], [log[key] for log in logs]
-
-
-def write_json(content, path: Path):
-    """By way of a temporary name: a reader never finds half a file."""
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
-    scratch.replace(path)

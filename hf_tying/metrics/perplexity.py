@@ -53,7 +53,7 @@ class Perplexity(evaluate.Metric):
                 "token long?"
             )
         loss = math.fsum(negative_log_likelihoods) / tokens
-        return {"perplexity": _exp(loss), "loss": loss, "tokens": tokens}
+        return {"perplexity": exp_or_infinity(loss), "loss": loss, "tokens": tokens}
 
 
 def sequence_scores(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
@@ -89,7 +89,8 @@ def perplexity_of(predictions) -> dict[str, float | int]:
     )
 
 
-def _exp(loss: float) -> float:
+def exp_or_infinity(loss: float) -> float:
+    """Perplexity of a mean loss in nats; `inf` where that overflows."""
     try:
         return math.exp(loss)
     except OverflowError:

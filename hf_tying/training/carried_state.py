@@ -15,6 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..config import TyingError
 from ..data.words import ContiguousText
+from ..metrics.perplexity import exp_or_infinity
 from ..verify import unwrapped
 from .averaging import Averaging
 
@@ -173,7 +174,12 @@ class CarriedStateTrainer(Trainer):
             self.averaging.evaluated(loss)
         seconds = time.perf_counter() - start
         self._epoch.start += seconds  # no part of its training
-        metrics = {"loss": loss, "perplexity": _exp(loss), "tokens": len(texts) - 1, "runtime": round(seconds, 4)}
+        metrics = {
+            "loss": loss,
+            "perplexity": exp_or_infinity(loss),
+            "tokens": len(texts) - 1,
+            "runtime": round(seconds, 4),
+        }
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -224,7 +230,7 @@ class _Epoch:
     def report(self) -> dict[str, float]:
         seconds = time.perf_counter() - self.start
         return {
-            "train_perplexity": _exp(float(self.loss) / self.words),
+            "train_perplexity": exp_or_infinity(float(self.loss) / self.words),
             "tokens_per_second": self.timed_words / seconds,
             "epoch_seconds": seconds,
         }
@@ -277,10 +283,6 @@ class _KeepState(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if self.trainer.averaging is not None:
             self.trainer.averaging.finish()
-
-
-def _exp(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf
 
 
 def _detached(state) -> tuple:
