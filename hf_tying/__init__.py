@@ -7,8 +7,8 @@ imported, stock classes honour a `tying` entry of their config (see `hf_tying.ho
 from importlib.metadata import PackageNotFoundError, version
 
 from . import hook
+from ._lazy import lazy_names
 from .config import TyingConfig, TyingConfigMixin, TyingError
-from .lazy import lazy_names
 
 try:
     __version__ = version("hf-tying")
@@ -16,14 +16,14 @@ except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0+unknown"
 
 _HOME = {
-    "TiedModelMixin": "modeling",
-    "tie": "tying",
-    "untie": "tying",
-    "assert_tied": "verify",
-    "tying_report": "report",
-    "use_tied_loss": "tied_loss",
-    "use_projection": "projecting",
-    "merge_projection": "projecting",
+    "TiedModelMixin": "ties.modeling",
+    "tie": "ties.tying",
+    "untie": "ties.tying",
+    "assert_tied": "ties.verify",
+    "tying_report": "report.dispatch",
+    "use_tied_loss": "objectives.tied_loss",
+    "use_projection": "projection.model",
+    "merge_projection": "projection.model",
     "TyingCallback": "training.callbacks",
 }
 

@@ -1,6 +1,6 @@
 """`python -m hf_tying` is `hf-tying`."""
 
-from .cli import main
+from .cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -42,7 +42,7 @@ def _hook_auto_tokenizer(tokenization_auto) -> None:
 
 
 def _with_our_tokenizer(wrapped, instance, args, kwargs):
-    from .data import joint_tokenizer
+    from .vocabularies import tokenizer as joint_tokenizer
 
     joint_tokenizer.register()
     return wrapped(*args, **kwargs)
@@ -60,7 +60,7 @@ def _honour_entry(stock_post_init):
     def post_init(self):
         if not _declares_ties(self):
             return stock_post_init(self)
-        from .modeling import TiedModelMixin, tied_class
+        from .ties.modeling import TiedModelMixin, tied_class
 
         if isinstance(self, TiedModelMixin):
             return stock_post_init(self)
@@ -82,7 +82,7 @@ def _guard_loading(stock_load):
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
         if not hasattr(model, "tie_groups"):
             return stock_load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
-        from .files import refuse_broken, refuse_split
+        from .ties.headers import refuse_broken, refuse_split
 
         refuse_split(model.tie_groups, getattr(load_config, "device_map", None))
         refuse_broken(checkpoint_files)

@@ -5,7 +5,7 @@ from transformers import PreTrainedModel
 
 from hf_tying import TiedModelMixin, TyingConfigMixin, tie
 
-from .models import tiny_config, tiny_model
+from .tiny import tiny_config, tiny_model
 
 FORMS = ["in place", "class form"]
 
@@ -51,7 +51,7 @@ def stock_class(model: PreTrainedModel) -> type[PreTrainedModel]:
 
 def matrix(model: PreTrainedModel, role: str) -> torch.nn.Parameter:
     """The parameter of a role."""
-    from hf_tying.groups import roles
-    from hf_tying.parameters import find_parameter
+    from hf_tying.ties.groups import roles
+    from hf_tying.ties.slots import find_parameter
 
     return find_parameter(model, roles(model)[role][-1])

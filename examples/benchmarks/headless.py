@@ -27,7 +27,7 @@ from tied_softmax_worker import memory_of
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from hf_tying import use_tied_loss
-from hf_tying.objectives import ContrastiveObjective
+from hf_tying.objectives.objective import ContrastiveObjective
 
 METHODS = ("stock", "tied", "cwt")
 MASKED_SHARE = 0.15

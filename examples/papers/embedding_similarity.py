@@ -26,9 +26,9 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from hf_tying import TyingError
-from hf_tying.groups import roles
 from hf_tying.metrics import WordSimilarity, read_word_pairs, spearman, word_similarities
-from hf_tying.parameters import find_parameter
+from hf_tying.ties.groups import roles
+from hf_tying.ties.slots import find_parameter
 
 
 @dataclass

@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from hf_tying import use_tied_loss
 from hf_tying.config import TyingError
-from hf_tying.objectives import ContrastiveObjective
+from hf_tying.objectives.objective import ContrastiveObjective
 from hf_tying.training.headless import HeadlessTrainer, recover_lm_head
 
 #: Tables 1 and 4: a BERT of 110M on 4.1B tokens (average of GLUE), a Pythia of 70M (validation perplexity as printed).

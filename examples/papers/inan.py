@@ -19,7 +19,7 @@ from lstm_training import FIGURES, LSTMArguments, run, train_and_report
 from transformers import HfArgumentParser
 
 from hf_tying.models import TiedLSTMConfig
-from hf_tying.objectives import AugmentedObjective
+from hf_tying.objectives.objective import AugmentedObjective
 from hf_tying.training.recipes import RECIPES
 
 #: Validation and test perplexity on the Penn Treebank, and on WikiText-2 where there are figures.

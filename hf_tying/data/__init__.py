@@ -1,19 +1,19 @@
 """Corpora, tokenizers and vocabularies to train on. Nothing here needs a network."""
 
-from ..lazy import lazy_names
+from .._lazy import lazy_names
 
 _HOME = {
     "END_OF_TEXT": "tokenizers",
     "ContiguousText": "words",
     "Corpus": "text",
-    "JointTokenizer": "joint_tokenizer",
+    "JointTokenizer": ".vocabularies.tokenizer",
     "ParallelCorpus": "parallel",
     "blocks_for_language_modeling": "text",
     "cldr_corpus": "cldr",
     "corpus_from_files": "text",
     "encode_parallel": "parallel",
     "encode_words": "words",
-    "join_vocabularies": "vocabularies",
+    "join_vocabularies": ".vocabularies.join",
     "read_parallel_text": "parallel",
     "read_translation_json": "parallel",
     "standard_library_corpus": "text",

@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..config import TyingError, nearest
-from ..groups import roles
-from ..parameters import find_parameter
-from ..tying import tie
+from ..ties.groups import roles
+from ..ties.slots import find_parameter
+from ..ties.tying import tie
 
 # Two minutes on two cores are too short for more.
 _MOST_PARAMETERS = 20_000_000

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from ..config import TyingError
-from ..verify import assert_tied
+from ..ties.verify import assert_tied
 from . import fresh_process
 
 #: The tied model may be this much worse at most. The papers promise that it is better.

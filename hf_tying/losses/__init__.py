@@ -1,9 +1,9 @@
 """The papers' losses as pure functions, each with a module of the same name and a reference in plain torch.
 
-Nothing here needs more than torch. What a training step of a whole model makes of them is in `hf_tying.tied_loss`.
+Nothing here needs more than torch. What a training step of a whole model makes of them is in `hf_tying.objectives`.
 """
 
-from ..lazy import lazy_names
+from .._lazy import lazy_names
 
 _HOME = {
     "tied_embedding": "embedding",
@@ -15,8 +15,8 @@ _HOME = {
     "AugmentedLoss": "augmented",
     "contrastive_weight_tying_loss": "contrastive",
     "ContrastiveWeightTyingLoss": "contrastive",
-    "projection_penalty": "projection",
-    "ProjectionPenalty": "projection",
+    "projection_penalty": ".projection.penalty",
+    "ProjectionPenalty": ".projection.penalty",
 }
 
 __all__ = [*_HOME]

@@ -3,7 +3,7 @@
 A family registers itself with the Auto classes when it is imported, and `hf_tying.hook` imports all of them.
 """
 
-from ..lazy import lazy_names
+from .._lazy import lazy_names
 
 _HOME = {
     "TiedEncoderDecoderConfig": "encoder_decoder",

@@ -3,7 +3,7 @@
 # First, and whole: what is here builds on it, and is registered with it as soon as it has been imported.
 import peft  # noqa: F401
 
-from ..lazy import lazy_names
+from .._lazy import lazy_names
 
 _HOME = {
     "TiedLoraConfig": "config",

@@ -8,12 +8,12 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from torch import nn
 
+from .adapter_folder import read_adapter, type_of_adapter, write_adapter
 from .config import TiedLoraConfig, TiedPeftType
-from .files import PREFIX, from_file, in_order, names_in_model
-from .folder import read_adapter, type_of_adapter, write_adapter
 from .layer import TiedLoraLayer
 from .matrices import scaled
 from .sharing import Sharing
+from .tensor_names import PREFIX, from_file, in_order, names_in_model
 
 #: Where `push_to_hub(also_lora=True)` puts the tied form.
 TIED_FOLDER = "tied_lora"

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from .config import TiedLoraConfig
 from .matrices import Factor, InputSlot, TiedMatrices, initialise, scaled
 from .plan import Adapted
-from .product import scaled_linear
+from .scaled_linear import scaled_linear
 from .sharing import Sharing, features_of
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from ..config import TyingError
-from ..parameters import find_parameter, find_slot, fit_rows, link, state_key
-from ..projection import ProjectedLinear
+from ..projection.head import ProjectedLinear
+from ..ties.slots import find_parameter, find_slot, fit_rows, link, state_key
 
 # Private or public, these are the methods through which PEFT writes deltas into base weights.
 _MERGES = ("merge_adapter", "unmerge_adapter", "_unload_and_optionally_merge")

@@ -18,12 +18,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import TiedLoraConfig
-from .files import PREFIX as FILE_PREFIX
-from .files import from_file, to_file
 from .layer import Embedding, Linear, TiedLoraLayer
 from .matrices import CONTAINER, TiedMatrices
 from .plan import outside_adapters, plan
 from .sharing import COMPILED, FUSED_QKV, QKV, features_of
+from .tensor_names import PREFIX as FILE_PREFIX
+from .tensor_names import from_file, to_file
 
 PREFIX = "tied_lora_"
 # Their forward goes through all children, of which the container cannot be one.

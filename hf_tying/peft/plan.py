@@ -8,9 +8,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from .config import TiedLoraConfig
-from .files import PREFIX, but_for_size, is_of_file, refuse
 from .matrices import CONTAINER, TiedMatrices
 from .sharing import COMPILED, Sharing, features_of, sharing_of, split_name
+from .tensor_names import PREFIX, but_for_size, is_of_file, refuse
 
 
 @dataclass(frozen=True)

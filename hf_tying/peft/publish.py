@@ -30,10 +30,10 @@ from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
+from .adapter_folder import write_folder
 from .config import TiedLoraConfig, TiedPeftType
 from .export import TIED_FOLDER, export_to_lora
-from .files import names_in_model
-from .folder import write_folder
+from .tensor_names import names_in_model
 
 CARD = "README.md"
 _BEGIN, _END = "<!-- the forms of this adapter -->", "<!-- end of the forms -->"

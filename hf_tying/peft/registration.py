@@ -9,9 +9,9 @@ from wrapt import when_imported, wrap_function_wrapper
 
 from . import publish
 from .config import TiedLoraConfig, TiedPeftType
-from .files import from_file
 from .model import PREFIX, TiedLoraModel
 from .plan import check_file
+from .tensor_names import from_file
 
 _HUB_ARGUMENTS = inspect.signature(hf_hub_download).parameters.keys() - {"repo_id", "filename"}
 

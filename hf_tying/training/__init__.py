@@ -1,6 +1,6 @@
 """What training needs beside `Trainer`: flags that declare ties and objectives, the callback, the papers' trainers."""
 
-from ..lazy import lazy_names
+from .._lazy import lazy_names
 
 _HOME = {
     "CarriedStateArguments": "carried_state",

@@ -6,9 +6,9 @@ from transformers import IntervalStrategy, PreTrainedModel, TrainerCallback
 from transformers.utils import logging
 
 from ..config import TyingError
-from ..diagnostics import diagnose
-from ..parameters import find_parameter
-from ..verify import assert_tied, groups_of, unwrapped
+from ..diagnostics.diagnosis import diagnose
+from ..ties.slots import find_parameter
+from ..ties.verify import assert_tied, groups_of, unwrapped
 from .roles import ROLES, RoleMeter, measured_roles, scale_input_gradient
 from .schedules import check_when, freeze_role, guard, refuse_unheld, step_of, untie_trained
 

@@ -16,7 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..config import TyingError
 from ..data.words import ContiguousText
 from ..metrics.perplexity import exp_or_infinity
-from ..verify import unwrapped
+from ..ties.verify import unwrapped
 from .averaging import Averaging
 
 # Logits of one piece in evaluation, at most: 64 MiB of them.

@@ -7,11 +7,11 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import logging
 
 from ..config import TyingError
-from ..groups import roles
-from ..objectives import ContrastiveObjective
-from ..parameters import find_parameter, is_one
-from ..tied_loss import evaluated_by_objective, objective_of, use_tied_loss
-from ..tying import refuse_unfit, tie, untie
+from ..objectives.objective import ContrastiveObjective
+from ..objectives.tied_loss import evaluated_by_objective, objective_of, use_tied_loss
+from ..ties.groups import roles
+from ..ties.slots import find_parameter, is_one
+from ..ties.tying import refuse_unfit, tie, untie
 
 logger = logging.get_logger(__name__)
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from ..losses.contrastive import NEGATIVES
-from ..objectives import AugmentedObjective, ContrastiveObjective, Objective
+from ..objectives.objective import AugmentedObjective, ContrastiveObjective, Objective
 
 
 @dataclass

@@ -8,9 +8,9 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from ..config import TyingError
-from ..groups import roles
-from ..parameters import find_slot
-from ..verify import groups_of, unwrapped
+from ..ties.groups import roles
+from ..ties.slots import find_slot
+from ..ties.verify import groups_of, unwrapped
 
 #: `input` is every embedding of input tokens: that of a language model, or both of an encoder-decoder.
 ROLES = {"input": ("source", "target"), "source": ("source",), "target": ("target",), "output": ("output",)}

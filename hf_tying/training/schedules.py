@@ -8,10 +8,10 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from ..config import TyingConfig, TyingError
-from ..modeling import TiedModelMixin
-from ..parameters import find_parameter, named_slots
-from ..tying import tie, untie
-from ..verify import groups_of
+from ..ties.modeling import TiedModelMixin
+from ..ties.slots import find_parameter, named_slots
+from ..ties.tying import tie, untie
+from ..ties.verify import groups_of
 from .roles import names_of_role
 
 logger = logging.get_logger(__name__)

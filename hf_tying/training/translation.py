@@ -8,8 +8,8 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, DataCollatorForSeq2Seq, PreTrainedConfig, TrainerCallback
 
 from ..config import TyingError
-from ..groups import roles
-from ..parameters import find_parameter
+from ..ties.groups import roles
+from ..ties.slots import find_parameter
 
 #: The folder beside a model in which the second of two tokenizers is kept, that of the target side.
 TARGET_TOKENIZER = "decoder_tokenizer"

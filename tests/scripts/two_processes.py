@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from hf_tying import assert_tied, tie
-from tests.models import logits, tiny_inputs, tiny_model
+from tests.tiny import logits, tiny_inputs, tiny_model
 
 
 def batch(model, rank: int) -> dict:

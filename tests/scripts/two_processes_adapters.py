@@ -14,8 +14,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from tests.adapters import outputs, tied_lora
-from tests.models import tiny_inputs, tiny_model
+from tests.tied_lora import outputs, tied_lora
+from tests.tiny import tiny_inputs, tiny_model
 
 
 def fresh(**config):

@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_tying import use_tied_loss
 from hf_tying.losses import contrastive_weight_tying_loss
-from hf_tying.objectives import ContrastiveObjective
-from tests.models import tiny_inputs, tiny_model
+from hf_tying.objectives.objective import ContrastiveObjective
+from tests.tiny import tiny_inputs, tiny_model
 
 WORDS, WIDTH = 20, 6
 

@@ -15,9 +15,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from hf_tying import assert_tied, deferred_logits, tie, use_tied_loss
-from hf_tying.tied_loss import has_tied_loss
-from tests.models import tiny_inputs, tiny_model
+from hf_tying import assert_tied, tie, use_tied_loss
+from hf_tying.objectives import deferred_logits
+from hf_tying.objectives.tied_loss import has_tied_loss
+from tests.tiny import tiny_inputs, tiny_model
 
 STEPS = 3
 blocks: list[int] = []

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel, set_seed
 
-from ...groups import roles
-from ...parameters import find_parameter, find_slot
+from ...ties.groups import roles
+from ...ties.slots import find_parameter, find_slot
+from ...ties.tying import tie
 from ...training.translation import translation_config
-from ...tying import tie
 from ..models import refuse_big, refusing, start_with_rows_of_unit_norm, takes
 
 #: What is compared, and what is tied in it; the folders have these names.

@@ -6,8 +6,8 @@ from transformers.models.encoder_decoder.modeling_encoder_decoder import Encoder
 from transformers.utils import cached_file, logging
 
 from ...config import SCHEMES, TyingConfig, TyingError
-from ...modeling import TiedModelMixin
-from ...tying import tie
+from ...ties.modeling import TiedModelMixin
+from ...ties.tying import tie
 from .configuration_encoder_decoder import TiedEncoderDecoderConfig
 
 logger = logging.get_logger(__name__)

@@ -9,7 +9,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from hf_tying.modeling import TiedModelMixin
+from hf_tying.ties.modeling import TiedModelMixin
 
 from .configuration_lstm import TiedLSTMConfig
 from .dropout import drop, drop_words, locked_mask

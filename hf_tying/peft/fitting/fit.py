@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+from ..adapter_folder import read_adapter, write_adapter
 from ..config import TiedLoraConfig
-from ..files import PREFIX, in_order, names_in_model, to_file
-from ..folder import read_adapter, write_adapter
 from ..sharing import Sharing, sharing_of
+from ..tensor_names import PREFIX, in_order, names_in_model, to_file
 from .alternating import Factors, Problem, Update
 from .plain_lora import updates_of_lora
 from .starting import starts

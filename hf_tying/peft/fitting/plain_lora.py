@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
-from ..files import PREFIX, in_order
+from ..tensor_names import PREFIX, in_order
 from .alternating import Update
 
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.weight)?")

@@ -8,8 +8,8 @@ from peft.utils.other import ModulesToSaveWrapper
 from transformers.utils import logging
 
 from ..config import TiedLoraConfig
-from ..files import names_in_model
 from ..layer import TiedLoraLayer
+from ..tensor_names import names_in_model
 from .alternating import Update
 from .fit import fit_updates
 

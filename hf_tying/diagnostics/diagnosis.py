@@ -1,0 +1,240 @@
+"""What a role does to a tied matrix: how near it lies to an untied twin's two matrices, its rank, its gradient."""
+
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from io import StringIO
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..config import TyingError
+from ..ties.groups import roles
+from ..ties.slots import find_parameter
+from ..ties.verify import groups_of, unwrapped
+from .geometry import Alignment, alignment, effective_rank
+
+__all__ = [
+    "Alignment",
+    "MatrixDiagnosis",
+    "RoleDiagnostics",
+    "alignment",
+    "diagnose",
+    "effective_rank",
+    "gradient_shares",
+]
+
+
+@dataclass(frozen=True)
+class MatrixDiagnosis:
+    """One matrix of a model.
+
+    Args:
+        name: of its tie group, or its role where it is tied to nothing.
+        roles: that it has.
+        shape: (V, D).
+        effective_rank: see `effective_rank`.
+        alignment: by the twin's role, an `Alignment` of this matrix to the twin's; empty without a twin.
+        gradient_share: by role, the mean share over the logs given; empty without them.
+    """
+
+    name: str
+    roles: list[str]
+    shape: list[int]
+    effective_rank: float
+    alignment: dict[str, Alignment] = field(default_factory=dict)
+    gradient_share: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RoleDiagnostics:
+    """Made by `diagnose`.
+
+    Args:
+        matrices: a `MatrixDiagnosis` for each embedding matrix of the model.
+        twin_effective_rank: by role, that of the twin's matrix.
+        history: by `<name>/<role>`, the gradient shares as (step, share), where logs were given.
+    """
+
+    matrices: list[MatrixDiagnosis]
+    twin_effective_rank: dict[str, float] = field(default_factory=dict)
+    history: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict:
+        """Plain types all through, ready for `json.dumps`."""
+        return json.loads(json.dumps(asdict(self)))
+
+    def to_logs(self) -> dict[str, float]:
+        """`effective_rank/<name>`, and with a twin `alignment/<name>/<role>` and `neighbours/<name>/<role>`."""
+        logs = {f"effective_rank/{matrix.name}": matrix.effective_rank for matrix in self.matrices}
+        for matrix in self.matrices:
+            logs |= {f"alignment/{matrix.name}/{role}": found.cosine for role, found in matrix.alignment.items()}
+            logs |= {f"neighbours/{matrix.name}/{role}": found.neighbours for role, found in matrix.alignment.items()}
+        return logs
+
+    def to_table(self, width: int = 120) -> str:
+        """A table of `width` columns: a row for each matrix and role of the twin or of the gradient."""
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title="What each role does")
+        for column in ("matrix", "effective rank", "role", "twin's rank", "alignment", "neighbours", "gradient share"):
+            table.add_column(column, justify="left" if column in ("matrix", "role") else "right")
+        for matrix in self.matrices:
+            rank = f"{matrix.effective_rank:.1f} of {min(matrix.shape, default=0)}"
+            for i, role in enumerate(matrix.alignment or matrix.roles):
+                found = matrix.alignment.get(role)
+                table.add_row(
+                    matrix.name if i == 0 else "",
+                    rank if i == 0 else "",
+                    role,
+                    _number(self.twin_effective_rank.get(role), 1),
+                    _number(found and found.cosine),
+                    _number(found and found.neighbours),
+                    _number(matrix.gradient_share.get(role)),
+                    end_section=i == len(matrix.alignment or matrix.roles) - 1,
+                )
+        text = StringIO()
+        Console(file=text, width=width, color_system=None).print(table)
+        return text.getvalue().rstrip()
+
+    def __str__(self) -> str:
+        return self.to_table()
+
+    def plot(self, path: str | Path) -> Path:
+        """One picture: alignment to the twin's roles, effective ranks, and the gradient shares over the steps.
+
+        Args:
+            path: the picture's file; the ending chooses the format (`.png`, `.svg`, `.pdf`).
+
+        Raises:
+            ImportError: without matplotlib (`pip install "hf-tying[plots]"`).
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError('A picture needs matplotlib: pip install "hf-tying[plots]".') from error
+        aligned = any(matrix.alignment for matrix in self.matrices)
+        panels = 1 + aligned + bool(self.history)
+        figure = Figure(figsize=(4.2 * panels, 3.6), layout="constrained")
+        axes = list(figure.subplots(1, panels, squeeze=False)[0])
+        if aligned:
+            axis = axes.pop(0)
+            bars = {f"{m.name}\nto {role}": found for m in self.matrices for role, found in m.alignment.items()}
+            places = range(len(bars))
+            axis.bar([x - 0.2 for x in places], [found.cosine for found in bars.values()], 0.38, label="cosine")
+            axis.bar(
+                [x + 0.2 for x in places], [found.neighbours for found in bars.values()], 0.38, label="neighbours"
+            )
+            axis.set_xticks(list(places), list(bars), fontsize=8)
+            axis.set_title("alignment to the untied twin")
+            axis.legend(fontsize=8)
+        axis = axes.pop(0)
+        ranks = {matrix.name: matrix.effective_rank for matrix in self.matrices}
+        ranks |= {f"twin's\n{role}": rank for role, rank in self.twin_effective_rank.items()}
+        axis.bar(range(len(ranks)), list(ranks.values()), color="tab:green")
+        axis.set_xticks(range(len(ranks)), list(ranks), fontsize=8)
+        axis.set_title("effective rank")
+        if self.history:
+            axis = axes.pop(0)
+            for name, points in self.history.items():
+                axis.plot([step for step, _ in points], [share for _, share in points], label=name)
+            axis.set_ylim(0, 1)
+            axis.set_xlabel("step")
+            axis.set_title("share of the gradient")
+            axis.legend(fontsize=8)
+        figure.savefig(path)
+        return Path(path)
+
+
+def diagnose(
+    model: nn.Module, twin: nn.Module | None = None, *, history: list[dict] | None = None, **options
+) -> RoleDiagnostics:
+    """What each role does in `model`: which of an untied twin's matrices its own have become like.
+
+    Args:
+        model: a `PreTrainedModel`, tied or not, also wrapped.
+        twin: the same architecture and vocabulary, trained untied; its matrices are what each role would have made.
+        history: `trainer.state.log_history` of a run with `TyingCallback(log_roles=True)`, for the gradient shares.
+        options: of `alignment`: `method`, `neighbours`, `rows`, `sample`, `seed`.
+
+    Returns:
+        A `RoleDiagnostics`: `.to_dict()`, `.to_table()`, `.to_logs()`, `.plot(path)`.
+
+    Raises:
+        TyingError: for a model without embedding matrices, and a twin that is tied itself or has another vocabulary.
+        ValueError: see `alignment`.
+
+    Example:
+        >>> print(diagnose(tied, untied, history=trainer.state.log_history).to_table())
+    """
+    model = unwrapped(model)
+    found, roles_of = _matrices(model)
+    if not found:
+        raise TyingError(f"{type(model).__name__} has no embedding matrix to diagnose.")
+    twins = _twin_matrices(twin, found) if twin is not None else {}
+    shares = gradient_shares(history or [])
+    matrices = [
+        MatrixDiagnosis(
+            name=name,
+            roles=roles_of[name],
+            shape=list(matrix.shape),
+            effective_rank=effective_rank(matrix),
+            alignment={role: alignment(matrix, other, **options) for role, other in twins.items()},
+            gradient_share={
+                role: sum(share for _, share in points) / len(points)
+                for role in roles_of[name]
+                if (points := shares.get(f"{name}/{role}"))
+            },
+        )
+        for name, matrix in found.items()
+    ]
+    return RoleDiagnostics(matrices, {role: effective_rank(matrix) for role, matrix in twins.items()}, shares)
+
+
+def gradient_shares(history: list[dict]) -> dict[str, list[tuple[int, float]]]:
+    """From a Trainer's log history: by `<group>/<role>`, (step, share) of each log that has it."""
+    shares: dict[str, list[tuple[int, float]]] = {}
+    for entry in history:
+        for key, value in entry.items():
+            if match := re.fullmatch("grad_share/(.+)", key):
+                shares.setdefault(match[1], []).append((int(entry.get("step", 0)), float(value)))
+    return shares
+
+
+def _matrices(model) -> tuple[dict[str, torch.Tensor], dict[str, list[str]]]:
+    """The distinct matrices of the roles by name (of their group, or their role), and the roles of each."""
+    group_of = {name: group.name for group in groups_of(model) for name in group.names}
+    found: dict[str, torch.Tensor] = {}
+    roles_of: dict[str, list[str]] = {}
+    for role, names in roles(model).items():
+        parameter = find_parameter(model, names[-1])
+        if parameter is None:
+            continue
+        name = next((known for known, other in found.items() if other is parameter), None)
+        if name is None:
+            name = group_of.get(names[-1], role)
+            name = role if name in found else name
+        found[name] = parameter
+        roles_of.setdefault(name, []).append(role)
+    return found, roles_of
+
+
+def _twin_matrices(twin: nn.Module, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    twins, roles_of = _matrices(unwrapped(twin))
+    tied = [f"{name!r} ({' and '.join(of)})" for name, of in roles_of.items() if len(of) > 1]
+    if tied:
+        raise TyingError(
+            f"The twin's matrix {tied[0]} is tied itself: expected a model whose roles were trained apart, "
+            "tie_word_embeddings=False or untie(model) before its training."
+        )
+    by_role = {roles_of[name][0]: matrix for name, matrix in twins.items()}
+    words = {len(matrix) for matrix in (*found.values(), *by_role.values())}
+    if len(words) > 1:
+        raise TyingError(f"Model and twin have matrices of {sorted(words)} rows: expected one vocabulary for all.")
+    return by_role
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,17 @@
+"""What a model's own training step minimises: the tied softmax, AL or CWT in place of its cross entropy."""
+
+from .._lazy import lazy_names
+
+_HOME = {
+    "AugmentedObjective": "objective",
+    "ContrastiveObjective": "objective",
+    "Objective": "objective",
+    "evaluated_by_objective": "tied_loss",
+    "has_tied_loss": "tied_loss",
+    "objective_of": "tied_loss",
+    "use_tied_loss": "tied_loss",
+}
+
+__all__ = [*_HOME]
+
+__getattr__, __dir__ = lazy_names(globals(), _HOME)

@@ -1,0 +1,234 @@
+"""What `use_tied_loss(model, objective=...)` trains by in the place of cross entropy: AL (Inan et al. 2016), and CWT
+(Godey et al. 2023). Each is a frozen record of its options, and computes its loss where the model asks for its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
+
+from ..config import TyingError
+from ..losses.augmented import augmented_parts
+from ..losses.contrastive import check_options, contrastive_weight_tying_loss
+from ..losses.options import Options
+from ..ties.groups import roles
+from ..ties.slots import find_parameter, named_slots
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class AugmentedObjective:
+    """Cross entropy, and `alpha * KL` to what the embedding finds near (see `hf_tying.losses.augmented_loss`).
+
+    The embedding is the input embedding of the model, also where it is untied: it must have as many rows as the
+    softmax matrix.
+
+    Args:
+        temperature: of both distributions. Default 20, as in the paper.
+        alpha, gamma, detach_target: see `augmented_loss`.
+
+    Raises:
+        TyingError: for a temperature that is not above 0, a negative alpha or gamma, or both of them.
+    """
+
+    temperature: float = 20.0
+    alpha: float | None = None
+    gamma: float | None = None
+    detach_target: bool = False
+
+    needs_softmax = True  # the softmax matrix takes part in the loss
+
+    def __post_init__(self):
+        if not 0 < self.temperature < float("inf"):
+            raise TyingError(f"The augmented loss has temperature={self.temperature}: expected a number above 0.")
+        if self.alpha is not None and self.gamma is not None:
+            raise TyingError(
+                f"The augmented loss has alpha={self.alpha} and gamma={self.gamma}: expected one of them, since alpha "
+                "is gamma * temperature."
+            )
+        for name in ("alpha", "gamma"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise TyingError(f"The augmented loss has {name}={value}: expected 0 or more.")
+
+    def loss(self, hidden, weight, labels, bias, options: Options, embedding, memory_budget) -> tuple:
+        """See `ContrastiveObjective.loss`; `parts` are `"cross_entropy"` and `"augmented"`, which add up to the loss.
+
+        Raises:
+            TyingError: for class weights, label smoothing, a soft cap of the logits, or the losses of single tokens.
+        """
+        _refuse(options, "The augmented loss", class_weight=None, label_smoothing=0.0, logit_softcap=None)
+        total, cross_entropy = augmented_parts(
+            hidden,
+            weight,
+            labels,
+            embedding=embedding,
+            bias=bias,
+            temperature=self.temperature,
+            alpha=self.alpha,
+            gamma=self.gamma,
+            detach_target=self.detach_target,
+            ignore_index=options.ignore_index,
+            reduction=options.reduction,
+            num_items_in_batch=options.num_items_in_batch,
+            logit_scale=options.logit_scale,
+            memory_budget=memory_budget,
+        )
+        return total, {"cross_entropy": cross_entropy, "augmented": total.detach() - cross_entropy}
+
+
+@dataclass(frozen=True)
+class ContrastiveObjective:
+    """Contrastive weight tying (see `hf_tying.losses.contrastive_weight_tying_loss`): no vocabulary projection.
+
+    Positions are told apart by the input embedding. The softmax matrix, where it is another one, and the biases of the
+    head take no part, nor do a scale or a soft cap of the logits.
+
+    Args:
+        negatives, num_sampled, temperature, stop_gradient, gather: see `contrastive_weight_tying_loss`.
+
+    Raises:
+        TyingError: for what `contrastive_weight_tying_loss` refuses.
+    """
+
+    negatives: str = "batch"
+    num_sampled: int | None = None
+    temperature: float = 1.0
+    stop_gradient: bool = False
+    gather: bool = False
+
+    needs_softmax = False
+
+    def __post_init__(self):
+        try:
+            check_options(self.negatives, self.num_sampled, self.temperature)
+        except ValueError as error:
+            raise TyingError(f"A contrastive objective cannot be made: {error}") from None
+
+    def loss(self, hidden, weight, labels, bias, options: Options, embedding, memory_budget) -> tuple:
+        """What the model's own loss would be the cross entropy of.
+
+        Args:
+            hidden: (N, D), what the model multiplies with its softmax matrix.
+            weight, bias: of that product. Not used here, but by AL.
+            labels: (N,), shifted already where the model shifts.
+            options: of the cross entropy that the model asks for.
+            embedding: (V, D), the input embedding.
+            memory_budget: bytes, for AL.
+
+        Returns:
+            The loss, and a dict of its parts, detached: here `"contrastive"`.
+
+        Raises:
+            TyingError: for class weights, label smoothing, or the losses of single tokens (`reduction="none"`).
+        """
+        _refuse(options, "Contrastive weight tying", class_weight=None, label_smoothing=0.0)
+        loss = contrastive_weight_tying_loss(
+            hidden,
+            embedding,
+            labels,
+            negatives=self.negatives,
+            num_sampled=self.num_sampled,
+            temperature=self.temperature,
+            stop_gradient=self.stop_gradient,
+            gather=self.gather,
+            ignore_index=options.ignore_index,
+            reduction=options.reduction,
+            num_items_in_batch=options.num_items_in_batch,
+        )
+        return loss, {"contrastive": loss.detach()}
+
+
+Objective = AugmentedObjective | ContrastiveObjective
+
+
+def _refuse(options: Options, what: str, **expected) -> None:
+    if options.reduction == "none":
+        raise TyingError(
+            f"{what} has one loss for a batch, and this model asks for each token's (reduction='none'). Train it by "
+            "cross entropy: use_tied_loss(model)."
+        )
+    for name, value in expected.items():
+        found = getattr(options, name)
+        if found is not value and (isinstance(found, torch.Tensor) or found != value):
+            value = "a tensor" if isinstance(found, torch.Tensor) else found
+            raise TyingError(
+                f"{what} knows no {name}, and this model's loss has one ({value}). Take it away, or train by cross "
+                "entropy: use_tied_loss(model)."
+            )
+
+
+# --- an objective on a model ----------------------------------------------------------------------------------------
+
+
+def refuse_unfit_objective(model: PreTrainedModel, objective: Objective, label_smoothing: float, backend: str) -> None:
+    """Whether `model` can be trained by `objective`.
+
+    Raises:
+        TyingError: with the reason.
+    """
+    name = type(model).__name__
+    if not isinstance(objective, AugmentedObjective | ContrastiveObjective):
+        raise TyingError(
+            f"objective={objective!r}: expected an AugmentedObjective or a ContrastiveObjective of "
+            "hf_tying.objectives, or None for cross entropy."
+        )
+    what = type(objective).__name__
+    if label_smoothing:
+        raise TyingError(f"{what} knows no label smoothing, and label_smoothing={label_smoothing}: expected 0.")
+    if backend not in ("auto", "torch"):
+        raise TyingError(f"{what} is computed by torch alone, and backend={backend!r}: expected 'auto' or 'torch'.")
+    found = roles(model)
+    if "target" not in found:
+        raise TyingError(f"{what} takes its word vectors from the input embedding, and {name} has none.")
+    embedding, matrix = (find_parameter(model, found[role][-1]) for role in ("target", "output"))
+    if embedding is None or not embedding.is_floating_point():
+        raise TyingError(
+            f"The input embedding of {name}, {found['target'][-1]!r}, is no floating-point parameter: {what} takes "
+            "its word vectors from it."
+        )
+    axis, sizes = (0, "as many rows") if objective.needs_softmax else (1, "as wide")
+    if embedding.shape[axis] != matrix.shape[axis]:
+        raise TyingError(
+            f"{what} is computed with the input embedding: in {name} it is {tuple(embedding.shape)}, and the softmax "
+            f"matrix {tuple(matrix.shape)}: expected one {sizes if axis else f'of {sizes}'}."
+        )
+
+
+def unused_parameters(model: PreTrainedModel, objective: Objective) -> list[str]:
+    """Names of trained parameters of the head that the objective gives no gradient."""
+    if objective.needs_softmax:
+        return []
+    names, frozen = roles(model), vars(model).get("_frozen_names", ())
+    embedding, slots = find_parameter(model, names["target"][-1]), named_slots(model)
+    matrix = names["output"][-1]
+    bias = slots.get(f"{matrix.removesuffix('weight')}bias")
+    head = {id(p) for p in (slots.get(matrix), bias) if p is not None and p is not embedding}
+    return [name for name, p in slots.items() if id(p) in head and (p.requires_grad or name in frozen)]
+
+
+def freeze(model: PreTrainedModel, names: list[str]) -> None:
+    """Take the parameters of these names out of training until `thaw`, and tell of a softmax matrix among them."""
+    for name in names:
+        find_parameter(model, name).requires_grad_(False)
+    if not names:
+        return
+    model._frozen_names = tuple(names)
+    frozen = f"{type(model).__name__}: {', '.join(names)}: no gradient by this objective, so frozen until it is gone."
+    if roles(model)["output"][-1] in names:
+        logger.warning(
+            f"{frozen} The model is untied, and its softmax matrix does not learn: recover_lm_head(model) makes one."
+        )
+    else:
+        logger.info(frozen)
+
+
+def thaw(model: PreTrainedModel) -> None:
+    """Undo `freeze`, and forget what the last step's loss was made of."""
+    for name in vars(model).pop("_frozen_names", ()):
+        if (parameter := find_parameter(model, name)) is not None:
+            parameter.requires_grad_(True)
+    vars(model).pop("loss_parts", None)

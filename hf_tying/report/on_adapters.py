@@ -1,0 +1,84 @@
+"""The shared factors of Tied-LoRA adapters, as tie groups of a `TyingReport`: of a model, and of a folder."""
+
+from math import prod
+from pathlib import Path
+
+from ..config import TyingError
+from ..peft.layer import TiedLoraLayer
+from ..peft.tensor_names import in_order
+from ..ties.headers import read_header, read_json
+from .dispatch import GroupReport, TyingReport, bytes_of, group_report, torch_dtype
+
+FOLDER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def adapter_groups(model) -> list[GroupReport]:
+    """One group for each factor that several modules of a live model use, by adapter."""
+    users: dict[str, list] = {}
+    for layer in model.modules():
+        for adapter, use in getattr(layer, "uses", {}).items() if isinstance(layer, TiedLoraLayer) else ():
+            for kind, factor in layer.factors(adapter).items():
+                name = f"{adapter}: {kind} {getattr(use.names, kind)}"
+                users.setdefault(name, []).append((layer.module_name, factor.weight))
+    groups = []
+    for name, held in users.items():
+        weight, distinct = held[0][1], len({id(weight) for _, weight in held})
+        if len(held) > 1:
+            groups.append(
+                group_report(
+                    name,
+                    [module for module, _ in held],
+                    {},
+                    list(weight.shape),
+                    str(weight.dtype).removeprefix("torch."),
+                    weight.element_size(),
+                    declared=True,
+                    actual=distinct == 1,
+                    in_file=None,
+                    copies=distinct,
+                )
+            )
+    return groups
+
+
+def report_on_adapter(folder: Path) -> TyingReport:
+    """The same of a saved adapter: its settings and the header of its file are read, and no weight.
+
+    Raises:
+        TyingError: it is an adapter of another kind, or its files are not whole.
+    """
+    settings, weights = (folder / name for name in FOLDER_FILES)
+    config = read_json(settings)
+    if config.get("peft_type") != "TIED_LORA":
+        raise TyingError(
+            f"{settings} is of an adapter of type {config.get('peft_type')!r}: its modules share nothing. Expected a "
+            "model's folder, or that of a Tied-LoRA adapter."
+        )
+    header = read_header(weights)
+    users: dict[tuple[str, str, str], list[str]] = {}
+    adapted = config.get("adapted_modules") or {}
+    for module in in_order(adapted):
+        names = adapted[module]
+        for kind, rows in (("A", "A"), ("B", "B"), ("u", "u_rows")):
+            if kind != "u" or config.get("train_u"):
+                users.setdefault((kind, names[kind], names[rows]), []).append(module)
+    groups = []
+    for (kind, name, saved_as), modules in users.items():
+        shape, dtype = header.get(f"base_model.model.tied_matrices.tied_lora_{kind}.{saved_as}", ((), ""))
+        if len(modules) > 1:
+            groups.append(
+                group_report(
+                    f"{kind} {name}",
+                    modules,
+                    {},
+                    list(shape[1:] if kind == "u" else shape),
+                    torch_dtype(dtype),
+                    bytes_of(dtype),
+                    declared=True,
+                    actual=None,
+                    in_file=modules[:1] if shape else [],
+                    copies=1,
+                )
+            )
+    parameters = sum(prod(shape) for shape, _ in header.values())
+    return TyingReport(str(folder), f"Tied-LoRA {config.get('variant') or ''}".strip(), None, parameters, groups)

@@ -1,0 +1,185 @@
+"""Names of a group against what a file or a state dict brings: missing ones filled, differing ones never merged."""
+
+from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
+
+from ..config import TyingConfig, TyingError
+from .aliases import plain
+from .groups import TieGroup, locate, modules_of, split_declared
+from .slots import difference, find_parameter, link, named_slots, same_values, state_key
+
+logger = logging.get_logger(__name__)
+
+
+def tie_loaded(model: PreTrainedModel, missing: set[str]) -> list[TieGroup]:
+    """Tie `model` right after `from_pretrained` has filled its parameters; names dealt with leave `missing`.
+
+    Args:
+        model: its parameters hold what the file had; those in `missing` hold fresh values.
+        missing: parameter names that the file did not have (changed in place).
+
+    Returns:
+        The groups that hold now: all, unless `on_conflict="keep_untied"` gave some up.
+
+    Raises:
+        TyingError: when names of one group have different values and `on_conflict` does not choose.
+    """
+    config = TyingConfig.from_dict(getattr(model.config, "tying", None))
+    _refuse_out_of_reach(model, config, missing)
+    kept: list[TieGroup] = []
+    for group in model.tie_groups:
+        # Names of another shape in the file (ignore_mismatched_sizes) are still on the meta device, alone.
+        blank = [name for name in group.names if find_parameter(model, name).is_meta]
+        unfilled = missing | set(blank if len(blank) < len(group.names) else [])
+        present = [name for name in group.names if name not in unfilled]
+        if not present:
+            logger.warning(
+                f"The file has no name of group {group.name!r} ({', '.join(group.names)}): newly initialised."
+            )
+            parts, filled = [list(group.names)], []
+        else:
+            parts = _parts(present, lambda name: find_parameter(model, name))
+            if len(parts) > 1:
+                parts = _settle(config, group, parts, lambda name: find_parameter(model, name))
+            filled = [name for name in group.names if name in unfilled]
+        for i, part in enumerate(parts):
+            names = [name for name in group.names if name in part or i == 0 and name in filled]
+            source = find_parameter(model, part[0])
+            for name in names:
+                link(model, name, source)
+            if len(names) > 1:
+                kept.append(TieGroup(group.name if i == 0 else f"{group.name}_{i + 1}", tuple(names)))
+        missing.difference_update(filled)
+    _fill_untied(model, missing)
+    return kept
+
+
+def to_keep(model: PreTrainedModel, group: TieGroup) -> nn.Parameter:
+    """The parameter that a new model keeps of `group`: one that a file has filled before any that is just initialised.
+
+    A new model can be put together from loaded ones (`EncoderDecoderModel(encoder=..., decoder=...)`).
+
+    Raises:
+        TyingError: when two of them were loaded and differ; a config cannot say whose values to take.
+    """
+    held = [(name, find_parameter(model, name)) for name in group.names]
+    loaded = [(name, p) for name, p in held if getattr(p, "_is_hf_initialized", False) and not p.is_meta]
+    for name, parameter in loaded[1:]:
+        if not same_values(parameter, loaded[0][1]):
+            raise TyingError(
+                f"The config ties {loaded[0][0]!r} and {name!r} (group {group.name!r}), but both were loaded with "
+                f"values of their own ({difference(loaded[0][1], parameter)}), and tying keeps one. Put the model "
+                "together without the `tying` entry, then tie(model, ..., init_from=...)."
+            )
+    return loaded[0][1] if loaded else find_parameter(model, group.root)
+
+
+def check_loaded_state(model: PreTrainedModel, state: dict, prefix: str, action: str = "load") -> None:
+    """Names of one group must have one value in a state dict; `on_conflict` chooses where they do not.
+
+    Raises:
+        TyingError: when they differ and nothing was chosen. `model` and `state` are unchanged.
+    """
+    config = TyingConfig.from_dict(getattr(model.config, "tying", None))
+    for group in model.tie_groups:
+        keys = {name: key for name in group.names if (key := prefix + state_key(model, name)) in state}
+        parts = _parts(list(keys), lambda name: state[keys[name]])  # noqa: B023
+        if len(parts) > 1:
+            if action == "load" and config.on_conflict.startswith("use:"):
+                chosen = _settle(config, group, parts, lambda name: state[keys[name]])[0][0]  # noqa: B023
+                for key in keys.values():
+                    state[key] = state[keys[chosen]]
+                continue
+            apart = difference(state[keys[parts[0][0]]], state[keys[parts[1][0]]])
+            raise TyingError(
+                f"Cannot {action} this state dict: {parts[0][0]!r} and {parts[1][0]!r} are one parameter (group "
+                f"{group.name!r}), but it has different values for them ({apart}). Remove the wrong one from the "
+                "state dict, or untie(model) first to keep both."
+            )
+
+
+def fill_state(model: PreTrainedModel, state: dict, prefix: str, assign: bool) -> None:
+    """Put every name of a group into `state`, from whichever is there; with `assign`, as one and the same object."""
+    for group in model.tie_groups:
+        keys = [prefix + state_key(model, name) for name in group.names]
+        value = plain(next((state[key] for key in keys if key in state), None))
+        if value is None:
+            continue
+        if assign and not isinstance(value, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=find_parameter(model, group.root).requires_grad)
+        for key in keys:
+            state[key] = value
+
+
+def _parts(names: list[str], value_of) -> list[list[str]]:
+    """`names` by equal values. Two tensors on the meta device are offloaded to disk together, and not compared."""
+    parts: list[list[str]] = []
+    for name in names:
+        value = value_of(name)
+        for part in parts:
+            other = value_of(part[0])
+            if value is other or value.is_meta and other.is_meta or same_values(value, other):
+                part.append(name)
+                break
+        else:
+            parts.append([name])
+    return parts
+
+
+def _settle(config: TyingConfig, group: TieGroup, parts: list[list[str]], value_of) -> list[list[str]]:
+    """The parts to keep apart, after `on_conflict`."""
+    names = [name for part in parts for name in part]
+    if config.on_conflict == "keep_untied":
+        logger.warning(f"Group {group.name!r} has different values in the file: kept untied, the config is corrected.")
+        return parts
+    if config.on_conflict.startswith("use:"):
+        chosen = config.on_conflict.removeprefix("use:")
+        if chosen in names:
+            return [[chosen, *(name for name in names if name != chosen)]]
+        raise TyingError(
+            f"on_conflict is {config.on_conflict!r}, but the conflict is between {', '.join(map(repr, names))} "
+            f"(group {group.name!r}): expected 'use:' and one of these names."
+        )
+    apart = difference(value_of(parts[0][0]), value_of(parts[1][0]))
+    raise TyingError(
+        f"The file has different values for names that the config ties (group {group.name!r}): {parts[0][0]!r} and "
+        f"{parts[1][0]!r}, {apart}. Nobody's weights are dropped unasked. Choose by the `tying` entry of "
+        "config.json, or "
+        f"from_pretrained(..., tying={{**entry, 'on_conflict': ...}}): 'use:{parts[0][0]}' or 'use:{parts[1][0]}' "
+        "takes one for all, 'keep_untied' keeps both and corrects the config."
+    )
+
+
+def _refuse_out_of_reach(model: PreTrainedModel, config: TyingConfig, missing: set[str]) -> None:
+    """A base model opened from a file that keeps the shared matrix under a name of the head only."""
+    slots = named_slots(model)
+    modules = modules_of(slots)
+    for group, names in config.groups.items():
+        places = {name: locate(model, name, slots, modules) for name in names}
+        inside = [place for place in places.values() if place in slots]
+        outside = [name for name, place in places.items() if place is None]
+        if inside and outside and all(place in missing for place in inside):
+            named = model.config.architectures
+            architecture = named[0] if isinstance(named, list) and named else "the class that wrote it"
+            raise TyingError(
+                f"The file has no {inside[0]!r}: it is tied (group {group!r}) and kept under {outside[0]!r}, which "
+                f"{type(model).__name__} does not have. Load it as {architecture} and take `.base_model`."
+            )
+
+
+def _fill_untied(model: PreTrainedModel, missing: set[str]) -> None:
+    """A file that was written tied, opened untied: each name gets its own copy, as `untie` would give it.
+
+    They remain missing in the report of the load, for the file did not have them.
+    """
+    held = {name: group for group in model.tie_groups for name in group.names}
+    for names in split_declared(model):
+        present = [name for name in names if name not in missing]
+        for name in names:
+            if name in missing and name not in held and present:
+                value = find_parameter(model, present[0])
+                link(model, name, nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad))
+                logger.warning(
+                    f"The file has no {name!r}, untied in the config: it starts as a copy of {present[0]!r}."
+                )

@@ -1,0 +1,408 @@
+"""Where a tie is made: `TiedModelMixin` carries it through a model's life, `tie` and `untie` change it.
+
+The mixin sits in front of a transformers class and answers transformers' own hooks: `post_init` (declare and tie),
+`tie_weights` (after a load, and whenever anybody asks again), the embedding setters and the resize, `_apply` (`.to()`,
+`to_empty()`), `state_dict` and its loading, `save_pretrained`. `tie(model, ...)` puts the same mixin in front of the
+class of a live model, so that both forms are one and the same thing.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
+
+from ..config import TyingConfig, TyingError
+from ..projection.head import ProjectedLinear, project, with_penalty
+from .aliases import TiedAlias, plain
+from .checkpoint import check_loaded_state, fill_state, tie_loaded, to_keep
+from .groups import TieGroup, other_chains, resolve, stock_keys, subgroups
+from .record import refuse_contradicting_flag, write_config
+from .resizing import fit_tied, follow_bias, replace_tied, resize
+from .slots import (
+    TiedName,
+    actual_groups,
+    canonical,
+    find_parameter,
+    is_one,
+    link,
+    link_all,
+    same_values,
+    separate,
+    stands_in,
+    state_key,
+)
+from .verify import offloaded, violations
+
+logger = logging.get_logger(__name__)
+
+
+class TiedModelMixin:
+    """Put in front of a transformers class, it keeps the ties of `config.tying` through the model's whole life.
+
+    `tie_groups` holds the concrete groups (`TieGroup`: a name, the parameter names, root first). Without a `tying`
+    entry the groups are those that the class itself declares under `tie_word_embeddings`.
+
+    Example:
+        >>> class TiedLlamaConfig(TyingConfigMixin, LlamaConfig):
+        ...     model_type = "tied_llama"
+        >>> class TiedLlama(TiedModelMixin, LlamaForCausalLM):
+        ...     config_class = TiedLlamaConfig
+        >>> model = TiedLlama(TiedLlamaConfig(tying={"version": 1, "scheme": "two_way"}))
+        >>> model.lm_head.weight is model.model.embed_tokens.weight
+        True
+
+    Raises:
+        TyingError: from any of the methods below, instead of a silently broken tie.
+    """
+
+    tie_groups: list[TieGroup] = []  # on the instance once `post_init` has run
+
+    # --- a model is made ---------------------------------------------------------------------------------------------
+
+    def post_init(self):
+        """Declare the groups, initialise the weights, tie."""
+        self._post_init_tied(super().post_init)
+
+    def _post_init_tied(self, stock_post_init: Callable[[], None]) -> None:
+        self._ties_made = False  # until then `tie_weights` takes values that are just initialised for what they are
+        config = TyingConfig.from_dict(getattr(self.config, "tying", None))
+        if config.projection is not None:
+            project(self, config.projection)
+        shared = actual_groups(self)  # by the architecture's own `__init__`, and by the models inside
+        kept = shared if config.scheme is None else other_chains(self, shared)
+        groups = resolve(self, config, strict=self._is_declared_class(), also=kept)
+        refuse_contradicting_flag(self, config, groups)
+        for group in groups:
+            to_keep(self, group)  # refuses before anything is changed
+        separate(self, groups)
+        self.tie_groups = groups
+        declare(self, groups)
+        stock_post_init()
+        declare(self, groups)  # once more: the stock method has mixed in what the models inside declare
+        self._ties_made = True
+        if self._is_declared_class():
+            write_config(self)
+            if config.loss == "tied":
+                _train_through_tied_loss(self)
+
+    def _is_declared_class(self) -> bool:
+        """Whether the config's names are meant for this class, not for a head over it or another head."""
+        headless = self.base_model is self and self.get_output_embeddings() is None
+        if not isinstance(architectures := getattr(self.config, "architectures", None), list) or not architectures:
+            return not (self.base_model_prefix and headless)
+        if headless and self.base_model_prefix:  # `head.base_model.save_pretrained` writes the entry of the head
+            groups = TyingConfig.from_dict(getattr(self.config, "tying", None)).groups.values()
+            if any(name.startswith(f"{self.base_model_prefix}.") for names in groups for name in names):
+                return False
+        return any(cls.__name__ in architectures for cls in type(self).__mro__)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Whether the initialisation is somebody's own; a class over a stock one is initialised like it."""
+        owner = next(base for base in cls.__mro__ if "_init_weights" in vars(base))
+        return not owner.__module__.startswith("transformers.")
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """`{tied name: root}`, flat; what accelerate, the quantisers and `device_map="auto"` read."""
+        return {name: group.root for group in self.tie_groups for name in group.targets}
+
+    def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True, **kwargs) -> None:
+        """Tie what is declared. Unlike the stock method it never overwrites trained values that differ.
+
+        Args:
+            missing_keys: names that a checkpoint did not have, given by `from_pretrained`: names of a group are filled
+                from whichever one is there, and differing ones are handled as `on_conflict` says.
+            recompute_mapping: accepted for transformers; the groups change by `tie` and `untie` only.
+
+        Raises:
+            TyingError: when names of a group have come to hold different values.
+        """
+        if missing_keys is not None:
+            kept = tie_loaded(self, missing_keys)
+            if kept != self.tie_groups:
+                declare(self, kept)
+                write_config(self)
+        elif self._ties_made:
+            self._tie_again()
+        else:
+            for group in self.tie_groups:
+                link_all(self, group.names, to_keep(self, group))
+        fit_tied(self)
+
+    def _tie_again(self) -> None:
+        for group in self.tie_groups:
+            if is_one(self, group.names) or any(offloaded(self, name) for name in group.names):
+                continue
+            root, *others = (find_parameter(self, name) for name in group.names)
+            whole = root is not None and all(p is not None and p.is_meta == root.is_meta for p in others)
+            if not whole or not all(p.is_meta or same_values(p, root) for p in others):
+                problems = "; ".join(violations(self, [group]))
+                raise TyingError(f"tie_weights() would overwrite trained values and changes nothing: {problems}")
+            link_all(self, group.names, root)
+
+    def mark_tied_weights_as_initialized(self, *args, **kwargs) -> None:
+        """In `from_pretrained`: names that no file filled are still one tensor on the meta device, and are taken
+        apart.
+
+        The stock method marks every name but the root as in no need of initialisation, and would mark the root with
+        them.
+        """
+        for group in self.tie_groups:
+            root = find_parameter(self, group.root)
+            for name in group.targets:
+                if root.is_meta and find_parameter(self, name) is root:
+                    link(self, name, nn.Parameter(root.detach().clone(), requires_grad=root.requires_grad))
+        super().mark_tied_weights_as_initialized(*args, **kwargs)
+
+    # --- the embeddings change ---------------------------------------------------------------------------------------
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the input embedding; every name tied to it follows, since they are one matrix.
+
+        Raises:
+            TyingError: when `value` has no matrix to tie.
+        """
+        old = self.get_input_embeddings()
+        if value is not old and not replace_tied(self, old, value):
+            super().set_input_embeddings(value)
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the output embedding; every name tied to it follows."""
+        old = self.get_output_embeddings()
+        if isinstance(old, ProjectedLinear) and type(new_embeddings) is nn.Linear:
+            new_embeddings = ProjectedLinear.around(new_embeddings, old.projection)
+        if new_embeddings is not old:
+            if not replace_tied(self, old, new_embeddings):
+                super().set_output_embeddings(new_embeddings)
+            follow_bias(self, new_embeddings)
+
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing: bool = True):
+        """As in transformers; tied names stay one parameter, and embeddings tied to nothing are resized, not replaced.
+
+        Raises:
+            TyingError: when the ties are already broken.
+        """
+        self._raise_if_broken("resize")
+        return resize(self, super().resize_token_embeddings, new_num_tokens, pad_to_multiple_of, mean_resizing)
+
+    # --- tensors move and are replaced -------------------------------------------------------------------------------
+
+    def _apply(self, fn, recurse: bool = True):
+        """`.to()`, `.half()`, `to_empty()`: where torch makes a tensor for each name, they are made one again."""
+        held = [group for group in self.tie_groups if is_one(self, group.names)]
+        result = super()._apply(fn, recurse)
+        for group in held:
+            link_all(self, group.names, find_parameter(self, group.root))
+        return result
+
+    def __call__(self, *args, **kwargs):
+        """In training, a forward pass over a broken tie raises: the matrices would drift apart unseen."""
+        if self.training and not torch.compiler.is_compiling() and not getattr(self, "_is_replica", False):
+            self._raise_if_split()
+        vars(self).pop("loss_parts", None)  # what the loss of the last training step was made of, where it has parts
+        outputs = super().__call__(*args, **kwargs)
+        has_projection = self.training and (getattr(self.config, "tying", None) or {}).get("projection")
+        return with_penalty(self, outputs, args, kwargs) if has_projection else outputs
+
+    def _raise_if_split(self) -> None:
+        for group in self.tie_groups:
+            at_work = any(stands_in(self, name) or offloaded(self, name) for name in group.names)
+            if not is_one(self, group.names) and not at_work:
+                self._raise_if_broken("train")
+        self._tell_frozen()
+
+    def _tell_frozen(self) -> None:
+        roots = {group.root: find_parameter(self, group.root) for group in self.tie_groups}
+        frozen = [g for g in self.tie_groups if roots[g.root] is not None and not roots[g.root].requires_grad]
+        if frozen != vars(self).get("_told_frozen", []) and not getattr(self, "_hf_peft_config_loaded", False):
+            self._told_frozen = frozen
+            for group in frozen:
+                if any(p.requires_grad for p in self.parameters()):
+                    logger.warning(
+                        f"Group {group.name!r} is frozen under each of its names: {', '.join(group.names)}. To "
+                        "freeze one role alone, untie(model) first."
+                    )
+
+    def _raise_if_broken(self, action: str) -> None:
+        if problems := list(violations(self, self.tie_groups)):
+            listed = "\n".join(f"  - {problem}" for problem in problems)
+            raise TyingError(f"Cannot {action} {type(self).__name__}, it is not tied as declared:\n{listed}")
+
+    # --- names and state dicts ---------------------------------------------------------------------------------------
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True):
+        """As in torch, each parameter once; the name of a tied one answers to every name of its group (`TiedName`)."""
+        dot = f"{prefix}." if prefix else ""
+        group_of = {name: group for group in self.tie_groups for name in group.names} if remove_duplicate else {}
+        for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
+            group = group_of.get(canonical(name.removeprefix(dot)))
+            yield (TiedName(name, [dot + n for n in group.names]) if group else name), parameter
+
+    def state_dict(self, *args, destination=None, prefix: str = "", keep_vars: bool = False):
+        """As in torch, with every name; those beside the root can be read but not updated in place (`TiedAlias`).
+
+        Code that averages a state dict entry by entry would move a tied matrix once for each of its names.
+        """
+        state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        if not keep_vars:
+            for group in self.tie_groups:
+                root = prefix + state_key(self, group.root)
+                for key in (prefix + state_key(self, name) for name in group.targets):
+                    if root in state and key in state:
+                        state[key] = TiedAlias.of(state[key], key, root)
+        return state
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        """Before torch loads anything: names of a group must agree, and missing ones are filled from those present."""
+        check_loaded_state(self, state_dict, prefix)
+        fill_state(self, state_dict, prefix, assign=local_metadata.get("assign_to_params_buffers", False))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    # --- files -------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict=None, **kwargs):
+        """As in transformers. The ties are checked first, and `config.tying` is written from what is so.
+
+        Raises:
+            TyingError: when a tie is broken, or weights are offloaded; nothing is written.
+        """
+        adapters_only = getattr(self, "_hf_peft_config_loaded", False)
+        self._raise_if_broken("save")
+        entry = getattr(self.config, "tying", None)
+        config = write_config(self)
+        try:
+            if not adapters_only:
+                state_dict = self._file_state(state_dict, config.save_format)
+            super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+            if self._auto_class is not None and is_main_process:
+                from .remote_code import carry_along
+
+                carry_along(save_directory)
+        finally:
+            if entry is not None:  # a model inside another one shares its config, whose names are the outer model's
+                self.config.tying = entry
+
+    def _file_state(self, state_dict, save_format: str) -> dict[str, torch.Tensor]:
+        state = dict(self.state_dict() if state_dict is None else state_dict)
+        check_loaded_state(self, state, "", action="save")
+        for group in self.tie_groups:
+            keys = [key for name in group.names if (key := state_key(self, name)) in state]
+            if not keys:
+                continue
+            kept = plain(state[keys[0]])
+            if kept.is_meta and not hasattr(self, "hf_device_map"):
+                raise TyingError(
+                    f"Cannot save {keys[0]!r}: its value is offloaded (accelerate.cpu_offload or disk_offload). "
+                    "Bring it back by accelerate.hooks.remove_hook_from_submodules(model) and model.tie_weights(), "
+                    "then save."
+                )
+            for key in keys:
+                del state[key]
+            for name in group.names if save_format == "portable" else (group.root,):
+                first = name == group.root
+                state[state_key(self, name)] = kept if first or kept.is_meta else kept.clone()
+        return state
+
+
+def _train_through_tied_loss(model: PreTrainedModel) -> None:
+    try:
+        # By its full name: this file is also carried along with published classes, and that one is not.
+        from hf_tying.objectives.tied_loss import use_tied_loss
+    except ImportError:
+        logger.warning("The config says loss='tied', which needs hf_tying: the stock loss is used, of the same value.")
+        return
+    use_tied_loss(model)
+
+
+def set_groups(model: PreTrainedModel, groups: list[TieGroup]) -> None:
+    """Make the parameters of `model` what `groups` say: names that leave a group get a copy, each group its root's."""
+    separate(model, groups)
+    for group in groups:
+        link_all(model, group.names, find_parameter(model, group.root))
+    declare(model, groups)
+
+
+def declare(model: PreTrainedModel, groups: list[TieGroup]) -> None:
+    """Tell transformers: the mapping on the instance, and on every model inside for the names that lie within it.
+
+    A model inside that holds a whole tie is put under the mixin too, so that it can be saved, resized and reloaded by
+    itself; one that holds none no longer re-ties what its class declares.
+    """
+    inside = [
+        (canonical(prefix), sub)
+        for prefix, sub in model.named_modules()
+        if isinstance(sub, PreTrainedModel) and prefix
+    ]
+    for prefix, sub in [("", model), *inside]:
+        held = list(subgroups(groups, prefix)) if prefix else list(groups)
+        if prefix and not held and not isinstance(sub, TiedModelMixin) and not stock_keys(sub):
+            continue
+        if held and not isinstance(sub, TiedModelMixin):
+            sub.__class__ = tied_class(type(sub))
+        elif prefix and not held and TiedModelMixin in put_in_front(type(sub)):
+            # Put under the mixin when it was made, by the config that it shares with the outer model.
+            sub.__class__ = taken_off(TiedModelMixin, type(sub))
+            sub.__dict__.pop("tie_groups", None)
+        vars(sub).setdefault("_stock_tied_weights_keys", sub._tied_weights_keys)
+        sub._tied_weights_keys = {name: group.root for group in held for name in group.targets}
+        sub.all_tied_weights_keys = dict(sub._tied_weights_keys)
+        if isinstance(sub, TiedModelMixin):
+            sub.tie_groups = held
+            sub._ties_made = vars(model).get("_ties_made", True)
+        if prefix and sub.config is not model.config:
+            vars(sub.config).pop("tying", None)  # one record: the outer model's
+
+
+def tied_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """`stock` with `TiedModelMixin` in front, for a live model of that class."""
+    return in_front(TiedModelMixin, stock)
+
+
+@functools.cache
+def in_front(mixin: type, stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """`stock` with `mixin` in front, under the same name, so that `architectures` in the file stays the same."""
+
+    def reduce(self, protocol):
+        # Pickle finds classes by name, and under this name it would find the stock class.
+        cls = type(self)
+        mixins = put_in_front(cls)
+        for mixin in mixins:
+            cls = taken_off(mixin, cls)
+        return _revive, (cls, *reversed(mixins)), object.__reduce_ex__(self, protocol)[2]
+
+    body = {
+        "__module__": stock.__module__,
+        "__qualname__": stock.__qualname__,
+        "__doc__": stock.__doc__,
+        "__reduce_ex__": reduce,
+        "_mixin": mixin,
+        "_stock_class": stock,
+    }
+    if "forward" in vars(mixin):  # Trainer and PEFT read what a forward takes from its signature
+        body["forward"] = functools.update_wrapper(_passed_on(mixin.forward), stock.forward)
+    return type(stock.__name__, (mixin, stock), body)
+
+
+def put_in_front(cls: type) -> list[type]:
+    """The mixins that `in_front` has put on `cls`, from the last one on."""
+    return [cls._mixin, *put_in_front(cls._stock_class)] if "_mixin" in vars(cls) else []
+
+
+def taken_off(mixin: type, cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """`cls` without the `mixin` that `in_front` put there."""
+    if cls._mixin is mixin:
+        return cls._stock_class
+    return in_front(cls._mixin, taken_off(mixin, cls._stock_class))
+
+
+def _passed_on(method: Callable) -> Callable:
+    return lambda self, *args, **kwargs: method(self, *args, **kwargs)
+
+
+def _revive(stock: type[PreTrainedModel], *mixins: type) -> PreTrainedModel:
+    for mixin in mixins:
+        stock = in_front(mixin, stock)
+    return stock.__new__(stock)

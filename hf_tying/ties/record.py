@@ -1,0 +1,92 @@
+"""How the ties are recorded: the `tying` entry and `tie_word_embeddings` of the config, written from what is so."""
+
+import functools
+
+from transformers.modeling_utils import PreTrainedModel
+
+from ..config import TyingConfig, TyingError
+from .groups import TieGroup, declared_partition, roles, scheme_of
+
+# `if config.tie_word_embeddings: hidden = hidden * d_model**-0.5` in the forward pass.
+_SCALED_BY_THE_FLAG = {"switch_transformers"}
+
+
+def write_config(model: PreTrainedModel, **changes) -> TyingConfig:
+    """Write `model.tie_groups` to its config, and return what was written.
+
+    Args:
+        model: a model with `tie_groups`.
+        changes: `on_conflict`, `save_format`; what is not given stays as the entry has it. `save_format=None` asks for
+            the default of the groups as they are now.
+    """
+    before = TyingConfig.from_dict(getattr(model.config, "tying", None)).replace(**changes)
+    scheme = scheme_of(model, model.tie_groups)
+    write_flags(model, tied=scheme in ("two_way", "three_way"))
+    entry = before.replace(
+        scheme=scheme,
+        groups={group.name: list(group.names) for group in model.tie_groups},
+        save_format=before.save_format or default_save_format(model),
+    )
+    model.config.tying = entry.to_dict()
+    return entry
+
+
+def default_save_format(model: PreTrainedModel) -> str:
+    """`"dedup"` where the stock class re-ties exactly these groups from the same roots, `"portable"` elsewhere."""
+    stock = declared_partition(model)
+    own = {frozenset(group.names) for group in model.tie_groups}
+    base = model.base_model_prefix
+    reachable = all(
+        group.root.startswith(f"{base}.") or not any(n.startswith(f"{base}.") for n in group.names)
+        for group in model.tie_groups
+    )
+    return "dedup" if own == stock and reachable else "portable"
+
+
+def write_flags(model: PreTrainedModel, tied: bool) -> None:
+    """Keep `tie_word_embeddings` truthful for the target and output pair: PEFT, accelerate, vLLM, llama.cpp read it.
+
+    The T5 family is left alone: its config classes put the flag back to True, or its models (SwitchTransformers) read
+    it for the scale of the logits, which no tie and no untie may change.
+    """
+    if not {"target", "output"} <= roles(model).keys():
+        return
+    for config in _flagged_configs(model):
+        config.tie_word_embeddings = tied
+
+
+def _flagged_configs(model: PreTrainedModel) -> list:
+    configs = [model.config, model.config.get_text_config(decoder=True)]
+    return [c for c in configs if hasattr(c, "tie_word_embeddings") and not flag_is_forced(type(c))]
+
+
+@functools.cache
+def flag_is_forced(config_class: type) -> bool:
+    """Whether the flag says nothing about ties: the class answers True whatever it is told, or scales logits by it."""
+    if config_class.model_type in _SCALED_BY_THE_FLAG:
+        return True
+    try:
+        return config_class(tie_word_embeddings=False).tie_word_embeddings is True
+    except Exception:  # a composite config that needs its parts: none of these forces the flag
+        return False
+
+
+def refuse_contradicting_flag(model: PreTrainedModel, config: TyingConfig, groups: list[TieGroup]) -> None:
+    """A recorded tie of target and output under `tie_word_embeddings=False`: somebody asked for it to be opened
+    untied.
+
+    Raises:
+        TyingError: with the explicit way to do that.
+    """
+    if not config.groups or scheme_of(model, groups) not in ("two_way", "three_way"):
+        return
+    role_names = roles(model)
+    recorded = {name for names in config.groups.values() for name in names}
+    if {role_names["target"][-1], role_names["output"][-1]} <= recorded:
+        for flagged in _flagged_configs(model):
+            if not flagged.tie_word_embeddings:
+                raise TyingError(
+                    "The config has tie_word_embeddings=False, but its `tying` entry ties "
+                    f"{role_names['output'][-1]!r} to {role_names['target'][-1]!r}. To open it untied: load it as it "
+                    "is, then untie(model)."
+                )

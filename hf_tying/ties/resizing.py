@@ -1,0 +1,222 @@
+"""Embeddings of a tied model that are replaced or resized: every name follows, and every stated size."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
+
+from ..config import TyingError
+from .groups import other_chains, roles, split_declared
+from .slots import find_parameter, find_slot, fit_rows, link_all, replace_module, separate
+
+logger = logging.get_logger(__name__)
+
+# Architectures with a second vocabulary: the names under which their configs state the source's and the target's size.
+_TWO_SIZES = {"marian": ("vocab_size", "decoder_vocab_size"), "fsmt": ("src_vocab_size", "tgt_vocab_size")}
+
+
+def replace_tied(model: PreTrainedModel, old: nn.Module, new: nn.Module) -> bool:
+    """Put the module `new` in place of `old`, and its matrix under every name that was tied to the old one.
+
+    Modules are never shared: an embedding may carry a scale or a padding index of its own.
+
+    Returns:
+        Whether `old` was tied; if not, nothing is done.
+
+    Raises:
+        TyingError: when `new` has no matrix.
+    """
+    parameter = getattr(old, "weight", None)
+    group = next((g for g in model.tie_groups if any(find_parameter(model, n) is parameter for n in g.names)), None)
+    if group is None or parameter is None:
+        return False
+    weight = getattr(new, "weight", None)
+    if not isinstance(weight, nn.Parameter) or weight.ndim != 2:
+        raise TyingError(
+            f"The embedding is tied as group {group.name!r} ({', '.join(group.names)}): expected a module with a "
+            f"matrix `weight`, found {type(new).__name__}. Call untie(model) first to replace one side alone."
+        )
+    replace_module(model, old, new)
+    link_all(model, group.names, weight)
+    fit_tied(model)
+    if weight.shape[0] != parameter.shape[0]:
+        model.config.get_text_config().vocab_size = weight.shape[0]
+    logger.warning(
+        f"The embedding of group {group.name!r} is replaced under each of its names: {', '.join(group.names)}. An "
+        "optimizer made before holds the old matrix: make it again."
+    )
+    return True
+
+
+def follow_bias(model: PreTrainedModel, new: nn.Module) -> None:
+    """After an output module was replaced: names tied to its bias (RoBERTa's second one) take the new bias."""
+    bias = new._parameters.get("bias")
+    for group in model.tie_groups:
+        slots = [find_slot(model, name) for name in group.names]
+        if bias is not None and any(slot == (new, "bias") for slot in slots):
+            link_all(model, group.names, bias)
+
+
+def resize(
+    model: PreTrainedModel,
+    stock_resize: Callable,
+    new_num_tokens: int | None,
+    pad_to_multiple_of: int | None,
+    mean_resizing: bool,
+) -> nn.Module:
+    """The stock resize, and what it leaves out: embeddings tied to nothing, and sizes stated beside a tied matrix.
+
+    Matrices are resized in place (`parameter.data`), so that a tie survives by itself and the optimizer keeps it.
+
+    Raises:
+        TyingError: when an embedding is tied to something that has no row for each word, or the model has two
+            vocabularies.
+    """
+    own_resize = _own_resize(model)
+    rows = model.get_input_embeddings().weight.shape[0]
+    changes = new_num_tokens is not None or pad_to_multiple_of is not None
+    if changes:
+        _refuse_other_rows(model)
+    others = _embeddings_out_of_reach(model, rows) if changes and own_resize is None else []
+    before = [(module, module.weight.data) for module in others]
+    try:
+        for module in others:
+            model._get_resized_embeddings(module, new_num_tokens, pad_to_multiple_of, mean_resizing)
+        embeddings = (own_resize or stock_resize)(new_num_tokens, pad_to_multiple_of, mean_resizing)
+    except Exception:
+        for module, weight in before:  # an architecture that refuses, refuses it whole
+            module.weight.data = weight
+            fit_rows(module)
+        raise
+    separate(model, model.tie_groups)  # BERT's setter makes its two output biases one, whether they were or not
+    fit_tied(model)
+    _fit_idle_biases(model, rows, embeddings.weight.shape[0])
+    _fit_final_bias(model)
+    return embeddings
+
+
+def fit_tied(model: PreTrainedModel) -> None:
+    """Sizes that modules state beside a tied matrix agree with its rows."""
+    for group in model.tie_groups:
+        for name in group.names:
+            module, attribute = find_slot(model, name)
+            if attribute == "weight" and isinstance(module.weight, nn.Parameter):
+                fit_rows(module)
+    _fit_two_sizes(model)
+
+
+def _refuse_other_rows(model: PreTrainedModel) -> None:
+    role_names = {name for names in roles(model).values() for name in names}
+    for group in model.tie_groups:
+        words = [name for name in group.names if name in role_names]
+        others = [name for name in group.names if name not in role_names]
+        if words and others:
+            raise TyingError(
+                f"Cannot resize: {others[0]!r} is tied to the embedding {words[0]!r} (group {group.name!r}), and is "
+                f"no vocabulary matrix. untie(model, {others}) first."
+            )
+
+
+def _own_resize(model: PreTrainedModel) -> Callable | None:
+    """What stands in for a stock resize that refuses (`EncoderDecoderModel`) or knows one side only."""
+    model_type = getattr(model.config, "model_type", None)
+    if model_type == "encoder-decoder":
+        return partial(_resize_parts, model)
+    if model_type in _TWO_SIZES and _is_one_vocabulary(model):
+        return partial(_resize_all, model)
+    return None
+
+
+def _is_one_vocabulary(model: PreTrainedModel) -> bool:
+    """Whether source and target are over the same words, as far as the model itself can tell.
+
+    Raises:
+        TyingError: for FSMT with two sizes: its only resize would give one side the other's size.
+    """
+    role_names = roles(model)
+    pair = {role_names[role][-1] for role in ("source", "target") if role in role_names}
+    if any(pair <= set(group.names) for group in model.tie_groups):
+        return True
+    if model.config.model_type != "fsmt":
+        return getattr(model.config, "share_encoder_decoder_embeddings", True)
+    if len({find_parameter(model, name).shape[0] for name in pair}) > 1:
+        raise TyingError(
+            f"Cannot resize {type(model).__name__}: it has two vocabularies, of {model.config.src_vocab_size} and "
+            f"{model.config.tgt_vocab_size} words, and one resize. Join them first: "
+            "hf_tying.data.join_vocabularies(model, source_tokenizer, target_tokenizer)."
+        )
+    return True
+
+
+def _resize_all(model: PreTrainedModel, new_num_tokens, pad_to_multiple_of, mean_resizing) -> nn.Module:
+    """Source, target and output over one vocabulary, where the stock resize knows one side only (Marian, FSMT)."""
+    for names in roles(model).values():
+        for module in (find_slot(model, name)[0] for name in names):
+            if isinstance(module, nn.Embedding):
+                model._get_resized_embeddings(module, new_num_tokens, pad_to_multiple_of, mean_resizing)
+                new_num_tokens, pad_to_multiple_of = module.weight.shape[0], None
+            else:
+                resized = model._get_resized_lm_head(module, new_num_tokens, mean_resizing=mean_resizing)
+                module.weight.data = resized.weight.data
+                fit_rows(module)
+    _fit_two_sizes(model)
+    model.tie_weights()
+    return model.get_input_embeddings()
+
+
+def _resize_parts(model: PreTrainedModel, *how) -> nn.Module:
+    """Encoder and decoder each by its own resize; the stock class refuses, since it cannot know them to be one."""
+    source, target = (part.get_input_embeddings().weight for part in (model.encoder, model.decoder))
+    if source.shape[0] != target.shape[0]:
+        raise TyingError(
+            f"Cannot resize {type(model).__name__}: it has two vocabularies, of {source.shape[0]} and "
+            f"{target.shape[0]} rows. Resize each side: model.encoder.resize_token_embeddings(...), "
+            "model.decoder.resize_token_embeddings(...); or join them first by hf_tying.data.join_vocabularies."
+        )
+    model.decoder.resize_token_embeddings(*how)  # with its output and bias
+    model.encoder.resize_token_embeddings(*how)
+    if getattr(model.config, "vocab_size", None) is not None:
+        model.config.vocab_size = model.decoder.config.vocab_size
+    return model.get_input_embeddings()
+
+
+def _fit_two_sizes(model: PreTrainedModel) -> None:
+    """Where the config states a size for each side, both are those of the matrices."""
+    role_names = roles(model) if model.config.model_type in _TWO_SIZES else {}
+    if "output" not in role_names:  # an encoder alone shares the config of the whole model
+        return
+    for role, key in zip(("source", "target"), _TWO_SIZES[model.config.model_type], strict=True):
+        setattr(model.config, key, find_parameter(model, role_names[role][-1]).shape[0])
+
+
+def _embeddings_out_of_reach(model: PreTrainedModel, rows: int) -> list[nn.Module]:
+    """Input embeddings over the same vocabulary that the stock resize would replace or forget, each matrix once.
+
+    Not the decoder's where it has a vocabulary of its own: Marian resizes that by `resize_decoder_token_embeddings`.
+    """
+    shared = getattr(model.config, "share_encoder_decoder_embeddings", True)
+    role_names = roles(model)
+    names = role_names.get("source", []) + (role_names.get("target", []) if shared else [])
+    modules = [find_slot(model, name)[0] for name in names]
+    found = {id(m.weight): m for m in modules if isinstance(m, nn.Embedding) and m.weight.shape[0] == rows}
+    found.pop(id(model.get_input_embeddings().weight), None)
+    return list(found.values())
+
+
+def _fit_idle_biases(model: PreTrainedModel, before: int, after: int) -> None:
+    """An output bias that the architecture keeps twice (BERT) has one size, also where the two are not tied."""
+    for names in other_chains(model, split_declared(model)):
+        parameters = [find_parameter(model, name) for name in names]
+        if {parameter.shape for parameter in parameters} == {(before,), (after,)}:
+            for parameter in parameters:
+                parameter.data = nn.functional.pad(parameter.data, (0, after - parameter.shape[0]))
+
+
+def _fit_final_bias(model: PreTrainedModel) -> None:
+    """Marian gives its `final_logits_bias` the size that was asked for, not the padded one."""
+    bias, output = getattr(model, "final_logits_bias", None), model.get_output_embeddings()
+    if isinstance(bias, torch.Tensor) and output is not None and bias.shape[-1] != output.weight.shape[0]:
+        model._resize_final_logits_bias(output.weight.shape[0])

@@ -1,0 +1,246 @@
+"""Slots: the places where parameters live (a module and the attribute in it), and the few things done to them.
+
+A tie is one `nn.Parameter` in several slots. Names of slots are those of the model without adapters: PEFT keeps the
+adapted module inside its own, and a tie is on what lies inside.
+"""
+
+import codecs
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from ..config import nearest
+
+# Where PEFT keeps the stock module: tuner layers under `base_layer`, modules_to_save under `original_module`,
+# trainable tokens under `token_adapter.base_layer`.
+_WRAPPERS = ("base_layer", "original_module", "token_adapter")
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The stock module inside PEFT's wrappers (itself, where there is none)."""
+    while inner := next((m for key in _WRAPPERS if (m := module._modules.get(key)) is not None), None):
+        module = inner
+    return module
+
+
+def find_slot(model: nn.Module, name: str) -> tuple[nn.Module, str] | None:
+    """The module and attribute that `name` means, seen through adapters; `None` where a module is missing."""
+    *path, attribute = name.split(".")
+    module = model
+    for part in path:
+        if (child := module._modules.get(part)) is None:
+            return None
+        module = unwrap(child)
+    return module, attribute
+
+
+def find_parameter(model: nn.Module, name: str) -> nn.Parameter | None:
+    """The parameter that `name` means in `model`, or `None`."""
+    slot = find_slot(model, name)
+    return slot[0]._parameters.get(slot[1]) if slot else None
+
+
+def is_one(model: nn.Module, names: Iterable[str]) -> bool:
+    """Whether `names` are one and the same parameter in `model`."""
+    held = [find_parameter(model, name) for name in names]
+    return held[0] is not None and all(parameter is held[0] for parameter in held)
+
+
+def state_key(model: nn.Module, name: str) -> str:
+    """The key of `name` in `model.state_dict()`: the name itself, unless an adapter wraps a module on the way."""
+    *path, attribute = name.split(".")
+    module, key = model, []
+    for part in path:
+        module, key = module._modules[part], [*key, part]
+        while inner := next((k for k in _WRAPPERS if module._modules.get(k) is not None), None):
+            module, key = module._modules[inner], [*key, inner]
+    return ".".join([*key, attribute])
+
+
+def named_slots(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every name of every parameter, tied ones under each of their names (`named_parameters` gives only the first)."""
+    slots = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                slots[canonical(f"{prefix}.{attribute}" if prefix else attribute)] = parameter
+    return slots
+
+
+def actual_groups(model: nn.Module) -> list[list[str]]:
+    """The names that are one object in `model` as it stands, whoever tied them."""
+    by_identity: dict[int, list[str]] = {}
+    for name, parameter in named_slots(model).items():
+        by_identity.setdefault(id(parameter), []).append(name)
+    return [names for names in by_identity.values() if len(names) > 1]
+
+
+def canonical(path: str) -> str:
+    """A path without the modules that adapters put in."""
+    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+
+
+def why_no_parameter(model: nn.Module, name: str, names: Iterable[str] = ()) -> str:
+    """Why `name` is not a parameter of `model`, as the middle of a sentence that starts with the name."""
+    slot = find_slot(model, name)
+    if slot is None:
+        return f"does not exist in {type(model).__name__}{nearest(name, names)}"
+    module, attribute = slot
+    if attribute in getattr(module, "parametrizations", {}):
+        return "is parametrised (torch.nn.utils.parametrize, weight norm); undo it by remove_parametrizations"
+    if f"{attribute}_orig" in module._parameters:
+        return "is pruned (torch.nn.utils.prune); make it permanent by prune.remove"
+    if f"{attribute}_g" in module._parameters:
+        return "is under the old weight norm (torch.nn.utils.weight_norm); undo it by remove_weight_norm"
+    if attribute in module._buffers:
+        return "is a buffer, not a parameter; only parameters are tied"
+    if "quant" in type(module).__module__:
+        return f"is quantised ({type(module).__name__}); untie before quantising one side"
+    if isinstance(getattr(module, attribute, None), torch.Tensor):
+        return f"is a plain tensor of {type(module).__name__}, not a parameter"
+    return f"does not exist in {type(model).__name__}{nearest(name, names)}"
+
+
+# --- what is done to slots -------------------------------------------------------------------------------------------
+
+
+def link(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put `parameter` into the slot `name`.
+
+    Into the module's table rather than by `setattr`: `accelerate.init_empty_weights` answers an attribute by a new
+    parameter on the meta device, and a tie would be lost in the making.
+    """
+    module, attribute = find_slot(model, name)
+    module._parameters[attribute] = parameter
+
+
+def link_all(model: nn.Module, names: Iterable[str], parameter: nn.Parameter) -> None:
+    """Make `names` one: put `parameter` into each of their slots."""
+    for name in names:
+        link(model, name, parameter)
+
+
+def own_module(model: nn.Module, name: str) -> None:
+    """Give the slot `name` modules of its own on the whole path, where one module object stands at several paths."""
+    parent = model
+    for part in name.split(".")[:-1]:
+        child = parent._modules[part]
+        if sum(module is child for _, module in model.named_modules(remove_duplicate=False)) > 1:
+            own = copy.copy(child)
+            for table in ("_parameters", "_buffers", "_modules"):
+                vars(own)[table] = dict(getattr(child, table))
+            child = parent._modules[part] = own
+        parent = child
+
+
+def separate(model: nn.Module, groups: Iterable) -> None:
+    """Give a parameter of its own to every name that is tied now and shall not be.
+
+    Args:
+        model: changed in place; values stay.
+        groups: the tie groups (with `name` and `names`) that shall hold.
+    """
+    group_of = {name: group.name for group in groups for name in group.names}
+    slots = named_slots(model)
+    for shared in actual_groups(model):
+        parts: dict[str, list[str]] = {}
+        for name in shared:
+            parts.setdefault(group_of.get(name, f"{name} alone"), []).append(name)
+        for names in list(parts.values())[1:]:
+            old = slots[names[0]]
+            copy = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
+            for name in names:
+                own_module(model, name)
+                link(model, name, copy)
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` wherever `old` stands in `model`."""
+    for parent in list(model.modules()):
+        for child, module in parent._modules.items():
+            if module is old:
+                parent._modules[child] = new
+
+
+def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal shape and elements; NaN equals NaN, since two copies of one broken matrix are still copies."""
+    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+        return False
+    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> str:
+    """How far two tensors are apart, as the middle of a sentence."""
+    if a.shape != b.shape:
+        return f"shapes {tuple(a.shape)} and {tuple(b.shape)}"
+    a, b = a.detach().double().cpu(), b.detach().double().cpu()
+    gap = (a - b).abs().nan_to_num(nan=float("inf"))
+    where = [int(i) for i in torch.unravel_index(gap.argmax(), gap.shape)] if gap.ndim else []
+    gaps = f"{int((gap > 0).sum())} of {gap.numel()} elements differ"
+    return f"largest difference {gap.max().item():.3g} at {where}, {gaps}"
+
+
+def fit_rows(module: nn.Module) -> None:
+    """After a new row count of `module.weight`: `num_embeddings` or `out_features`, bias and padding index follow.
+
+    New biases are zero, as transformers pads them.
+    """
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
+        return
+    rows = weight.shape[0]
+    if isinstance(module, nn.Embedding):
+        module.num_embeddings = rows
+        if module.padding_idx is not None and module.padding_idx >= rows:
+            module.padding_idx = None
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+        if module.bias is not None and module.bias.shape[0] != rows:
+            module.bias.data = nn.functional.pad(module.bias.data, (0, rows - module.bias.shape[0]))
+            module.bias.grad = None
+
+
+def stands_in(model: nn.Module, name: str) -> bool:
+    """Whether something at work has put a plain tensor where the parameter `name` was: torch.func, FSDP, DataParallel.
+
+    Pruning and parametrisation do so too, but leave their own traces.
+    """
+    if (slot := find_slot(model, name)) is None:
+        return False
+    module, attribute = slot
+    held = module._parameters.get(attribute, getattr(module, attribute, None))
+    changed = {f"{attribute}_orig", f"{attribute}_g"} & module._parameters.keys()
+    changed = changed or attribute in getattr(module, "parametrizations", {})
+    return not changed and isinstance(held, torch.Tensor) and not isinstance(held, nn.Parameter)
+
+
+class TiedName(str):
+    """The name of a tied parameter in `model.named_parameters()`: the root's, answering to each name of its group.
+
+    Recipes choose parameters by name (`"lm_head" in name`, `name.endswith(...)`). A tied parameter is listed once,
+    under its root; asked for by any other of its names it would silently be nowhere. Two recipes that claim the one
+    parameter under two of its names then meet in torch's own error on a parameter in two groups.
+    """
+
+    names: tuple[str, ...]
+
+    def __new__(cls, root: str, names: Iterable[str]):
+        self = super().__new__(cls, root)
+        self.names = tuple(names)
+        return self
+
+    def __reduce_ex__(self, protocol):
+        # In a file it is a plain string, for readers without this package too. Of the functions that torch.load admits
+        # with weights_only, this is the one that returns a string; rot13 undoes itself.
+        return codecs.encode, (codecs.encode(str(self), "rot13"), "rot13")
+
+    def __contains__(self, part: str) -> bool:
+        return any(part in str(name) for name in self.names)
+
+    def startswith(self, *args) -> bool:
+        return any(name.startswith(*args) for name in self.names)
+
+    def endswith(self, *args) -> bool:
+        return any(name.endswith(*args) for name in self.names)

@@ -1,0 +1,146 @@
+"""Where a tie is checked: what is declared against what is so, on a live model."""
+
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+
+from ..config import TyingConfig, TyingError
+from .groups import TieGroup, declared_groups, locate, modules_of
+from .slots import difference, find_parameter, find_slot, named_slots, same_values, why_no_parameter
+
+
+def assert_tied(model: nn.Module) -> None:
+    """Raise unless every tie that `model` declares holds: one `nn.Parameter` in every place of each group.
+
+    Identity counts, not equal values: two equal matrices drift apart at the first optimizer step. A model that
+    `hf_tying` knows (class form, or after `tie`) is held to its groups and its config; any other `PreTrainedModel` to
+    what its class declares under `tie_word_embeddings`.
+
+    Args:
+        model: a `PreTrainedModel`, also wrapped by PEFT, DistributedDataParallel or torch.compile.
+
+    Raises:
+        TyingError: lists each broken group: expected, found, way out.
+    """
+    model = unwrapped(model)
+    problems = list(violations(model, groups_of(model)))
+    if problems:
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        raise TyingError(f"{type(model).__name__} is not tied as declared:\n{listed}")
+
+
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The `PreTrainedModel` inside DDP, torch.compile and PEFT wrappers.
+
+    Raises:
+        TyingError: when there is none.
+    """
+    inner = model
+    while not isinstance(inner, PreTrainedModel):
+        if hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        else:
+            inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+        if inner is None:
+            raise TyingError(f"Expected a PreTrainedModel (or a wrapper around one), found {type(model).__name__}.")
+    return inner
+
+
+def groups_of(model: PreTrainedModel) -> list[TieGroup]:
+    """The declared groups: those that `hf_tying` holds for the model, else those of its class."""
+    known = getattr(model, "tie_groups", None)
+    return list(known) if known is not None else declared_groups(model)
+
+
+def violations(model: PreTrainedModel, groups: Iterable[TieGroup]) -> Iterator[str]:
+    """One sentence for everything in which `model` is not what `groups` and its config say."""
+    groups, slots = list(groups), named_slots(model)
+    for group in groups:
+        yield from _broken(model, group, slots)
+        yield from _stale_sizes(model, group, slots)
+    if hasattr(model, "tie_groups"):
+        yield from _undeclared(groups, slots)
+        yield from _config_differs(model, groups, slots)
+
+
+def _broken(model: nn.Module, group: TieGroup, slots: dict) -> Iterator[str]:
+    root = slots.get(group.root)
+    for name in group.names:
+        parameter = slots.get(name)
+        if parameter is None:
+            yield (
+                f"group {group.name!r}: expected the parameter {name!r} (tied with {_others(group, name)}); it "
+                f"{why_no_parameter(model, name, slots)}. Undo that, or call untie(model, [{name!r}]) before it."
+            )
+        elif root is not None and parameter is not root and not offloaded(model, name):
+            yield (
+                f"group {group.name!r}: expected {name!r} and {group.root!r} to be one parameter, found two "
+                f"({_apart(parameter, root)}; to keep both: untie(model, [{name!r}])."
+            )
+
+
+def _apart(parameter: nn.Parameter, root: nn.Parameter) -> str:
+    """How two parameters that should be one differ, and what makes them one again."""
+    if parameter.is_meta or root.is_meta:
+        return "on the meta device). To tie them again: load the weights, then model.tie_weights()"
+    if hasattr(parameter, "device_mesh") or hasattr(root, "device_mesh"):
+        return "sharded apart). Shard them together: fully_shard([module_a, module_b]), or leave both to the root"
+    if same_values(parameter, root):
+        return "equal so far). To tie them again: model.tie_weights()"
+    return f"{difference(parameter, root)}). To tie them again: tie(model, ..., init_from=<the name to keep>)"
+
+
+def _stale_sizes(model: nn.Module, group: TieGroup, slots: dict) -> Iterator[str]:
+    for name in group.names:
+        if name not in slots or not name.endswith(".weight"):
+            continue
+        module, rows = find_slot(model, name)[0], slots[name].shape[0]
+        for attribute in ("num_embeddings", "out_features"):
+            if (size := getattr(module, attribute, rows)) != rows:
+                yield (
+                    f"group {group.name!r}: {name!r} has {rows} rows, but its module says {attribute}={size}. Resize "
+                    "by model.resize_token_embeddings(...) on the whole model, or call model.tie_weights()."
+                )
+
+
+def _undeclared(groups: list[TieGroup], slots: dict) -> Iterator[str]:
+    group_of = {name: group.name for group in groups for name in group.names}
+    shared: dict[int, list[str]] = {}
+    for name, parameter in slots.items():
+        shared.setdefault(id(parameter), []).append(name)
+    for names in shared.values():
+        if len({group_of.get(name, name) for name in names}) > 1:
+            yield (
+                f"{names} are one parameter, but no group declares it: a tie made by hand is lost in a file. Declare "
+                f"it by tie(model, {names}), or undo it by untie(model, {names[1:]})."
+            )
+
+
+def _config_differs(model: PreTrainedModel, groups: list[TieGroup], slots: dict) -> Iterator[str]:
+    entry = getattr(model.config, "tying", None)
+    if entry is None:
+        return
+    modules = modules_of(slots)
+    located = [
+        {locate(model, name, slots, modules) for name in names} - {None}
+        for names in TyingConfig.from_dict(entry).groups.values()
+    ]
+    declared = {frozenset(names) for names in located if len(names) > 1}
+    held = {frozenset(group.names) for group in groups}
+    if declared != held:
+        yield (
+            f"config.tying declares {sorted(map(sorted, declared)) or 'no group'}, the model holds "
+            f"{sorted(map(sorted, held)) or 'no group'}. Change ties by tie() and untie(), not by editing the config."
+        )
+
+
+def _others(group: TieGroup, name: str) -> str:
+    return ", ".join(repr(n) for n in group.names if n != name)
+
+
+def offloaded(model: nn.Module, name: str) -> bool:
+    """Whether accelerate holds the value of `name` elsewhere and puts it in place at each forward pass."""
+    module = find_slot(model, name)[0]
+    parameter = find_parameter(model, name)
+    return parameter is not None and parameter.is_meta and hasattr(module, "_hf_hook")

@@ -1,0 +1,124 @@
+"""`examples/run_clm.py` as a user runs it: train, stop, resume, with flags and with a file."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_tying import TyingError
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "run_clm.py"
+STEPS = 6
+
+
+def run_clm(*arguments):
+    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, timeout=170)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "count.txt"
+    path.write_text("".join(f"{i} and {i + 1} and {i * i % 97} make a line.\n" for i in range(600)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def flags(text):
+    return {
+        "model_type": "llama",
+        "config_overrides": "hidden_size=16,intermediate_size=32,num_hidden_layers=1,num_attention_heads=2,"
+        "num_key_value_heads=2,attention_dropout=0.1",
+        "vocab_size": 300,
+        "train_file": str(text),
+        "block_size": 32,
+        "scheme": "two_way",
+        "do_train": True,
+        "do_eval": True,
+        "max_steps": STEPS,
+        "learning_rate": 0.01,
+        "per_device_train_batch_size": 4,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "save_steps": 3,
+        "load_best_model_at_end": True,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(flags, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "flags.yaml").write_text(yaml.safe_dump(flags | {"output_dir": str(folder / "out")}))
+    return run_clm(folder / "flags.yaml"), folder / "out"
+
+
+def results(folder):
+    return json.loads((folder / "all_results.json").read_text())
+
+
+def test_it_trains_a_tied_model_and_measures_perplexity(uninterrupted):
+    result, folder = uninterrupted
+    assert result.returncode == 0, result.stderr
+    assert 1 < results(folder)["eval_perplexity"] < 300
+    config = json.loads((folder / "config.json").read_text())
+    assert config["tie_word_embeddings"] is True
+    assert (folder / "tokenizer.json").exists()
+
+
+def test_resuming_ends_where_the_uninterrupted_run_ends(uninterrupted, flags, tmp_path):
+    _, folder = uninterrupted
+    resumed = flags | {
+        "output_dir": str(tmp_path / "out"),
+        "resume_from_checkpoint": str(folder / f"checkpoint-{STEPS // 2}"),
+    }
+    (tmp_path / "flags.json").write_text(json.dumps(resumed))
+    result = run_clm(tmp_path / "flags.json")
+    assert result.returncode == 0, result.stderr
+    assert "missing" not in result.stderr.lower(), result.stderr
+    # The first half is not trained again: it leaves no checkpoint here.
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == [f"checkpoint-{STEPS}"]
+    assert results(tmp_path / "out")["eval_loss"] == results(folder)["eval_loss"]
+
+
+def test_a_saved_model_is_tuned_further_from_the_command_line(uninterrupted, text, tmp_path):
+    _, folder = uninterrupted
+    result = run_clm(
+        *("--model_name_or_path", folder, "--train_file", text, "--validation_file", text, "--block_size", 32),
+        *("--do_train", "--max_steps", 1, "--use_cpu", "--log_roles", "--logging_steps", 1, "--save_strategy", "no"),
+        *("--output_dir", tmp_path / "out"),
+    )
+    assert result.returncode == 0, result.stderr
+    history = json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"]
+    assert any(key.startswith("grad_share/") for log in history for key in log)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"train_file": "missing.txt"}, "There is no file 'missing.txt'"),
+        ({"block_size": 100_000}, "shorter than one block of 100000"),
+        ({"scheme": "two-way"}, "Unknown tying scheme 'two-way'"),
+        ({"model_name_or_path": "gpt2"}, "one of --model_name_or_path"),
+    ],
+    ids=["missing file", "long blocks", "unknown scheme", "two models"],
+)
+def test_bad_input_is_named_and_nothing_is_written(flags, changes, message, tmp_path, monkeypatch):
+    (tmp_path / "flags.json").write_text(json.dumps(flags | {"output_dir": str(tmp_path / "out")} | changes))
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(tmp_path / "flags.json")])
+    with pytest.raises(TyingError, match=message):
+        runpy.run_path(str(SCRIPT))["main"]()
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_ends_the_script_with_its_message(tmp_path):
+    result = run_clm("--model_type", "llama", "--train_file", "missing.txt", "--output_dir", tmp_path / "out")
+    assert result.returncode == 1
+    assert result.stderr.endswith(
+        "error: There is no file 'missing.txt'. Expected text in a .txt, .json or .csv file.\n"
+    )
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,291 @@
+"""f10, f20: training, resuming, averaging, choosing parameters by name, and what is done to one side of a tie."""
+
+import copy
+import logging as stdlib_logging
+
+import pytest
+import torch
+from torch.nn.utils import parametrizations, prune, weight_norm
+from torch.optim.swa_utils import AveragedModel
+from transformers import Trainer, TrainingArguments
+
+from hf_tying import TyingCallback, TyingError, assert_tied, tie, untie
+
+from ..forms import matrix, tied_model
+from ..tiny import logits, tiny_inputs, tiny_model
+
+WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
+
+
+def step(model, optimizer):
+    optimizer.zero_grad()
+    model(**tiny_inputs(model)).loss.backward()
+    optimizer.step()
+
+
+class Sentences(torch.utils.data.Dataset):
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, i):
+        ids = torch.randint(3, 60, (6,), generator=torch.Generator().manual_seed(i))
+        return {"input_ids": ids, "labels": ids}
+
+
+def trainer(model, folder, steps=4, logging_steps=1, **kwargs):
+    arguments = TrainingArguments(
+        output_dir=folder, max_steps=steps, per_device_train_batch_size=4, save_steps=2, logging_steps=logging_steps,
+        use_cpu=True, disable_tqdm=True, report_to="none", **kwargs,
+    )  # fmt: skip
+    return Trainer(model=model, args=arguments, train_dataset=Sentences(), eval_dataset=Sentences(),
+                   callbacks=[TyingCallback(log_roles=True)])  # fmt: skip
+
+
+@pytest.fixture
+def warnings_of_transformers():
+    """The messages that transformers logs, which its own handlers keep from pytest."""
+    records = []
+    handler = stdlib_logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    root = stdlib_logging.getLogger("transformers")
+    ours = stdlib_logging.getLogger("hf_tying")
+    for logger in (root, ours):
+        logger.addHandler(handler)
+    yield records
+    for logger in (root, ours):
+        logger.removeHandler(handler)
+
+
+class TestTrainer:
+    """f10."""
+
+    def test_resume_is_bit_for_bit_and_warns_of_no_missing_key(self, form, tmp_path, warnings_of_transformers):
+        whole = tied_model(form)
+        trainer(whole, tmp_path / "whole").train()
+        half = tied_model(form)
+        trainer(half, tmp_path / "half").train()
+        resumed = tied_model(form)
+        trainer(resumed, tmp_path / "half").train(resume_from_checkpoint=str(tmp_path / "half" / "checkpoint-2"))
+        assert_tied(resumed)
+        assert torch.equal(logits(resumed), logits(whole))
+        assert not [message for message in warnings_of_transformers if "missing keys" in message]
+
+    def test_load_best_model_at_end_is_tied_and_warns_of_no_missing_key(
+        self, model, tmp_path, warnings_of_transformers
+    ):
+        run = trainer(model, tmp_path, load_best_model_at_end=True, eval_strategy="steps", eval_steps=2)
+        run.train()
+        assert_tied(run.model)
+        assert not [message for message in warnings_of_transformers if "missing keys" in message]
+
+    @pytest.mark.parametrize("logging_steps", [1, 2])
+    def test_the_callback_logs_the_gradient_by_role(self, model, tmp_path, logging_steps):
+        run = trainer(model, tmp_path, logging_steps=logging_steps)
+        run.train()
+        logs = [entry for entry in run.state.log_history if "loss" in entry]
+        assert len(logs) == 4 // logging_steps
+        for entry in logs:
+            shares = [entry[f"grad_share/embeddings/{role}"] for role in ("target", "output")]
+            assert sum(shares) == pytest.approx(1.0) and min(shares) > 0
+        model.train()
+        assert type(model.lm_head.weight) is torch.nn.Parameter  # the meter has left nothing behind
+
+    def test_the_callback_stops_a_broken_tie_at_train_begin(self, model, tmp_path):
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        with pytest.raises(TyingError, match="not tied as declared"):
+            trainer(model, tmp_path).train()
+
+    def test_the_callback_stops_a_tie_that_breaks_before_a_save(self, model, tmp_path):
+        run = trainer(model, tmp_path)
+        control = run.control
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        with pytest.raises(TyingError, match="not tied as declared"):
+            TyingCallback().on_save(run.args, run.state, control, model=model)
+
+    def test_an_optimizer_made_before_the_tie_is_refused(self, tmp_path):
+        model = tiny_model("gpt2", tie_word_embeddings=False)
+        before = torch.optim.AdamW(model.parameters())
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        tie(model, {"embeddings": [HEAD, WTE]}, init_from="output")
+        args = trainer(model, tmp_path).args
+        run = Trainer(model, args, train_dataset=Sentences(), optimizers=(before, None), callbacks=[TyingCallback])
+        with pytest.raises(TyingError, match="Make the optimizer after tie"):
+            run.train()
+
+
+class TestRoleGradients:
+    def test_the_norms_are_those_of_an_untied_twin(self, form):
+        from hf_tying.training.callbacks import measured_roles
+
+        model = tied_model(form, "bart", "three_way")
+        twin = untie(copy.deepcopy(model))
+        with measured_roles(model) as meter:
+            model(**tiny_inputs(model)).loss.backward()
+        twin(**tiny_inputs(twin)).loss.backward()
+        for role in ("source", "target", "output"):
+            expected = matrix(twin, role).grad.norm().item()
+            assert meter.norms()[f"grad_norm/embeddings/{role}"] == pytest.approx(expected, rel=1e-5)
+        total = sum(matrix(twin, role).grad for role in ("source", "target", "output"))
+        assert torch.allclose(matrix(model, "source").grad, total, atol=1e-7)
+
+
+class TestAverages:
+    """f20: exponential moving averages."""
+
+    @pytest.mark.parametrize("update", [
+        lambda ema, live: ema.mul_(0.9).add_(live, alpha=0.1),
+        lambda ema, live: ema.copy_(0.9 * ema + 0.1 * live),
+        lambda ema, live: ema.lerp_(live, 0.1),
+        lambda ema, live: ema.data.mul_(0.9).add_(live, alpha=0.1),
+        lambda ema, live: torch.lerp(ema, live, 0.1, out=ema),
+        lambda ema, live: ema.__setitem__(slice(None), 0.9 * ema + 0.1 * live),
+    ], ids=["mul_ add_", "copy_", "lerp_", "data", "out", "setitem"])  # fmt: skip
+    def test_an_average_in_place_over_the_state_dict_is_told_at_the_second_name(self, model, update):
+        average = copy.deepcopy(model)
+        with torch.no_grad():
+            model.lm_head.weight.add_(1.0)
+        live = model.state_dict()
+        with pytest.raises(TyingError, match="'lm_head.weight' in this state dict is the same memory as") as error:
+            for name, value in average.state_dict().items():
+                if value.is_floating_point():
+                    update(value, live[name])
+        assert "AveragedModel" in str(error.value) and "named_parameters" in str(error.value)
+
+    def test_the_way_out_moves_the_matrix_once(self, model):
+        average, start = copy.deepcopy(model), matrix(model, "target").detach().clone()
+        with torch.no_grad():
+            model.lm_head.weight.add_(1.0)
+            live = dict(model.named_parameters())
+            for name, value in average.named_parameters():
+                value.mul_(0.9).add_(live[name], alpha=0.1)
+        assert torch.allclose(matrix(average, "target"), start + 0.1, atol=1e-6)
+        assert_tied(average)
+
+    def test_an_average_kept_as_a_deep_copy_of_the_state_dict_moves_each_entry_once(self, model):
+        average, start = copy.deepcopy(model.state_dict()), matrix(model, "target").detach().clone()
+        with torch.no_grad():
+            model.lm_head.weight.add_(1.0)
+        for name, value in model.state_dict().items():
+            average[name].mul_(0.9).add_(value, alpha=0.1)
+        assert torch.allclose(average[HEAD], start + 0.1, atol=1e-6)
+        assert torch.equal(average[HEAD], average[WTE])
+        model.load_state_dict(average)
+        assert torch.equal(model.lm_head.weight, average[WTE])
+
+    def test_values_are_written_back_through_the_state_dict(self, model):
+        backup = {name: value.clone() + 1 for name, value in model.state_dict().items()}
+        for name, value in model.state_dict().items():
+            value.copy_(backup[name])
+        assert torch.equal(model.lm_head.weight, backup[HEAD])
+
+    def test_a_saved_state_dict_holds_plain_tensors_and_the_matrix_once(self, model, tmp_path):
+        torch.save(model.state_dict(), tmp_path / "state.pt")
+        state = torch.load(tmp_path / "state.pt", weights_only=True)
+        assert type(state[HEAD]) is torch.Tensor
+        assert state[HEAD].data_ptr() == state[WTE].data_ptr()
+        model.load_state_dict(state)
+
+    def test_reading_a_further_name_is_reading_a_tensor(self, model):
+        value = model.state_dict()[HEAD]
+        assert torch.equal(value.clone(), model.lm_head.weight) and type(value + 1) is torch.Tensor
+        assert value.numpy().shape == (64, 16) and value.data_ptr() == model.lm_head.weight.data_ptr()
+        other = tiny_model("gpt2", seed=1)
+        other.load_state_dict(model.state_dict())
+        assert torch.equal(other.lm_head.weight, model.lm_head.weight)
+
+    def test_averaged_model_of_torch_stays_tied(self, model):
+        average = AveragedModel(model)
+        average.update_parameters(model)
+        assert_tied(average)
+
+
+class TestParameterGroups:
+    """f20: parameters chosen by name; a tied one answers to each of its names."""
+
+    @pytest.mark.parametrize("part", ["lm_head", "wte"])
+    def test_a_filter_by_either_name_finds_the_matrix(self, model, part):
+        chosen = [p for name, p in model.named_parameters() if part in name]
+        assert len(chosen) == 1 and chosen[0] is model.lm_head.weight
+        rest = [p for name, p in model.named_parameters() if part not in name]
+        step(model, torch.optim.AdamW([{"params": chosen, "lr": 0.1}, {"params": rest}], lr=0.0))
+
+    @pytest.mark.parametrize("no_decay", [["bias", "lm_head"], ["bias", "wte"], ["bias", HEAD]])
+    def test_weight_decay_is_left_off_by_either_name(self, model, no_decay):
+        decayed = [p for name, p in model.named_parameters() if not any(part in name for part in no_decay)]
+        assert not any(p is model.lm_head.weight for p in decayed)
+
+    def test_startswith_and_endswith_too(self, model):
+        names = [
+            name for name, _ in model.named_parameters() if name.startswith("lm_head") and name.endswith("wte.weight")
+        ]
+        assert names == [WTE]
+
+    def test_two_claims_on_the_one_matrix_are_torchs_own_error(self, model):
+        groups = [{"params": [p for n, p in model.named_parameters() if part in n]} for part in ("lm_head", "wte")]
+        with pytest.raises(ValueError, match="more than one parameter group"):
+            torch.optim.AdamW(groups)
+
+    def test_every_name_is_listed_when_duplicates_are_asked_for(self, model):
+        names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        assert {WTE, HEAD} <= set(names)
+        with pytest.raises(ValueError, match="more than one parameter group"):
+            torch.optim.AdamW([{"params": [p]} for _, p in model.named_parameters(remove_duplicate=False)])
+
+    def test_an_optimizer_over_names_is_saved_and_loaded(self, model, tmp_path):
+        optimizer = torch.optim.AdamW(model.named_parameters(), lr=0.1)
+        step(model, optimizer)
+        torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+        loaded = torch.load(tmp_path / "optimizer.pt", weights_only=True)
+        assert {type(name) for name in loaded["param_groups"][0]["param_names"]} == {str}
+        assert WTE in loaded["param_groups"][0]["param_names"]
+        torch.optim.AdamW(model.named_parameters()).load_state_dict(loaded)
+
+    def test_freezing_one_role_is_told_to_freeze_all(self, model, warnings_of_transformers):
+        model.get_input_embeddings().requires_grad_(False)
+        model.train()
+        for _ in range(3):
+            model(**tiny_inputs(model))
+        told = [message for message in warnings_of_transformers if "frozen under each of its names" in message]
+        assert len(told) == 1 and HEAD in told[0]
+
+
+class TestOneSideIsChanged:
+    """f20: pruning, weight norm, quantisation of one side."""
+
+    def test_pruning_the_head_is_told_when_training_and_when_saving(self, model, tmp_path):
+        prune.l1_unstructured(model.lm_head, "weight", amount=0.5)
+        with pytest.raises(TyingError, match="'lm_head.weight'.*is pruned.*prune.remove"):
+            model.save_pretrained(tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        with pytest.raises(TyingError, match="is pruned"):
+            model.train()(**tiny_inputs(model))
+
+    @pytest.mark.parametrize("normed", [parametrizations.weight_norm, pytest.param(weight_norm, id="old weight_norm")])
+    @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+    def test_weight_norm_on_the_head_is_told(self, model, normed, tmp_path):
+        normed(model.lm_head)
+        for act in (lambda: model.train()(**tiny_inputs(model)), model.tie_weights, lambda: assert_tied(model),
+                    lambda: model.save_pretrained(tmp_path / "out")):  # fmt: skip
+            with pytest.raises(TyingError, match="weight norm"):
+                act()
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_dynamic_quantisation_of_the_head_is_told(self, model, tmp_path):
+        quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})
+        for act in (
+            quantised.tie_weights,
+            lambda: assert_tied(quantised),
+            lambda: quantised.save_pretrained(tmp_path / "o"),
+        ):
+            with pytest.raises(TyingError, match="is quantised"):
+                act()
+        assert not (tmp_path / "o").exists()
+        assert_tied(model)
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_the_way_out_is_to_untie_first(self, model):
+        quantised = torch.ao.quantization.quantize_dynamic(untie(model), {torch.nn.Linear})
+        assert_tied(quantised)
+        quantised.tie_weights()
+        assert torch.allclose(logits(quantised), logits(model), atol=0.05)
