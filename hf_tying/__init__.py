@@ -6,7 +6,7 @@ imported, stock classes honour a `tying` entry of their config (see `hf_tying.ho
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import hook
+from . import _moved, hook
 from ._lazy import lazy_names
 from .config import TyingConfig, TyingConfigMixin, TyingError
 
@@ -33,3 +33,4 @@ __getattr__, __dir__ = lazy_names(globals(), _HOME)
 
 
 hook.install()
+_moved.install()

@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 VERSION = 1
 
@@ -23,6 +23,27 @@ SCHEMES: dict[str, tuple[str, ...]] = {
 }
 SAVE_FORMATS = ("dedup", "portable")
 LOSSES = ("stock", "tied")
+
+
+class Extension(NamedTuple):
+    """Who honours an entry of `tying` that is not a tie.
+
+    Args:
+        module: in this package, with the functions that `hf_tying.ties.extensions` describes.
+        without: what becomes of the entry in a published class's own code, which runs where this package may not be
+            installed: the end of a warning. `None`: the module's room is carried along with that code.
+    """
+
+    module: str
+    without: str | None = None
+
+
+#: The entries of `tying` beside the ties, in the order in which they are honoured. A further one is a line here and a
+#: module; in a `TyingConfig` its value is in `extensions`, as it stands in the file.
+EXTENSIONS: dict[str, Extension] = {
+    "projection": Extension("projection.model"),
+    "loss": Extension("objectives.tied_loss", without="the stock loss is used, of the same value"),
+}
 
 # A declaration comes from a file that somebody else wrote. Real ones have some thousand names of some hundred
 # characters (every parameter of every layer tied); beyond these bounds it is refused before any work is done on it.
@@ -112,9 +133,10 @@ class TyingConfig:
             leaves its loss alone, and is not written to the file.
         projection (`ProjectionConfig`, *optional*): a projection before the softmax (PR), which also takes a dict or
             `True`. `None`, the default, is not written to the file.
+        extensions (`dict[str, Any]`): the values of further entries that `EXTENSIONS` knows, by their keys.
 
     Raises:
-        TyingError: for an unknown scheme or option, a group of one, or one name in two groups.
+        TyingError: for an unknown scheme, option or extension, a group of one, or one name in two groups.
 
     Example:
         >>> TyingConfig(scheme="two_way").to_dict()
@@ -127,6 +149,7 @@ class TyingConfig:
     save_format: str | None = None
     loss: str = "stock"
     projection: ProjectionConfig | None = None
+    extensions: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.scheme is not None and not (isinstance(self.scheme, str) and self.scheme in SCHEMES):
@@ -147,6 +170,11 @@ class TyingConfig:
             raise TyingError(f"Unknown loss {_short(self.loss)}: expected 'stock' or 'tied'.")
         object.__setattr__(self, "groups", _checked_groups(self.groups))
         object.__setattr__(self, "projection", ProjectionConfig.of(self.projection))
+        for key in self.extensions:
+            if key not in EXTENSIONS or key in _FIELDS:
+                raise TyingError(
+                    f"Unknown extension {_short(key)}: expected one of {sorted(EXTENSIONS.keys() - _FIELDS)}."
+                )
 
     @classmethod
     def from_dict(cls, entry: "dict[str, Any] | TyingConfig | None") -> "TyingConfig":
@@ -172,18 +200,19 @@ class TyingConfig:
                 f"The `tying` entry has version {_short(version)}; this hf_tying reads up to version {VERSION}. "
                 "Upgrade with `pip install -U hf-tying`."
             )
-        known = {"scheme", "groups", "on_conflict", "save_format", "loss", "projection"}
+        known = _FIELDS | EXTENSIONS.keys()
         for key in entry:
             if key not in known | {"version"}:
                 hint = nearest(key, known) if isinstance(key, str) else ""
                 raise TyingError(
                     f"The `tying` entry has an unknown key {_short(key)}: expected {sorted(known)}{hint}."
                 )
-        given = {key: entry[key] for key in known & entry.keys()}
+        given = {key: entry[key] for key in _FIELDS & entry.keys()}
         for key in ("on_conflict", "loss"):
             if given.get(key, "") is None:
                 del given[key]
-        return cls(**given)
+        further = {key: value for key, value in entry.items() if key in EXTENSIONS and key not in _FIELDS}
+        return cls(**given, extensions=further)
 
     @classmethod
     def of(cls, scheme_or_groups: "str | list[str] | dict[str, list[str]] | TyingConfig") -> "TyingConfig":
@@ -221,11 +250,23 @@ class TyingConfig:
             entry["loss"] = self.loss
         if self.projection is not None:
             entry["projection"] = self.projection.to_dict()
-        return entry
+        return entry | self.extensions
+
+    def declared_extensions(self) -> dict[str, Any]:
+        """The entries beside the ties that are declared, in the order of `EXTENSIONS`, as the file has them."""
+        entry = self.to_dict()
+        return {key: entry[key] for key in EXTENSIONS if key in entry}
 
     def replace(self, **changes) -> "TyingConfig":
-        """A copy with some fields changed."""
+        """A copy with some fields changed; also an extension by its key."""
+        further = {key: changes.pop(key) for key in [*changes] if key in EXTENSIONS and key not in _FIELDS}
+        if further:
+            changes["extensions"] = self.extensions | further
         return replace(self, **changes)
+
+
+# The keys of an entry that are fields of `TyingConfig`.
+_FIELDS = TyingConfig.__dataclass_fields__.keys() - {"extensions"}
 
 
 class TyingConfigMixin:

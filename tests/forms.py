@@ -51,7 +51,7 @@ def stock_class(model: PreTrainedModel) -> type[PreTrainedModel]:
 
 def matrix(model: PreTrainedModel, role: str) -> torch.nn.Parameter:
     """The parameter of a role."""
-    from hf_tying.ties.groups import roles
+    from hf_tying.ties.anatomy import roles
     from hf_tying.ties.slots import find_parameter
 
-    return find_parameter(model, roles(model)[role][-1])
+    return find_parameter(model, roles(model)[role].name)

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from hf_tying import TyingError
 from hf_tying.metrics import WordSimilarity, read_word_pairs, spearman, word_similarities
-from hf_tying.ties.groups import roles
+from hf_tying.ties.anatomy import roles
 from hf_tying.ties.slots import find_parameter
 
 
@@ -50,7 +50,7 @@ def read_embeddings(path: str) -> dict[str, tuple]:
         raise TyingError(
             f"{path!r} is not the folder of a causal language model with its tokenizer: {error}"
         ) from error
-    matrices = [find_parameter(model, roles(model)[role][-1]) for role in ("target", "output")]
+    matrices = [find_parameter(model, roles(model)[role].name) for role in ("target", "output")]
     if matrices[0] is matrices[1]:
         return {"tied": (matrices[0], vocabulary)}
     return {name: (matrix, vocabulary) for name, matrix in zip(("input", "output"), matrices, strict=True)}

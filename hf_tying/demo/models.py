@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..config import TyingError, nearest
-from ..ties.groups import roles
+from ..ties.anatomy import roles
 from ..ties.slots import find_parameter
 from ..ties.tying import tie
 
@@ -98,7 +98,7 @@ def differing_at_the_start(untied: PreTrainedModel, tied: PreTrainedModel) -> li
     """Names of the tied model's parameters with other values than the untied one's: none, for a fair comparison."""
     values = dict(untied.named_parameters())
     # Where another of the tied matrices comes first in the model, the one that they are goes by its name.
-    shared, embedding = (find_parameter(model, roles(model)["target"][-1]) for model in (tied, untied))
+    shared, embedding = (find_parameter(model, roles(model)["target"].name) for model in (tied, untied))
     return [
         name
         for name, value in tied.named_parameters()

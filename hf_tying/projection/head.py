@@ -1,20 +1,16 @@
-"""Projection regularisation (PR) on any model with a softmax: a square matrix before it, kept small by a penalty.
+"""The head of a model with a projection (PR): a square matrix before the softmax matrix, on any model that has one.
 
 `logits = W (P h + b_P) + b` (Press & Wolf 2016, section 3.2). In a tied model it lets the hidden states be something
 else than word vectors, at the price of H x H parameters. The projection is a part of the head's module, so that the
 softmax matrix keeps its name and its ties; the `tying` entry of the config declares it, and a file is read with it.
 """
 
-import inspect
-
 import torch
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import ModelOutput
 
-from ..config import ProjectionConfig, TyingConfig, TyingError
+from ..config import ProjectionConfig, TyingError
 from ..ties.slots import replace_module
-from .penalty import projection_penalty
 
 
 class ProjectedLinear(nn.Linear):
@@ -35,7 +31,10 @@ class ProjectedLinear(nn.Linear):
 
 
 def project(model: PreTrainedModel, settings: ProjectionConfig) -> None:
-    """Put a projection, not initialised, before the softmax of `model`; one that is there stays.
+    """Put a projection before the softmax of `model`; one that is there stays.
+
+    It starts as the identity, so that a trained model computes what it did. A model that is just being made
+    initialises it afterwards like its other matrices.
 
     Raises:
         TyingError: for a head that is no `nn.Linear`. A model without any head (the base model of a file) has none to
@@ -45,8 +44,14 @@ def project(model: PreTrainedModel, settings: ProjectionConfig) -> None:
     if head is None or isinstance(head, ProjectedLinear):
         return
     head = linear_head(model)
-    width, like = head.in_features, {"dtype": head.weight.dtype, "device": head.weight.device}
-    replace_module(model, head, ProjectedLinear.around(head, nn.Linear(width, width, bias=settings.bias, **like)))
+    projection = nn.Linear(
+        head.in_features, head.in_features, bias=settings.bias, dtype=head.weight.dtype, device=head.weight.device
+    )
+    with torch.no_grad():
+        nn.init.eye_(projection.weight)
+        if projection.bias is not None:
+            nn.init.zeros_(projection.bias)
+    replace_module(model, head, ProjectedLinear.around(head, projection))
 
 
 def linear_head(model: PreTrainedModel) -> nn.Linear:
@@ -63,44 +68,3 @@ def linear_head(model: PreTrainedModel) -> nn.Linear:
             f"embedding, and {type(model).__name__} {found}."
         )
     return head
-
-
-def with_penalty(model: PreTrainedModel, outputs, args: tuple, kwargs: dict):
-    """`outputs` of a training step, with the penalty in their loss, once for each forward pass.
-
-    It is divided by what the sum of the losses is divided by, and by the number of processes: their gradients are
-    averaged after `Trainer` has multiplied each one's share of the loss by that number.
-    """
-    head = model.get_output_embeddings()
-    loss = outputs.get("loss") if isinstance(outputs, ModelOutput) else outputs[0] if outputs else None
-    if not isinstance(head, ProjectedLinear) or not isinstance(loss, torch.Tensor) or not loss.requires_grad:
-        return outputs
-    given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments if args else kwargs
-    given = {**given, **given.get("kwargs", {})}
-    labels = given.get("shift_labels")
-    if labels is None and (labels := given.get("labels")) is None:
-        return outputs
-    divisor = given.get("num_items_in_batch")
-    if divisor is None:
-        shifted = given.get("shift_labels") is None and _shifts_labels(model)
-        divisor = ((labels[..., 1:] if shifted else labels) != -100).sum().clamp(min=1)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        divisor = divisor * torch.distributed.get_world_size()
-    settings = TyingConfig.from_dict(model.config.tying).projection
-    penalty = projection_penalty(
-        head.projection.weight, norm=settings.norm, strength=settings.strength, divisor=divisor
-    ).to(loss.device)
-    parts = vars(model).get("loss_parts") or {"cross_entropy": loss.detach()}
-    model.loss_parts = {**parts, "projection": penalty.detach()}
-    total = loss + penalty
-    if not isinstance(outputs, ModelOutput):
-        return (total, *outputs[1:])
-    outputs["loss"] = total
-    return outputs
-
-
-def _shifts_labels(model: PreTrainedModel) -> bool:
-    """Whether the loss leaves out the first word of each text, which nothing comes before; as in transformers, the
-    default of a class whose name says nothing."""
-    shifts = (None, "ForCausalLM", "ForConditionalGeneration")  # the last with an encoder, or as in LLaVA without one
-    return not getattr(model.config, "is_encoder_decoder", False) and getattr(model, "loss_type", None) in shifts

@@ -1,14 +1,24 @@
-"""`use_projection` and `merge_projection`: PR given to a live model, and folded into its softmax matrix."""
+"""`use_projection` and `merge_projection`: PR given to a live model, and folded into its softmax matrix.
+
+PR is an extension of the core (`hf_tying.ties.extensions`): a model whose config declares a `projection` gets one when
+it is made, and `ProjectedModelMixin` in front of its class.
+"""
+
+import inspect
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from ..config import ProjectionConfig, TyingConfig, TyingError
-from ..ties.groups import roles
+from ..ties.anatomy import roles
+from ..ties.classes import mixins_of, with_mixin, without_mixin
 from ..ties.slots import replace_module
 from ..ties.tying import tie, untie
 from .head import ProjectedLinear, linear_head, project
+from .penalty import projection_penalty
 
 
 def use_projection(
@@ -36,19 +46,9 @@ def use_projection(
         TyingError: for a model without such a head, one that has a projection already, or wrong options.
     """
     settings = ProjectionConfig(bias=bias, norm=norm, strength=strength)
-    head = linear_head(model)
-    if isinstance(head, ProjectedLinear):
+    if isinstance(linear_head(model), ProjectedLinear):
         raise TyingError(f"{type(model).__name__} has a projection already: merge_projection(model) takes it away.")
-    entry = TyingConfig.from_dict(getattr(model.config, "tying", None))
-    project(model, settings)
-    with torch.no_grad():
-        projection = model.get_output_embeddings().projection
-        nn.init.eye_(projection.weight)
-        if projection.bias is not None:
-            nn.init.zeros_(projection.bias)
-    model.config.tying = entry.replace(projection=settings).to_dict()
-    # What is tied stays so; the model comes under the mixin, and the entry is completed.
-    return tie(model, TyingConfig())
+    return tie(model, TyingConfig(projection=settings))
 
 
 def merge_projection(model: PreTrainedModel) -> PreTrainedModel:
@@ -71,7 +71,7 @@ def merge_projection(model: PreTrainedModel) -> PreTrainedModel:
         )
     tied = [name for name, p in model.named_parameters(remove_duplicate=False) if p is head.weight]
     if len(tied) > 1:
-        untie(model, roles(model)["output"])
+        untie(model, list(roles(model)["output"].names))
     with torch.no_grad():
         exact = torch.float64 if head.weight.device.type == "cpu" else torch.float32
         weight = head.weight.to(exact)
@@ -81,5 +81,95 @@ def merge_projection(model: PreTrainedModel) -> PreTrainedModel:
     plain = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
     plain.weight, plain.bias = nn.Parameter(merged, requires_grad=head.weight.requires_grad), head.bias
     replace_module(model, head, plain.train(head.training))
+    if ProjectedModelMixin in mixins_of(type(model)):
+        model.__class__ = without_mixin(ProjectedModelMixin, type(model))
+    vars(model).pop("loss_parts", None)
     model.config.tying = TyingConfig.from_dict(model.config.tying).replace(projection=None).to_dict()
     return model
+
+
+# --- the extension ---------------------------------------------------------------------------------------------------
+
+
+class ProjectedModelMixin:
+    """What a projection puts in front of a model's class: the penalty in its training steps, the head kept."""
+
+    def __call__(self, *args, **kwargs):
+        vars(self).pop("loss_parts", None)  # of the step before
+        outputs = super().__call__(*args, **kwargs)
+        return _with_penalty(self, outputs, args, kwargs) if self.training else outputs
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the output embedding; the projection stays before it."""
+        old = self.get_output_embeddings()
+        if isinstance(old, ProjectedLinear) and type(new_embeddings) is nn.Linear:
+            new_embeddings = ProjectedLinear.around(new_embeddings, old.projection)
+        super().set_output_embeddings(new_embeddings)
+
+
+def refuse_misfit(model: PreTrainedModel, value: Any) -> None:
+    """Whether `model` can have the projection that `value`, an entry of its config, declares.
+
+    Raises:
+        TyingError: for a model without an `nn.Linear` as its head, or one whose projection is of the other kind.
+    """
+    settings, head = ProjectionConfig.of(value), linear_head(model)
+    if isinstance(head, ProjectedLinear) and settings.bias != (head.projection.bias is not None):
+        raise TyingError(
+            f"{type(model).__name__} has a projection already, {'without' if settings.bias else 'with'} a bias: "
+            "merge_projection(model) takes it away."
+        )
+
+
+def honour(model: PreTrainedModel, value: Any, strict: bool = True) -> None:
+    """Give `model` the projection that `value`, an entry of its config, declares.
+
+    A model without a head is left alone, `strict` or not: the base model of a file has none to project.
+
+    Raises:
+        TyingError: for a head that is no `nn.Linear`.
+    """
+    project(model, ProjectionConfig.of(value))
+    if isinstance(model.get_output_embeddings(), ProjectedLinear) and not isinstance(model, ProjectedModelMixin):
+        model.__class__ = with_mixin(ProjectedModelMixin, type(model))
+
+
+def _with_penalty(model: PreTrainedModel, outputs, args: tuple, kwargs: dict):
+    """`outputs` of a training step, with the penalty in their loss, once for each forward pass.
+
+    It is divided by what the sum of the losses is divided by, and by the number of processes: their gradients are
+    averaged after `Trainer` has multiplied each one's share of the loss by that number.
+    """
+    head = model.get_output_embeddings()
+    loss = outputs.get("loss") if isinstance(outputs, ModelOutput) else outputs[0] if outputs else None
+    if not isinstance(head, ProjectedLinear) or not isinstance(loss, torch.Tensor) or not loss.requires_grad:
+        return outputs
+    given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments if args else kwargs
+    given = {**given, **given.get("kwargs", {})}
+    labels = given.get("shift_labels")
+    if labels is None and (labels := given.get("labels")) is None:
+        return outputs
+    divisor = given.get("num_items_in_batch")
+    if divisor is None:
+        shifted = given.get("shift_labels") is None and _shifts_labels(model)
+        divisor = ((labels[..., 1:] if shifted else labels) != -100).sum().clamp(min=1)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        divisor = divisor * torch.distributed.get_world_size()
+    settings = TyingConfig.from_dict(model.config.tying).projection
+    penalty = projection_penalty(
+        head.projection.weight, norm=settings.norm, strength=settings.strength, divisor=divisor
+    ).to(loss.device)
+    parts = vars(model).get("loss_parts") or {"cross_entropy": loss.detach()}
+    model.loss_parts = {**parts, "projection": penalty.detach()}
+    total = loss + penalty
+    if not isinstance(outputs, ModelOutput):
+        return (total, *outputs[1:])
+    outputs["loss"] = total
+    return outputs
+
+
+def _shifts_labels(model: PreTrainedModel) -> bool:
+    """Whether the loss leaves out the first word of each text, which nothing comes before; as in transformers, the
+    default of a class whose name says nothing."""
+    shifts = (None, "ForCausalLM", "ForConditionalGeneration")  # the last with an encoder, or as in LLaVA without one
+    return not getattr(model.config, "is_encoder_decoder", False) and getattr(model, "loss_type", None) in shifts

@@ -1,5 +1,7 @@
-"""The further names of a tied matrix in a state dict: the root's memory, to be read."""
+"""The further names of a tied matrix: `TiedAlias` in a state dict, `TiedName` in `named_parameters`."""
 
+import codecs
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -78,3 +80,33 @@ def _writes_what_is_there(func, args: tuple) -> bool:
         return False
     here, given = plain(args[0]), plain(args[1])
     return here.shape == given.shape and torch.equal(here, given.to(here))
+
+
+class TiedName(str):
+    """The name of a tied parameter in `model.named_parameters()`: the root's, answering to each name of its group.
+
+    Recipes choose parameters by name (`"lm_head" in name`, `name.endswith(...)`). A tied parameter is listed once,
+    under its root; asked for by any other of its names it would silently be nowhere. Two recipes that claim the one
+    parameter under two of its names then meet in torch's own error on a parameter in two groups.
+    """
+
+    names: tuple[str, ...]
+
+    def __new__(cls, root: str, names: Iterable[str]):
+        self = super().__new__(cls, root)
+        self.names = tuple(names)
+        return self
+
+    def __reduce_ex__(self, protocol):
+        # In a file it is a plain string, for readers without this package too. Of the functions that torch.load admits
+        # with weights_only, this is the one that returns a string; rot13 undoes itself.
+        return codecs.encode, (codecs.encode(str(self), "rot13"), "rot13")
+
+    def __contains__(self, part: str) -> bool:
+        return any(part in str(name) for name in self.names)
+
+    def startswith(self, *args) -> bool:
+        return any(name.startswith(*args) for name in self.names)
+
+    def endswith(self, *args) -> bool:
+        return any(name.endswith(*args) for name in self.names)

@@ -1,4 +1,4 @@
-"""Names of a group against what a file or a state dict brings: missing ones filled, differing ones never merged."""
+"""Reconcile tie groups with a checkpoint or state dict: fill in missing names, refuse conflicting values."""
 
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
@@ -6,8 +6,9 @@ from transformers.utils import logging
 
 from ..config import TyingConfig, TyingError
 from .aliases import plain
-from .groups import TieGroup, locate, modules_of, split_declared
-from .slots import difference, find_parameter, link, named_slots, same_values, state_key
+from .anatomy import Anatomy
+from .groups import TieGroup, locate
+from .slots import difference, find_parameter, same_values, set_parameter, state_key
 
 logger = logging.get_logger(__name__)
 
@@ -26,7 +27,8 @@ def tie_loaded(model: PreTrainedModel, missing: set[str]) -> list[TieGroup]:
         TyingError: when names of one group have different values and `on_conflict` does not choose.
     """
     config = TyingConfig.from_dict(getattr(model.config, "tying", None))
-    _refuse_out_of_reach(model, config, missing)
+    anatomy = Anatomy(model)
+    _refuse_out_of_reach(anatomy, config, missing)
     kept: list[TieGroup] = []
     for group in model.tie_groups:
         # Names of another shape in the file (ignore_mismatched_sizes) are still on the meta device, alone.
@@ -47,15 +49,15 @@ def tie_loaded(model: PreTrainedModel, missing: set[str]) -> list[TieGroup]:
             names = [name for name in group.names if name in part or i == 0 and name in filled]
             source = find_parameter(model, part[0])
             for name in names:
-                link(model, name, source)
+                set_parameter(model, name, source)
             if len(names) > 1:
                 kept.append(TieGroup(group.name if i == 0 else f"{group.name}_{i + 1}", tuple(names)))
         missing.difference_update(filled)
-    _fill_untied(model, missing)
+    _fill_untied(anatomy, missing)
     return kept
 
 
-def to_keep(model: PreTrainedModel, group: TieGroup) -> nn.Parameter:
+def initial_parameter(model: PreTrainedModel, group: TieGroup) -> nn.Parameter:
     """The parameter that a new model keeps of `group`: one that a file has filled before any that is just initialised.
 
     A new model can be put together from loaded ones (`EncoderDecoderModel(encoder=..., decoder=...)`).
@@ -151,13 +153,12 @@ def _settle(config: TyingConfig, group: TieGroup, parts: list[list[str]], value_
     )
 
 
-def _refuse_out_of_reach(model: PreTrainedModel, config: TyingConfig, missing: set[str]) -> None:
+def _refuse_out_of_reach(anatomy: Anatomy, config: TyingConfig, missing: set[str]) -> None:
     """A base model opened from a file that keeps the shared matrix under a name of the head only."""
-    slots = named_slots(model)
-    modules = modules_of(slots)
+    model = anatomy.model
     for group, names in config.groups.items():
-        places = {name: locate(model, name, slots, modules) for name in names}
-        inside = [place for place in places.values() if place in slots]
+        places = {name: locate(anatomy, name) for name in names}
+        inside = [place for place in places.values() if place in anatomy.slots]
         outside = [name for name, place in places.items() if place is None]
         if inside and outside and all(place in missing for place in inside):
             named = model.config.architectures
@@ -168,18 +169,19 @@ def _refuse_out_of_reach(model: PreTrainedModel, config: TyingConfig, missing: s
             )
 
 
-def _fill_untied(model: PreTrainedModel, missing: set[str]) -> None:
+def _fill_untied(anatomy: Anatomy, missing: set[str]) -> None:
     """A file that was written tied, opened untied: each name gets its own copy, as `untie` would give it.
 
     They remain missing in the report of the load, for the file did not have them.
     """
+    model = anatomy.model
     held = {name: group for group in model.tie_groups for name in group.names}
-    for names in split_declared(model):
+    for names in anatomy.declarable:
         present = [name for name in names if name not in missing]
         for name in names:
             if name in missing and name not in held and present:
                 value = find_parameter(model, present[0])
-                link(model, name, nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad))
+                set_parameter(model, name, nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad))
                 logger.warning(
                     f"The file has no {name!r}, untied in the config: it starts as a copy of {present[0]!r}."
                 )

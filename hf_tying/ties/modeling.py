@@ -6,7 +6,6 @@ The mixin sits in front of a transformers class and answers transformers' own ho
 class of a live model, so that both forms are one and the same thing.
 """
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -15,24 +14,26 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from ..config import TyingConfig, TyingError
-from ..projection.head import ProjectedLinear, project, with_penalty
-from .aliases import TiedAlias, plain
-from .checkpoint import check_loaded_state, fill_state, tie_loaded, to_keep
-from .groups import TieGroup, other_chains, resolve, stock_keys, subgroups
+from .aliases import TiedAlias, TiedName, plain
+from .anatomy import Anatomy
+from .checkpoint import check_loaded_state, fill_state, initial_parameter, tie_loaded
+from .classes import mixins_of, with_mixin, without_mixin
+from .declared import stock_keys
+from .extensions import honour_extensions
+from .groups import TieGroup, resolve, subgroups
 from .record import refuse_contradicting_flag, write_config
+from .remote_code import carry_along
 from .resizing import fit_tied, follow_bias, replace_tied, resize
 from .slots import (
-    TiedName,
-    actual_groups,
     canonical,
     find_parameter,
     is_one,
-    link,
-    link_all,
     same_values,
-    separate,
+    set_parameter,
+    share_parameter,
     stands_in,
     state_key,
+    untie_others,
 )
 from .verify import offloaded, violations
 
@@ -69,24 +70,23 @@ class TiedModelMixin:
     def _post_init_tied(self, stock_post_init: Callable[[], None]) -> None:
         self._ties_made = False  # until then `tie_weights` takes values that are just initialised for what they are
         config = TyingConfig.from_dict(getattr(self.config, "tying", None))
-        if config.projection is not None:
-            project(self, config.projection)
-        shared = actual_groups(self)  # by the architecture's own `__init__`, and by the models inside
-        kept = shared if config.scheme is None else other_chains(self, shared)
-        groups = resolve(self, config, strict=self._is_declared_class(), also=kept)
-        refuse_contradicting_flag(self, config, groups)
+        strict = self._is_declared_class()
+        honour_extensions(self, config, strict)
+        anatomy = Anatomy(self)
+        shared = anatomy.tied  # by the architecture's own `__init__`, and by the models inside
+        kept = shared if config.scheme is None else anatomy.without_roles(shared)
+        groups = resolve(anatomy, config, strict, also=kept)
+        refuse_contradicting_flag(anatomy, config, groups)
         for group in groups:
-            to_keep(self, group)  # refuses before anything is changed
-        separate(self, groups)
+            initial_parameter(self, group)  # refuses before anything is changed
+        untie_others(self, groups)
         self.tie_groups = groups
         declare(self, groups)
         stock_post_init()
         declare(self, groups)  # once more: the stock method has mixed in what the models inside declare
         self._ties_made = True
-        if self._is_declared_class():
+        if strict:
             write_config(self)
-            if config.loss == "tied":
-                _train_through_tied_loss(self)
 
     def _is_declared_class(self) -> bool:
         """Whether the config's names are meant for this class, not for a head over it or another head."""
@@ -107,7 +107,7 @@ class TiedModelMixin:
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
         """`{tied name: root}`, flat; what accelerate, the quantisers and `device_map="auto"` read."""
-        return {name: group.root for group in self.tie_groups for name in group.targets}
+        return {name: group.root for group in self.tie_groups for name in group.aliases}
 
     def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True, **kwargs) -> None:
         """Tie what is declared. Unlike the stock method it never overwrites trained values that differ.
@@ -129,7 +129,7 @@ class TiedModelMixin:
             self._tie_again()
         else:
             for group in self.tie_groups:
-                link_all(self, group.names, to_keep(self, group))
+                share_parameter(self, group.names, initial_parameter(self, group))
         fit_tied(self)
 
     def _tie_again(self) -> None:
@@ -141,7 +141,7 @@ class TiedModelMixin:
             if not whole or not all(p.is_meta or same_values(p, root) for p in others):
                 problems = "; ".join(violations(self, [group]))
                 raise TyingError(f"tie_weights() would overwrite trained values and changes nothing: {problems}")
-            link_all(self, group.names, root)
+            share_parameter(self, group.names, root)
 
     def mark_tied_weights_as_initialized(self, *args, **kwargs) -> None:
         """In `from_pretrained`: names that no file filled are still one tensor on the meta device, and are taken
@@ -152,9 +152,9 @@ class TiedModelMixin:
         """
         for group in self.tie_groups:
             root = find_parameter(self, group.root)
-            for name in group.targets:
+            for name in group.aliases:
                 if root.is_meta and find_parameter(self, name) is root:
-                    link(self, name, nn.Parameter(root.detach().clone(), requires_grad=root.requires_grad))
+                    set_parameter(self, name, nn.Parameter(root.detach().clone(), requires_grad=root.requires_grad))
         super().mark_tied_weights_as_initialized(*args, **kwargs)
 
     # --- the embeddings change ---------------------------------------------------------------------------------------
@@ -172,8 +172,6 @@ class TiedModelMixin:
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replace the output embedding; every name tied to it follows."""
         old = self.get_output_embeddings()
-        if isinstance(old, ProjectedLinear) and type(new_embeddings) is nn.Linear:
-            new_embeddings = ProjectedLinear.around(new_embeddings, old.projection)
         if new_embeddings is not old:
             if not replace_tied(self, old, new_embeddings):
                 super().set_output_embeddings(new_embeddings)
@@ -195,17 +193,19 @@ class TiedModelMixin:
         held = [group for group in self.tie_groups if is_one(self, group.names)]
         result = super()._apply(fn, recurse)
         for group in held:
-            link_all(self, group.names, find_parameter(self, group.root))
+            share_parameter(self, group.names, find_parameter(self, group.root))
         return result
 
     def __call__(self, *args, **kwargs):
         """In training, a forward pass over a broken tie raises: the matrices would drift apart unseen."""
         if self.training and not torch.compiler.is_compiling() and not getattr(self, "_is_replica", False):
             self._raise_if_split()
-        vars(self).pop("loss_parts", None)  # what the loss of the last training step was made of, where it has parts
-        outputs = super().__call__(*args, **kwargs)
-        has_projection = self.training and (getattr(self.config, "tying", None) or {}).get("projection")
-        return with_penalty(self, outputs, args, kwargs) if has_projection else outputs
+        return super().__call__(*args, **kwargs)
+
+    def __setstate__(self, state):
+        """A copy, or a pickle: extensions that the config declares are in force, also if it was made before them."""
+        super().__setstate__(state)
+        honour_extensions(self, TyingConfig.from_dict(getattr(self.config, "tying", None)), strict=False)
 
     def _raise_if_split(self) -> None:
         for group in self.tie_groups:
@@ -250,7 +250,7 @@ class TiedModelMixin:
         if not keep_vars:
             for group in self.tie_groups:
                 root = prefix + state_key(self, group.root)
-                for key in (prefix + state_key(self, name) for name in group.targets):
+                for key in (prefix + state_key(self, name) for name in group.aliases):
                     if root in state and key in state:
                         state[key] = TiedAlias.of(state[key], key, root)
         return state
@@ -278,8 +278,6 @@ class TiedModelMixin:
                 state_dict = self._file_state(state_dict, config.save_format)
             super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
             if self._auto_class is not None and is_main_process:
-                from .remote_code import carry_along
-
                 carry_along(save_directory)
         finally:
             if entry is not None:  # a model inside another one shares its config, whose names are the outer model's
@@ -307,21 +305,11 @@ class TiedModelMixin:
         return state
 
 
-def _train_through_tied_loss(model: PreTrainedModel) -> None:
-    try:
-        # By its full name: this file is also carried along with published classes, and that one is not.
-        from hf_tying.objectives.tied_loss import use_tied_loss
-    except ImportError:
-        logger.warning("The config says loss='tied', which needs hf_tying: the stock loss is used, of the same value.")
-        return
-    use_tied_loss(model)
-
-
 def set_groups(model: PreTrainedModel, groups: list[TieGroup]) -> None:
     """Make the parameters of `model` what `groups` say: names that leave a group get a copy, each group its root's."""
-    separate(model, groups)
+    untie_others(model, groups)
     for group in groups:
-        link_all(model, group.names, find_parameter(model, group.root))
+        share_parameter(model, group.names, find_parameter(model, group.root))
     declare(model, groups)
 
 
@@ -341,68 +329,16 @@ def declare(model: PreTrainedModel, groups: list[TieGroup]) -> None:
         if prefix and not held and not isinstance(sub, TiedModelMixin) and not stock_keys(sub):
             continue
         if held and not isinstance(sub, TiedModelMixin):
-            sub.__class__ = tied_class(type(sub))
-        elif prefix and not held and TiedModelMixin in put_in_front(type(sub)):
+            sub.__class__ = with_mixin(TiedModelMixin, type(sub))
+        elif prefix and not held and TiedModelMixin in mixins_of(type(sub)):
             # Put under the mixin when it was made, by the config that it shares with the outer model.
-            sub.__class__ = taken_off(TiedModelMixin, type(sub))
+            sub.__class__ = without_mixin(TiedModelMixin, type(sub))
             sub.__dict__.pop("tie_groups", None)
         vars(sub).setdefault("_stock_tied_weights_keys", sub._tied_weights_keys)
-        sub._tied_weights_keys = {name: group.root for group in held for name in group.targets}
+        sub._tied_weights_keys = {name: group.root for group in held for name in group.aliases}
         sub.all_tied_weights_keys = dict(sub._tied_weights_keys)
         if isinstance(sub, TiedModelMixin):
             sub.tie_groups = held
             sub._ties_made = vars(model).get("_ties_made", True)
         if prefix and sub.config is not model.config:
             vars(sub.config).pop("tying", None)  # one record: the outer model's
-
-
-def tied_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """`stock` with `TiedModelMixin` in front, for a live model of that class."""
-    return in_front(TiedModelMixin, stock)
-
-
-@functools.cache
-def in_front(mixin: type, stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """`stock` with `mixin` in front, under the same name, so that `architectures` in the file stays the same."""
-
-    def reduce(self, protocol):
-        # Pickle finds classes by name, and under this name it would find the stock class.
-        cls = type(self)
-        mixins = put_in_front(cls)
-        for mixin in mixins:
-            cls = taken_off(mixin, cls)
-        return _revive, (cls, *reversed(mixins)), object.__reduce_ex__(self, protocol)[2]
-
-    body = {
-        "__module__": stock.__module__,
-        "__qualname__": stock.__qualname__,
-        "__doc__": stock.__doc__,
-        "__reduce_ex__": reduce,
-        "_mixin": mixin,
-        "_stock_class": stock,
-    }
-    if "forward" in vars(mixin):  # Trainer and PEFT read what a forward takes from its signature
-        body["forward"] = functools.update_wrapper(_passed_on(mixin.forward), stock.forward)
-    return type(stock.__name__, (mixin, stock), body)
-
-
-def put_in_front(cls: type) -> list[type]:
-    """The mixins that `in_front` has put on `cls`, from the last one on."""
-    return [cls._mixin, *put_in_front(cls._stock_class)] if "_mixin" in vars(cls) else []
-
-
-def taken_off(mixin: type, cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """`cls` without the `mixin` that `in_front` put there."""
-    if cls._mixin is mixin:
-        return cls._stock_class
-    return in_front(cls._mixin, taken_off(mixin, cls._stock_class))
-
-
-def _passed_on(method: Callable) -> Callable:
-    return lambda self, *args, **kwargs: method(self, *args, **kwargs)
-
-
-def _revive(stock: type[PreTrainedModel], *mixins: type) -> PreTrainedModel:
-    for mixin in mixins:
-        stock = in_front(mixin, stock)
-    return stock.__new__(stock)

@@ -5,10 +5,10 @@ import functools
 from transformers.modeling_utils import PreTrainedModel
 
 from ..config import TyingConfig, TyingError
-from .groups import TieGroup, declared_partition, roles, scheme_of
-
-# `if config.tie_word_embeddings: hidden = hidden * d_model**-0.5` in the forward pass.
-_SCALED_BY_THE_FLAG = {"switch_transformers"}
+from .anatomy import Anatomy
+from .declared import declared_pairs, join_chains
+from .groups import TieGroup, scheme_of
+from .roles import SCALED_BY_THE_FLAG
 
 
 def write_config(model: PreTrainedModel, **changes) -> TyingConfig:
@@ -20,20 +20,23 @@ def write_config(model: PreTrainedModel, **changes) -> TyingConfig:
             the default of the groups as they are now.
     """
     before = TyingConfig.from_dict(getattr(model.config, "tying", None)).replace(**changes)
-    scheme = scheme_of(model, model.tie_groups)
-    write_flags(model, tied=scheme in ("two_way", "three_way"))
+    anatomy = Anatomy(model)
+    scheme = scheme_of(anatomy, model.tie_groups)
+    write_flags(anatomy, tied=scheme in ("two_way", "three_way"))
     entry = before.replace(
         scheme=scheme,
         groups={group.name: list(group.names) for group in model.tie_groups},
-        save_format=before.save_format or default_save_format(model),
+        save_format=before.save_format or default_save_format(anatomy),
     )
     model.config.tying = entry.to_dict()
     return entry
 
 
-def default_save_format(model: PreTrainedModel) -> str:
+def default_save_format(anatomy: Anatomy) -> str:
     """`"dedup"` where the stock class re-ties exactly these groups from the same roots, `"portable"` elsewhere."""
-    stock = declared_partition(model)
+    model = anatomy.model
+    # Read anew: the flags, on which it depends, may just have been written.
+    stock = {frozenset(chain) for chain in join_chains(declared_pairs(model, anatomy.slots))}
     own = {frozenset(group.names) for group in model.tie_groups}
     base = model.base_model_prefix
     reachable = all(
@@ -43,15 +46,15 @@ def default_save_format(model: PreTrainedModel) -> str:
     return "dedup" if own == stock and reachable else "portable"
 
 
-def write_flags(model: PreTrainedModel, tied: bool) -> None:
+def write_flags(anatomy: Anatomy, tied: bool) -> None:
     """Keep `tie_word_embeddings` truthful for the target and output pair: PEFT, accelerate, vLLM, llama.cpp read it.
 
     The T5 family is left alone: its config classes put the flag back to True, or its models (SwitchTransformers) read
     it for the scale of the logits, which no tie and no untie may change.
     """
-    if not {"target", "output"} <= roles(model).keys():
+    if not {"target", "output"} <= anatomy.roles.keys():
         return
-    for config in _flagged_configs(model):
+    for config in _flagged_configs(anatomy.model):
         config.tie_word_embeddings = tied
 
 
@@ -63,7 +66,7 @@ def _flagged_configs(model: PreTrainedModel) -> list:
 @functools.cache
 def flag_is_forced(config_class: type) -> bool:
     """Whether the flag says nothing about ties: the class answers True whatever it is told, or scales logits by it."""
-    if config_class.model_type in _SCALED_BY_THE_FLAG:
+    if config_class.model_type in SCALED_BY_THE_FLAG:
         return True
     try:
         return config_class(tie_word_embeddings=False).tie_word_embeddings is True
@@ -71,22 +74,21 @@ def flag_is_forced(config_class: type) -> bool:
         return False
 
 
-def refuse_contradicting_flag(model: PreTrainedModel, config: TyingConfig, groups: list[TieGroup]) -> None:
+def refuse_contradicting_flag(anatomy: Anatomy, config: TyingConfig, groups: list[TieGroup]) -> None:
     """A recorded tie of target and output under `tie_word_embeddings=False`: somebody asked for it to be opened
     untied.
 
     Raises:
         TyingError: with the explicit way to do that.
     """
-    if not config.groups or scheme_of(model, groups) not in ("two_way", "three_way"):
+    if not config.groups or scheme_of(anatomy, groups) not in ("two_way", "three_way"):
         return
-    role_names = roles(model)
+    target, output = (anatomy.roles[role].name for role in ("target", "output"))
     recorded = {name for names in config.groups.values() for name in names}
-    if {role_names["target"][-1], role_names["output"][-1]} <= recorded:
-        for flagged in _flagged_configs(model):
+    if {target, output} <= recorded:
+        for flagged in _flagged_configs(anatomy.model):
             if not flagged.tie_word_embeddings:
                 raise TyingError(
                     "The config has tie_word_embeddings=False, but its `tying` entry ties "
-                    f"{role_names['output'][-1]!r} to {role_names['target'][-1]!r}. To open it untied: load it as it "
-                    "is, then untie(model)."
+                    f"{output!r} to {target!r}. To open it untied: load it as it is, then untie(model)."
                 )

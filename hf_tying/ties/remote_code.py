@@ -1,32 +1,27 @@
 """What a published custom class carries along, so that `trust_remote_code` loads it tied without this package.
 
 transformers copies the module of a class registered by `register_for_auto_class`, and its relative imports, next to
-the weights. A class over `TiedModelMixin` imports that from `hf_tying`; the few modules that it needs are put beside
-it under flat names, and the copied files import them from there.
+the weights. A class over `TiedModelMixin` imports that from `hf_tying`: this room is put beside the class, whole, with
+`config` below it and the rooms of the extensions that cannot be left out, each file under a flat name. The copied
+files import from there.
 """
 
 import re
 from importlib import resources
 from pathlib import Path
 
-# From the ground up; each imports only modules before it, by `from .name import`.
-_MODULES = (
-    "config",
-    "alias",
-    "parameters",
-    "groups",
-    "verify",
-    "loading",
-    "record",
-    "embeddings",
-    "losses.projection",
-    "projection",
-    "remote_code",
-    "modeling",
-)
+from ..config import EXTENSIONS
+
+_PACKAGE = "hf_tying"
 _PREFIX = "hf_tying_"
-_HOME = {"TyingConfig": "config", "TyingConfigMixin": "config", "TyingError": "config", "TiedModelMixin": "modeling"}
-_IMPORT = re.compile(r"^from hf_tying(?:\.\w+)* import (?:\(([^)]*)\)|(.+))$", re.MULTILINE)
+_HOME = {
+    "TyingConfig": "config",
+    "TyingConfigMixin": "config",
+    "TyingError": "config",
+    "TiedModelMixin": "ties.modeling",
+}
+_USERS_IMPORT = re.compile(r"^from hf_tying(?:\.\w+)* import (?:\(([^)]*)\)|(.+))$", re.MULTILINE)
+_RELATIVE_IMPORT = re.compile(r"from (\.+)([\w.]+) import")
 
 
 def carry_along(folder: str | Path) -> None:
@@ -37,28 +32,57 @@ def carry_along(folder: str | Path) -> None:
     """
     folder = Path(folder)
     copied = [path for path in folder.glob("*.py") if not path.name.startswith(_PREFIX)]
-    if not any(_IMPORT.search(path.read_text(encoding="utf-8")) for path in copied):
+    if not any(_USERS_IMPORT.search(path.read_text(encoding="utf-8")) for path in copied):
         return
     for path in copied:
         text = path.read_text(encoding="utf-8")
-        path.write_text(_IMPORT.sub(_relative, text), encoding="utf-8")
-    package = resources.files(__package__)
-    for module in _MODULES:
-        text = package.joinpath(f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
-        text = re.sub(r"from \.([\w.]+) import", lambda m: f"from .{_flat(m[1])} import", text)
+        path.write_text(_USERS_IMPORT.sub(_from_beside, text), encoding="utf-8")
+    for module, text in carried_modules().items():
         (folder / f"{_flat(module)}.py").write_text(text, encoding="utf-8")
+
+
+def carried_modules() -> dict[str, str]:
+    """The modules that are carried along, by their names in the package, with the text that they have there."""
+    extensions = [extension.module for extension in EXTENSIONS.values() if extension.without is None]
+    rooms = ["ties", *dict.fromkeys(module.partition(".")[0] for module in extensions)]
+    modules = {"config": resources.files(_PACKAGE).joinpath("config.py").read_text(encoding="utf-8")}
+    for room in rooms:
+        for file in resources.files(_PACKAGE).joinpath(room).iterdir():
+            name = file.name.removesuffix(".py")
+            if name != file.name and name != "__init__":
+                modules[f"{room}.{name}"] = file.read_text(encoding="utf-8")
+    carried = {
+        name: _RELATIVE_IMPORT.sub(lambda match, at=name: _absolute(match, at), modules[name]) for name in modules
+    }
+    carried["ties.extensions"] += "".join(_carrying(module) for module in extensions)
+    return carried
+
+
+def _carrying(module: str) -> str:
+    """The lines by which the carried core finds an extension. transformers copies what a file imports by name."""
+    function = f"_{module.replace('.', '_')}"
+    return (
+        f"\n\ndef {function}():\n    import sys\n\n    from .{_flat(module)} import honour\n\n"
+        f"    return sys.modules[honour.__module__]\n\n\n_CARRIED[{module!r}] = {function}\n"
+    )
+
+
+def _absolute(match: re.Match, module: str) -> str:
+    """A relative import in `module`, as one of the file beside it."""
+    base = module.split(".")[: -len(match[1])]
+    return f"from .{_flat('.'.join([*base, match[2]]))} import"
 
 
 def _flat(module: str) -> str:
     return _PREFIX + module.replace(".", "_")
 
 
-def _relative(match: re.Match) -> str:
+def _from_beside(match: re.Match) -> str:
     """The import of public names, from the modules beside the file; names that are not carried stay as they are."""
     names = [name.strip() for name in (match[1] or match[2]).split(",") if name.strip()]
     lines = []
     for name in names:
         public = name.split(" as ")[0].strip()
-        home = f".{_PREFIX}{_HOME[public]}" if public in _HOME else "hf_tying"
+        home = f".{_flat(_HOME[public])}" if public in _HOME else _PACKAGE
         lines.append(f"from {home} import {name}")
     return "\n".join(lines)

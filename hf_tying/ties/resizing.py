@@ -9,13 +9,11 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from ..config import TyingError
-from .groups import other_chains, roles, split_declared
-from .slots import find_parameter, find_slot, fit_rows, link_all, replace_module, separate
+from .anatomy import Anatomy, roles
+from .roles import TWO_SIZES
+from .slots import find_parameter, find_slot, fit_rows, replace_module, share_parameter, untie_others
 
 logger = logging.get_logger(__name__)
-
-# Architectures with a second vocabulary: the names under which their configs state the source's and the target's size.
-_TWO_SIZES = {"marian": ("vocab_size", "decoder_vocab_size"), "fsmt": ("src_vocab_size", "tgt_vocab_size")}
 
 
 def replace_tied(model: PreTrainedModel, old: nn.Module, new: nn.Module) -> bool:
@@ -40,7 +38,7 @@ def replace_tied(model: PreTrainedModel, old: nn.Module, new: nn.Module) -> bool
             f"matrix `weight`, found {type(new).__name__}. Call untie(model) first to replace one side alone."
         )
     replace_module(model, old, new)
-    link_all(model, group.names, weight)
+    share_parameter(model, group.names, weight)
     fit_tied(model)
     if weight.shape[0] != parameter.shape[0]:
         model.config.get_text_config().vocab_size = weight.shape[0]
@@ -57,7 +55,7 @@ def follow_bias(model: PreTrainedModel, new: nn.Module) -> None:
     for group in model.tie_groups:
         slots = [find_slot(model, name) for name in group.names]
         if bias is not None and any(slot == (new, "bias") for slot in slots):
-            link_all(model, group.names, bias)
+            share_parameter(model, group.names, bias)
 
 
 def resize(
@@ -91,7 +89,7 @@ def resize(
             module.weight.data = weight
             fit_rows(module)
         raise
-    separate(model, model.tie_groups)  # BERT's setter makes its two output biases one, whether they were or not
+    untie_others(model, model.tie_groups)  # BERT's setter makes its two output biases one, whether they were or not
     fit_tied(model)
     _fit_idle_biases(model, rows, embeddings.weight.shape[0])
     _fit_final_bias(model)
@@ -109,10 +107,10 @@ def fit_tied(model: PreTrainedModel) -> None:
 
 
 def _refuse_other_rows(model: PreTrainedModel) -> None:
-    role_names = {name for names in roles(model).values() for name in names}
+    role_of = Anatomy(model).role_of
     for group in model.tie_groups:
-        words = [name for name in group.names if name in role_names]
-        others = [name for name in group.names if name not in role_names]
+        words = [name for name in group.names if name in role_of]
+        others = [name for name in group.names if name not in role_of]
         if words and others:
             raise TyingError(
                 f"Cannot resize: {others[0]!r} is tied to the embedding {words[0]!r} (group {group.name!r}), and is "
@@ -125,7 +123,7 @@ def _own_resize(model: PreTrainedModel) -> Callable | None:
     model_type = getattr(model.config, "model_type", None)
     if model_type == "encoder-decoder":
         return partial(_resize_parts, model)
-    if model_type in _TWO_SIZES and _is_one_vocabulary(model):
+    if model_type in TWO_SIZES and _is_one_vocabulary(model):
         return partial(_resize_all, model)
     return None
 
@@ -136,8 +134,8 @@ def _is_one_vocabulary(model: PreTrainedModel) -> bool:
     Raises:
         TyingError: for FSMT with two sizes: its only resize would give one side the other's size.
     """
-    role_names = roles(model)
-    pair = {role_names[role][-1] for role in ("source", "target") if role in role_names}
+    found = roles(model)
+    pair = {found[role].name for role in ("source", "target") if role in found}
     if any(pair <= set(group.names) for group in model.tie_groups):
         return True
     if model.config.model_type != "fsmt":
@@ -153,8 +151,8 @@ def _is_one_vocabulary(model: PreTrainedModel) -> bool:
 
 def _resize_all(model: PreTrainedModel, new_num_tokens, pad_to_multiple_of, mean_resizing) -> nn.Module:
     """Source, target and output over one vocabulary, where the stock resize knows one side only (Marian, FSMT)."""
-    for names in roles(model).values():
-        for module in (find_slot(model, name)[0] for name in names):
+    for role in roles(model).values():
+        for module in (find_slot(model, name)[0] for name in role.names):
             if isinstance(module, nn.Embedding):
                 model._get_resized_embeddings(module, new_num_tokens, pad_to_multiple_of, mean_resizing)
                 new_num_tokens, pad_to_multiple_of = module.weight.shape[0], None
@@ -185,11 +183,11 @@ def _resize_parts(model: PreTrainedModel, *how) -> nn.Module:
 
 def _fit_two_sizes(model: PreTrainedModel) -> None:
     """Where the config states a size for each side, both are those of the matrices."""
-    role_names = roles(model) if model.config.model_type in _TWO_SIZES else {}
-    if "output" not in role_names:  # an encoder alone shares the config of the whole model
+    found = roles(model) if model.config.model_type in TWO_SIZES else {}
+    if "output" not in found:  # an encoder alone shares the config of the whole model
         return
-    for role, key in zip(("source", "target"), _TWO_SIZES[model.config.model_type], strict=True):
-        setattr(model.config, key, find_parameter(model, role_names[role][-1]).shape[0])
+    for role, key in zip(("source", "target"), TWO_SIZES[model.config.model_type], strict=True):
+        setattr(model.config, key, find_parameter(model, found[role].name).shape[0])
 
 
 def _embeddings_out_of_reach(model: PreTrainedModel, rows: int) -> list[nn.Module]:
@@ -198,8 +196,8 @@ def _embeddings_out_of_reach(model: PreTrainedModel, rows: int) -> list[nn.Modul
     Not the decoder's where it has a vocabulary of its own: Marian resizes that by `resize_decoder_token_embeddings`.
     """
     shared = getattr(model.config, "share_encoder_decoder_embeddings", True)
-    role_names = roles(model)
-    names = role_names.get("source", []) + (role_names.get("target", []) if shared else [])
+    sides = ("source", "target") if shared else ("source",)
+    names = [name for side, role in roles(model).items() if side in sides for name in role.names]
     modules = [find_slot(model, name)[0] for name in names]
     found = {id(m.weight): m for m in modules if isinstance(m, nn.Embedding) and m.weight.shape[0] == rows}
     found.pop(id(model.get_input_embeddings().weight), None)
@@ -208,7 +206,8 @@ def _embeddings_out_of_reach(model: PreTrainedModel, rows: int) -> list[nn.Modul
 
 def _fit_idle_biases(model: PreTrainedModel, before: int, after: int) -> None:
     """An output bias that the architecture keeps twice (BERT) has one size, also where the two are not tied."""
-    for names in other_chains(model, split_declared(model)):
+    anatomy = Anatomy(model)
+    for names in anatomy.without_roles(anatomy.declarable):
         parameters = [find_parameter(model, name) for name in names]
         if {parameter.shape for parameter in parameters} == {(before,), (after,)}:
             for parameter in parameters:

@@ -4,7 +4,6 @@ A tie is one `nn.Parameter` in several slots. Names of slots are those of the mo
 adapted module inside its own, and a tie is on what lies inside.
 """
 
-import codecs
 import copy
 from collections.abc import Iterable
 
@@ -69,10 +68,10 @@ def named_slots(model: nn.Module) -> dict[str, nn.Parameter]:
     return slots
 
 
-def actual_groups(model: nn.Module) -> list[list[str]]:
-    """The names that are one object in `model` as it stands, whoever tied them."""
+def shared_names(slots: dict[str, nn.Parameter]) -> list[list[str]]:
+    """The names of `slots` that are one parameter."""
     by_identity: dict[int, list[str]] = {}
-    for name, parameter in named_slots(model).items():
+    for name, parameter in slots.items():
         by_identity.setdefault(id(parameter), []).append(name)
     return [names for names in by_identity.values() if len(names) > 1]
 
@@ -106,7 +105,7 @@ def why_no_parameter(model: nn.Module, name: str, names: Iterable[str] = ()) -> 
 # --- what is done to slots -------------------------------------------------------------------------------------------
 
 
-def link(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     """Put `parameter` into the slot `name`.
 
     Into the module's table rather than by `setattr`: `accelerate.init_empty_weights` answers an attribute by a new
@@ -116,10 +115,10 @@ def link(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     module._parameters[attribute] = parameter
 
 
-def link_all(model: nn.Module, names: Iterable[str], parameter: nn.Parameter) -> None:
+def share_parameter(model: nn.Module, names: Iterable[str], parameter: nn.Parameter) -> None:
     """Make `names` one: put `parameter` into each of their slots."""
     for name in names:
-        link(model, name, parameter)
+        set_parameter(model, name, parameter)
 
 
 def own_module(model: nn.Module, name: str) -> None:
@@ -135,7 +134,7 @@ def own_module(model: nn.Module, name: str) -> None:
         parent = child
 
 
-def separate(model: nn.Module, groups: Iterable) -> None:
+def untie_others(model: nn.Module, groups: Iterable) -> None:
     """Give a parameter of its own to every name that is tied now and shall not be.
 
     Args:
@@ -144,7 +143,7 @@ def separate(model: nn.Module, groups: Iterable) -> None:
     """
     group_of = {name: group.name for group in groups for name in group.names}
     slots = named_slots(model)
-    for shared in actual_groups(model):
+    for shared in shared_names(slots):
         parts: dict[str, list[str]] = {}
         for name in shared:
             parts.setdefault(group_of.get(name, f"{name} alone"), []).append(name)
@@ -153,7 +152,7 @@ def separate(model: nn.Module, groups: Iterable) -> None:
             copy = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
             for name in names:
                 own_module(model, name)
-                link(model, name, copy)
+                set_parameter(model, name, copy)
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -214,33 +213,3 @@ def stands_in(model: nn.Module, name: str) -> bool:
     changed = {f"{attribute}_orig", f"{attribute}_g"} & module._parameters.keys()
     changed = changed or attribute in getattr(module, "parametrizations", {})
     return not changed and isinstance(held, torch.Tensor) and not isinstance(held, nn.Parameter)
-
-
-class TiedName(str):
-    """The name of a tied parameter in `model.named_parameters()`: the root's, answering to each name of its group.
-
-    Recipes choose parameters by name (`"lm_head" in name`, `name.endswith(...)`). A tied parameter is listed once,
-    under its root; asked for by any other of its names it would silently be nowhere. Two recipes that claim the one
-    parameter under two of its names then meet in torch's own error on a parameter in two groups.
-    """
-
-    names: tuple[str, ...]
-
-    def __new__(cls, root: str, names: Iterable[str]):
-        self = super().__new__(cls, root)
-        self.names = tuple(names)
-        return self
-
-    def __reduce_ex__(self, protocol):
-        # In a file it is a plain string, for readers without this package too. Of the functions that torch.load admits
-        # with weights_only, this is the one that returns a string; rot13 undoes itself.
-        return codecs.encode, (codecs.encode(str(self), "rot13"), "rot13")
-
-    def __contains__(self, part: str) -> bool:
-        return any(part in str(name) for name in self.names)
-
-    def startswith(self, *args) -> bool:
-        return any(name.startswith(*args) for name in self.names)
-
-    def endswith(self, *args) -> bool:
-        return any(name.endswith(*args) for name in self.names)

@@ -1,4 +1,6 @@
-"""`tie` and `untie`: the explicit acts on a live model."""
+"""`tie` and `untie`: the explicit acts on a live model. It is read once; a plan is made, checked, and applied."""
+
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -6,20 +8,13 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from ..config import SCHEMES, TyingConfig, TyingError, nearest
-from ..objectives.tied_loss import has_tied_loss, refuse_without_softmax, use_tied_loss
-from .groups import (
-    TieGroup,
-    carriers,
-    explicit_groups,
-    make_groups,
-    other_chains,
-    roles,
-    scheme_chains,
-    split_declared,
-)
-from .modeling import TiedModelMixin, set_groups, tied_class
+from .anatomy import Anatomy
+from .classes import with_mixin
+from .extensions import honour_extensions, refuse_misfits
+from .groups import TieGroup, explicit_groups, make_groups, scheme_chains
+from .modeling import TiedModelMixin, set_groups
 from .record import write_config
-from .slots import actual_groups, difference, find_parameter, named_slots, same_values, separate
+from .slots import difference, find_parameter, same_values, untie_others
 from .vocabulary import vocabularies_of
 
 logger = logging.get_logger(__name__)
@@ -66,22 +61,18 @@ def tie(
     """
     refuse_unfit(model, "tie")
     config = TyingConfig.of(scheme_or_groups)
-    if config.loss == "tied":
-        refuse_without_softmax(model)
     if on_conflict is not None:
         config = config.replace(on_conflict=on_conflict)
-    groups = _planned(model, config)
-    _refuse_meta(model, groups)
-    _compare_vocabularies(model, groups, tokenizer, target_tokenizer)
-    sources = _sources(model, groups, init_from)
-    separate(model, groups)
-    with torch.no_grad():
-        for group in groups:
-            if (values := sources[group.name]) is not None:
-                find_parameter(model, group.root).copy_(values)  # the root keeps its identity
-    loss = {} if config.loss == "stock" else {"loss": config.loss}  # not named, it stays as it is
-    _take_over(model, groups, on_conflict=config.on_conflict, save_format=config.save_format, **loss)
-    return use_tied_loss(model) if loss and not has_tied_loss(model) else model
+    refuse_misfits(model, config)
+    anatomy = Anatomy(model)
+    groups = _plan_tie(anatomy, config)
+    _refuse_meta(anatomy, groups)
+    _compare_vocabularies(anatomy, groups, tokenizer, target_tokenizer)
+    values = _values_to_take(anatomy, groups, init_from)
+    further = config.declared_extensions()  # one that is not named stays as it is
+    _apply(model, groups, values, on_conflict=config.on_conflict, save_format=config.save_format, **further)
+    honour_extensions(model, config)
+    return model
 
 
 def untie(model: PreTrainedModel, names: list[str] | str | None = None) -> PreTrainedModel:
@@ -105,108 +96,19 @@ def untie(model: PreTrainedModel, names: list[str] | str | None = None) -> PreTr
         TyingError: for a name that is not tied, or an adapted (PEFT) model.
     """
     refuse_unfit(model, "untie")
-    slots = named_slots(model)
-    chains = actual_groups(model)
-    if names is None:
-        kept = [*scheme_chains(model, "none"), *other_chains(model, split_declared(model))]
-        remaining = [[name for name in part if name in chain] for chain in chains for part in kept]
-    else:
-        leaving = [names] if isinstance(names, str) else names
-        if not isinstance(leaving, list | tuple | set) or not all(isinstance(name, str) for name in leaving):
-            raise TyingError(
-                f"Cannot untie {names!r}: expected a parameter name, a list of names, or nothing for all."
-            )
-        leaving = set(leaving)
-        apart = {name for group in getattr(model, "tie_groups", []) for name in group.names}  # in fact, not on record
-        tied = {name for chain in chains for name in chain}
-        for name in leaving - tied - apart:
-            state = "is not tied" if name in slots else "does not exist"
-            raise TyingError(f"Cannot untie {name!r}: it {state}{nearest(name, tied)}.")
-        remaining = [[name for name in chain if name not in leaving] for chain in chains]
-    groups = make_groups(model, [chain for chain in remaining if len(chain) > 1], _named(model), slots)
-    return _take_over(model, groups, save_format=None)
-
-
-def _take_over(model: PreTrainedModel, groups: list[TieGroup], **changes) -> PreTrainedModel:
-    if not isinstance(model, TiedModelMixin):
-        model.__class__ = tied_class(type(model))
-    model._ties_made = True
-    set_groups(model, groups)
-    write_config(model, **changes)
-    if not groups:
-        logger.info(f"{type(model).__name__}: nothing is tied.")
-    for group in groups:
-        logger.info(f"{type(model).__name__}: group {group.name!r} is one parameter: {', '.join(group.names)}.")
+    anatomy = Anatomy(model)
+    remaining = _without_ties(anatomy) if names is None else _without_names(anatomy, names)
+    groups = make_groups(anatomy, [chain for chain in remaining if len(chain) > 1], _group_names(model))
+    _apply(model, groups, {}, save_format=None)
     return model
 
 
-def _named(model: PreTrainedModel) -> dict[str, list[str]]:
-    """The groups that the model has by name, so that names and roots stay as the user chose them."""
-    return {group.name: list(group.names) for group in getattr(model, "tie_groups", None) or []}
-
-
-def _planned(model: PreTrainedModel, config: TyingConfig) -> list[TieGroup]:
-    """The groups after `config`: those of now, the roles regrouped by a scheme, the explicit groups added."""
-    slots = named_slots(model)
-    explicit = explicit_groups(model, config, slots)
-    chains = list(explicit.values())
-    now = actual_groups(model)
-    if config.scheme is None:
-        chains += now
-    else:
-        chains += scheme_chains(model, config.scheme)
-        role_names = {name for names in roles(model).values() for name in names}
-        chains += [[n for n in chain if n not in role_names] for chain in now]
-        if config.scheme != "none":  # what the architecture ties besides, where that overwrites nothing
-            chains += [c for c in other_chains(model, split_declared(model)) if _equal([slots[n] for n in c])]
-    named = {**_named(model), **explicit} if config.scheme is None else explicit
-    return make_groups(model, [chain for chain in chains if len(chain) > 1], named, slots)
-
-
-def _equal(tensors: list[torch.Tensor]) -> bool:
-    return all(same_values(tensor, tensors[0]) for tensor in tensors)
-
-
-def _sources(model: PreTrainedModel, groups: list[TieGroup], init_from: str | None) -> dict[str, torch.Tensor | None]:
-    """For each group the values that it takes; `None` where its names agree and nothing is to be done."""
-    role_names = roles(model)
-    chosen = None
-    if not isinstance(init_from, str | None):
-        raise TyingError(f"init_from={init_from!r}: expected a role, 'mean', or a name of the tied groups.")
-    if init_from in role_names:
-        chosen = role_names[init_from][-1]
-    elif init_from in SCHEMES["three_way"]:
-        raise TyingError(
-            f"init_from={init_from!r}: {type(model).__name__} has no such embedding, only {list(role_names)}."
-        )
-    elif init_from is not None and init_from != "mean":
-        chosen = init_from
-        if not any(chosen in group.names for group in groups):
-            hint = nearest(str(init_from), [*role_names, "mean", *(n for group in groups for n in group.names)])
-            raise TyingError(f"init_from={init_from!r}: expected a role, 'mean', or a name of the tied groups{hint}.")
-    sources = {}
-    idle = carriers(model)  # whatever they hold is nobody's training
-    for group in groups:
-        used = [name for name in group.names if name not in idle] or group.names
-        held = list({id(p): p for p in (find_parameter(model, name) for name in used)}.values())
-        root = find_parameter(model, group.root)
-        if _equal(held):
-            sources[group.name] = None if same_values(root, held[0]) else held[0].detach().clone()
-            continue
-        if init_from == "mean":
-            sources[group.name] = torch.stack([p.detach().float() for p in held]).mean(0).to(held[0].dtype)
-        elif chosen in group.names:
-            sources[group.name] = find_parameter(model, chosen).detach().clone()
-        else:
-            apart = difference(held[0], held[1])
-            raise TyingError(
-                f"The names of group {group.name!r} hold different values ({', '.join(group.names)}; {apart}), and "
-                "tying keeps one. Say which: init_from='source' | 'target' | 'output' | 'mean' | a parameter name."
-            )
-    return sources
-
-
 def refuse_unfit(model: nn.Module, action: str) -> None:
+    """Whether ties of `model` can be changed.
+
+    Raises:
+        TyingError: for a model that carries adapters, and for what is no `PreTrainedModel`.
+    """
     modules = model.modules() if isinstance(model, nn.Module) else ()
     if any(hasattr(module, "base_layer") or hasattr(module, "original_module") for module in modules):
         raise TyingError(
@@ -222,24 +124,118 @@ def refuse_unfit(model: nn.Module, action: str) -> None:
         )
 
 
-def _refuse_meta(model: PreTrainedModel, groups: list[TieGroup]) -> None:
+# --- the plan: groups and values, from a reading of the model --------------------------------------------------------
+
+
+def _plan_tie(anatomy: Anatomy, config: TyingConfig) -> list[TieGroup]:
+    """The groups after `config`: those of now, the roles regrouped by a scheme, the explicit groups added."""
+    explicit = explicit_groups(anatomy, config)
+    chains = list(explicit.values())
+    named = explicit
+    if config.scheme is None:
+        chains += anatomy.tied
+        named = {**_group_names(anatomy.model), **explicit}
+    else:
+        chains += scheme_chains(anatomy, config.scheme)
+        chains += [[name for name in chain if name not in anatomy.role_of] for chain in anatomy.tied]
+        if config.scheme != "none":  # what the architecture ties besides, where that overwrites nothing
+            others = anatomy.without_roles(anatomy.declarable)
+            chains += [chain for chain in others if _equal([anatomy.slots[name] for name in chain])]
+    return make_groups(anatomy, [chain for chain in chains if len(chain) > 1], named)
+
+
+def _without_ties(anatomy: Anatomy) -> list[list[str]]:
+    """What `untie` without names leaves tied: carriers, and what the architecture ties besides its embeddings."""
+    kept = [*scheme_chains(anatomy, "none"), *anatomy.without_roles(anatomy.declarable)]
+    return [[name for name in part if name in chain] for chain in anatomy.tied for part in kept]
+
+
+def _without_names(anatomy: Anatomy, names: str | Iterable[str]) -> list[list[str]]:
+    """What is tied now, without `names`."""
+    leaving = [names] if isinstance(names, str) else names
+    if not isinstance(leaving, list | tuple | set) or not all(isinstance(name, str) for name in leaving):
+        raise TyingError(f"Cannot untie {names!r}: expected a parameter name, a list of names, or nothing for all.")
+    leaving = set(leaving)
+    recorded = {name for names in _group_names(anatomy.model).values() for name in names}  # in fact, they may be apart
+    tied = {name for chain in anatomy.tied for name in chain}
+    for name in leaving - tied - recorded:
+        state = "is not tied" if name in anatomy.slots else "does not exist"
+        raise TyingError(f"Cannot untie {name!r}: it {state}{nearest(name, tied)}.")
+    return [[name for name in chain if name not in leaving] for chain in anatomy.tied]
+
+
+def _group_names(model: PreTrainedModel) -> dict[str, list[str]]:
+    """The groups that the model has by name, so that names and roots stay as the user chose them."""
+    return {group.name: list(group.names) for group in getattr(model, "tie_groups", None) or []}
+
+
+def _equal(tensors: list[torch.Tensor]) -> bool:
+    return all(same_values(tensor, tensors[0]) for tensor in tensors)
+
+
+def _values_to_take(anatomy: Anatomy, groups: list[TieGroup], init_from: str | None) -> dict[str, torch.Tensor]:
+    """The values that groups take, by the root's name; without those whose root has them already."""
+    model, slots = anatomy.model, anatomy.slots
+    chosen = _chosen_name(anatomy, groups, init_from)
+    values = {}
     for group in groups:
-        for name in group.names:
-            if find_parameter(model, name).is_meta:
-                raise TyingError(
-                    f"Cannot tie {name!r}: it is on the meta device and has no value. Load the weights first, or "
-                    "declare "
-                    "the tie in the config: config.tying = {'version': 1, 'scheme': ...}."
-                )
+        # Whatever a carrier holds is nobody's training.
+        used = [name for name in group.names if name not in anatomy.carriers] or group.names
+        held = list({id(slots[name]): slots[name] for name in used}.values())
+        if _equal(held):
+            if not same_values(slots[group.root], held[0]):
+                values[group.root] = held[0].detach().clone()
+        elif init_from == "mean":
+            values[group.root] = torch.stack([p.detach().float() for p in held]).mean(0).to(held[0].dtype)
+        elif chosen in group.names:
+            values[group.root] = find_parameter(model, chosen).detach().clone()
+        else:
+            apart = difference(held[0], held[1])
+            raise TyingError(
+                f"The names of group {group.name!r} hold different values ({', '.join(group.names)}; {apart}), and "
+                "tying keeps one. Say which: init_from='source' | 'target' | 'output' | 'mean' | a parameter name."
+            )
+    return values
 
 
-def _compare_vocabularies(model: PreTrainedModel, groups: list[TieGroup], tokenizer, target_tokenizer) -> None:
+def _chosen_name(anatomy: Anatomy, groups: list[TieGroup], init_from: str | None) -> str | None:
+    """The parameter that `init_from` means; `None` for the mean, and for no choice."""
+    if not isinstance(init_from, str | None):
+        raise TyingError(f"init_from={init_from!r}: expected a role, 'mean', or a name of the tied groups.")
+    if init_from is None or init_from == "mean":
+        return None
+    if init_from in anatomy.roles:
+        return anatomy.roles[init_from].name
+    if init_from in SCHEMES["three_way"]:
+        raise TyingError(
+            f"init_from={init_from!r}: {type(anatomy.model).__name__} has no such embedding, only "
+            f"{list(anatomy.roles)}."
+        )
+    names = [name for group in groups for name in group.names]
+    if init_from not in names:
+        hint = nearest(init_from, [*anatomy.roles, "mean", *names])
+        raise TyingError(f"init_from={init_from!r}: expected a role, 'mean', or a name of the tied groups{hint}.")
+    return init_from
+
+
+# --- the checks ------------------------------------------------------------------------------------------------------
+
+
+def _refuse_meta(anatomy: Anatomy, groups: list[TieGroup]) -> None:
+    for name in (name for group in groups for name in group.names):
+        if anatomy.slots[name].is_meta:
+            raise TyingError(
+                f"Cannot tie {name!r}: it is on the meta device and has no value. Load the weights first, or "
+                "declare the tie in the config: config.tying = {'version': 1, 'scheme': ...}."
+            )
+
+
+def _compare_vocabularies(anatomy: Anatomy, groups: list[TieGroup], tokenizer, target_tokenizer) -> None:
     if tokenizer is None and target_tokenizer is None:
         return
-    role_names = roles(model)
-    if not {"source", "target"} <= role_names.keys():
+    if not {"source", "target"} <= anatomy.roles.keys():
         return
-    pair = {role_names["source"][-1], role_names["target"][-1]}
+    pair = {anatomy.roles[role].name for role in ("source", "target")}
     if not any(pair <= set(group.names) for group in groups):
         return
     # One given for both sides is compared with itself: MarianTokenizer and FSMTTokenizer can hold two vocabularies.
@@ -254,3 +250,27 @@ def _compare_vocabularies(model: PreTrainedModel, groups: list[TieGroup], tokeni
             f"{source.get(example)} and {target.get(example)}). One row would stand for two words: train a joint "
             "vocabulary, or join these by hf_tying.data.join_vocabularies."
         )
+
+
+# --- the one writer --------------------------------------------------------------------------------------------------
+
+
+def _apply(model: PreTrainedModel, groups: list[TieGroup], values: dict[str, torch.Tensor], **changes) -> None:
+    """Make `model` what `groups` say, with `values` by the names of roots, and write its config.
+
+    Args:
+        changes: further changes of the config's entry (see `record.write_config`).
+    """
+    untie_others(model, groups)
+    with torch.no_grad():
+        for root, value in values.items():
+            find_parameter(model, root).copy_(value)  # the root keeps its identity
+    if not isinstance(model, TiedModelMixin):
+        model.__class__ = with_mixin(TiedModelMixin, type(model))
+    model._ties_made = True
+    set_groups(model, groups)
+    write_config(model, **changes)
+    if not groups:
+        logger.info(f"{type(model).__name__}: nothing is tied.")
+    for group in groups:
+        logger.info(f"{type(model).__name__}: group {group.name!r} is one parameter: {', '.join(group.names)}.")

@@ -6,8 +6,9 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from ..config import TyingConfig, TyingError
-from .groups import TieGroup, declared_groups, locate, modules_of
-from .slots import difference, find_parameter, find_slot, named_slots, same_values, why_no_parameter
+from .anatomy import Anatomy
+from .groups import TieGroup, declared_groups, locate
+from .slots import difference, find_parameter, find_slot, same_values, why_no_parameter
 
 
 def assert_tied(model: nn.Module) -> None:
@@ -50,18 +51,18 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
 def groups_of(model: PreTrainedModel) -> list[TieGroup]:
     """The declared groups: those that `hf_tying` holds for the model, else those of its class."""
     known = getattr(model, "tie_groups", None)
-    return list(known) if known is not None else declared_groups(model)
+    return list(known) if known is not None else declared_groups(Anatomy(model))
 
 
 def violations(model: PreTrainedModel, groups: Iterable[TieGroup]) -> Iterator[str]:
     """One sentence for everything in which `model` is not what `groups` and its config say."""
-    groups, slots = list(groups), named_slots(model)
+    groups, anatomy = list(groups), Anatomy(model)
     for group in groups:
-        yield from _broken(model, group, slots)
-        yield from _stale_sizes(model, group, slots)
+        yield from _broken(model, group, anatomy.slots)
+        yield from _stale_sizes(model, group, anatomy.slots)
     if hasattr(model, "tie_groups"):
-        yield from _undeclared(groups, slots)
-        yield from _config_differs(model, groups, slots)
+        yield from _undeclared(groups, anatomy)
+        yield from _config_differs(anatomy, groups)
 
 
 def _broken(model: nn.Module, group: TieGroup, slots: dict) -> Iterator[str]:
@@ -104,12 +105,9 @@ def _stale_sizes(model: nn.Module, group: TieGroup, slots: dict) -> Iterator[str
                 )
 
 
-def _undeclared(groups: list[TieGroup], slots: dict) -> Iterator[str]:
+def _undeclared(groups: list[TieGroup], anatomy: Anatomy) -> Iterator[str]:
     group_of = {name: group.name for group in groups for name in group.names}
-    shared: dict[int, list[str]] = {}
-    for name, parameter in slots.items():
-        shared.setdefault(id(parameter), []).append(name)
-    for names in shared.values():
+    for names in anatomy.tied:
         if len({group_of.get(name, name) for name in names}) > 1:
             yield (
                 f"{names} are one parameter, but no group declares it: a tie made by hand is lost in a file. Declare "
@@ -117,14 +115,12 @@ def _undeclared(groups: list[TieGroup], slots: dict) -> Iterator[str]:
             )
 
 
-def _config_differs(model: PreTrainedModel, groups: list[TieGroup], slots: dict) -> Iterator[str]:
-    entry = getattr(model.config, "tying", None)
+def _config_differs(anatomy: Anatomy, groups: list[TieGroup]) -> Iterator[str]:
+    entry = getattr(anatomy.model.config, "tying", None)
     if entry is None:
         return
-    modules = modules_of(slots)
     located = [
-        {locate(model, name, slots, modules) for name in names} - {None}
-        for names in TyingConfig.from_dict(entry).groups.values()
+        {locate(anatomy, name) for name in names} - {None} for names in TyingConfig.from_dict(entry).groups.values()
     ]
     declared = {frozenset(names) for names in located if len(names) > 1}
     held = {frozenset(group.names) for group in groups}

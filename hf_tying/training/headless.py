@@ -9,7 +9,7 @@ from transformers.utils import logging
 from ..config import TyingError
 from ..objectives.objective import ContrastiveObjective
 from ..objectives.tied_loss import evaluated_by_objective, objective_of, use_tied_loss
-from ..ties.groups import roles
+from ..ties.anatomy import roles
 from ..ties.slots import find_parameter, is_one
 from ..ties.tying import refuse_unfit, tie, untie
 
@@ -108,7 +108,7 @@ def recover_lm_head(
         raise TyingError(f"recover_lm_head has {given} for its fine-tuning and no train_dataset: give it one.")
     refuse_unfit(model, "recover the head of")
     use_tied_loss(model)
-    embedding, output = (roles(model)[role][-1] for role in ("target", "output"))
+    embedding, output = (roles(model)[role].name for role in ("target", "output"))
     source, matrix = find_parameter(model, embedding), find_parameter(model, output)
     if source.shape != matrix.shape:
         raise TyingError(

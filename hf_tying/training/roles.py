@@ -8,7 +8,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from ..config import TyingError
-from ..ties.groups import roles
+from ..ties.anatomy import Anatomy, roles
 from ..ties.slots import find_slot
 from ..ties.verify import groups_of, unwrapped
 
@@ -28,7 +28,7 @@ def names_of_role(model: PreTrainedModel, role: str) -> list[str]:
     if role not in ROLES:
         raise TyingError(f"Unknown role {role!r}: expected one of {', '.join(ROLES)}.")
     found = roles(model)
-    names = [name for part in ROLES[role] for name in found.get(part, [])]
+    names = [name for part in ROLES[role] for name in (found[part].names if part in found else ())]
     if not names:
         raise TyingError(
             f"{type(model).__name__} has no {role} embedding: its roles are {', '.join(found) or 'none'}."
@@ -55,7 +55,7 @@ class RoleMeter:
         """Watch every forward pass until `detach`."""
         if self._handles:
             return
-        role_of = {name: role for role, names in roles(self.model).items() for name in names}
+        role_of = Anatomy(self.model).role_of
         for group in groups_of(self.model):
             for name in group.names:
                 module, attribute = find_slot(self.model, name)

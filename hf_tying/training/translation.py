@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, DataCollatorForSeq2Seq, PreTrainedConfig, TrainerCallback
 
 from ..config import TyingError
-from ..ties.groups import roles
+from ..ties.anatomy import roles
 from ..ties.slots import find_parameter
 
 #: The folder beside a model in which the second of two tokenizers is kept, that of the target side.
@@ -132,7 +132,7 @@ def check_fit(model, tokenizer, target_tokenizer, max_source_length: int, max_ta
         "target": (getattr(model.config, "decoder", model.config), target_tokenizer, max_target_length),
     }
     for role, (config, side, length) in sides.items():
-        rows = find_parameter(model, roles(model)[role][0]).shape[0]
+        rows = find_parameter(model, roles(model)[role].names[0]).shape[0]
         if len(side) > rows:
             raise TyingError(
                 f"The tokenizer of the {role} side has {len(side)} tokens and the {role} embedding {rows} rows: "

@@ -23,7 +23,7 @@ from hf_tying.demo.translation.corpus import prepared_corpora
 from hf_tying.demo.translation.models import build_models, small_config
 from hf_tying.demo.translation.proof import bleu_check, outcome_checks, reload_checks, start_check, success_check
 from hf_tying.demo.translation.training import TranslationRun, _RecordingTrainer, training_order, translated
-from hf_tying.ties.groups import roles
+from hf_tying.ties.anatomy import roles
 from hf_tying.ties.slots import find_parameter
 
 NAMES = ("untied", "two_way", "three_way")
@@ -155,9 +155,9 @@ def test_the_three_models_differ_in_the_tied_matrices_alone(model_type):
     matrix = len(tokenizer) * 128
     assert untied.num_parameters() - two_way.num_parameters() == matrix
     assert two_way.num_parameters() - three_way.num_parameters() == matrix
-    source, target, output = (find_parameter(untied, names[-1]) for names in roles(untied).values())
+    source, target, output = (find_parameter(untied, role.name) for role in roles(untied).values())
     assert not any(torch.equal(*two) for two in ((source, target), (target, output), (output, source)))
-    embeddings = [find_parameter(model, roles(model)["target"][-1]) for model in models.values()]
+    embeddings = [find_parameter(model, roles(model)["target"].name) for model in models.values()]
     assert torch.equal(embeddings[0], embeddings[1]) and torch.equal(embeddings[0], embeddings[2])
     assert 0.9 < embeddings[0].norm(dim=1)[5:].mean() < 1.1
 

@@ -233,7 +233,7 @@ from transformers.utils import logging
 torch.set_num_threads(1)
 logging.disable_progress_bar()
 logging.set_verbosity_error()
-from tests.models import AUTO, logits, shared_names
+from tests.tiny import AUTO, logits, shared_names
 
 assert ("hf_tying" in sys.modules) == (way == {FIRST!r})
 if way == {LAST!r}:

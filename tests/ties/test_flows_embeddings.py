@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hf_tying import TyingError, assert_tied, tie, untie
-from hf_tying.ties.groups import roles
+from hf_tying.ties.anatomy import roles
 from hf_tying.ties.slots import find_slot
 
 from ..forms import matrix, reload, tied_model
@@ -16,8 +16,8 @@ from ..tiny import logits, tiny_model
 def rows(model):
     """Every size that a model states for its vocabulary."""
     sizes = {model.config.get_text_config().vocab_size}
-    for names in roles(model).values():
-        for name in names:
+    for role in roles(model).values():
+        for name in role.names:
             module = find_slot(model, name)[0]
             sizes.add(module.weight.shape[0])
             sizes.add(getattr(module, "num_embeddings", getattr(module, "out_features", None)))

@@ -13,8 +13,11 @@ from hypothesis import strategies as st
 
 from hf_tying import TyingConfig, TyingError, assert_tied, tie, untie
 from hf_tying.config import SCHEMES, nearest
-from hf_tying.ties.groups import _union, locate, modules_of, roles
-from hf_tying.ties.slots import TiedName, named_slots
+from hf_tying.ties.aliases import TiedName
+from hf_tying.ties.anatomy import Anatomy, roles
+from hf_tying.ties.declared import join_chains
+from hf_tying.ties.groups import locate
+from hf_tying.ties.slots import named_slots
 
 from ..tiny import ALL, AUTO, logits, shared_names, split, tiny_inputs, untied_model
 
@@ -97,14 +100,14 @@ def check(model, arch: str) -> None:
     assert model.config.tying == TyingConfig.from_dict(model.config.tying).to_dict()
     roots = {group.name: group.root for group in model.tie_groups}
     assert roots == {name: names[0] for name, names in model.config.tying["groups"].items()}
-    assert model.all_tied_weights_keys == {n: g.root for g in model.tie_groups for n in g.targets}
+    assert model.all_tied_weights_keys == {n: g.root for g in model.tie_groups for n in g.aliases}
 
     listed = [id(p) for _, p in model.named_parameters()]
     assert len(listed) == len(set(listed)) == len({id(p) for p in model.parameters()})
     slots = named_slots(model)
     assert set(listed) == {id(p) for p in slots.values()}
     role_names = roles(model)
-    tied = slots[role_names["target"][-1]] is slots[role_names["output"][-1]]
+    tied = slots[role_names["target"].name] is slots[role_names["output"].name]
     if arch != "t5":  # its config class answers True whatever it is told
         assert model.config.get_text_config(decoder=True).tie_word_embeddings is tied
     for name, parameter in slots.items():
@@ -232,7 +235,7 @@ def resize(model, arch, draw):
 
 def tied_to_an_embedding(model) -> set[str]:
     """What shares a matrix with an embedding and is none itself: positions, a layer that happens to be as large."""
-    embeddings = {name for names in roles(model).values() for name in names}
+    embeddings = set(Anatomy(model).role_of)
     return {n for g in model.tie_groups if embeddings & set(g.names) for n in set(g.names) - embeddings}
 
 
@@ -260,7 +263,7 @@ def tie_by_scheme(model, arch, draw):
     scheme = draw(st.sampled_from(schemes_of(arch)))
     tie(model, scheme, init_from="mean")
     slots = named_slots(model)
-    matrices = {role: slots[names[-1]] for role, names in roles(model).items()}
+    matrices = {role: slots[found.name] for role, found in roles(model).items()}
     assert len({id(matrices[role]) for role in SCHEMES[scheme]}) <= 1
     for role in matrices.keys() - set(SCHEMES[scheme]):
         assert all(matrices[role] is not matrices[other] for other in matrices.keys() - {role})
@@ -317,7 +320,7 @@ def test_the_invariants_outlive_whatever_happens_to_a_model(data):
     model = tie(copy.deepcopy(_untied(arch, dtype)), config, init_from="mean")
     check(model, arch)
     held = {name: group for group in model.tie_groups for name in group.names}
-    in_scheme = [held[roles(model)[role][-1]] for role in SCHEMES[config.scheme or "none"]]
+    in_scheme = [held[roles(model)[role].name] for role in SCHEMES[config.scheme or "none"]]
     assert all(group is in_scheme[0] for group in in_scheme)
     for name, names in config.groups.items():
         assert len({id(held[n]) for n in names}) == 1
@@ -364,11 +367,11 @@ def test_chains_join_to_the_same_groups_in_any_order_and_direction(given_chains,
     expected = partition(part for part in join(given_chains) if len(part) > 1)
     shuffled = [random.sample(chain, len(chain)) for chain in random.sample(given_chains, len(given_chains))]
     for each in (given_chains, shuffled, [pair for c in given_chains for pair in zip(c, c[1:], strict=False)]):
-        groups = _union(each)
+        groups = join_chains(each)
         assert partition(groups) == expected
         assert all(len(group) == len(set(group)) for group in groups)
     cycles = [[*chain, chain[0]] for chain in given_chains]
-    assert partition(_union(cycles)) == expected
+    assert partition(join_chains(cycles)) == expected
 
 
 name = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=12)
@@ -450,8 +453,7 @@ def test_a_name_is_found_in_a_head_model_and_in_its_base_model(data):
     base, prefix = model.base_model, f"{model.base_model_prefix}."
 
     def found(model, name):
-        slots = named_slots(model)
-        return locate(model, name, slots, modules_of(slots))
+        return locate(Anatomy(model), name)
 
     known = data.draw(st.sampled_from(list(named_slots(model))))
     for end in range(1, known.count(".") + 2):  # each module on the way, and the parameter

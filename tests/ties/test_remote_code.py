@@ -1,5 +1,6 @@
 """A published custom class loads by `trust_remote_code` where this package is not installed: tied, same logits."""
 
+import ast
 import importlib
 import json
 import os
@@ -11,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import hf_tying
 from hf_tying import assert_tied, tie, tying_report
+from hf_tying.ties.remote_code import carried_modules
 
 from ..tiny import shared_names
 
@@ -177,7 +178,7 @@ def test_without_the_package_the_tie_holds_through_a_step_and_another_file(publi
 def test_the_copied_files_import_nothing_of_the_package(published):
     work = published[0]
     copied = {path.name: path.read_text() for path in (work / "dedup").glob("*.py")}
-    assert {"modeling_house.py", "helper_house.py", "hf_tying_modeling.py", "hf_tying_config.py"} <= set(copied)
+    assert {"modeling_house.py", "helper_house.py", "hf_tying_ties_modeling.py", "hf_tying_config.py"} <= set(copied)
     for name, text in copied.items():
         assert not [line for line in text.splitlines() if line.startswith(("from hf_tying", "import hf_tying"))], name
     config = json.loads((work / "dedup" / "config.json").read_text())
@@ -224,13 +225,15 @@ def test_saving_twice_into_one_folder_keeps_it_loadable(house, tmp_path):
 
 def test_every_carried_module_is_there_and_imports_only_carried_ones():
     """The package's own modules that a published class needs do not grow an import that is left behind."""
-    from hf_tying.ties import remote_code
-
-    package = Path(hf_tying.__file__).parent
-    for at, module in enumerate(remote_code._MODULES):
-        for line in package.joinpath(f"{module.replace('.', '/')}.py").read_text().splitlines():
-            if line.lstrip().startswith("from ."):
-                assert line.split()[1].lstrip(".") in remote_code._MODULES[:at], f"{module}: {line}"
+    carried = carried_modules()
+    flat = {"hf_tying_" + module.replace(".", "_") for module in carried}
+    assert {"config", "ties.modeling", "ties.tying", "projection.model"} <= set(carried)
+    for module, text in carried.items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1 and node.module in flat, f"{module}: {ast.unparse(node)}"
+            elif isinstance(node, ast.ImportFrom | ast.Import):
+                assert "hf_tying" not in ast.unparse(node), f"{module}: {ast.unparse(node)}"
 
 
 LSTM_CHILD = """

@@ -16,7 +16,7 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 
 from hf_tying import TyingError, assert_tied, tie, untie
 from hf_tying.config import SCHEMES as MEMBERS
-from hf_tying.ties.groups import roles
+from hf_tying.ties.anatomy import roles
 
 from ..tiny import shared_names, split
 from ..tiny_translation import (
@@ -48,9 +48,9 @@ def untied(arch: str, **kwargs) -> PreTrainedModel:
     names = roles(model)
     generator = torch.Generator().manual_seed(1)
     for role in ("target", "output"):
-        split(model, names[role])
+        split(model, names[role].names)
         with torch.no_grad():
-            parameter = model.get_parameter(names[role][-1])
+            parameter = model.get_parameter(names[role].name)
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
     return untie(model)
 
@@ -62,7 +62,7 @@ def tied(arch: str, scheme: str) -> PreTrainedModel:
 
 def matrices(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
     """The parameter of each role."""
-    return {role: model.get_parameter(names[-1]) for role, names in roles(model).items()}
+    return {role: model.get_parameter(found.name) for role, found in roles(model).items()}
 
 
 def step(model: PreTrainedModel) -> None:
@@ -118,7 +118,7 @@ def test_the_gradient_is_the_sum_of_what_each_use_gives_and_a_step_keeps_the_tie
         grad = model.get_parameter(group.root).grad
         torch.testing.assert_close(grad, sum(parts), rtol=1e-5, atol=1e-6)
     for role in MEMBERS[scheme]:
-        assert alone[roles(model)[role][-1]].abs().max() > 0, role  # each use has its part in the sum
+        assert alone[roles(model)[role].name].abs().max() > 0, role  # each use has its part in the sum
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad and _is_used(model, p))
     before = {role: p.detach().clone() for role, p in matrices(model).items()}
     step(model)
@@ -191,8 +191,8 @@ from transformers.utils import logging
 torch.set_num_threads(1)
 logging.disable_progress_bar()
 logging.set_verbosity_error()
-from tests.models import shared_names
-from tests.translation import beams, translation_logits
+from tests.tiny import shared_names
+from tests.tiny_translation import beams, translation_logits
 
 values, told = {}, {}
 for folder in sorted(work.iterdir()):

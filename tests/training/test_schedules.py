@@ -8,7 +8,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from hf_tying import TyingCallback, TyingError, assert_tied, tie, untie, use_tied_loss
-from hf_tying.ties.groups import roles
+from hf_tying.ties.anatomy import roles
 from hf_tying.ties.slots import find_parameter
 from hf_tying.training.roles import measured_roles, scale_input_gradient
 from hf_tying.training.schedules import freeze_role, step_of, untie_trained
@@ -326,9 +326,9 @@ class TestFreeze:
         optimizer = torch.optim.AdamW(model.parameters())
         changed = freeze_role(model, optimizer, role)
         assert_tied(model)
-        held = {part: names for part, names in roles(model).items()}
-        matrices = {part: find_parameter(model, names[-1]) for part, names in held.items()}
-        matrices["carrier"] = find_parameter(model, held["source"][0])
+        held = roles(model)
+        matrices = {part: find_parameter(model, found.name) for part, found in held.items()}
+        matrices["carrier"] = find_parameter(model, held["source"].names[0])
         expected = {frozenset(parts) for parts in still_one}
         found: dict[int, set] = {}
         for part, parameter in matrices.items():
@@ -343,7 +343,7 @@ class TestFreeze:
 
     def test_a_root_of_the_users_own_choice_leaves_no_stale_matrix_in_the_optimizer(self):
         model = tiny_model("bart", tie_word_embeddings=False)
-        names = [name for part in roles(model).values() for name in part]
+        names = [name for part in roles(model).values() for name in part.names]
         tie(model, {"e": [names[1], names[0], *names[2:]]}, init_from="source")
         optimizer = torch.optim.AdamW(model.parameters())
         freeze_role(model, optimizer, "source")

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel, set_seed
 
-from ...ties.groups import roles
+from ...ties.anatomy import roles
 from ...ties.slots import find_parameter, find_slot
 from ...ties.tying import tie
 from ...training.translation import translation_config
@@ -102,12 +102,12 @@ def _stock(config, scheme: str) -> PreTrainedModel:
 
 def _start_apart(model: PreTrainedModel):
     """Draw each of the three matrices anew: what was tied has left copies of one draw."""
-    for names in roles(model).values():
-        start_with_rows_of_unit_norm(find_parameter(model, names[-1]))
-        padding = getattr(find_slot(model, names[-1])[0], "padding_idx", None)
+    for role in roles(model).values():
+        start_with_rows_of_unit_norm(find_parameter(model, role.name))
+        padding = getattr(find_slot(model, role.name)[0], "padding_idx", None)
         if padding is not None:
             with torch.no_grad():
-                find_parameter(model, names[-1])[padding] = 0  # as stock models start
+                find_parameter(model, role.name)[padding] = 0  # as stock models start
 
 
 def _try_out(model: PreTrainedModel):

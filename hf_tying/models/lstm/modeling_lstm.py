@@ -194,6 +194,7 @@ class TiedLSTMForCausalLM(TiedLSTMPreTrainedModel, GenerationMixin):
             kwargs: `num_items_in_batch`, what to divide the sum of losses by.
             The rest: see `TiedLSTMModel`.
         """
+        vars(self).pop("loss_parts", None)  # of the step before
         config = self.config
         regularised = config.activation_regularization or config.temporal_activation_regularization
         show = config.output_hidden_states if output_hidden_states is None else output_hidden_states

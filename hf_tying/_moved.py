@@ -1,0 +1,71 @@
+"""Modules of version 0.1 by their old names, for pickles and imports that were written with them.
+
+`torch.save(model)` stores the classes of a model by module and name. A module that has moved is found by its old name,
+and answers with what its new places have. Nothing is imported before somebody asks for it.
+"""
+
+import sys
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+#: From each old name below the package to where its contents are now.
+MOVED: dict[str, tuple[str, ...]] = {
+    "alias": ("ties.aliases",),
+    "alignment": ("diagnostics.geometry",),
+    "data.joint_tokenizer": ("vocabularies.tokenizer",),
+    "data.joint_vocabulary": ("vocabularies.joint", "vocabularies.conventions"),
+    "data.vocabularies": ("vocabularies.join", "vocabularies.rows"),
+    "deferred_logits": ("objectives.deferred_logits",),
+    "embeddings": ("ties.resizing",),
+    "files": ("ties.headers",),
+    "groups": ("ties.groups", "ties.anatomy"),
+    "lazy": ("_lazy",),
+    "loading": ("ties.checkpoint",),
+    "losses.projection": ("projection.penalty",),
+    "modeling": ("ties.modeling", "ties.classes"),
+    "parameters": ("ties.slots", "ties.aliases"),
+    "peft.files": ("peft.tensor_names",),
+    "peft.folder": ("peft.adapter_folder",),
+    "peft.product": ("peft.scaled_linear",),
+    "peft.report": ("report.on_adapters",),
+    "projecting": ("projection.model",),
+    "record": ("ties.record",),
+    "remote_code": ("ties.remote_code",),
+    "tied_loss": ("objectives.tied_loss",),
+    "training.objectives": ("training.arguments",),
+    "tying": ("ties.tying",),
+    "verify": ("ties.verify",),
+    "vocabulary": ("ties.vocabulary",),
+}
+_PACKAGE = __name__.rpartition(".")[0]
+
+
+class _Finder(MetaPathFinder, Loader):
+    def find_spec(self, fullname, path=None, target=None):
+        old = fullname.removeprefix(f"{_PACKAGE}.")
+        return ModuleSpec(fullname, self) if old != fullname and old in MOVED else None
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        homes = MOVED[module.__name__.removeprefix(f"{_PACKAGE}.")]
+
+        def __getattr__(name: str):
+            for home in homes:
+                found = import_module(f"{_PACKAGE}.{home}")
+                if hasattr(found, name):
+                    return getattr(found, name)
+            raise AttributeError(
+                f"module {module.__name__!r} has moved to {' and '.join(f'{_PACKAGE}.{home}' for home in homes)}, and "
+                f"there is no {name!r}"
+            )
+
+        module.__getattr__ = __getattr__
+
+
+def install() -> None:
+    """Let old names be imported; the last of all finders, so that it answers only for what is not there."""
+    sys.meta_path.append(_Finder())

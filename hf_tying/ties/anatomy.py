@@ -1,0 +1,81 @@
+"""One reading of a model: its slots, its modules, what is tied in it, what its classes declare, and its roles."""
+
+from functools import cached_property
+
+from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+
+from .declared import declared_pairs, join_chains
+from .roles import Role, find_roles
+from .slots import named_slots, shared_names
+
+
+class Anatomy:
+    """What `tie`, `untie`, a resize and the report need to know of a model, each part read once.
+
+    It is a reading, not a view: after the model has been changed, make another.
+
+    Args:
+        model: any `PreTrainedModel`, also on the meta device or under adapters. Nothing here changes it.
+
+    Example:
+        >>> anatomy = Anatomy(BartForConditionalGeneration(config))
+        >>> anatomy.roles["source"]
+        Role(name='model.encoder.embed_tokens.weight', carriers=('model.shared.weight',))
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+
+    @cached_property
+    def slots(self) -> dict[str, nn.Parameter]:
+        """Every name of every parameter, tied ones under each of their names."""
+        return named_slots(self.model)
+
+    @cached_property
+    def modules(self) -> set[str]:
+        """The paths of all modules that hold a parameter somewhere below."""
+        modules: set[str] = set()
+        for name in self.slots:
+            while (name := name.rpartition(".")[0]) and name not in modules:
+                modules.add(name)
+        return modules
+
+    @cached_property
+    def tied(self) -> list[list[str]]:
+        """The names that are one parameter as the model stands, whoever tied them."""
+        return shared_names(self.slots)
+
+    @cached_property
+    def declared(self) -> list[list[str]]:
+        """The names that the stock loader would tie by itself, given the flags in the config as they are."""
+        return join_chains(declared_pairs(self.model, self.slots))
+
+    @cached_property
+    def declarable(self) -> list[list[str]]:
+        """The names that the classes can tie, whatever the config says."""
+        return join_chains(declared_pairs(self.model, self.slots, gated=False))
+
+    @cached_property
+    def roles(self) -> dict[str, Role]:
+        """The roles that the model has, in the order `source`, `target`, `output`."""
+        return find_roles(self.model, self.declarable)
+
+    @cached_property
+    def role_of(self) -> dict[str, str]:
+        """From each name that has a role, or carries its matrix, to the role."""
+        return {name: role for role, found in self.roles.items() for name in found.names}
+
+    @cached_property
+    def carriers(self) -> set[str]:
+        """The names that hold a role's matrix without using it."""
+        return {name for role in self.roles.values() for name in role.carriers}
+
+    def without_roles(self, chains: list[list[str]]) -> list[list[str]]:
+        """Those of `chains` that have nothing to do with the embeddings."""
+        return [chain for chain in chains if not any(name in self.role_of for name in chain)]
+
+
+def roles(model: PreTrainedModel) -> dict[str, Role]:
+    """The roles that `model` has: `Anatomy(model).roles`."""
+    return Anatomy(model).roles

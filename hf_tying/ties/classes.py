@@ -1,0 +1,54 @@
+"""A mixin in front of the class of a live model, and off again: how ties and their extensions act in a model."""
+
+import functools
+from collections.abc import Callable
+
+from transformers.modeling_utils import PreTrainedModel
+
+
+@functools.cache
+def with_mixin(mixin: type, cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """`cls` with `mixin` in front, under the same name, so that `architectures` in the file stays the same."""
+
+    def reduce(self, protocol):
+        # Pickle finds classes by name, and under this name it would find the stock class.
+        stock = type(self)
+        mixins = mixins_of(stock)
+        for each in mixins:
+            stock = without_mixin(each, stock)
+        return _revive, (stock, *reversed(mixins)), object.__reduce_ex__(self, protocol)[2]
+
+    body = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        "__reduce_ex__": reduce,
+        "_mixin": mixin,
+        "_stock_class": cls,
+    }
+    if "forward" in vars(mixin):  # Trainer and PEFT read what a forward takes from its signature
+        body["forward"] = functools.update_wrapper(_passed_on(mixin.forward), cls.forward)
+    return type(cls.__name__, (mixin, cls), body)
+
+
+def mixins_of(cls: type) -> list[type]:
+    """The mixins that `with_mixin` has put in front of `cls`, the last one first."""
+    return [cls._mixin, *mixins_of(cls._stock_class)] if "_mixin" in vars(cls) else []
+
+
+def without_mixin(mixin: type, cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """`cls` without the `mixin` that `with_mixin` put in front of it."""
+    if cls._mixin is mixin:
+        return cls._stock_class
+    return with_mixin(cls._mixin, without_mixin(mixin, cls._stock_class))
+
+
+def _passed_on(method: Callable) -> Callable:
+    return lambda self, *args, **kwargs: method(self, *args, **kwargs)
+
+
+def _revive(stock: type[PreTrainedModel], *mixins: type) -> PreTrainedModel:
+    """What a pickle calls; it is found there by its name in this module, which therefore stays."""
+    for mixin in mixins:
+        stock = with_mixin(mixin, stock)
+    return stock.__new__(stock)

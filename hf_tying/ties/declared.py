@@ -1,0 +1,95 @@
+"""What an architecture declares as tied: `_tied_weights_keys` of a model and of the models inside it, spelled out."""
+
+from collections.abc import Iterable
+from itertools import cycle
+from re import search
+
+from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+
+from ..config import TyingError
+from .slots import canonical, named_slots, why_no_parameter
+
+
+def stock_keys(model: PreTrainedModel):
+    """`_tied_weights_keys` as the architecture declares it, before this package put its own on the instance."""
+    return vars(model).get("_stock_tied_weights_keys", model._tied_weights_keys)
+
+
+def declared_pairs(
+    model: nn.Module, slots: dict[str, nn.Parameter] | None = None, gated: bool = True, checked: bool = False
+) -> list[tuple[str, str]]:
+    """(source, tied name) for each name that `model`, or a model inside it, declares as tied.
+
+    Unlike transformers' own expansion this also goes into `nn.ModuleList` and plain modules.
+
+    Args:
+        model: read, never changed.
+        slots: `named_slots(model)`, where the caller has it already.
+        gated: leave out models whose config says `tie_word_embeddings=False`. Default `True`, as transformers does.
+        checked: refuse a declared name that does not exist. Default `False`: it is left out.
+
+    Raises:
+        TyingError: for a declaration in the form of transformers 4 (a list), and with `checked` for an unknown name.
+    """
+    declaring = [
+        (prefix, sub, keys)
+        for prefix, sub in model.named_modules(remove_duplicate=False)
+        if isinstance(sub, PreTrainedModel)
+        and (not gated or getattr(sub.config, "tie_word_embeddings", False))
+        and (keys := stock_keys(sub))
+    ]
+    if not declaring:
+        return []
+    slots = named_slots(model) if slots is None else slots
+    all_names = sorted({*slots, *(canonical(name) for name, _ in model.named_buffers(remove_duplicate=False))})
+    pairs = []
+    for prefix, sub, keys in declaring:
+        if not isinstance(keys, dict):
+            raise TyingError(
+                f"{type(sub).__name__}._tied_weights_keys is a {type(keys).__name__}: expected a dict from each "
+                "tied name to the name it is tied to (transformers >= 5), as in "
+                "{'lm_head.weight': 'model.embed_tokens.weight'}."
+            )
+        dot = f"{canonical(prefix)}." if prefix else ""
+        names = [name.removeprefix(dot) for name in all_names if name.startswith(dot)]
+        for target, source in keys.items():
+            pairs += [(dot + a, dot + b) for a, b in _expand(source, target, names, sub, checked)]
+    return pairs
+
+
+def join_chains(chains: Iterable[Iterable[str]]) -> list[list[str]]:
+    """Join chains of names that share a name. Undirected, so that cycles need no care; in order of first mention."""
+    member_of: dict[str, list[str]] = {}
+    for chain in chains:
+        merged: list[str] = []
+        for name in chain:
+            for known in member_of.get(name, [name]):
+                if known not in merged:
+                    merged.append(known)
+        for name in merged:
+            member_of[name] = merged
+    seen: dict[int, list[str]] = {id(group): group for group in member_of.values()}
+    return [group for group in seen.values() if len(group) > 1]
+
+
+def _expand(source: str, target: str, names: list[str], model: nn.Module, checked: bool) -> list[tuple[str, str]]:
+    """One entry of `_tied_weights_keys`, spelled out in parameter names."""
+    sources, targets = (_named_by(part, names) for part in (source, target))
+    if not sources or not targets or len(targets) % len(sources):
+        if checked:
+            name = source if not sources else target
+            why = why_no_parameter(model, name, names)
+            raise TyingError(
+                f"{type(model).__name__}._tied_weights_keys ties {target!r} to {source!r}, but {name!r} {why}. "
+                "Expected names of parameters of this model: correct the declaration."
+            )
+        return []
+    return [(s, t) for t, s in zip(targets, cycle(sources), strict=False) if s != t]
+
+
+def _named_by(part: str, names: list[str]) -> list[str]:
+    """What one side of an entry means: a parameter, a module, or one of transformers' patterns from a name's start."""
+    if set(part) & set("^$*+?{}[]|()\\"):
+        return [name for name in names if search(f"^{part}", name)]
+    return [name for name in names if name == part or name.startswith(f"{part}.")]
