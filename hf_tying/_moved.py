@@ -17,7 +17,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "data.joint_tokenizer": ("vocabularies.tokenizer",),
     "data.joint_vocabulary": ("vocabularies.joint", "vocabularies.conventions"),
     "data.vocabularies": ("vocabularies.join", "vocabularies.rows"),
-    "deferred_logits": ("objectives.deferred_logits",),
+    "deferred_logits": ("objectives.deferred_logits", "objectives.tied_softmax", "objectives.step_loss"),
     "embeddings": ("ties.resizing",),
     "files": ("ties.headers",),
     "groups": ("ties.groups", "ties.anatomy"),
@@ -33,7 +33,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "projecting": ("projection.model",),
     "record": ("ties.record",),
     "remote_code": ("ties.remote_code",),
-    "tied_loss": ("objectives.tied_loss",),
+    "tied_loss": ("objectives.tied_loss", "objectives.tied_loss_mixin"),
     "training.objectives": ("training.arguments",),
     "tying": ("ties.tying",),
     "verify": ("ties.verify",),
@@ -54,6 +54,8 @@ class _Finder(MetaPathFinder, Loader):
         homes = MOVED[module.__name__.removeprefix(f"{_PACKAGE}.")]
 
         def __getattr__(name: str):
+            if name.startswith("__"):  # asked by `inspect` of every module, also while the homes are half imported
+                raise AttributeError(name)
             for home in homes:
                 found = import_module(f"{_PACKAGE}.{home}")
                 if hasattr(found, name):

@@ -1,29 +1,19 @@
-"""What a role does to a tied matrix: how near it lies to an untied twin's two matrices, its rank, its gradient."""
+"""`diagnose`: the matrices of a model beside those of an untied twin, with their ranks and their gradient shares."""
 
 import json
 import re
 from dataclasses import asdict, dataclass, field
-from io import StringIO
-from pathlib import Path
 
 import torch
+from rich.table import Table
 from torch import nn
 
 from ..config import TyingError
-from ..ties.groups import roles
+from ..report.tables import Report
+from ..ties.anatomy import roles
 from ..ties.slots import find_parameter
 from ..ties.verify import groups_of, unwrapped
 from .geometry import Alignment, alignment, effective_rank
-
-__all__ = [
-    "Alignment",
-    "MatrixDiagnosis",
-    "RoleDiagnostics",
-    "alignment",
-    "diagnose",
-    "effective_rank",
-    "gradient_shares",
-]
 
 
 @dataclass(frozen=True)
@@ -31,12 +21,12 @@ class MatrixDiagnosis:
     """One matrix of a model.
 
     Args:
-        name: of its tie group, or its role where it is tied to nothing.
-        roles: that it has.
+        name: name of its tie group, or its role where it is tied to nothing.
+        roles: the roles that it has.
         shape: (V, D).
         effective_rank: see `effective_rank`.
-        alignment: by the twin's role, an `Alignment` of this matrix to the twin's; empty without a twin.
-        gradient_share: by role, the mean share over the logs given; empty without them.
+        alignment: from each role of the twin to the `Alignment` of this matrix to the twin's; empty without a twin.
+        gradient_share: from each role to its mean share over the given logs; empty without logs.
     """
 
     name: str
@@ -48,13 +38,16 @@ class MatrixDiagnosis:
 
 
 @dataclass(frozen=True)
-class RoleDiagnostics:
+class RoleDiagnostics(Report):
     """Made by `diagnose`.
+
+    The table has a row for each matrix and role. The picture shows the alignment to the twin's roles, the effective
+    ranks, and the gradient shares over the steps.
 
     Args:
         matrices: a `MatrixDiagnosis` for each embedding matrix of the model.
-        twin_effective_rank: by role, that of the twin's matrix.
-        history: by `<name>/<role>`, the gradient shares as (step, share), where logs were given.
+        twin_effective_rank: from each role to the effective rank of the twin's matrix.
+        history: from `<name>/<role>` to its gradient shares, as (step, share); empty without logs.
     """
 
     matrices: list[MatrixDiagnosis]
@@ -73,11 +66,7 @@ class RoleDiagnostics:
             logs |= {f"neighbours/{matrix.name}/{role}": found.neighbours for role, found in matrix.alignment.items()}
         return logs
 
-    def to_table(self, width: int = 120) -> str:
-        """A table of `width` columns: a row for each matrix and role of the twin or of the gradient."""
-        from rich.console import Console
-        from rich.table import Table
-
+    def _table(self) -> Table:
         table = Table(title="What each role does")
         for column in ("matrix", "effective rank", "role", "twin's rank", "alignment", "neighbours", "gradient share"):
             table.add_column(column, justify="left" if column in ("matrix", "role") else "right")
@@ -95,29 +84,12 @@ class RoleDiagnostics:
                     _number(matrix.gradient_share.get(role)),
                     end_section=i == len(matrix.alignment or matrix.roles) - 1,
                 )
-        text = StringIO()
-        Console(file=text, width=width, color_system=None).print(table)
-        return text.getvalue().rstrip()
+        return table
 
-    def __str__(self) -> str:
-        return self.to_table()
-
-    def plot(self, path: str | Path) -> Path:
-        """One picture: alignment to the twin's roles, effective ranks, and the gradient shares over the steps.
-
-        Args:
-            path: the picture's file; the ending chooses the format (`.png`, `.svg`, `.pdf`).
-
-        Raises:
-            ImportError: without matplotlib (`pip install "hf-tying[plots]"`).
-        """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError('A picture needs matplotlib: pip install "hf-tying[plots]".') from error
+    def _draw(self, figure) -> None:
         aligned = any(matrix.alignment for matrix in self.matrices)
         panels = 1 + aligned + bool(self.history)
-        figure = Figure(figsize=(4.2 * panels, 3.6), layout="constrained")
+        figure.set_size_inches(4.2 * panels, 3.6)
         axes = list(figure.subplots(1, panels, squeeze=False)[0])
         if aligned:
             axis = axes.pop(0)
@@ -144,26 +116,25 @@ class RoleDiagnostics:
             axis.set_xlabel("step")
             axis.set_title("share of the gradient")
             axis.legend(fontsize=8)
-        figure.savefig(path)
-        return Path(path)
 
 
 def diagnose(
     model: nn.Module, twin: nn.Module | None = None, *, history: list[dict] | None = None, **options
 ) -> RoleDiagnostics:
-    """What each role does in `model`: which of an untied twin's matrices its own have become like.
+    """Compare the matrices of `model` with those of an untied twin: whose matrix has each become like?
 
     Args:
         model: a `PreTrainedModel`, tied or not, also wrapped.
-        twin: the same architecture and vocabulary, trained untied; its matrices are what each role would have made.
+        twin: the same architecture and vocabulary, trained untied. Its matrices are what each role alone would have
+            made. Default `None`: nothing is compared.
         history: `trainer.state.log_history` of a run with `TyingCallback(log_roles=True)`, for the gradient shares.
-        options: of `alignment`: `method`, `neighbours`, `rows`, `sample`, `seed`.
+        options: keywords of `alignment`: `method`, `neighbours`, `rows`, `sample`, `seed`.
 
     Returns:
         A `RoleDiagnostics`: `.to_dict()`, `.to_table()`, `.to_logs()`, `.plot(path)`.
 
     Raises:
-        TyingError: for a model without embedding matrices, and a twin that is tied itself or has another vocabulary.
+        TyingError: the model has no embedding matrices, or the twin is tied itself or has another vocabulary.
         ValueError: see `alignment`.
 
     Example:
@@ -194,7 +165,7 @@ def diagnose(
 
 
 def gradient_shares(history: list[dict]) -> dict[str, list[tuple[int, float]]]:
-    """From a Trainer's log history: by `<group>/<role>`, (step, share) of each log that has it."""
+    """The gradient shares in a Trainer's log history: from `<group>/<role>` to its (step, share), in their order."""
     shares: dict[str, list[tuple[int, float]]] = {}
     for entry in history:
         for key, value in entry.items():
@@ -204,17 +175,17 @@ def gradient_shares(history: list[dict]) -> dict[str, list[tuple[int, float]]]:
 
 
 def _matrices(model) -> tuple[dict[str, torch.Tensor], dict[str, list[str]]]:
-    """The distinct matrices of the roles by name (of their group, or their role), and the roles of each."""
+    """The distinct matrices of a model, and the roles of each. A matrix is named after its tie group, or its role."""
     group_of = {name: group.name for group in groups_of(model) for name in group.names}
     found: dict[str, torch.Tensor] = {}
     roles_of: dict[str, list[str]] = {}
-    for role, names in roles(model).items():
-        parameter = find_parameter(model, names[-1])
+    for role, place in roles(model).items():
+        parameter = find_parameter(model, place.name)
         if parameter is None:
             continue
         name = next((known for known, other in found.items() if other is parameter), None)
         if name is None:
-            name = group_of.get(names[-1], role)
+            name = group_of.get(place.name, role)
             name = role if name in found else name
         found[name] = parameter
         roles_of.setdefault(name, []).append(role)

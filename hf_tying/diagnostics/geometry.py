@@ -7,16 +7,17 @@ import torch
 from torch import nn
 
 _METHODS = ("procrustes", "linear")
-_BLOCK = 2**24  # similarities at once, 128 MiB
+_BLOCK = 2**24  # similarities computed at once: 128 MiB
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """How well one matrix's rows are another's under a map.
+    """How alike the rows of two matrices are after one has been mapped onto the other.
 
     Args:
-        cosine: mean cosine of the mapped rows and the other's, at most 1.
-        neighbours: mean share of a row's nearest rows that are the same in both, 0 to 1. No map is needed for that.
+        cosine: mean cosine between a mapped row and the other matrix's row, at most 1.
+        neighbours: mean share of a row's nearest rows that are the same in both matrices, 0 to 1; computed without
+            the map.
     """
 
     cosine: float
@@ -35,26 +36,26 @@ def alignment(
 ) -> Alignment:
     """Map `a` onto `b` and compare them row by row.
 
-    The map is fitted to both matrices less their mean rows, which otherwise are most of what rows have in common. It
-    minimises the squared distance to `b`. Neighbours are those of highest cosine in each matrix as it is, among the
-    rows compared. Rows that are zero in either matrix (padding) are left out. All in float64.
+    The map minimises the squared distance to `b`. Before the fit, each matrix loses its mean row, which otherwise is
+    most of what its rows have in common. The neighbours of a row are the rows of highest cosine in the same matrix,
+    unmapped. Rows that are zero in either matrix (padding) are left out. Everything is computed in float64.
 
     Args:
         a: (V, D), floating point.
         b: (V, E), floating point, the same words in the same order; `E == D` for `"procrustes"`.
         method: `"procrustes"` for the best rotation (with reflections), which changes no distance within `a`;
             `"linear"` for the best D x E matrix.
-        neighbours: how many nearest rows. Default 10.
-        rows: (R,), int64: the rows to compare, such as the most frequent words; all when not given.
-        sample: neighbours are looked for among that many rows at most, drawn without replacement; the cost is in
-            its square.
-        seed: of the draw, which leaves torch's own generator alone.
+        neighbours: number of nearest rows of each row. Default 10, as in the paper's kNN@10.
+        rows: (R,), int64: the rows to compare, such as the most frequent words. Default: all.
+        sample: most rows among which neighbours are sought, drawn without replacement. Default 2000, since the cost
+            grows with its square.
+        seed: seed of the draw, which leaves torch's own generator alone. Default 0.
 
     Returns:
-        An `Alignment`. NaN where a matrix is not finite: a run that diverges is not stopped by its diagnosis.
+        An `Alignment`; NaN where a matrix is not finite, so that a diagnosis never stops a run that diverges.
 
     Raises:
-        ValueError: for matrices that do not fit, an unknown method, or fewer than `neighbours + 1` rows.
+        ValueError: the matrices do not fit, the method is unknown, or there are fewer than `neighbours + 1` rows.
 
     Source: Lopardo et al. 2026 (arXiv 2603.26663), sections on alignment and kNN@10; the map: Schoenemann 1966.
 
@@ -89,16 +90,16 @@ def alignment(
 
 
 def effective_rank(matrix: torch.Tensor) -> float:
-    """exp(entropy) of the singular values, taken as shares of their sum: 1 for rank one, D for D equal ones.
+    """exp(entropy) of the singular values as shares of their sum: 1 for one value, D for D equal ones.
 
     Args:
-        matrix: (V, D), floating point; computed in float64 from the smaller of its two Gram matrices.
+        matrix: (V, D), floating point. The computation is in float64, from the smaller of its two Gram matrices.
 
     Returns:
         A number from 1 to min(V, D); 0 for a matrix of zeros, NaN for one that is not finite.
 
     Raises:
-        ValueError: when it is no matrix.
+        ValueError: it is not a matrix.
 
     Source: Roy & Vetterli 2007, "The effective rank", definition 1.
 
@@ -116,7 +117,7 @@ def effective_rank(matrix: torch.Tensor) -> float:
         return 0.0
     matrix = matrix / peak
     squares = torch.linalg.eigvalsh(matrix.T @ matrix if len(matrix) > matrix.shape[1] else matrix @ matrix.T)
-    # Of squares, what is below this is rounding: its roots would be a tail of small singular values.
+    # Squares below this bound are rounding errors. Their roots would look like a tail of small singular values.
     squares = squares.where(squares > squares.max() * max(matrix.shape) * torch.finfo(squares.dtype).eps, 0)
     shares = squares.sqrt() / squares.sqrt().sum()
     return torch.special.entr(shares).sum().exp().item()
@@ -146,7 +147,7 @@ def _common_neighbours(a: torch.Tensor, b: torch.Tensor, count: int, sample: int
 
 
 def _nearest(matrix: torch.Tensor, block: slice, count: int) -> torch.Tensor:
-    """(B, count): for each row of the block its nearest rows, itself left out."""
+    """(B, count): the nearest rows of each row in the block, the row itself left out."""
     similarities = matrix[block] @ matrix.T
     own = torch.arange(len(similarities), device=matrix.device)
     similarities[own, own + block.start] = -math.inf

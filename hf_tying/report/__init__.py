@@ -3,8 +3,8 @@
 from .._lazy import lazy_names
 
 _HOME = {
-    "GroupReport": "dispatch",
-    "TyingReport": "dispatch",
+    "GroupReport": "records",
+    "TyingReport": "records",
     "tying_report": "dispatch",
 }
 

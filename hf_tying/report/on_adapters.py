@@ -7,7 +7,7 @@ from ..config import TyingError
 from ..peft.layer import TiedLoraLayer
 from ..peft.tensor_names import in_order
 from ..ties.headers import read_header, read_json
-from .dispatch import GroupReport, TyingReport, bytes_of, group_report, torch_dtype
+from .records import GroupReport, TyingReport, bytes_of, group_report, torch_dtype
 
 FOLDER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 

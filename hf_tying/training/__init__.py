@@ -6,7 +6,7 @@ _HOME = {
     "CarriedStateArguments": "carried_state",
     "CarriedStateTrainer": "carried_state",
     "HeadlessTrainer": "headless",
-    "ObjectiveArguments": "objectives",
+    "ObjectiveArguments": "arguments",
     "RECIPES": "recipes",
     "TyingArguments": "arguments",
     "TyingCallback": "callbacks",

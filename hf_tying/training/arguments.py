@@ -1,4 +1,4 @@
-"""`TyingArguments`: what to tie, as flags for `HfArgumentParser` beside `TrainingArguments`."""
+"""Flags for `HfArgumentParser`, beside `TrainingArguments`: what to tie, and what to train by."""
 
 import json
 from dataclasses import dataclass, field
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import LOSSES, SCHEMES, TyingConfig, TyingError
+from ..losses.contrastive import NEGATIVES
+from ..objectives.objective import AugmentedObjective, ContrastiveObjective, Objective
 
 
 @dataclass
@@ -88,7 +90,7 @@ class TyingArguments:
         """The declaration, or `None` if no flag declares one.
 
         Raises:
-            TyingError: for an unreadable groups file, and for all that `TyingConfig` refuses.
+            TyingError: the groups file cannot be read, or `TyingConfig` refuses the declaration.
         """
         groups = _read_groups(Path(self.groups_file)) if self.groups_file else {}
         if self.scheme is None and not groups and self.loss == "stock":
@@ -102,10 +104,10 @@ class TyingArguments:
         )
 
     def to_callback(self):
-        """The `TyingCallback` that asserts the ties, and does what the flags on training say.
+        """The `TyingCallback` that asserts the ties and follows the schedule in the flags.
 
         Raises:
-            TyingError: for what `TyingCallback` refuses.
+            TyingError: `TyingCallback` refuses the schedule.
         """
         from .callbacks import TyingCallback
 
@@ -116,6 +118,59 @@ class TyingArguments:
             freeze_until=self.freeze_until,
             input_gradient_scale=self.input_gradient_scale,
         )
+
+
+@dataclass
+class ObjectiveArguments:
+    """Flags that choose the objective: cross entropy, the augmented loss (AL) or contrastive weight tying (CWT).
+
+    Example:
+        >>> (arguments,) = HfArgumentParser(ObjectiveArguments).parse_args_into_dataclasses()
+        >>> use_tied_loss(model, objective=arguments.to_objective())
+    """
+
+    objective: str = field(
+        default="ce",
+        metadata={
+            "help": "What the model is trained by: ce is cross entropy, al the augmented loss (Inan et al. 2016), cwt "
+            "contrastive weight tying (Godey et al. 2023), which leaves the head untrained.",
+            "choices": ["ce", "al", "cwt"],
+        },
+    )
+    al_temperature: float = field(default=20.0, metadata={"help": "AL: tau, the temperature of both distributions."})
+    al_alpha: float | None = field(default=None, metadata={"help": "AL: alpha, the factor of the divergence."})
+    al_gamma: float | None = field(default=None, metadata={"help": "AL: alpha as gamma * tau, in place of al_alpha."})
+    al_detach_target: bool = field(
+        default=False, metadata={"help": "AL: no gradient into the embedding through the target distribution."}
+    )
+    cwt_negatives: str = field(
+        default="batch",
+        metadata={
+            "help": "CWT: what a word is told from: all words of the batch as often as they stand there (batch), each "
+            "of them once (unique), or those and cwt_num_sampled more of the vocabulary (sampled).",
+            "choices": list(NEGATIVES),
+        },
+    )
+    cwt_num_sampled: int | None = field(default=None, metadata={"help": "CWT: how many more words, for sampled."})
+    cwt_temperature: float = field(default=1.0, metadata={"help": "CWT: what the products are divided by."})
+    cwt_stop_gradient: bool = field(
+        default=False, metadata={"help": "CWT: no gradient into the embeddings of the words to tell apart."}
+    )
+    cwt_gather: bool = field(default=False, metadata={"help": "CWT: the words of all processes, not of each alone."})
+
+    def to_objective(self) -> Objective | None:
+        """The objective for `use_tied_loss(model, objective=...)`; `None` for cross entropy.
+
+        Raises:
+            TyingError: the chosen objective refuses its options. The options of the other one are not read.
+        """
+        if self.objective == "al":
+            return AugmentedObjective(self.al_temperature, self.al_alpha, self.al_gamma, self.al_detach_target)
+        if self.objective == "cwt":
+            return ContrastiveObjective(
+                self.cwt_negatives, self.cwt_num_sampled, self.cwt_temperature, self.cwt_stop_gradient, self.cwt_gather
+            )
+        return None
 
 
 def _read_groups(path: Path) -> dict[str, Any]:

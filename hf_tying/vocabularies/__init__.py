@@ -1,10 +1,11 @@
-"""Two vocabularies become one: their words, their tokenizer, and the model over them."""
+"""Two vocabularies become one: the words (`joint`), the tokenizer (`tokenizer`) and a trained model (`join`)."""
 
 from .._lazy import lazy_names
 
 _HOME = {
     "JointTokenizer": "tokenizer",
     "JointVocabulary": "joint",
+    "MASK": "rows",
     "join_vocabularies": "join",
 }
 

@@ -1,9 +1,7 @@
-"""Tokenizers over a joint vocabulary: `JointTokenizer` for any two, and stock classes where they can do it."""
+"""The tokenizer of a joint vocabulary: `JointTokenizer` over any two, or a stock class where it can have one."""
 
 import copy
-import json
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedConfig, PreTrainedTokenizer
@@ -11,35 +9,34 @@ from transformers.tokenization_utils_base import PaddingStrategy, TruncationStra
 
 from ..config import TyingError
 from ..ties.vocabulary import vocabularies_of
-from .joint import JointVocabulary, Side, joint_words
+from .joint import JointVocabulary, VocabularySide, row_names
+from .joint_file import check_fit, read_joint_file, write_joint_file
+from .stock_tokenizer import with_one_vocabulary
 
-_VERSION = 1
-_MOST_ROWS = 10_000_000  # a file that claims more is not read on: every row gets a name
 _WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "token")  # what finds a checkpoint's files
 
 
 class JointTokenizer(PreTrainedTokenizer):
     """Two tokenizers with one vocabulary: made by `join_vocabularies`, used like any tokenizer.
 
-    A text is split by the source's tokenizer, with its special tokens; a `text_target` by the target's. What comes out
-    are ids of the joint vocabulary: those of the target side unchanged, after them the words that only the source has.
-    Ids are decoded by the tokenizer of the side that has them all, the target first; where both sides are mixed, by
-    the target's conventions. The files of the two tokenizers lie in the folders `source_tokenizer` and
+    The source's tokenizer splits a text and adds its special tokens; the target's does so for a `text_target`. The
+    result is ids of the joint vocabulary: the target side's own ids, and behind them those of words that only the
+    source has. Ids are decoded by the tokenizer of the side that has them all, the target first; ids of both sides
+    together by the target's conventions. The files of the two tokenizers are in the folders `source_tokenizer` and
     `target_tokenizer`, and can be opened by themselves.
 
     `AutoTokenizer.from_pretrained` opens a saved one after `import hf_tying`. No code from a checkpoint is run.
 
     Args:
-        source_tokenizer: any transformers tokenizer.
-        target_tokenizer: another one; padding and truncation sides are those of the source's tokenizer, and the
-            length limit the smaller one.
+        source_tokenizer: any transformers tokenizer. Padding and truncation are on its sides.
+        target_tokenizer: another one. The length limit is the smaller of the two.
         joint (`JointVocabulary`): the ids.
         joint_file (`str`): the saved form of `joint`, given by `from_pretrained`.
         kwargs: as for any tokenizer.
 
     Raises:
-        TyingError: when the ids do not fit the tokenizers, the file is missing or broken, or the target's tokenizer
-            cannot split text of the target (FSMT's, which has no such mode).
+        TyingError: the ids do not fit the tokenizers, the file is missing or broken, or the target's tokenizer cannot
+            split text of the target (FSMT's, which has no such mode).
     """
 
     vocab_files_names = {"joint_file": "joint_vocabulary.json"}
@@ -59,20 +56,20 @@ class JointTokenizer(PreTrainedTokenizer):
                 f"{type(target_tokenizer).__name__} splits text of its source side only, and cannot be the target of "
                 "a JointTokenizer. Join with overlap='word' or 'spelling', which gives it one vocabulary for both."
             )
-        self.joint = _read(joint_file) if joint is None else joint
+        self.joint = read_joint_file(joint_file) if joint is None else joint
         self.source_tokenizer, self.target_tokenizer = source_tokenizer, target_tokenizer
-        source = Side(source_tokenizer, vocabularies_of(source_tokenizer)[0])
-        target = Side(target_tokenizer, vocabularies_of(target_tokenizer)[1])
-        _check_fit(self.joint, source, target)
-        self._names, self._written = joint_words(source, target, self.joint)
+        source = VocabularySide(source_tokenizer, vocabularies_of(source_tokenizer)[0])
+        target = VocabularySide(target_tokenizer, vocabularies_of(target_tokenizer)[1])
+        check_fit(self.joint, source, target)
+        self._names, self._written = row_names(source, target, self.joint)
         self._ids = {name: index for index, name in self._names.items()}
         self._for_target = False
         for name, value in {**self._special_tokens(source, target), **self._limits()}.items():
             kwargs.setdefault(name, value)
         super().__init__(**kwargs)
 
-    def _special_tokens(self, source: Side, target: Side) -> dict[str, Any]:
-        """Each role as the target has it, but padding as the source, whose text is what a tokenizer pads."""
+    def _special_tokens(self, source: VocabularySide, target: VocabularySide) -> dict[str, Any]:
+        """The token of each role: the target's where it has one, but the source's for padding, since it pads texts."""
         of_source = {index: self._names[self.joint.source_ids[index]] for index in source.words}
         named = {word: of_source[index] for index, word in source.words.items() if word in source.whole}
         mine = {role: named[word] for word, held in source.roles.items() for role in held if word in named}
@@ -99,11 +96,11 @@ class JointTokenizer(PreTrainedTokenizer):
 
     @property
     def vocab_size(self) -> int:
-        """Words of the joint vocabulary, rows without a word included: the rows of the model's matrices."""
+        """Number of rows of the model's matrices, those without a word included."""
         return self.joint.size
 
     def get_vocab(self) -> dict[str, int]:
-        """From each word to its id; a word of the source is named as the target's convention writes it."""
+        """From each word to its id. A word of the source is named as the target's convention spells it."""
         return dict(self._ids)
 
     def _add_tokens(self, new_tokens, special_tokens: bool = False) -> int:
@@ -187,7 +184,7 @@ class JointTokenizer(PreTrainedTokenizer):
         return self.source_tokenizer.num_special_tokens_to_add(pair)
 
     def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None) -> list[int]:
-        """Not from ids: each side's tokenizer puts its special tokens in place when it is given a text.
+        """Refuse: each side's tokenizer adds its special tokens to a text, not to ids.
 
         Raises:
             TyingError: always.
@@ -208,23 +205,17 @@ class JointTokenizer(PreTrainedTokenizer):
         return super()._decode(ids, skip_special_tokens=skip_special_tokens, **kwargs)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """The text that words of the joint vocabulary make, by the target's conventions."""
+        """The text that words of the joint vocabulary make under the target's conventions."""
         written = [self._written[self._ids[token]] if token in self._ids else token for token in tokens]
         return self.target_tokenizer.convert_tokens_to_string(written)
 
     # --- files -------------------------------------------------------------------------------------------------------
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
-        """The ids, and the two tokenizers in folders of their own."""
+        """Write the ids, and the two tokenizers in folders of their own."""
         prefix = f"{filename_prefix}-" if filename_prefix else ""
         file = Path(save_directory) / f"{prefix}{self.vocab_files_names['joint_file']}"
-        ids = self.joint.source_ids
-        content = {
-            "version": _VERSION,
-            "target_size": self.joint.target_size,
-            "source_ids": [ids.get(index) for index in range(max(ids) + 1)],
-        }
-        file.write_text(json.dumps(content) + "\n", encoding="utf-8")
+        write_joint_file(self.joint, file)
         files = [str(file)]
         for side in ("source_tokenizer", "target_tokenizer"):
             files += getattr(self, side).save_pretrained(Path(save_directory) / side)
@@ -232,7 +223,7 @@ class JointTokenizer(PreTrainedTokenizer):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *init_inputs, subfolder: str = "", **kwargs):
-        """As for any tokenizer; the two tokenizers inside are opened by `AutoTokenizer`, without remote code."""
+        """Open a saved one like any tokenizer. `AutoTokenizer` opens the two inside, without remote code."""
         where = {key: kwargs[key] for key in _WHERE if key in kwargs}
         for side in ("source_tokenizer", "target_tokenizer"):
             if kwargs.get(side) is None:
@@ -259,9 +250,9 @@ def tokenizer_over(joint: JointVocabulary, source_tokenizer, target_tokenizer, o
 
     Args:
         joint: the ids.
-        source_tokenizer: of the source side.
-        target_tokenizer: of the target side; the same one where a tokenizer holds both.
-        overlap: the rule that `joint` was made by.
+        source_tokenizer: the source side's tokenizer.
+        target_tokenizer: the target side's tokenizer; the same one where a tokenizer holds both vocabularies.
+        overlap: the rule by which `joint` was made.
 
     Raises:
         TyingError: see `JointTokenizer`.
@@ -269,66 +260,12 @@ def tokenizer_over(joint: JointVocabulary, source_tokenizer, target_tokenizer, o
     vocabularies = vocabularies_of(source_tokenizer)
     holds_both = vocabularies[0] != vocabularies[1] and vocabularies_of(target_tokenizer) == vocabularies
     if holds_both and type(source_tokenizer) is type(target_tokenizer) and overlap != "none":
-        names, _ = joint_words(Side(source_tokenizer, vocabularies[0]), Side(target_tokenizer, vocabularies[1]), joint)
-        return _with_files(source_tokenizer, {word: index for index, word in names.items()})
+        source, target = map(VocabularySide, (source_tokenizer, target_tokenizer), vocabularies)
+        names, _ = row_names(source, target, joint)
+        return with_one_vocabulary(source_tokenizer, {word: index for index, word in names.items()})
     return JointTokenizer(copy.deepcopy(source_tokenizer), copy.deepcopy(target_tokenizer), joint)
-
-
-def _with_files(tokenizer, vocabulary: dict[str, int]):
-    """A tokenizer of the same class and settings with `vocabulary` for both sides."""
-    with TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        for key in ("vocab", "src_vocab_file", "tgt_vocab_file"):
-            if name := tokenizer.vocab_files_names.get(key):
-                Path(folder, name).write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-        file = Path(folder, "tokenizer_config.json")
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        settings.pop("added_tokens_decoder", None)  # ids of the old source side
-        if "separate_vocabs" in settings:
-            settings["separate_vocabs"] = False
-            Path(folder, tokenizer.vocab_files_names["target_vocab_file"]).unlink(missing_ok=True)
-        file.write_text(json.dumps(settings), encoding="utf-8")
-        joined = type(tokenizer).from_pretrained(folder)
-    joined.name_or_path = tokenizer.name_or_path
-    if hasattr(tokenizer, "spm_files"):
-        joined.spm_files = list(tokenizer.spm_files)  # from where a copy in another process reads its pieces
-    return joined
 
 
 def _splits_source_only(tokenizer) -> bool:
     source, target = vocabularies_of(tokenizer)
     return source != target and not hasattr(tokenizer, "_switch_to_target_mode")
-
-
-def _read(file: str | None) -> JointVocabulary:
-    if file is None:
-        raise TyingError(
-            "A JointTokenizer without its ids: expected a folder with joint_vocabulary.json, as save_pretrained "
-            "writes it."
-        )
-    try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
-        version, size, ids = content["version"], content["target_size"], content["source_ids"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise TyingError(f"{file} is no joint vocabulary ({error!r}). Save the tokenizer again.") from error
-    if version != _VERSION:
-        raise TyingError(f"{file} has version {version!r}: this hf_tying reads {_VERSION}. Upgrade hf-tying.")
-    numbers = [size, *(index for index in ids if index is not None)] if isinstance(ids, list) else [None]
-    if not all(type(number) is int and number >= 0 for number in numbers):
-        raise TyingError(f"{file} is no joint vocabulary: expected target_size and source_ids as numbers from 0 on.")
-    if size + len(ids) > _MOST_ROWS:
-        raise TyingError(f"{file} has {size + len(ids)} rows: no vocabulary has more than {_MOST_ROWS}.")
-    return JointVocabulary(size, {source: joint for source, joint in enumerate(ids) if joint is not None})
-
-
-def _check_fit(joint: JointVocabulary, source: Side, target: Side) -> None:
-    """Every word of each side has a row; a tokenizer that has changed since does not pass for the one it was."""
-    lost = [word for index, word in source.words.items() if index not in joint.source_ids]
-    extra = joint.source_ids.keys() - source.words.keys()
-    over = [word for index, word in target.words.items() if index >= joint.target_size]
-    if lost or extra or over:
-        raise TyingError(
-            f"The joint vocabulary does not fit its tokenizers: {len(lost)} source words without an id, {len(extra)} "
-            f"ids without a source word, {len(over)} target words beyond row {joint.target_size - 1}. Join the "
-            "vocabularies again with these tokenizers."
-        )

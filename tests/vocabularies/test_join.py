@@ -1,4 +1,4 @@
-"""`join_vocabularies`: ids, rows and logits of the model before and after, and what is refused."""
+"""`join_vocabularies`: ids, rows and logits of the model before and after."""
 
 import copy
 
@@ -9,33 +9,27 @@ from tokenizers.models import WordLevel
 from torch import nn
 from transformers import (
     AutoModelForSeq2SeqLM,
-    BertForMaskedLM,
     EncoderDecoderConfig,
     EncoderDecoderModel,
-    GenerationConfig,
-    GPT2LMHeadModel,
     PreTrainedTokenizerFast,
 )
-from transformers.testing_utils import CaptureLogger
 from transformers.trainer_pt_utils import LabelSmoother
-from transformers.utils import logging
 
-from hf_tying import TyingError, tie, untie
-from hf_tying.ties.groups import roles
-from hf_tying.ties.slots import actual_groups, find_parameter
+from hf_tying import tie, untie
+from hf_tying.ties.anatomy import Anatomy, roles
+from hf_tying.ties.slots import find_parameter
 from hf_tying.ties.vocabulary import vocabularies_of
-from hf_tying.vocabularies.join import MASK, join_vocabularies
-from hf_tying.vocabularies.tokenizer import JointTokenizer
+from hf_tying.vocabularies import MASK, join_vocabularies
 
-from ..tiny_translation import VOCAB, part_config, shake, translation_inputs, translation_model
-from ..two_vocabularies import (
+from ..tiny_translation import VOCAB, part_config, translation_inputs, translation_model
+from .models import generated, in_joint_ids, joined, logits, model_for, rows_of
+from .two_vocabularies import (
     BOS_FIRST,
     ENGLISH,
     GERMAN,
     PAD_FIRST,
     TARGET,
     byte_level,
-    marian_tokenizer,
     tokenizers_for,
     wordpiece,
 )
@@ -43,49 +37,6 @@ from ..two_vocabularies import (
 #: Every architecture whose two sides can have two vocabularies; BART by its flag, with two matrices of equal size.
 ARCHS = ["marian_separate", "fsmt", "bert2gpt2", "bert2bert", "bart"]
 BY_BIAS = ["marian_separate", "bert2bert", "bart"]
-
-
-def model_for(arch: str, dtype=torch.float32):
-    changes = {"tie_word_embeddings": False} if arch == "bart" else {}
-    model = translation_model(arch, target_vocab=VOCAB if arch == "bart" else TARGET, **changes)
-    return model.to(dtype).eval()
-
-
-def rows_of(arch: str) -> int:
-    return VOCAB if arch == "bart" else TARGET
-
-
-def joined(arch: str, dtype=torch.float32, **kwargs):
-    """A joined model beside one as it was, and the tokenizers of all."""
-    model = model_for(arch, dtype)
-    source, target = tokenizers_for(arch, target_rows=rows_of(arch))
-    before = copy.deepcopy(model)
-    model, tokenizer = join_vocabularies(model, source, target, **kwargs)
-    return before, model, source, target, tokenizer
-
-
-def in_joint_ids(ids: torch.Tensor, tokenizer: JointTokenizer) -> torch.Tensor:
-    return ids.clone().apply_(lambda index: tokenizer.joint.source_ids[index])
-
-
-def logits(model, tokenizer: JointTokenizer | None = None) -> torch.Tensor:
-    inputs = translation_inputs(model)
-    inputs["decoder_input_ids"] = inputs.pop("labels")
-    if tokenizer is not None:
-        inputs["input_ids"] = in_joint_ids(inputs["input_ids"], tokenizer)
-    with torch.no_grad():
-        return model(**inputs).logits.float()
-
-
-def generated(model, tokenizer: JointTokenizer | None = None, **kwargs) -> torch.Tensor:
-    inputs = translation_inputs(model)
-    del inputs["labels"]
-    if tokenizer is not None:
-        inputs["input_ids"] = in_joint_ids(inputs["input_ids"], tokenizer)
-    return model.generate(**inputs, max_new_tokens=8, max_length=None, do_sample=False, **kwargs)
-
-
-# --- the model -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -115,7 +66,7 @@ def test_each_side_has_its_own_rows_and_the_others_for_what_it_lacks(arch):
     before, model, _, _, tokenizer = joined(arch)
     joint = tokenizer.joint
     source, target, output = (
-        [find_parameter(m, roles(m)[role][-1]) for m in (before, model)] for role in ("source", "target", "output")
+        [find_parameter(m, roles(m)[role].name) for m in (before, model)] for role in ("source", "target", "output")
     )
     for old, new in joint.source_ids.items():
         assert torch.equal(source[1][new], source[0][old])
@@ -131,7 +82,7 @@ def test_everything_stated_beside_the_matrices_follows(arch):
     before, model, _, _, tokenizer = joined(arch)
     size = tokenizer.joint.size
     assert len(tokenizer) == tokenizer.vocab_size == size
-    assert {frozenset(names) for names in actual_groups(model)} == {frozenset(n) for n in actual_groups(before)}
+    assert {frozenset(names) for names in Anatomy(model).tied} == {frozenset(n) for n in Anatomy(before).tied}
     for module in model.modules():
         if isinstance(module, nn.Embedding | nn.Linear):
             rows = module.num_embeddings if isinstance(module, nn.Embedding) else module.out_features
@@ -193,10 +144,10 @@ def test_a_joined_model_is_saved_and_opened_with_the_same_logits_and_beams(arch,
 @pytest.mark.parametrize("arch", ARCHS)
 def test_three_way_then_keeps_the_targets_rows_and_the_sources_for_its_own_words(arch, tmp_path):
     before, model, source, target, tokenizer = joined(arch)
-    old = {role: find_parameter(before, roles(before)[role][-1]) for role in ("source", "target")}
+    old = {role: find_parameter(before, roles(before)[role].name) for role in ("source", "target")}
     alone = old["source"][tokenizer.joint.source_only]
     tie(model, "three_way", init_from="target", tokenizer=tokenizer, target_tokenizer=tokenizer)
-    matrices = [find_parameter(model, names[-1]) for names in roles(model).values()]
+    matrices = [find_parameter(model, role.name) for role in roles(model).values()]
     assert all(matrix is matrices[0] for matrix in matrices)
     assert torch.equal(matrices[0], torch.cat([old["target"], alone]))
     inputs = translation_inputs(model)
@@ -208,17 +159,17 @@ def test_three_way_then_keeps_the_targets_rows_and_the_sources_for_its_own_words
     assert not torch.equal(matrices[0], was)
     model.eval().save_pretrained(tmp_path)
     again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
-    assert len({id(find_parameter(again, names[-1])) for names in roles(again).values()}) == 1
+    assert len({id(find_parameter(again, role.name)) for role in roles(again).values()}) == 1
     assert torch.equal(logits(again, tokenizer), logits(model, tokenizer))
 
 
 @pytest.mark.parametrize("init_from", ["source", "mean"])
 def test_whose_row_survives_is_the_choice_of_the_tie(init_from):
     before, model, _, _, tokenizer = joined("bert2gpt2")
-    source, target = (find_parameter(before, roles(before)[role][-1]) for role in ("source", "target"))
+    source, target = (find_parameter(before, roles(before)[role].name) for role in ("source", "target"))
     old, new = next((o, n) for o, n in tokenizer.joint.source_ids.items() if 3 < n < TARGET)
     tie(model, "three_way", init_from=init_from)
-    row = find_parameter(model, roles(model)["source"][-1])[new]
+    row = find_parameter(model, roles(model)["source"].name)[new]
     expected = source[old] if init_from == "source" else (source[old] + target[new]) / 2
     torch.testing.assert_close(row, expected)
 
@@ -226,10 +177,10 @@ def test_whose_row_survives_is_the_choice_of_the_tie(init_from):
 def test_a_model_tied_by_this_package_stays_tied():
     model = tie(model_for("bert2gpt2"), "two_way", init_from="target")
     source, target = tokenizers_for("bert2gpt2")
-    held = find_parameter(model, roles(model)["target"][-1])
+    held = find_parameter(model, roles(model)["target"].name)
     model, tokenizer = join_vocabularies(model, source, target)
-    assert find_parameter(model, roles(model)["target"][-1]) is held
-    assert find_parameter(model, roles(model)["output"][-1]) is held
+    assert find_parameter(model, roles(model)["target"].name) is held
+    assert find_parameter(model, roles(model)["output"].name) is held
     assert held.shape[0] == tokenizer.joint.size
     model.train()
     model(**translation_inputs(model)).loss.backward()
@@ -285,9 +236,9 @@ def test_a_source_with_gaps_between_its_ids_gets_the_rows_of_its_words():
     names = dict(bos_token="<s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     source = PreTrainedTokenizerFast(tokenizer_object=inner, **names)
     model = model_for("fsmt")
-    rows = find_parameter(model, roles(model)["source"][-1]).detach().clone()
+    rows = find_parameter(model, roles(model)["source"].name).detach().clone()
     model, tokenizer = join_vocabularies(model, source, tokenizers_for("fsmt")[1])
-    joined_rows = find_parameter(model, roles(model)["source"][-1])
+    joined_rows = find_parameter(model, roles(model)["source"].name)
     assert sorted(tokenizer.joint.source_ids) == sorted(words.values()) != list(range(8))
     for old, new in tokenizer.joint.source_ids.items():
         assert torch.equal(joined_rows[new], rows[old])
@@ -300,7 +251,7 @@ def test_a_source_with_gaps_between_its_ids_gets_the_rows_of_its_words():
 def test_words_of_the_source_alone_are_not_generated_until_the_mask_is_lifted(arch):
     _, model, _, _, tokenizer = joined(arch)
     first = tokenizer.joint.target_size
-    output = find_parameter(model, roles(model)["output"][-1])
+    output = find_parameter(model, roles(model)["output"].name)
     with torch.no_grad():
         output[:first] *= 0.01  # without a mask the other rows win now
     assert generated(model, tokenizer, num_beams=2).max() < first
@@ -336,158 +287,3 @@ def test_tokens_that_were_suppressed_before_stay_so():
     model.generation_config.suppress_tokens = [7]
     model, tokenizer = join_vocabularies(model, *tokenizers_for("fsmt"))
     assert model.generation_config.suppress_tokens == [7, *range(TARGET, tokenizer.joint.size)]
-
-
-# --- what is refused -------------------------------------------------------------------------------------------------
-
-
-def state_of(model) -> tuple:
-    return (
-        {name: (tensor.shape, tensor.clone()) for name, tensor in model.state_dict().items() if not tensor.is_meta},
-        model.config.to_dict(),
-        getattr(model, "generation_config", None) and model.generation_config.to_dict(),
-        {frozenset(names) for names in actual_groups(model)},
-    )
-
-
-def refused(model, source, target, match: str, **kwargs) -> None:
-    """The error has this text, and nothing is changed."""
-    before = state_of(model)
-    with pytest.raises(TyingError, match=match):
-        join_vocabularies(model, source, target, **kwargs)
-    after = state_of(model)
-    assert before[1:] == after[1:] and before[0].keys() == after[0].keys()
-    assert all(torch.equal(before[0][name][1], after[0][name][1]) for name in before[0])
-
-
-def joined_model(encoder, decoder) -> EncoderDecoderModel:
-    config = EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
-    config.pad_token_id, config.decoder_start_token_id, config.eos_token_id = 0, 1, 2
-    return shake(EncoderDecoderModel(config))
-
-
-@pytest.mark.parametrize("overlap, hint", [("words", "nearest names are 'word'"), (None, "None"), ("", "''")])
-def test_an_unknown_rule_is_refused(overlap, hint):
-    source, target = tokenizers_for("bart", target_rows=VOCAB)
-    for second in (target, source):  # also where there is nothing to join
-        refused(model_for("bart"), source, second, f"Unknown overlap rule.*{hint}", overlap=overlap)
-
-
-@pytest.mark.parametrize("side", ["source", "target"])
-def test_more_words_than_rows_are_refused(side):
-    source, target = tokenizers_for("bert2gpt2", VOCAB + (side == "source"), TARGET + (side == "target"))
-    refused(model_for("bert2gpt2"), source, target, f"The {side} tokenizer has .* words up to id .*resize the model")
-
-
-def test_hidden_sizes_that_differ_are_refused():
-    model = joined_model(part_config("bert", False, hidden_size=32), part_config("gpt2", True, TARGET, n_embd=16))
-    refused(model, *tokenizers_for("bert2gpt2"), r"\(64, 32\).*\(80, 16\).*Expected one width")
-
-
-@pytest.mark.parametrize("model_class, config", [(GPT2LMHeadModel, "gpt2"), (BertForMaskedLM, "bert")])
-def test_a_model_without_two_sides_is_refused(model_class, config):
-    model = model_class(part_config(config, False))
-    refused(model, *tokenizers_for("bert2gpt2"), "has no source embedding: expected an encoder-decoder")
-
-
-def test_one_matrix_for_two_vocabularies_is_refused_and_untied_it_is_joined():
-    model = translation_model("bart")
-    source, target = tokenizers_for("bart", target_rows=VOCAB)
-    refused(model, source, target, "are one parameter: every row would stand for two words.*untie")
-    before = copy.deepcopy(untie(model))
-    model, tokenizer = join_vocabularies(model, source, target)
-    torch.testing.assert_close(logits(model, tokenizer)[..., :VOCAB], logits(before))
-
-
-def test_tokenizers_of_equal_vocabularies_change_nothing_and_that_is_said():
-    model = translation_model("bart")
-    source, _ = tokenizers_for("bart")
-    before = state_of(model)
-    with CaptureLogger(logging.get_logger("hf_tying.vocabularies.join")) as said:
-        model, tokenizer = join_vocabularies(model, source, copy.deepcopy(source))
-    assert "same vocabulary already (64 words): nothing is changed" in said.out
-    assert tokenizer is source
-    after = state_of(model)
-    assert before[1:] == after[1:]
-    assert all(torch.equal(before[0][name][1], after[0][name][1]) for name in before[0])
-
-
-def test_equal_vocabularies_over_matrices_of_unequal_rows_get_equal_rows():
-    model = model_for("bert2gpt2")
-    source = wordpiece(ENGLISH, VOCAB, PAD_FIRST)
-    before = copy.deepcopy(model)
-    model, tokenizer = join_vocabularies(model, source, copy.deepcopy(source))
-    assert tokenizer.joint.source_only == []
-    assert model.config.encoder.vocab_size == model.config.decoder.vocab_size == TARGET
-    torch.testing.assert_close(logits(model, tokenizer), logits(before))
-
-
-def test_what_has_no_values_is_refused():
-    model = model_for("bert2gpt2").to("meta")
-    refused(model, *tokenizers_for("bert2gpt2"), "on the meta device.*Load the weights first")
-
-
-def test_a_quantised_matrix_is_refused():
-    model = model_for("bert2gpt2")
-    held = model.decoder.lm_head.weight
-    model.decoder.lm_head.weight = nn.Parameter(held.detach().to(torch.int8), requires_grad=False)
-    refused(model, *tokenizers_for("bert2gpt2"), "is quantised.*Join before quantising")
-
-
-def test_an_adapted_model_is_refused():
-    from peft import LoraConfig, get_peft_model
-
-    model = model_for("bert2gpt2")
-    get_peft_model(model, LoraConfig(target_modules=["query"], r=2))
-    refused(model, *tokenizers_for("bert2gpt2"), "carries adapters.*before get_peft_model")
-
-
-def test_what_is_no_model_or_no_tokenizer_is_refused():
-    source, target = tokenizers_for("fsmt")
-    with pytest.raises(TyingError, match="expected a transformers PreTrainedModel"):
-        join_vocabularies(nn.Linear(2, 2), source, target)
-    refused(model_for("fsmt"), source, "gpt2", "Expected a transformers tokenizer, found str")
-
-
-def test_a_matrix_tied_to_what_is_no_vocabulary_is_refused():
-    model = joined_model(part_config("bert", False), part_config("gpt2", True, TARGET, n_positions=TARGET))
-    tie(model, ["decoder.transformer.wte.weight", "decoder.transformer.wpe.weight"], init_from="mean")
-    refused(model, *tokenizers_for("bert2gpt2"), r"wpe.weight' is tied to .* no vocabulary matrix. untie\(model")
-
-
-def test_positions_counted_from_a_padding_id_that_moves_are_refused():
-    special = ["<s>", "[PAD]", "</s>", "<unk>"]
-    source = wordpiece(ENGLISH, VOCAB, special)
-    model = joined_model(part_config("roberta", False, pad_token_id=1), part_config("gpt2", True, TARGET))
-    refused(model, source, tokenizers_for("bert2gpt2")[1], "counts positions from the padding id.*it is 1.*become 0")
-    target = byte_level(GERMAN, TARGET, BOS_FIRST, alphabet=False)
-    before = copy.deepcopy(model)
-    model, tokenizer = join_vocabularies(model, source, target)
-    assert tokenizer.pad_token_id == 1
-    torch.testing.assert_close(logits(model, tokenizer)[..., :TARGET], logits(before))
-
-
-def test_padding_tokens_that_cannot_be_one_are_refused_where_a_config_has_one_id():
-    source = wordpiece(ENGLISH, VOCAB, ["<s>", "[PAD]", "</s>", "<unk>"])
-    target = byte_level(GERMAN, TARGET, ["<s>", "<x>", "</s>", "<unk>"], alphabet=False)
-    target.pad_token = "</s>"
-    match = "MarianConfig has one padding id for both sides, 1: .* which is not the target's padding token '</s>'"
-    refused(model_for("marian_separate"), source, target, match)
-
-
-def test_a_model_that_nothing_can_keep_from_the_sources_words_is_refused():
-    model = model_for("fsmt")
-    model.generation_config = None
-    refused(model, *tokenizers_for("fsmt"), "no output bias and no generation_config")
-    model.generation_config = GenerationConfig()
-    model, tokenizer = join_vocabularies(model, *tokenizers_for("fsmt"))
-    assert model.generation_config.suppress_tokens[0] == TARGET
-
-
-def test_a_tokenizer_that_ends_both_sides_with_one_of_two_ids_is_refused(tmp_path):
-    pytest.importorskip("sentencepiece", reason="MarianTokenizer needs it: pip install sentencepiece")
-    tokenizer = marian_tokenizer(tmp_path)
-    words = tokenizer.target_encoder
-    words["</s>"], words["▁d"] = words["▁d"], words["</s>"]
-    model = translation_model("marian_separate", TARGET)
-    refused(model, tokenizer, None, "ends the text of both sides with id 0, but its target vocabulary has .* at ")

@@ -6,9 +6,13 @@ from collections import Counter
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from .tiny_translation import VOCAB
+from hf_tying.ties.vocabulary import vocabularies_of
+from hf_tying.vocabularies.joint import VocabularySide
+from hf_tying.vocabularies.tokenizer import register
+
+from ..tiny_translation import VOCAB
 
 TARGET = 80
 
@@ -30,7 +34,7 @@ GERMAN = [
     "er singt ein Lied von einem roten Haus",
     "ein Finger am Ring, in der Hand",
 ]
-PAD_FIRST = ["<pad>", "<s>", "</s>", "<unk>"]  # the ids of the joined models in tests/translation.py
+PAD_FIRST = ["<pad>", "<s>", "</s>", "<unk>"]  # the ids of the joined models in tests/tiny_translation.py
 BOS_FIRST = ["<s>", "<pad>", "</s>", "<unk>"]  # those of the others
 
 
@@ -131,3 +135,15 @@ def fsmt_tokenizer(folder: Path):
         langs=["en", "de"], src_vocab_file=str(folder / "vocab-src.json"),
         tgt_vocab_file=str(folder / "vocab-tgt.json"), merges_file=str(folder / "merges.txt"),
     )  # fmt: skip
+
+
+def sides(source, target) -> tuple[VocabularySide, VocabularySide]:
+    """Two tokenizers as the two sides of a joint vocabulary."""
+    return VocabularySide(source, vocabularies_of(source)[0]), VocabularySide(target, vocabularies_of(target)[1])
+
+
+def reopened(tokenizer, folder: Path):
+    """`tokenizer`, saved and opened by `AutoTokenizer`."""
+    register()
+    tokenizer.save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)

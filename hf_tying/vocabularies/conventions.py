@@ -1,0 +1,81 @@
+"""How subword vocabularies mark the beginning or the end of a word, and one spelling in the terms of another."""
+
+import functools
+from collections.abc import Iterable
+
+# SentencePiece and byte-level BPE mark the piece that begins a word, WordPiece the piece that does not. FSMT marks the
+# piece that ends a word, subword-nmt the piece that does not.
+_BEFORE, _BEHIND = ("▁", "Ġ", "##"), ("</w>", "@@")
+_STARTS, _INSIDE, _ENDS, _OPEN, _BYTES = "starts a word", "inside a word", "ends a word", "goes on", "bytes"
+
+
+def convention_of(words: Iterable[str]) -> str:
+    """The mark that most words of a vocabulary carry; `""` for a vocabulary that has none.
+
+    A mark on fewer than one word in a hundred is no convention: GPT-2 has a few words of number signs, BERT has a `▁`.
+    """
+    words = list(words)
+    counts = {mark: sum(word.startswith(mark) and word != "##" for word in words) for mark in _BEFORE}
+    counts |= {mark: sum(word.endswith(mark) and word != mark for word in words) for mark in _BEHIND}
+    mark = max(counts, key=counts.get)
+    return mark if counts[mark] > len(words) / 100 else ""
+
+
+def piece_of(word: str, convention: str) -> tuple[str, str]:
+    """What `word` means under a convention: its place in a word, and its text."""
+    if convention == "Ġ":
+        text = _from_bytes(word)
+        if text is None:
+            return _BYTES, word
+        return (_STARTS, text[1:]) if text.startswith(" ") else (_INSIDE, text)
+    if convention == "▁":
+        text = word.replace("▁", " ")
+        return (_STARTS, text[1:]) if text.startswith(" ") else (_INSIDE, text)
+    if convention == "##":
+        return (_INSIDE, word[2:]) if word.startswith("##") and word != "##" else (_STARTS, word)
+    if convention == "</w>":
+        return (_ENDS, word.removesuffix("</w>")) if word.endswith("</w>") else (_OPEN, word)
+    if convention == "@@":
+        return (_OPEN, word.removesuffix("@@")) if word.endswith("@@") else (_ENDS, word)
+    return _STARTS, word
+
+
+def spelled(piece: tuple[str, str], convention: str) -> str | None:
+    """The word that means `piece` under a convention, the inverse of `piece_of`; `None` where it has no such word."""
+    place, text = piece
+    if place == _BYTES:
+        return text if convention == "Ġ" else None
+    if place in (_STARTS, _INSIDE):
+        spaced = f" {text}" if place == _STARTS else text
+        if convention == "Ġ":
+            return "".join(_byte_alphabet()[byte] for byte in spaced.encode("utf-8"))
+        if convention == "▁":
+            return spaced.replace(" ", "▁")
+        if convention == "##":
+            return text if place == _STARTS else f"##{text}"
+        return text if convention == "" and place == _STARTS else None
+    if convention == "</w>":
+        return f"{text}</w>" if place == _ENDS else text
+    if convention == "@@":
+        return text if place == _ENDS else f"{text}@@"
+    return None
+
+
+@functools.cache
+def _byte_alphabet() -> dict[int, str]:
+    """The characters that stand for the 256 bytes in byte-level BPE (Radford et al. 2019, section 2.2)."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return bytes_to_unicode()
+
+
+@functools.cache
+def _bytes_of_alphabet() -> dict[str, int]:
+    return {character: byte for byte, character in _byte_alphabet().items()}
+
+
+def _from_bytes(word: str) -> str | None:
+    try:
+        return bytes(_bytes_of_alphabet()[character] for character in word).decode("utf-8")
+    except (KeyError, UnicodeDecodeError):  # a part of a character, or no byte-level word at all
+        return None

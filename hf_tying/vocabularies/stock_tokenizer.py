@@ -1,0 +1,31 @@
+"""A stock tokenizer with two vocabularies, Marian's or FSMT's, made again with one."""
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+
+def with_one_vocabulary(tokenizer, vocabulary: dict[str, int]):
+    """A tokenizer of the same class and settings that has `vocabulary` for both sides.
+
+    Args:
+        tokenizer: a `MarianTokenizer` or `FSMTTokenizer`, unchanged.
+        vocabulary: from each word to its id.
+    """
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for key in ("vocab", "src_vocab_file", "tgt_vocab_file"):
+            if name := tokenizer.vocab_files_names.get(key):
+                Path(folder, name).write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+        file = Path(folder, "tokenizer_config.json")
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings.pop("added_tokens_decoder", None)  # ids of the old source side
+        if "separate_vocabs" in settings:
+            settings["separate_vocabs"] = False
+            Path(folder, tokenizer.vocab_files_names["target_vocab_file"]).unlink(missing_ok=True)
+        file.write_text(json.dumps(settings), encoding="utf-8")
+        joined = type(tokenizer).from_pretrained(folder)
+    joined.name_or_path = tokenizer.name_or_path
+    if hasattr(tokenizer, "spm_files"):
+        joined.spm_files = list(tokenizer.spm_files)  # from where a copy in another process reads its pieces
+    return joined
