@@ -51,7 +51,17 @@ def stock_class(model: PreTrainedModel) -> type[PreTrainedModel]:
 
 def matrix(model: PreTrainedModel, role: str) -> torch.nn.Parameter:
     """The parameter of a role."""
+    return matrices(model)[role]
+
+
+def matrices(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
+    """The parameter of each role that the model has."""
     from hf_tying.ties.anatomy import roles
     from hf_tying.ties.slots import find_parameter
 
-    return find_parameter(model, roles(model)[role].name)
+    return {role: find_parameter(model, found.name) for role, found in roles(model).items()}
+
+
+def picklable(model) -> bool:
+    """The class form here is made on the fly, which pickle cannot find by name; a user's class lies in a module."""
+    return type(model).__module__.startswith("transformers.")

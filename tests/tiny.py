@@ -95,6 +95,18 @@ def tiny_model(arch: str, seed: int = 0, dtype: torch.dtype = torch.float32, **c
     return model.eval()
 
 
+def without_dropout(model: torch.nn.Module) -> torch.nn.Module:
+    """`model` in training mode, with every dropout rate zero, in its modules and in their configs."""
+    for module in model.modules():
+        for holder in (module, getattr(module, "config", None)):
+            for name, value in list(vars(holder).items()) if holder is not None else ():
+                if "drop" in name and isinstance(value, float):
+                    setattr(holder, name, 0.0)
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model.train()
+
+
 def tiny_inputs(model: PreTrainedModel, batch: int = 2, length: int = 7) -> dict[str, torch.Tensor]:
     """Token ids (and labels) for one forward pass."""
     generator = torch.Generator().manual_seed(0)
@@ -103,6 +115,17 @@ def tiny_inputs(model: PreTrainedModel, batch: int = 2, length: int = 7) -> dict
     if model.config.model_type == "mamba":
         inputs.pop("attention_mask")
     return inputs
+
+
+class Sentences(torch.utils.data.Dataset):
+    """Sixteen sentences of six words, as `Trainer` takes them."""
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, i):
+        ids = torch.randint(3, 60, (6,), generator=torch.Generator().manual_seed(i))
+        return {"input_ids": ids, "labels": ids}
 
 
 def logits(model: PreTrainedModel) -> torch.Tensor:

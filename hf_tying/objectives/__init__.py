@@ -1,4 +1,4 @@
-"""What a model's own training step minimises: the tied softmax, AL or CWT in place of its cross entropy."""
+"""The loss of a model's training steps: cross entropy through the tied softmax, or AL or CWT in its place."""
 
 from .._lazy import lazy_names
 

@@ -1,5 +1,7 @@
-"""What `use_tied_loss(model, objective=...)` trains by in the place of cross entropy: AL (Inan et al. 2016), and CWT
-(Godey et al. 2023). Each is a frozen record of its options, and computes its loss where the model asks for its own."""
+"""Objectives for `use_tied_loss`, in place of cross entropy: AL (Inan et al. 2016) and CWT (Godey et al. 2023).
+
+Each is a frozen record of its options, and computes its loss when the model asks for its own.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +15,21 @@ from ..config import TyingError
 from ..losses.augmented import augmented_parts
 from ..losses.contrastive import check_options, contrastive_weight_tying_loss
 from ..losses.options import Options
-from ..ties.groups import roles
-from ..ties.slots import find_parameter, named_slots
+from ..ties.anatomy import Anatomy, roles
+from ..ties.slots import find_parameter
 
 logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class AugmentedObjective:
-    """Cross entropy, and `alpha * KL` to what the embedding finds near (see `hf_tying.losses.augmented_loss`).
+    """AL: cross entropy plus `alpha * KL` from a target made of word vectors (see `hf_tying.losses.augmented_loss`).
 
-    The embedding is the input embedding of the model, also where it is untied: it must have as many rows as the
-    softmax matrix.
+    The word vectors are the model's input embedding, also in an untied model. It must have as many rows as the softmax
+    matrix.
 
     Args:
-        temperature: of both distributions. Default 20, as in the paper.
+        temperature: temperature of both distributions. Default 20, see `augmented_loss`.
         alpha, gamma, detach_target: see `augmented_loss`.
 
     Raises:
@@ -39,7 +41,7 @@ class AugmentedObjective:
     gamma: float | None = None
     detach_target: bool = False
 
-    needs_softmax = True  # the softmax matrix takes part in the loss
+    needs_softmax = True  # the loss is computed with the softmax matrix
 
     def __post_init__(self):
         if not 0 < self.temperature < float("inf"):
@@ -55,12 +57,15 @@ class AugmentedObjective:
                 raise TyingError(f"The augmented loss has {name}={value}: expected 0 or more.")
 
     def loss(self, hidden, weight, labels, bias, options: Options, embedding, memory_budget) -> tuple:
-        """See `ContrastiveObjective.loss`; `parts` are `"cross_entropy"` and `"augmented"`, which add up to the loss.
+        """The loss in place of the model's cross entropy; the arguments are those of `ContrastiveObjective.loss`.
+
+        Returns:
+            The loss, a scalar, and its parts, detached: `"cross_entropy"` and `"augmented"`, whose sum it is.
 
         Raises:
-            TyingError: for class weights, label smoothing, a soft cap of the logits, or the losses of single tokens.
+            TyingError: for class weights, label smoothing, a soft cap of the logits, or `reduction="none"`.
         """
-        _refuse(options, "The augmented loss", class_weight=None, label_smoothing=0.0, logit_softcap=None)
+        _refuse_options(options, "The augmented loss", class_weight=None, label_smoothing=0.0, logit_softcap=None)
         total, cross_entropy = augmented_parts(
             hidden,
             weight,
@@ -82,16 +87,16 @@ class AugmentedObjective:
 
 @dataclass(frozen=True)
 class ContrastiveObjective:
-    """Contrastive weight tying (see `hf_tying.losses.contrastive_weight_tying_loss`): no vocabulary projection.
+    """CWT, contrastive weight tying (see `hf_tying.losses.contrastive_weight_tying_loss`): no vocabulary projection.
 
-    Positions are told apart by the input embedding. The softmax matrix, where it is another one, and the biases of the
-    head take no part, nor do a scale or a soft cap of the logits.
+    The loss compares hidden states with rows of the input embedding. The biases of the head, the softmax matrix of an
+    untied model, and a scale or a soft cap of the logits have no influence on it.
 
     Args:
         negatives, num_sampled, temperature, stop_gradient, gather: see `contrastive_weight_tying_loss`.
 
     Raises:
-        TyingError: for what `contrastive_weight_tying_loss` refuses.
+        TyingError: for options that `contrastive_weight_tying_loss` refuses.
     """
 
     negatives: str = "batch"
@@ -109,23 +114,24 @@ class ContrastiveObjective:
             raise TyingError(f"A contrastive objective cannot be made: {error}") from None
 
     def loss(self, hidden, weight, labels, bias, options: Options, embedding, memory_budget) -> tuple:
-        """What the model's own loss would be the cross entropy of.
+        """The loss in place of the model's cross entropy.
 
         Args:
-            hidden: (N, D), what the model multiplies with its softmax matrix.
-            weight, bias: of that product. Not used here, but by AL.
-            labels: (N,), shifted already where the model shifts.
+            hidden: (N, D), the hidden states that the model multiplies by its softmax matrix.
+            weight: (V, D), the softmax matrix. Not used here.
+            labels: (N,), int64. `hidden[i]` predicts `labels[i]`: the model has shifted them.
+            bias: (V,), the bias of the softmax, or `None`. Not used here.
             options: of the cross entropy that the model asks for.
             embedding: (V, D), the input embedding.
-            memory_budget: bytes, for AL.
+            memory_budget: in bytes. Not used here.
 
         Returns:
-            The loss, and a dict of its parts, detached: here `"contrastive"`.
+            The loss, a scalar, and its only part, detached: `"contrastive"`.
 
         Raises:
-            TyingError: for class weights, label smoothing, or the losses of single tokens (`reduction="none"`).
+            TyingError: for class weights, label smoothing, or `reduction="none"`.
         """
-        _refuse(options, "Contrastive weight tying", class_weight=None, label_smoothing=0.0)
+        _refuse_options(options, "Contrastive weight tying", class_weight=None, label_smoothing=0.0)
         loss = contrastive_weight_tying_loss(
             hidden,
             embedding,
@@ -145,7 +151,7 @@ class ContrastiveObjective:
 Objective = AugmentedObjective | ContrastiveObjective
 
 
-def _refuse(options: Options, what: str, **expected) -> None:
+def _refuse_options(options: Options, what: str, **expected) -> None:
     if options.reduction == "none":
         raise TyingError(
             f"{what} has one loss for a batch, and this model asks for each token's (reduction='none'). Train it by "
@@ -165,7 +171,7 @@ def _refuse(options: Options, what: str, **expected) -> None:
 
 
 def refuse_unfit_objective(model: PreTrainedModel, objective: Objective, label_smoothing: float, backend: str) -> None:
-    """Whether `model` can be trained by `objective`.
+    """Refuse a model, or options of `use_tied_loss`, that cannot have `objective`.
 
     Raises:
         TyingError: with the reason.
@@ -184,10 +190,10 @@ def refuse_unfit_objective(model: PreTrainedModel, objective: Objective, label_s
     found = roles(model)
     if "target" not in found:
         raise TyingError(f"{what} takes its word vectors from the input embedding, and {name} has none.")
-    embedding, matrix = (find_parameter(model, found[role][-1]) for role in ("target", "output"))
+    embedding, matrix = (find_parameter(model, found[role].name) for role in ("target", "output"))
     if embedding is None or not embedding.is_floating_point():
         raise TyingError(
-            f"The input embedding of {name}, {found['target'][-1]!r}, is no floating-point parameter: {what} takes "
+            f"The input embedding of {name}, {found['target'].name!r}, is no floating-point parameter: {what} takes "
             "its word vectors from it."
         )
     axis, sizes = (0, "as many rows") if objective.needs_softmax else (1, "as wide")
@@ -199,26 +205,26 @@ def refuse_unfit_objective(model: PreTrainedModel, objective: Objective, label_s
 
 
 def unused_parameters(model: PreTrainedModel, objective: Objective) -> list[str]:
-    """Names of trained parameters of the head that the objective gives no gradient."""
+    """Names of the head's trainable parameters that get no gradient from the objective."""
     if objective.needs_softmax:
         return []
-    names, frozen = roles(model), vars(model).get("_frozen_names", ())
-    embedding, slots = find_parameter(model, names["target"][-1]), named_slots(model)
-    matrix = names["output"][-1]
+    anatomy, frozen = Anatomy(model), vars(model).get("_frozen_names", ())
+    slots, matrix = anatomy.slots, anatomy.roles["output"].name
+    embedding = slots.get(anatomy.roles["target"].name)
     bias = slots.get(f"{matrix.removesuffix('weight')}bias")
     head = {id(p) for p in (slots.get(matrix), bias) if p is not None and p is not embedding}
     return [name for name, p in slots.items() if id(p) in head and (p.requires_grad or name in frozen)]
 
 
-def freeze(model: PreTrainedModel, names: list[str]) -> None:
-    """Take the parameters of these names out of training until `thaw`, and tell of a softmax matrix among them."""
+def freeze_unused(model: PreTrainedModel, names: list[str]) -> None:
+    """Freeze the parameters `names`, and log it: as a warning if the softmax matrix is among them."""
     for name in names:
         find_parameter(model, name).requires_grad_(False)
     if not names:
         return
     model._frozen_names = tuple(names)
     frozen = f"{type(model).__name__}: {', '.join(names)}: no gradient by this objective, so frozen until it is gone."
-    if roles(model)["output"][-1] in names:
+    if roles(model)["output"].name in names:
         logger.warning(
             f"{frozen} The model is untied, and its softmax matrix does not learn: recover_lm_head(model) makes one."
         )
@@ -226,8 +232,8 @@ def freeze(model: PreTrainedModel, names: list[str]) -> None:
         logger.info(frozen)
 
 
-def thaw(model: PreTrainedModel) -> None:
-    """Undo `freeze`, and forget what the last step's loss was made of."""
+def unfreeze_unused(model: PreTrainedModel) -> None:
+    """Undo `freeze_unused`, and delete the parts of the last step's loss."""
     for name in vars(model).pop("_frozen_names", ()):
         if (parameter := find_parameter(model, name)) is not None:
             parameter.requires_grad_(True)

@@ -25,8 +25,17 @@ from hf_tying.config import SCHEMES
 from hf_tying.data import train_byte_level_bpe
 from hf_tying.models import TiedEncoderDecoderConfig, TiedEncoderDecoderModel
 
-from ..ties.test_translation_table import matrices, same, step
-from ..tiny_translation import JOINED, VOCAB, beams, part_config, shake, translation_logits
+from ..forms import matrices
+from ..tiny_translation import (
+    JOINED,
+    VOCAB,
+    beams,
+    nearly_equal,
+    part_config,
+    shake,
+    translation_logits,
+    translation_step,
+)
 
 ROOT = Path(__file__).parents[2]
 every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
@@ -73,7 +82,7 @@ def test_a_model_from_a_config_is_tied_trains_and_loads_by_every_class(pair, sch
     model = tied_model(pair, scheme)
     assert together(model, scheme)
     assert_tied(model)
-    step(model)
+    translation_step(model)
     assert together(model, scheme)
     model.save_pretrained(tmp_path)
     for cls, expected in (
@@ -85,7 +94,7 @@ def test_a_model_from_a_config_is_tied_trains_and_loads_by_every_class(pair, sch
         assert isinstance(loaded, expected) and not info["missing_keys"] and not info["unexpected_keys"]
         assert_tied(loaded)
         assert together(loaded, scheme)
-        assert same(translation_logits(loaded), translation_logits(model))
+        assert nearly_equal(translation_logits(loaded), translation_logits(model))
         assert torch.equal(beams(loaded), beams(model))
 
 
@@ -130,7 +139,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForSeq2SeqLM, EncoderDecoderModel
 torch.set_num_threads(1)
-from tests.translation import beams, translation_logits
+from tests.tiny_translation import beams, translation_logits
 values = {}
 for i, folder in enumerate(folders):
     for name, cls in (("auto", AutoModelForSeq2SeqLM), ("stock", EncoderDecoderModel)):
@@ -147,7 +156,7 @@ save_file(values, out)
 def test_a_fresh_process_reads_the_same_model(way, tmp_path):
     models = [tied_model(pair) for pair in ("bert2bert", "bert2gpt2")]
     for i, model in enumerate(models):
-        step(model)
+        translation_step(model)
         model.save_pretrained(tmp_path / str(i))
     out = tmp_path / "values.safetensors"
     command = [sys.executable, "-c", CHILD, way, str(out), *(str(tmp_path / str(i)) for i in range(len(models)))]
@@ -157,7 +166,7 @@ def test_a_fresh_process_reads_the_same_model(way, tmp_path):
     values = load_file(out)
     for i, model in enumerate(models):
         for name in ("auto", "stock"):
-            assert same(values[f"{i}.{name}.logits"], translation_logits(model))
+            assert nearly_equal(values[f"{i}.{name}.logits"], translation_logits(model))
             assert torch.equal(values[f"{i}.{name}.beams"], beams(model))
 
 
@@ -264,11 +273,11 @@ def test_it_resizes_where_the_stock_class_refuses(scheme, count, padding, tmp_pa
         assert matrix.shape[0] == rows and torch.equal(matrix[:kept], before[role][:kept])
     assert model.get_output_embeddings().bias.shape == (rows,)
     assert (model.config.encoder.vocab_size, model.config.decoder.vocab_size) == (rows, rows)
-    step(model)
+    translation_step(model)
     model.save_pretrained(tmp_path)
     loaded = TiedEncoderDecoderModel.from_pretrained(tmp_path)
     assert together(loaded, scheme)
-    assert same(translation_logits(loaded), translation_logits(model))
+    assert nearly_equal(translation_logits(loaded), translation_logits(model))
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "double", "state dict"])
@@ -310,7 +319,7 @@ def test_tie_changes_the_scheme_of_a_live_model_and_the_class_stays(tmp_path):
     model = tied_model()
     tie(model, "two_way")
     assert type(model) is TiedEncoderDecoderModel and together(model, "two_way")
-    step(model)
+    translation_step(model)
     model.save_pretrained(tmp_path)
     assert together(AutoModelForSeq2SeqLM.from_pretrained(tmp_path), "two_way")
 

@@ -1,27 +1,16 @@
 """`use_tied_loss` in two processes: DDP and FSDP2 reach what one process reaches with the stock loss."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import re
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from ..processes import run_script
 
 
 @pytest.fixture(scope="module")
 def results() -> dict:
     """All cases, in one launch of two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               str(ROOT / "tests" / "scripts" / "two_processes_tied_loss.py")]  # fmt: skip
-    path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)])
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    run = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, cwd=ROOT)
-    assert run.returncode == 0, run.stderr[-4000:]
-    line = next(line for line in run.stdout.splitlines() if line.startswith("RESULTS "))
-    return json.loads(line.removeprefix("RESULTS "))
+    return run_script("two_processes_tied_loss.py", processes=2)
 
 
 pytestmark = pytest.mark.timeout(300)
@@ -44,3 +33,10 @@ def test_a_head_that_is_sharded_by_itself_has_the_stock_loss_and_the_log_tells_o
 
 def test_undone_the_model_is_sharded_as_before(results):
     assert results["fsdp2, undone"] == {"sharded": True, "enabled": False}
+
+
+def test_what_would_be_unused_is_not_frozen_under_ddp_but_refused(results):
+    found = results["ddp, an objective after"]
+    assert re.search("cls.predictions.bias.*before the model is wrapped", found["error"])
+    assert found["bias is trained"] and not found["enabled"]
+    assert found["without logits"]  # of the model with nothing to freeze

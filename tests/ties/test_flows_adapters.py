@@ -1,4 +1,4 @@
-"""f13, f20: PEFT adapters over a tie. A merge is done once and right, or refused; it never corrupts the other side."""
+"""f13, f20: a PEFT adapter over a tie is merged once and right, or refused; it never corrupts the other side."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_merging_different_adapters_on_both_sides_is_refused(model):
         peft_model.merge_and_unload()
 
 
-def test_the_way_out_of_the_message_works(model):
+def test_an_adapter_on_the_head_merges_over_the_untied_base(model):
     peft_model = adapted(model, target_modules=["lm_head"])
     expected = outputs(peft_model)
     adapter = {name: p for name, p in peft_model.state_dict().items() if "lora_" in name}
@@ -65,14 +65,14 @@ class TestEnsureWeightTying:
         # PEFT knows embeddings by the name `embed_tokens`
         return adapted(tied_model(form, "llama"), target_modules=["embed_tokens"], ensure_weight_tying=True)
 
-    def test_merge_and_unload_counts_the_delta_once_and_leaves_one_parameter(self, peft_model):
+    def test_merging_a_lora_on_both_sides_counts_its_delta_once_and_leaves_one_parameter(self, peft_model):
         expected = outputs(peft_model)
         merged = peft_model.merge_and_unload()
         assert torch.allclose(outputs(merged), expected, atol=1e-5)
         assert_tied(merged)
         assert matrix(merged, "target") is matrix(merged, "output")
 
-    def test_merge_and_unmerge_come_back_to_the_start(self, peft_model):
+    def test_merging_and_unmerging_a_lora_on_both_sides_comes_back_to_the_start(self, peft_model):
         expected, base = outputs(peft_model), matrix(peft_model.base_model.model, "target").detach().clone()
         peft_model.merge_adapter()
         assert torch.allclose(outputs(peft_model), expected, atol=1e-5)
@@ -120,7 +120,7 @@ class TestModulesToSave:
         untie(merged).save_pretrained(tmp_path / "out")
         assert torch.allclose(outputs(merged), expected, atol=1e-5)
 
-    def test_ensure_weight_tying_stays_tied(self, form):
+    def test_a_trained_copy_of_both_sides_is_merged_and_stays_tied(self, form):
         config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True)
         peft_model = get_peft_model(tied_model(form, "llama"), config).eval()
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""f17, f06, f18, f22: what a class or a config declares, and how transformers misreads it."""
+"""f06, f17, f18, f22: what a class or a config declares is tied, also where transformers misreads it, or refused."""
 
 import copy
 import json
@@ -148,7 +148,9 @@ class TestEncoderDecoder:
 
     @pytest.mark.parametrize("decoder", ["bert", "gpt2"])
     @pytest.mark.parametrize("scheme", ["two_way", "three_way", "source_target", "none"])
-    def test_each_scheme_survives_the_file_with_and_without_the_entry(self, decoder, scheme, tmp_path):
+    def test_each_scheme_of_an_encoder_decoder_survives_the_file_with_and_without_the_entry(
+        self, decoder, scheme, tmp_path
+    ):
         config = EncoderDecoderConfig.from_encoder_decoder_configs(
             tiny_config("bert"), tiny_config(decoder, is_decoder=True, add_cross_attention=True)
         )
@@ -171,7 +173,7 @@ class TestT5:
     """f18: the T5 family forces its flag; it is untied all the same, and the logits keep their scale."""
 
     @pytest.mark.parametrize("scheme", ["none", "two_way", "source_target"])
-    def test_schemes_that_its_config_cannot_express(self, scheme, tmp_path):
+    def test_t5_is_tied_by_schemes_that_its_config_cannot_express(self, scheme, tmp_path):
         model = tiny_model("t5")
         before = logits(model)
         tie(model, scheme)
@@ -184,7 +186,7 @@ class TestT5:
         assert torch.equal(logits(loaded), logits(model))
         assert loaded.config.tying["scheme"] == scheme
 
-    def test_untie_gives_each_role_its_own(self):
+    def test_untie_gives_each_role_of_t5_a_matrix_of_its_own(self):
         model = untie(tiny_model("t5"))
         assert (
             len({id(m.weight) for m in (model.encoder.embed_tokens, model.decoder.embed_tokens, model.lm_head)}) == 3
@@ -194,13 +196,13 @@ class TestT5:
 class TestTheClassOfATiedModel:
     """f22: a dynamic subclass under the stock name."""
 
-    def test_it_keeps_the_stock_name_and_is_an_instance_of_the_stock_class(self, tmp_path):
+    def test_a_tied_model_keeps_the_name_of_the_stock_class_and_is_an_instance_of_it(self, tmp_path):
         model = tied_model("in place")
         assert type(model).__name__ == "GPT2LMHeadModel" and isinstance(model, GPT2LMHeadModel)
         model.save_pretrained(tmp_path)
         assert AutoModelForCausalLM.from_pretrained(tmp_path).config.architectures == ["GPT2LMHeadModel"]
 
-    def test_pickle_and_deepcopy_find_it(self):
+    def test_pickle_and_deepcopy_find_the_class_of_a_tied_model(self):
         model = tied_model("in place")
         for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
             assert type(twin) is type(model)

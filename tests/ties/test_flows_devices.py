@@ -1,4 +1,4 @@
-"""f14, f15: offloading, device maps, the meta device, compilation and export."""
+"""f14, f15: a tie survives offloading, device maps, the meta device, compilation and export, or is refused."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from hf_tying import TyingConfig, TyingError, assert_tied, tie
 
 from ..forms import reload, tied_model
-from ..tiny import logits
+from ..tiny import logits, without_dropout
 
 WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
 MAP = {"transformer.wpe": "cpu", "transformer.drop": "cpu", "transformer.h": "cpu", "transformer.ln_f": "cpu"}
@@ -70,7 +70,7 @@ class TestMetaDevice:
 
     @pytest.mark.parametrize("retie", [True, False])
     @pytest.mark.parametrize("save_format", ["dedup", "portable"])
-    def test_a_checkpoint_dispatched_onto_it_fills_every_name(self, form, retie, save_format, tmp_path):
+    def test_a_checkpoint_dispatched_onto_an_empty_model_fills_every_name(self, form, retie, save_format, tmp_path):
         model = tied_model(form, spec=TyingConfig(scheme="two_way", save_format=save_format))
         model.save_pretrained(tmp_path)
         with init_empty_weights():
@@ -111,27 +111,20 @@ class TestCompiledAndTraced:
         for checkpointing in (False, True):
             if checkpointing:
                 model.gradient_checkpointing_enable()
-            model.train()
-            for module in model.modules():
-                if isinstance(module, torch.nn.Dropout):
-                    module.p = 0.0
-            model.zero_grad()
+            without_dropout(model).zero_grad()
             model(input_ids=ids, labels=ids).loss.backward()
             gradients.append(model.lm_head.weight.grad.clone())
         assert torch.allclose(*gradients, atol=1e-7)
 
     def test_functional_call_replaces_the_one_matrix_under_every_name(self, model):
-        model.train()
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
+        without_dropout(model)
         ids = torch.arange(8)[None]
         zeros = {WTE: torch.zeros_like(model.lm_head.weight)}
         out = torch.func.functional_call(model, zeros, kwargs={"input_ids": ids})
         assert torch.equal(out.logits, torch.zeros_like(out.logits))
         assert_tied(model)
 
-    def test_it_is_exported(self, model):
+    def test_a_tied_model_is_exported(self, model):
         ids = torch.arange(8)[None]
         program = torch.export.export(model, (ids,), kwargs={"use_cache": False}, strict=False)
         assert torch.allclose(program.module()(ids, use_cache=False).logits, model(ids).logits, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Resizing and replacing embeddings (f12, f25): ties hold, and what is tied to nothing is not lost."""
+"""f12, f25: embeddings that are resized or replaced stay tied, and an untied matrix is not lost."""
 
 import pytest
 import torch
@@ -33,7 +33,9 @@ class TestResizeOfATiedModel:
     @pytest.mark.parametrize("count, kwargs, expected", [
         (80, {}, 80), (50, {}, 50), (65, {"pad_to_multiple_of": 8}, 72), (None, {"pad_to_multiple_of": 48}, 96),
     ])  # fmt: skip
-    def test_up_down_and_padded_it_stays_one_parameter(self, form, arch, count, kwargs, expected, tmp_path):
+    def test_a_tied_matrix_resized_up_down_or_padded_stays_one_parameter(
+        self, form, arch, count, kwargs, expected, tmp_path
+    ):
         model = tied_model(form, arch, "three_way" if arch in ("t5", "bart") else "two_way")
         before = matrix(model, "output").detach().clone()
         model.resize_token_embeddings(count, **kwargs)
@@ -46,7 +48,7 @@ class TestResizeOfATiedModel:
         assert_tied(loaded)
         assert rows(loaded) == {expected}
 
-    def test_the_optimizer_keeps_the_live_parameter(self, model):
+    def test_the_optimizer_keeps_the_live_parameter_of_a_resized_model(self, model):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         model.resize_token_embeddings(80)
         assert any(p is model.lm_head.weight for p in optimizer.param_groups[0]["params"])
@@ -57,7 +59,9 @@ class TestResizeOfPartlyTiedTranslationModels:
 
     @pytest.mark.parametrize("scheme", ["none", "two_way", "source_target"])
     @pytest.mark.parametrize("count", [80, 50])
-    def test_every_trained_row_survives_the_resize_and_the_file(self, form, scheme, count, tmp_path):
+    def test_every_trained_row_of_a_partly_tied_bart_survives_the_resize_and_the_file(
+        self, form, scheme, count, tmp_path
+    ):
         model = tied_model(form, "bart", scheme)
         before = {role: matrix(model, role).detach().clone() for role in roles(model)}
         model.resize_token_embeddings(count)
@@ -72,7 +76,7 @@ class TestResizeOfPartlyTiedTranslationModels:
                            logits(model) if count == 80 else matrix(model, "source"))  # fmt: skip
         assert loaded.config.tying["scheme"] == scheme
 
-    def test_encoder_and_decoder_remain_two_modules(self, form):
+    def test_encoder_and_decoder_of_a_resized_bart_remain_two_modules(self, form):
         model = tied_model(form, "bart", "none")
         model.resize_token_embeddings(80)
         assert model.model.encoder.embed_tokens is not model.model.decoder.embed_tokens
@@ -90,7 +94,7 @@ class TestResizeOfPartlyTiedTranslationModels:
 class TestReplacedEmbeddings:
     """f12: set_input_embeddings and set_output_embeddings."""
 
-    def test_the_new_matrix_is_the_one_under_every_name(self, model, tmp_path):
+    def test_a_replaced_input_embedding_is_the_matrix_under_every_name(self, model, tmp_path):
         new = nn.Embedding(70, 16)
         model.set_input_embeddings(new)
         assert model.get_input_embeddings() is new
@@ -99,20 +103,20 @@ class TestReplacedEmbeddings:
         model.save_pretrained(tmp_path)
         assert load_file(tmp_path / "model.safetensors")["transformer.wte.weight"].shape == (70, 16)
 
-    def test_from_the_output_side_too(self, model):
+    def test_a_replaced_output_embedding_is_the_matrix_under_every_name(self, model):
         new = nn.Linear(16, 64, bias=False)
         model.set_output_embeddings(new)
         assert_tied(model)
         assert model.transformer.wte.weight is new.weight
 
-    def test_a_module_without_a_matrix_is_refused_and_nothing_is_changed(self, model):
+    def test_an_embedding_without_a_matrix_is_refused_and_nothing_is_changed(self, model):
         old = model.get_input_embeddings()
         with pytest.raises(TyingError, match="expected a module with a matrix `weight`, found Identity"):
             model.set_input_embeddings(nn.Identity())
         assert model.get_input_embeddings() is old
         assert_tied(model)
 
-    def test_in_bart_encoder_and_decoder_follow_but_stay_modules_of_their_own(self, form):
+    def test_encoder_and_decoder_of_bart_follow_a_replaced_embedding_but_stay_two_modules(self, form):
         model = tied_model(form, "bart", "three_way")
         new = nn.Embedding(64, 16)
         model.set_input_embeddings(new)
@@ -127,7 +131,7 @@ class TestReplacedEmbeddings:
         assert model.lm_head.weight is head
         assert_tied(model)
 
-    def test_a_module_put_in_by_hand_is_told_at_the_next_training_step(self, model):
+    def test_an_embedding_put_in_by_hand_is_told_at_the_next_training_step(self, model):
         model.transformer.wte = nn.Embedding(64, 16)
         model.train()
         with pytest.raises(TyingError, match="Cannot train"):

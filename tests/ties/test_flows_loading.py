@@ -1,8 +1,6 @@
-"""What a user does with files and state dicts: each flow that transformers breaks silently holds, or says so."""
+"""f01 to f05, f11: a file that transformers would load or save untied, without a word, stays tied or is refused."""
 
-import copy
 import json
-import pickle
 
 import pytest
 import torch
@@ -11,7 +9,7 @@ from transformers import AutoModel, AutoModelForCausalLM, GPT2LMHeadModel
 
 from hf_tying import TyingConfig, TyingError, assert_tied, tie, untie
 
-from ..forms import matrix, reload, stock_class, tied_model
+from ..forms import matrix, picklable, reload, stock_class, tied_model
 from ..tiny import logits, tiny_model
 
 WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
@@ -47,7 +45,7 @@ def conflicting(model, tmp_path):
 class TestConflictingValues:
     """f01: a checkpoint with two different matrices under a config that ties them."""
 
-    def test_loading_names_the_difference_and_the_ways_out(self, model, conflicting):
+    def test_loading_conflicting_values_names_the_difference_and_the_ways_out(self, model, conflicting):
         with pytest.raises(TyingError, match="largest difference 1 at") as error:
             reload(model, conflicting)
         for way_out in ("use:transformer.wte.weight", "use:lm_head.weight", "keep_untied"):
@@ -75,7 +73,7 @@ class TestConflictingValues:
         assert_tied(loaded)
         assert torch.equal(matrix(loaded, "target"), matrix(model, "target") + offset)
 
-    def test_the_entry_can_be_chosen_in_the_call(self, model, conflicting):
+    def test_on_conflict_can_be_chosen_in_the_call(self, model, conflicting):
         entry = {**model.config.tying, "on_conflict": f"use:{HEAD}"}
         loaded = reload(model, conflicting, tying=entry)
         assert torch.equal(matrix(loaded, "target"), matrix(model, "target") + 1.0)
@@ -89,7 +87,7 @@ class TestConflictingValues:
 class TestOpenedUntied:
     """f02: a checkpoint written tied, opened with tie_word_embeddings=False."""
 
-    def test_the_contradiction_is_refused_with_the_way_to_open_it_untied(self, model, tmp_path):
+    def test_a_tied_file_opened_with_the_flag_off_is_refused_with_the_way_out(self, model, tmp_path):
         model.save_pretrained(tmp_path)
         with pytest.raises(TyingError, match="load it as it is, then untie"):
             reload(model, tmp_path, tie_word_embeddings=False)
@@ -113,7 +111,7 @@ def test_sharded_save_of_a_tied_model_reloads_tied(model, tmp_path):  # f03
 class TestTiedByHand:
     """f04: `lm_head.weight = wte.weight` with the flag off."""
 
-    def test_tie_takes_it_over_and_the_file_holds_it(self, tmp_path):
+    def test_tie_takes_over_a_tie_made_by_hand_and_the_file_holds_it(self, tmp_path):
         model = tiny_model("gpt2", tie_word_embeddings=False)
         model.lm_head.weight = model.transformer.wte.weight
         tie(model, "two_way").save_pretrained(tmp_path)
@@ -121,7 +119,7 @@ class TestTiedByHand:
         assert_tied(loaded)
         assert torch.equal(logits(loaded), logits(model))
 
-    def test_by_hand_on_a_model_that_is_held_untied_is_refused_at_the_save(self, model, tmp_path):
+    def test_a_tie_made_by_hand_on_an_untied_model_is_refused_at_the_save(self, model, tmp_path):
         untie(model)
         model.lm_head.weight = model.transformer.wte.weight
         with pytest.raises(TyingError, match="are one parameter, but no group declares it"):
@@ -135,7 +133,7 @@ class TestTiedLayers:
     NAMES = ["transformer.h.0.mlp.c_fc.weight", "transformer.h.1.mlp.c_fc.weight"]
 
     @pytest.mark.parametrize("flag", [True, False])
-    def test_they_save_and_reload_tied_whatever_the_embeddings_do(self, form, flag, tmp_path):
+    def test_tied_layers_save_and_reload_tied_whatever_the_embeddings_do(self, form, flag, tmp_path):
         model = tied_model(form, spec="two_way" if flag else "none")
         tie(model, self.NAMES, init_from=self.NAMES[0])
         assert model.config.tie_word_embeddings is flag
@@ -145,108 +143,10 @@ class TestTiedLayers:
         assert loaded.get_parameter(self.NAMES[0]) is loaded.get_parameter(self.NAMES[1])
         assert torch.equal(logits(loaded), logits(model))
 
-    def test_the_file_is_portable_every_name_is_in_it(self, model, tmp_path):
+    def test_a_file_of_tied_layers_holds_every_name(self, model, tmp_path):
         tie(model, self.NAMES, init_from=self.NAMES[0])
         model.save_pretrained(tmp_path)
         assert set(self.NAMES) <= load_file(tmp_path / "model.safetensors").keys()
-
-
-class TestCopiesAndStateDicts:
-    """f07: deepcopy, pickle, torch.save, load_state_dict, safetensors."""
-
-    def test_deepcopy_and_pickle_keep_one_parameter(self, model):
-        for twin in (copy.deepcopy(model), *([pickle.loads(pickle.dumps(model))] if picklable(model) else [])):
-            assert_tied(twin)
-            assert twin.lm_head.weight is twin.transformer.wte.weight is not model.lm_head.weight
-            assert torch.equal(logits(twin), logits(model))
-
-    def test_torch_save_of_the_whole_model_keeps_one_parameter(self, tmp_path):
-        model = tied_model("in place")
-        torch.save(model, tmp_path / "model.pt")
-        assert_tied(torch.load(tmp_path / "model.pt", weights_only=False))
-
-    def test_a_state_dict_with_conflicting_values_is_refused_and_nothing_is_loaded(self, model):
-        before = logits(model)
-        state = model.state_dict()
-        state[HEAD] = state[HEAD] + 1
-        state["transformer.ln_f.weight"] = torch.zeros_like(state["transformer.ln_f.weight"])
-        with pytest.raises(TyingError, match="Cannot load this state dict"):
-            model.load_state_dict(state)
-        assert torch.equal(logits(model), before)
-
-    def test_a_wrapper_that_loads_it_is_refused_too(self, model):
-        wrapper = torch.nn.ModuleDict({"inner": model})
-        state = wrapper.state_dict()
-        state[f"inner.{HEAD}"] = state[f"inner.{HEAD}"] + 1
-        with pytest.raises(TyingError, match="Cannot load this state dict"):
-            wrapper.load_state_dict(state)
-
-    @pytest.mark.parametrize("kept", [WTE, HEAD])
-    def test_any_one_name_is_enough(self, model, kept):
-        state = {name: t for name, t in model.state_dict().items() if name not in (WTE, HEAD) or name == kept}
-        state[kept] = state[kept] + 1
-        assert model.load_state_dict(state).missing_keys == []
-        assert_tied(model)
-        assert torch.equal(model.lm_head.weight, state[kept])
-
-    def test_safetensors_says_itself_that_names_share_memory(self, model, tmp_path):
-        with pytest.raises(RuntimeError, match="Some tensors share memory"):
-            save_file(model.state_dict(), tmp_path / "state.safetensors")
-
-
-def picklable(model) -> bool:
-    """The class form here is made on the fly, which pickle cannot find by name; a user's class lies in a module."""
-    return type(model).__module__.startswith("transformers.")
-
-
-class TestAssignedAndEmptied:
-    """f08: load_state_dict(assign=True), to_empty, .to("meta")."""
-
-    def test_assign_leaves_one_parameter_and_adamw_steps_it_once(self, model):
-        reference = copy.deepcopy(model)
-        model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
-        assert_tied(model)
-        for twin in (model, reference):
-            optimizer = torch.optim.AdamW(twin.parameters(), lr=0.1)
-            for _ in range(3):
-                optimizer.zero_grad()
-                twin(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
-                optimizer.step()
-        assert torch.equal(logits(model), logits(reference))
-
-    def test_assign_of_a_part_of_the_names_fills_the_rest(self, model):
-        state = {name: t.clone() for name, t in model.state_dict().items() if name != HEAD}
-        model.load_state_dict(state, assign=True)
-        assert_tied(model)
-
-    @pytest.mark.parametrize(
-        "move", [lambda m: m.to("meta"), lambda m: m.to_empty(device="cpu")], ids=["meta", "empty"]
-    )
-    def test_new_tensors_are_one_parameter_again(self, model, move):
-        move(model)
-        assert model.lm_head.weight is model.transformer.wte.weight
-
-
-class TestDtypes:
-    """f09: conversions."""
-
-    @pytest.mark.parametrize("convert", ["half", "bfloat16", "double"])
-    @pytest.mark.parametrize("overwrite", [False, True])
-    def test_a_conversion_keeps_one_parameter_even_when_torch_makes_new_ones(self, model, convert, overwrite):
-        torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
-        try:
-            getattr(model, convert)()
-        finally:
-            torch.__future__.set_overwrite_module_params_on_conversion(False)
-        assert_tied(model)
-
-    def test_inside_a_module_list_too(self, model):
-        torch.__future__.set_overwrite_module_params_on_conversion(True)
-        try:
-            torch.nn.ModuleList([model]).double()
-        finally:
-            torch.__future__.set_overwrite_module_params_on_conversion(False)
-        assert_tied(model)
 
 
 class TestPartsOfAFile:

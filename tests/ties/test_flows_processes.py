@@ -1,35 +1,18 @@
-"""f16, f16b, f20: two processes. DDP and FSDP2 keep a tie, or the user is told."""
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""f16, f16b, f20: in two processes, DDP and FSDP2 keep a tie, or the user is told."""
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-
-
-def launch(script: str) -> dict:
-    """All cases of a script in one launch of two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               str(ROOT / "tests" / "scripts" / script)]  # fmt: skip
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, cwd=ROOT)
-    assert run.returncode == 0, run.stderr[-4000:]
-    line = next(line for line in run.stdout.splitlines() if line.startswith("RESULTS "))
-    return json.loads(line.removeprefix("RESULTS "))
+from ..processes import run_script
 
 
 @pytest.fixture(scope="module")
 def results() -> dict:
-    return launch("two_processes.py")
+    return run_script("two_processes.py", processes=2)
 
 
 @pytest.fixture(scope="module")
 def adapters() -> dict:
-    return launch("two_processes_adapters.py")
+    return run_script("two_processes_adapters.py", processes=2)
 
 
 @pytest.mark.timeout(300)

@@ -1,7 +1,6 @@
-"""f10, f20: training, resuming, averaging, choosing parameters by name, and what is done to one side of a tie."""
+"""f10, f20: training, resuming, averaging and choosing parameters by name keep a tie; a change of one side is told."""
 
 import copy
-import logging as stdlib_logging
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 from hf_tying import TyingCallback, TyingError, assert_tied, tie, untie
 
 from ..forms import matrix, tied_model
-from ..tiny import logits, tiny_inputs, tiny_model
+from ..tiny import Sentences, logits, tiny_inputs, tiny_model
 
 WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
 
@@ -21,15 +20,6 @@ def step(model, optimizer):
     optimizer.zero_grad()
     model(**tiny_inputs(model)).loss.backward()
     optimizer.step()
-
-
-class Sentences(torch.utils.data.Dataset):
-    def __len__(self):
-        return 16
-
-    def __getitem__(self, i):
-        ids = torch.randint(3, 60, (6,), generator=torch.Generator().manual_seed(i))
-        return {"input_ids": ids, "labels": ids}
 
 
 def trainer(model, folder, steps=4, logging_steps=1, **kwargs):
@@ -41,25 +31,10 @@ def trainer(model, folder, steps=4, logging_steps=1, **kwargs):
                    callbacks=[TyingCallback(log_roles=True)])  # fmt: skip
 
 
-@pytest.fixture
-def warnings_of_transformers():
-    """The messages that transformers logs, which its own handlers keep from pytest."""
-    records = []
-    handler = stdlib_logging.Handler()
-    handler.emit = lambda record: records.append(record.getMessage())
-    root = stdlib_logging.getLogger("transformers")
-    ours = stdlib_logging.getLogger("hf_tying")
-    for logger in (root, ours):
-        logger.addHandler(handler)
-    yield records
-    for logger in (root, ours):
-        logger.removeHandler(handler)
-
-
 class TestTrainer:
     """f10."""
 
-    def test_resume_is_bit_for_bit_and_warns_of_no_missing_key(self, form, tmp_path, warnings_of_transformers):
+    def test_resume_is_bit_for_bit_and_warns_of_no_missing_key(self, form, tmp_path, told_with_transformers):
         whole = tied_model(form)
         trainer(whole, tmp_path / "whole").train()
         half = tied_model(form)
@@ -68,15 +43,13 @@ class TestTrainer:
         trainer(resumed, tmp_path / "half").train(resume_from_checkpoint=str(tmp_path / "half" / "checkpoint-2"))
         assert_tied(resumed)
         assert torch.equal(logits(resumed), logits(whole))
-        assert not [message for message in warnings_of_transformers if "missing keys" in message]
+        assert not [message for message in told_with_transformers if "missing keys" in message]
 
-    def test_load_best_model_at_end_is_tied_and_warns_of_no_missing_key(
-        self, model, tmp_path, warnings_of_transformers
-    ):
+    def test_load_best_model_at_end_is_tied_and_warns_of_no_missing_key(self, model, tmp_path, told_with_transformers):
         run = trainer(model, tmp_path, load_best_model_at_end=True, eval_strategy="steps", eval_steps=2)
         run.train()
         assert_tied(run.model)
-        assert not [message for message in warnings_of_transformers if "missing keys" in message]
+        assert not [message for message in told_with_transformers if "missing keys" in message]
 
     @pytest.mark.parametrize("logging_steps", [1, 2])
     def test_the_callback_logs_the_gradient_by_role(self, model, tmp_path, logging_steps):
@@ -114,7 +87,7 @@ class TestTrainer:
 
 
 class TestRoleGradients:
-    def test_the_norms_are_those_of_an_untied_twin(self, form):
+    def test_the_gradient_norms_by_role_are_those_of_an_untied_twin(self, form):
         from hf_tying.training.callbacks import measured_roles
 
         model = tied_model(form, "bart", "three_way")
@@ -151,7 +124,7 @@ class TestAverages:
                     update(value, live[name])
         assert "AveragedModel" in str(error.value) and "named_parameters" in str(error.value)
 
-    def test_the_way_out_moves_the_matrix_once(self, model):
+    def test_an_average_over_the_named_parameters_moves_the_matrix_once(self, model):
         average, start = copy.deepcopy(model), matrix(model, "target").detach().clone()
         with torch.no_grad():
             model.lm_head.weight.add_(1.0)
@@ -172,7 +145,7 @@ class TestAverages:
         model.load_state_dict(average)
         assert torch.equal(model.lm_head.weight, average[WTE])
 
-    def test_values_are_written_back_through_the_state_dict(self, model):
+    def test_values_copied_into_the_state_dict_reach_the_matrix(self, model):
         backup = {name: value.clone() + 1 for name, value in model.state_dict().items()}
         for name, value in model.state_dict().items():
             value.copy_(backup[name])
@@ -185,7 +158,7 @@ class TestAverages:
         assert state[HEAD].data_ptr() == state[WTE].data_ptr()
         model.load_state_dict(state)
 
-    def test_reading_a_further_name_is_reading_a_tensor(self, model):
+    def test_a_further_name_in_the_state_dict_is_read_as_a_tensor(self, model):
         value = model.state_dict()[HEAD]
         assert torch.equal(value.clone(), model.lm_head.weight) and type(value + 1) is torch.Tensor
         assert value.numpy().shape == (64, 16) and value.data_ptr() == model.lm_head.weight.data_ptr()
@@ -214,18 +187,18 @@ class TestParameterGroups:
         decayed = [p for name, p in model.named_parameters() if not any(part in name for part in no_decay)]
         assert not any(p is model.lm_head.weight for p in decayed)
 
-    def test_startswith_and_endswith_too(self, model):
+    def test_startswith_and_endswith_find_the_matrix_by_any_of_its_names(self, model):
         names = [
             name for name, _ in model.named_parameters() if name.startswith("lm_head") and name.endswith("wte.weight")
         ]
         assert names == [WTE]
 
-    def test_two_claims_on_the_one_matrix_are_torchs_own_error(self, model):
+    def test_two_parameter_groups_with_the_one_matrix_are_torchs_own_error(self, model):
         groups = [{"params": [p for n, p in model.named_parameters() if part in n]} for part in ("lm_head", "wte")]
         with pytest.raises(ValueError, match="more than one parameter group"):
             torch.optim.AdamW(groups)
 
-    def test_every_name_is_listed_when_duplicates_are_asked_for(self, model):
+    def test_named_parameters_with_duplicates_lists_every_name(self, model):
         names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
         assert {WTE, HEAD} <= set(names)
         with pytest.raises(ValueError, match="more than one parameter group"):
@@ -240,12 +213,12 @@ class TestParameterGroups:
         assert WTE in loaded["param_groups"][0]["param_names"]
         torch.optim.AdamW(model.named_parameters()).load_state_dict(loaded)
 
-    def test_freezing_one_role_is_told_to_freeze_all(self, model, warnings_of_transformers):
+    def test_freezing_one_role_is_told_to_freeze_all(self, model, told_with_transformers):
         model.get_input_embeddings().requires_grad_(False)
         model.train()
         for _ in range(3):
             model(**tiny_inputs(model))
-        told = [message for message in warnings_of_transformers if "frozen under each of its names" in message]
+        told = [message for message in told_with_transformers if "frozen under each of its names" in message]
         assert len(told) == 1 and HEAD in told[0]
 
 
@@ -284,7 +257,7 @@ class TestOneSideIsChanged:
         assert_tied(model)
 
     @pytest.mark.filterwarnings("ignore")
-    def test_the_way_out_is_to_untie_first(self, model):
+    def test_a_model_untied_first_is_quantised(self, model):
         quantised = torch.ao.quantization.quantize_dynamic(untie(model), {torch.nn.Linear})
         assert_tied(quantised)
         quantised.tie_weights()

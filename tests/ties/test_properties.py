@@ -1,94 +1,31 @@
-"""Whatever is tied, in whatever order, and whatever then happens to the model: the invariants hold, or it says so."""
+"""The invariants hold whatever is tied, in any order, and whatever then happens to the model, or an error says so."""
 
 import copy
-import functools
-import json
 import pickle
 import tempfile
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, event, given, settings
+from hypothesis import assume, event, given
 from hypothesis import strategies as st
 
 from hf_tying import TyingConfig, TyingError, assert_tied, tie, untie
-from hf_tying.config import SCHEMES, nearest
-from hf_tying.ties.aliases import TiedName
+from hf_tying.config import SCHEMES
 from hf_tying.ties.anatomy import Anatomy, roles
-from hf_tying.ties.declared import join_chains
-from hf_tying.ties.groups import locate
 from hf_tying.ties.slots import named_slots
 
-from ..tiny import ALL, AUTO, logits, shared_names, split, tiny_inputs, untied_model
-
-
-# The same examples in every run: a suite that fails by chance is not believed when it fails by right.
-def steady(examples: int) -> settings:
-    slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
-    return settings(max_examples=examples, derandomize=True, database=None, deadline=None, suppress_health_check=slow)
-
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-# --- models, groups and events ---------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _untied(arch: str, dtype: str):
-    return untied_model(arch, dtype=DTYPES[dtype])
-
-
-@functools.cache
-def names_by_shape(arch: str) -> list[list[str]]:
-    """The names of `arch` that could be one parameter with another: those of each shape, where there are two.
-
-    Without what no optimizer trains and no file holds (Marian's sinusoidal positions).
-    """
-    shapes: dict[tuple, list[str]] = {}
-    for name, parameter in _untied(arch, "float32").named_parameters():
-        if parameter.requires_grad:
-            shapes.setdefault(tuple(parameter.shape), []).append(name)
-    return [names for names in shapes.values() if len(names) > 1]
-
-
-@functools.cache
-def schemes_of(arch: str) -> list[str]:
-    """The schemes that `arch` has the roles for."""
-    held = roles(_untied(arch, "float32"))
-    return [scheme for scheme, members in SCHEMES.items() if held.keys() >= set(members)]
-
-
-@st.composite
-def groups_of_names(draw, arch: str) -> dict[str, list[str]]:
-    """Disjoint groups of equal-shaped names, each in any order: the first is the root."""
-    groups: dict[str, list[str]] = {}
-    left = [list(names) for names in names_by_shape(arch)]
-    for i in range(draw(st.integers(1, 3))):
-        usable = [names for names in left if len(names) > 1]
-        if not usable:
-            break
-        names = draw(st.sampled_from(usable))
-        group = draw(st.lists(st.sampled_from(names), min_size=2, max_size=4, unique=True))
-        for name in group:
-            names.remove(name)
-        groups[draw(st.sampled_from("zyx")) + str(i)] = group
-    return groups
-
-
-@st.composite
-def declared_ties(draw) -> tuple[str, str, TyingConfig]:
-    """An architecture, a dtype, and what to tie in it: groups or a scheme or both."""
-    arch = draw(st.sampled_from(ALL))
-    dtype = draw(st.sampled_from(list(DTYPES)))
-    scheme = draw(st.none() | st.sampled_from(schemes_of(arch)))
-    groups = draw(groups_of_names(arch)) if scheme in (None, "none") or draw(st.booleans()) else {}
-    save_format = draw(st.sampled_from([None, "dedup", "portable"]))
-    return arch, dtype, TyingConfig(scheme=scheme, groups=groups, save_format=save_format)
-
-
-def partition(groups) -> set[frozenset[str]]:
-    return {frozenset(names) for names in groups}
+from ..tiny import ALL, AUTO, logits, shared_names, split, tiny_inputs
+from .properties import (
+    DTYPES,
+    declared_ties,
+    groups_of_names,
+    join,
+    names_by_shape,
+    partition,
+    schemes_of,
+    steady,
+    untied_of,
+)
 
 
 def check(model, arch: str) -> None:
@@ -116,9 +53,6 @@ def check(model, arch: str) -> None:
             if name.endswith(".weight") and hasattr(module, attribute):
                 # GPT-2's Conv1D has neither; a Linear's rows are what it puts out.
                 assert getattr(module, attribute) == parameter.shape[0], name
-
-
-# Each event takes (model, arch, draw) and gives the model to go on with.
 
 
 def save_and_load(model, arch, draw):
@@ -185,7 +119,7 @@ def in_files(model) -> set[str]:
 
 def refill_buffers(model, arch) -> None:
     """What no file holds (rotary frequencies, sinusoids) `.to()` rounds and `to_empty()` loses, in any model."""
-    untied, kept = _untied(arch, "float32"), in_files(model)
+    untied, kept = untied_of(arch, "float32"), in_files(model)
     for name, buffer in untied.named_buffers():
         if name not in kept:
             path, _, attribute = name.rpartition(".")
@@ -317,7 +251,7 @@ EVENTS = [save_and_load, deepcopy, pickled, to_dtype, to_empty, to_meta, load_st
 @given(st.data())
 def test_the_invariants_outlive_whatever_happens_to_a_model(data):
     arch, dtype, config = data.draw(declared_ties())
-    model = tie(copy.deepcopy(_untied(arch, dtype)), config, init_from="mean")
+    model = tie(copy.deepcopy(untied_of(arch, dtype)), config, init_from="mean")
     check(model, arch)
     held = {name: group for group in model.tie_groups for name in group.names}
     in_scheme = [held[roles(model)[role].name] for role in SCHEMES[config.scheme or "none"]]
@@ -335,7 +269,7 @@ def test_the_invariants_outlive_whatever_happens_to_a_model(data):
 def test_what_is_no_vocabulary_is_not_resized_with_an_embedding():
     """Of the property above an example that chance seldom draws."""
     positions, words = "transformer.wpe.weight", "transformer.wte.weight"
-    model = tie(copy.deepcopy(_untied("gpt2", "float32")), [words, positions], init_from="mean")
+    model = tie(copy.deepcopy(untied_of("gpt2", "float32")), [words, positions], init_from="mean")
     with pytest.raises(TyingError, match=positions):
         model.resize_token_embeddings(70)
     check(model, "gpt2")
@@ -343,146 +277,6 @@ def test_what_is_no_vocabulary_is_not_resized_with_an_embedding():
     untie(model, [positions])
     model.resize_token_embeddings(70)
     assert model.get_parameter(positions).shape[0] == 64 and model.get_parameter(words).shape[0] == 70
-
-
-# --- functions that know no model ------------------------------------------------------------------------------------
-
-
-def join(chains) -> list[set[str]]:
-    """The plain reference of a union: what can be reached from each name over all chains."""
-    parts: list[set[str]] = []
-    for chain in chains:
-        met = [part for part in parts if part & set(chain)]
-        parts = [part for part in parts if part not in met] + [set(chain).union(*met)]
-    return parts
-
-
-letters = st.sampled_from("abcdefgh")
-chains = st.lists(st.lists(letters, min_size=1, max_size=4), max_size=8)
-
-
-@steady(200)
-@given(chains, st.randoms(use_true_random=False))
-def test_chains_join_to_the_same_groups_in_any_order_and_direction(given_chains, random):
-    expected = partition(part for part in join(given_chains) if len(part) > 1)
-    shuffled = [random.sample(chain, len(chain)) for chain in random.sample(given_chains, len(given_chains))]
-    for each in (given_chains, shuffled, [pair for c in given_chains for pair in zip(c, c[1:], strict=False)]):
-        groups = join_chains(each)
-        assert partition(groups) == expected
-        assert all(len(group) == len(set(group)) for group in groups)
-    cycles = [[*chain, chain[0]] for chain in given_chains]
-    assert partition(join_chains(cycles)) == expected
-
-
-name = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=12)
-
-
-@st.composite
-def declarations(draw) -> TyingConfig:
-    names = draw(st.lists(name, unique=True, max_size=10))
-    groups = {}
-    while len(names) > 1 and draw(st.booleans()):
-        size = draw(st.integers(2, len(names)))
-        groups[draw(name) + str(len(groups))] = [names.pop() for _ in range(size)]
-    return TyingConfig(
-        scheme=draw(st.none() | st.sampled_from(list(SCHEMES))),
-        groups=groups,
-        on_conflict=draw(st.sampled_from(["error", "keep_untied"]) | name.map("use:{}".format)),
-        save_format=draw(st.sampled_from([None, "dedup", "portable"])),
-    )
-
-
-@steady(200)
-@given(declarations())
-def test_a_declaration_is_the_same_after_its_dict_and_after_json(config):
-    entry = config.to_dict()
-    assert TyingConfig.from_dict(entry) == config
-    assert TyingConfig.from_dict(json.loads(json.dumps(entry))) == config
-    assert TyingConfig.from_dict(json.loads(json.dumps(entry, sort_keys=True))).to_dict() == entry
-    assert TyingConfig.of(entry) == config and TyingConfig.of(config) is config
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
-    max_leaves=8,
-)
-near_entries = st.fixed_dictionaries(
-    {},
-    optional={
-        "version": st.just(1) | json_values,
-        "scheme": st.sampled_from([*SCHEMES, None]) | json_values,
-        "groups": st.dictionaries(letters, st.lists(letters | json_values, max_size=3) | json_values) | json_values,
-        "on_conflict": st.sampled_from(["error", "use:a"]) | json_values,
-        "save_format": st.sampled_from(["dedup", None]) | json_values,
-        "other": json_values,
-    },
-)
-
-
-@steady(600)
-@given(near_entries | json_values)
-def test_any_json_is_a_declaration_or_a_tying_error(entry):
-    before = copy.deepcopy(entry)
-    try:
-        config = TyingConfig.from_dict(entry)
-    except TyingError as error:
-        event("refused")
-        assert 10 < len(str(error)) < 1000
-    else:
-        event("read")
-        assert TyingConfig.from_dict(config.to_dict()) == config
-    assert repr(entry) == repr(before)  # NaN is not equal to itself
-
-
-@steady(200)
-@given(st.text(max_size=30), st.lists(st.text(max_size=30), max_size=20))
-def test_nearest_names_are_candidates_and_few(wrong, candidates):
-    answer = nearest(wrong, candidates)
-    if answer:
-        assert answer.startswith("; the nearest names are ")
-        assert any(repr(candidate) in answer for candidate in candidates)
-    for candidate in candidates:
-        assert nearest(candidate, [candidate]) in ("", f"; the nearest names are {candidate!r}")
-
-
-@steady(200)
-@given(st.data())
-def test_a_name_is_found_in_a_head_model_and_in_its_base_model(data):
-    model = _untied(data.draw(st.sampled_from(ALL)), "float32")
-    base, prefix = model.base_model, f"{model.base_model_prefix}."
-
-    def found(model, name):
-        return locate(Anatomy(model), name)
-
-    known = data.draw(st.sampled_from(list(named_slots(model))))
-    for end in range(1, known.count(".") + 2):  # each module on the way, and the parameter
-        path = ".".join(known.split(".")[:end])
-        assert found(model, path) == path
-    if base is not model and known.startswith(prefix):
-        assert found(base, known) == known.removeprefix(prefix)
-        assert found(model, known.removeprefix(prefix)) == known
-    elif base is not model:
-        assert found(base, known) is None
-    wrong = data.draw(
-        st.sampled_from([known + "x", known + ".", known + ".weight", known[:-1] + "*", "." + known, ""])
-    )
-    assert found(model, wrong) is None
-
-
-@steady(200)
-@given(st.data(), st.lists(name, min_size=1, max_size=4, unique=True))
-def test_a_tied_name_answers_to_each_name_of_its_group_and_is_its_root(data, names):
-    tied = TiedName(names[0], names)
-    near = data.draw(st.sampled_from(names))
-    part = data.draw(st.text(max_size=4) | st.sampled_from([near, near[:2], near[-2:], near[1:3]]))
-    assert tied == names[0] and hash(tied) == hash(names[0]) and {names[0]: 1}[tied] == 1
-    assert (part in tied) == any(part in n for n in names)
-    assert tied.startswith(part) == any(n.startswith(part) for n in names)
-    assert tied.endswith(part) == any(n.endswith(part) for n in names)
-    assert tied.endswith((part, "x")) == any(n.endswith((part, "x")) for n in names)
-    again = pickle.loads(pickle.dumps(tied))  # a plain string, for readers without the package
-    assert again == tied and type(again) is str
 
 
 @pytest.mark.parametrize("arch", ALL)

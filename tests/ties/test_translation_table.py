@@ -1,6 +1,7 @@
-"""The table: every stock translation model and three joined ones x every scheme x one or two vocabularies.
+"""Each translation model works tied by each scheme, with one or two vocabularies, or a `TyingError` says why not.
 
-Each cell works (gradient, step, files, other processes, resize, beams) or is a `TyingError` that says why.
+The table: every stock translation model and three joined ones x every scheme x one or two vocabularies. What works in
+each cell: gradient, step, files, other processes, resize, beams.
 """
 
 import json
@@ -18,6 +19,7 @@ from hf_tying import TyingError, assert_tied, tie, untie
 from hf_tying.config import SCHEMES as MEMBERS
 from hf_tying.ties.anatomy import roles
 
+from ..forms import matrices
 from ..tiny import shared_names, split
 from ..tiny_translation import (
     JOINED,
@@ -25,17 +27,17 @@ from ..tiny_translation import (
     STOCK,
     VOCAB,
     beams,
+    nearly_equal,
     translation_inputs,
     translation_logits,
     translation_model,
+    translation_step,
 )
 
 ROOT = Path(__file__).parents[2]
 ALL = STOCK + JOINED
 #: Those that can have a vocabulary of another size on the target side.
 TWO_VOCABULARIES = ["marian_separate", "fsmt", *JOINED]
-#: BERT and RoBERTa have their output bias under two names, whatever else is tied.
-OTHER_TIES = {"bert2bert": 1, "roberta2roberta": 1}
 
 every_model = pytest.mark.parametrize("arch", ALL)
 every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
@@ -58,24 +60,6 @@ def untied(arch: str, **kwargs) -> PreTrainedModel:
 def tied(arch: str, scheme: str) -> PreTrainedModel:
     """The same, tied by `scheme`."""
     return tie(untied(arch), scheme, init_from=None if scheme == "none" else MEMBERS[scheme][0])
-
-
-def matrices(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
-    """The parameter of each role."""
-    return {role: model.get_parameter(found.name) for role, found in roles(model).items()}
-
-
-def step(model: PreTrainedModel) -> None:
-    """One step of gradient descent."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    model(**translation_inputs(model)).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal but for the last place: a loaded tensor can lie otherwise in memory and take another kernel."""
-    return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=1e-6)
 
 
 @every_scheme
@@ -121,7 +105,7 @@ def test_the_gradient_is_the_sum_of_what_each_use_gives_and_a_step_keeps_the_tie
         assert alone[roles(model)[role].name].abs().max() > 0, role  # each use has its part in the sum
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad and _is_used(model, p))
     before = {role: p.detach().clone() for role, p in matrices(model).items()}
-    step(model)
+    translation_step(model)
     assert_tied(model)
     assert all(not torch.equal(p, before[role]) for role, p in matrices(model).items())
 
@@ -146,13 +130,13 @@ def test_a_resize_keeps_every_row_and_every_tie_and_the_file_loads(arch, scheme,
         assert matrix.shape[0] == (expected if one or role == "source" else VOCAB), role
         kept = min(VOCAB, matrix.shape[0])
         assert torch.equal(matrix[:kept], before[role][:kept]), role
-    step(model)
+    translation_step(model)
     if count > VOCAB:  # the inputs have ids up to 49
         beams(model)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
     assert_tied(loaded)
-    assert same(translation_logits(loaded), translation_logits(model))
+    assert nearly_equal(translation_logits(loaded), translation_logits(model))
 
 
 @pytest.mark.parametrize("scheme", ["none", "two_way"])
@@ -160,7 +144,7 @@ def test_marian_resizes_its_target_side_alone(scheme):
     model = tied("marian_separate", scheme)
     model.resize_decoder_token_embeddings(70)
     assert {role: p.shape[0] for role, p in matrices(model).items()} == {"source": 64, "target": 70, "output": 70}
-    step(model)
+    translation_step(model)
     assert_tied(model)
 
 
@@ -170,11 +154,11 @@ def test_marian_tied_across_both_sides_resizes_both_by_either_method(scheme, tmp
     model.resize_decoder_token_embeddings(70)
     assert {p.shape[0] for p in matrices(model).values()} == {70}
     assert (model.config.vocab_size, model.config.decoder_vocab_size) == (70, 70)
-    step(model)
+    translation_step(model)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
     assert_tied(loaded)
-    assert same(translation_logits(loaded), translation_logits(model))
+    assert nearly_equal(translation_logits(loaded), translation_logits(model))
 
 
 # --- other processes -------------------------------------------------------------------------------------------------
@@ -215,7 +199,7 @@ def test_another_process_gives_the_same_logits_and_the_same_beams(way, tmp_path)
     for arch in ALL:
         for scheme in SCHEMES:
             model, name = tied(arch, scheme), f"{arch}-{scheme}"
-            step(model)
+            translation_step(model)
             model.save_pretrained(tmp_path / "work" / name)
             expected[f"{name}.logits"], expected[f"{name}.beams"] = translation_logits(model), beams(model)
             shared[name] = shared_names(model)
@@ -225,7 +209,7 @@ def test_another_process_gives_the_same_logits_and_the_same_beams(way, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     found = load_file(tmp_path / "out" / "values.safetensors")
     assert found.keys() == expected.keys()
-    assert [name for name in expected if not same(found[name], expected[name])] == []
+    assert [name for name in expected if not nearly_equal(found[name], expected[name])] == []
     if way == "with the package":
         told = json.loads((tmp_path / "out" / "told.json").read_text())
         assert told == {name: {"missing": [], "shared": names} for name, names in shared.items()}
@@ -285,11 +269,11 @@ def test_vocabularies_of_two_sizes_can_have_what_lies_on_one_side(arch, scheme, 
         return
     tie(model, scheme, init_from=None if scheme == "none" else "target")
     assert {role: p.shape[0] for role, p in matrices(model).items()} == {"source": 64, "target": 80, "output": 80}
-    step(model)
+    translation_step(model)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
     assert_tied(loaded)
-    assert same(translation_logits(loaded), translation_logits(model))
+    assert nearly_equal(translation_logits(loaded), translation_logits(model))
     assert torch.equal(beams(loaded), beams(model))
 
 

@@ -14,8 +14,7 @@ from hf_tying.training.roles import measured_roles, scale_input_gradient
 from hf_tying.training.schedules import freeze_role, step_of, untie_trained
 
 from ..forms import matrix, tied_model
-from ..ties.test_flows_training import Sentences, warnings_of_transformers  # noqa: F401
-from ..tiny import tiny_inputs, tiny_model, untied_twin
+from ..tiny import Sentences, tiny_inputs, tiny_model, untied_twin
 
 WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
 NO_DROPOUT = {"gpt2": dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0), "bart": dict(dropout=0.0)}
@@ -258,10 +257,10 @@ class TestUntieAt:
         assert measured == [True, True, False, False]
         assert all(type(matrix(model, role)) is torch.nn.Parameter for role in ("target", "output"))
 
-    def test_at_the_last_step_it_stays_tied_and_that_is_said(self, model, tmp_path, warnings_of_transformers):  # noqa: F811
+    def test_at_the_last_step_it_stays_tied_and_that_is_said(self, model, tmp_path, told_with_transformers):
         trainer(model, tmp_path, TyingCallback(untie_at=1.0), steps=2).train()
         assert model.lm_head.weight is model.transformer.wte.weight
-        assert [m for m in warnings_of_transformers if "not before the last of 2 steps: never untied" in m]
+        assert [m for m in told_with_transformers if "not before the last of 2 steps: never untied" in m]
 
     def test_with_nothing_tied_it_is_refused(self, tmp_path):
         run = trainer(_untied_gpt2(), tmp_path, TyingCallback(untie_at=2))
@@ -286,7 +285,7 @@ def _by_dimension(model) -> list[dict]:
 class TestFreeze:
     @pytest.mark.parametrize("role, frozen, free", [("output", HEAD, WTE), ("input", WTE, HEAD)])
     def test_a_run_is_the_plain_loop_over_the_other_matrix(
-        self, tmp_path, role, frozen, free, warnings_of_transformers  # noqa: F811
+        self, tmp_path, role, frozen, free, told_with_transformers
     ):  # fmt: skip
         model = tied_model("in place", **NO_DROPOUT["gpt2"])
         twin = untied_twin(model, _untied_gpt2())
@@ -299,7 +298,7 @@ class TestFreeze:
         assert unlike(model, twin) == []
         found, expected = values(model), values(twin)
         assert torch.equal(found[frozen], expected[frozen]) and not torch.equal(found[free], found[frozen])
-        told = [m for m in warnings_of_transformers if f"freeze={role!r}" in m]
+        told = [m for m in told_with_transformers if f"freeze={role!r}" in m]
         assert len(told) == 1 and f"{64 * 16:,} parameters more" in told[0]
         assert model.config.tying["scheme"] == "none"
         assert all(p.requires_grad for p in model.parameters())  # freed at the end
@@ -356,10 +355,10 @@ class TestFreeze:
         assert matrix(model, "source") is matrix(model, "target") and not matrix(model, "source").requires_grad
         assert model.config.tying["scheme"] == "source_target"
 
-    def test_an_untied_model_is_only_frozen(self, warnings_of_transformers):  # noqa: F811
+    def test_an_untied_model_is_only_frozen(self, told_with_transformers):
         model = _untied_gpt2()
         assert freeze_role(model, None, "output") == [model.lm_head.weight]
-        assert not [m for m in warnings_of_transformers if "freeze=" in m]
+        assert not [m for m in told_with_transformers if "freeze=" in m]
 
     def test_a_role_that_the_model_has_not_is_named(self, model, tmp_path):
         with pytest.raises(TyingError, match="no source embedding: its roles are target, output"):

@@ -1,0 +1,76 @@
+"""A tensor that is computed only if an operation needs its values, together with all that derive from the same one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from weakref import WeakSet
+
+import torch
+
+
+class _Siblings:
+    """All lazy tensors derived from one. Materializing one materializes all, before anybody can write to it in
+    place."""
+
+    def __init__(self):
+        self.materialized = False
+        self.members: WeakSet[LazyTensor] = WeakSet()
+
+
+class LazyTensor:
+    """Stands for the result of `compute`. An attribute or an operator that a subclass does not define materializes it.
+
+    Args:
+        compute: makes the tensor; called at most once.
+        siblings: of the lazy tensor from which this one is derived. Default `None`: it is derived from none.
+    """
+
+    def __init__(self, compute: Callable[[], torch.Tensor], siblings: _Siblings | None = None):
+        self._compute, self._computed, self._siblings = compute, None, siblings or _Siblings()
+        self._siblings.members.add(self)
+
+    def materialize(self, why: str) -> torch.Tensor:
+        """The tensor, always the same object, which may be written to in place.
+
+        Args:
+            why: the operation that needs it.
+        """
+        if not self._siblings.materialized:
+            self._siblings.materialized = True
+            for member in list(self._siblings.members):
+                member._tensor()  # computed before anybody writes to one of them: a copy keeps its values
+        return self._tensor()
+
+    def _tensor(self) -> torch.Tensor:
+        if self._computed is None:
+            self._computed = self._compute()
+        return self._computed
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.materialize(name), name)
+
+
+def _operator(name: str) -> Callable:
+    return lambda self, *args: getattr(self.materialize(name), name)(*args)
+
+
+# Python looks these up on the class, and not by `__getattr__`.
+for _name in (
+    *("sub", "rsub", "rtruediv", "floordiv", "rfloordiv", "mod", "rmod", "pow", "rpow", "matmul", "rmatmul"),
+    *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "neg", "pos", "abs", "invert"),
+    *("and", "or", "xor", "lt", "le", "gt", "ge", "eq", "ne", "bool", "int", "float", "contains", "setitem"),
+):
+    setattr(LazyTensor, f"__{_name}__", _operator(f"__{_name}__"))
+
+
+def materialized(value, why: str):
+    """`value` with all lazy tensors materialized, also inside lists, tuples and dicts."""
+    if isinstance(value, LazyTensor):
+        return value.materialize(why)
+    if isinstance(value, tuple | list):
+        return type(value)(materialized(part, why) for part in value)
+    if isinstance(value, dict):
+        return {key: materialized(part, why) for key, part in value.items()}
+    return value

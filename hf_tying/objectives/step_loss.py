@@ -1,0 +1,96 @@
+"""The loss of one training step under `use_tied_loss`: computed from the hidden states, without their logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers.utils import logging
+
+from ..config import TyingError
+from ..losses.cross_entropy import cross_entropy
+from ..losses.options import Options
+from .objective import Objective
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """How a model's loss is computed: the keywords of `use_tied_loss`, with their meaning and defaults."""
+
+    label_smoothing: float = 0.0
+    memory_budget: int | None = None
+    backend: str = "auto"
+    objective: Objective | None = None
+
+
+class StepLoss:
+    """The loss of one training step: cross entropy by blocks, or an objective in its place.
+
+    Args:
+        settings: of the model.
+        num_items_in_batch: number by which the model will divide a sum of losses. Default `None`: the model has none.
+        embedding: (V, D), the input embedding, which an objective needs. Default `None`: the softmax matrix.
+
+    Attributes:
+        parts: parts of the objective's loss by name, each a detached scalar, divided as the model will divide the
+            loss. Empty until the model has asked for its loss, and with cross entropy.
+    """
+
+    def __init__(self, settings: LossSettings, num_items_in_batch=None, embedding: torch.Tensor | None = None):
+        self.settings, self.num_items_in_batch, self.embedding = settings, num_items_in_batch, embedding
+        self.parts: dict[str, torch.Tensor] = {}
+
+    def compute(self, hidden, weight, target, bias, options: Options, is_scaled: bool) -> torch.Tensor:
+        """The loss in place of the cross entropy that the model asks for.
+
+        Args:
+            hidden: (..., D).
+            weight: (V, D), the softmax matrix.
+            target: int64, (...).
+            bias: (V,), or `None`.
+            options: of the cross entropy.
+            is_scaled: whether the model scales or caps its logits.
+
+        Returns:
+            A scalar, or (...) for `reduction="none"`.
+
+        Raises:
+            TyingError: see `AugmentedObjective.loss` and `ContrastiveObjective.loss`.
+        """
+        settings, objective = self.settings, self.settings.objective
+        if objective is None:
+            return cross_entropy(hidden, weight, target, bias, options, settings.memory_budget, settings.backend)
+        if not objective.needs_softmax and is_scaled:
+            logger.warning_once(
+                f"{type(objective).__name__} takes no notice of what this model does to its logits (a scale or a soft "
+                "cap): it has none."
+            )
+        # For a tied model, the head's `weight` and not the parameter: a `RoleMeter` has put its own view there.
+        embedding = weight if self.embedding is None else self.embedding
+        loss, parts = objective.loss(hidden, weight, target, bias, options, embedding, settings.memory_budget)
+        for name, part in parts.items():
+            self.parts[name] = self.parts.get(name, 0.0) + part * options.upstream
+        return loss
+
+    def expected_upstream(self, reduction: str, device: torch.device) -> float | torch.Tensor:
+        """The factor by which the model will multiply the loss, for `CrossEntropyOptions.upstream`.
+
+        A number of items on a GPU stays there, since reading it would wait for the GPU.
+        """
+        items = self.num_items_in_batch
+        if reduction != "sum" or items is None or isinstance(items, torch.Tensor) and items.numel() != 1:
+            return 1.0
+        if isinstance(items, torch.Tensor) and items.device.type != "cpu":
+            return 1.0 / items.reshape(()).to(device, torch.float32)
+        return 1.0 / float(items) if float(items) > 0 else 1.0
+
+
+def needs_deferred(why: str, settings: LossSettings) -> TyingError:
+    """The error of a step that cannot have its objective. Such a step is never trained by cross entropy instead."""
+    return TyingError(
+        f"This training step needs its logits whole ({why}), and {type(settings.objective).__name__} is computed from "
+        "the hidden states before them: expected a model that multiplies them by its softmax matrix itself and asks "
+        "for the cross entropy of that with its labels. Train it by cross entropy: use_tied_loss(model)."
+    )

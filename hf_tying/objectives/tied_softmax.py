@@ -1,0 +1,68 @@
+"""The torch function mode of a training step: it replaces the product with the softmax matrix by deferred logits."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from ..losses.embedding import tied_embedding
+from .deferred_logits import DeferredLogits
+from .step_loss import LossSettings, StepLoss, needs_deferred
+
+
+class TiedSoftmax(TorchFunctionMode):
+    """Inside this mode, products with `matrix` are deferred, and its rows are looked up by `tied_embedding`.
+
+    Args:
+        matrix: (V, D), the softmax matrix; in a tied model also an embedding.
+        settings: how the loss is computed.
+        num_items_in_batch: number by which the model will divide a sum of losses. Default `None`: the model has none.
+        embedding: the input embedding, which an objective needs. Default `None`: `matrix`.
+
+    Attributes:
+        loss: the loss of the step.
+        deferred: whether a product was deferred.
+    """
+
+    def __init__(self, matrix: nn.Parameter, settings: LossSettings, num_items_in_batch=None, embedding=None):
+        super().__init__()
+        self.matrix = matrix
+        self.embedding = matrix if embedding is None else embedding
+        self.loss = StepLoss(settings, num_items_in_batch, None if self.embedding is matrix else embedding)
+        self.deferred = False
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is F.linear and self._is_matrix(_argument(args, kwargs, 1, "weight")):
+            self.deferred = True
+            return DeferredLogits.of(self.loss, *args, **kwargs)
+        if function is F.embedding and self._is_embedding(_argument(args, kwargs, 1, "weight")):
+            return _embedding(*args, **kwargs)
+        if function is F.cross_entropy and self._are_logits(args[0]):
+            settings = self.loss.settings
+            if settings.objective is not None:
+                raise needs_deferred("an adapter on the head adds to them, or they are of another matrix", settings)
+            if not kwargs.get("label_smoothing"):
+                kwargs = {**kwargs, "label_smoothing": settings.label_smoothing}
+        return function(*args, **kwargs)
+
+    def _are_logits(self, input) -> bool:
+        """Whether the input of a cross entropy is logits that could not be deferred: an adapter has added to them."""
+        return isinstance(input, torch.Tensor) and input.ndim > 1 and input.shape[1] == len(self.matrix)
+
+    def _is_matrix(self, weight) -> bool:
+        """Whether `weight` is the parameter itself, or the view of it that a `RoleMeter` puts in its place."""
+        return weight is self.matrix or getattr(weight, "_base", None) is self.matrix
+
+    def _is_embedding(self, weight) -> bool:
+        return weight is self.embedding or self._is_matrix(weight)
+
+
+def _argument(args: tuple, kwargs: dict, position: int, name: str):
+    return args[position] if len(args) > position else kwargs.get(name)
+
+
+def _embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False):
+    if max_norm is not None or scale_grad_by_freq or sparse:
+        return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    return tied_embedding(input, weight, padding_idx)
