@@ -1,35 +1,193 @@
-"""The one hook into transformers: stock classes honour a `tying` entry of their config.
+"""All that importing the package changes in transformers and PEFT: the table `CHANGES`.
 
-`AutoModelForCausalLM.from_pretrained(path)` then gives a tied model or a `TyingError`, never a silently untied one.
-For a config without the entry nothing is changed. The hook is set when transformers' modules are imported, before or
-after this package, so that `import hf_tying` stays light.
+With these changes, stock classes honour a `tying` entry of their config: `AutoModelForCausalLM.from_pretrained(path)`
+gives a tied model or a `TyingError`, never a silently untied one. A config without the entry gives what it always
+gave. PEFT knows Tied-LoRA, and does not merge an adapter into a tie that the merge would break.
+
+A change is made when its module is imported, before or after this package, so `import hf_tying` stays light.
 """
 
 import functools
+import inspect
+from dataclasses import dataclass
 from importlib import import_module
+from operator import attrgetter
+from pkgutil import resolve_name
 
 from wrapt import when_imported, wrap_function_wrapper
 
 
+@dataclass(frozen=True)
+class Change:
+    """One name of transformers or PEFT that is changed when its module is imported.
+
+    Args:
+        module: the module to change.
+        name: the function, the method or the dict in that module.
+        ours: `"module:name"` of what is put there. A function gets it as a wrapper, with the arguments `(wrapped,
+            instance, args, kwargs)` of wrapt. A dict gets it as its entry `TIED_LORA`.
+        why: what the change does.
+        without: what a version without this name does. Default `None`: every version has it, and its absence is an
+            error. A private name may go at any time, so it always says this.
+    """
+
+    module: str
+    name: str
+    ours: str
+    why: str
+    without: str | None = None
+
+    @property
+    def private(self) -> bool:
+        return any(part.startswith("_") for part in self.name.split("."))
+
+
+_MODELS = "transformers.modeling_utils"
+_CONFIGS, _TOKENIZERS = (f"transformers.models.auto.{name}_auto" for name in ("configuration", "tokenization"))
+_TUNERS, _MAPPING, _PEFT_MODEL = "peft.tuners.tuners_utils", "peft.mapping", "peft.peft_model"
+_HERE, _MERGING = __name__, "hf_tying.peft.merging"
+_REGISTRATION, _PUBLISH = "hf_tying.peft.registration", "hf_tying.peft.publish"
+
+#: Ties, and the classes of this package.
+TIES = (
+    Change(_MODELS, "PreTrainedModel.post_init", f"{_HERE}:honour_entry", "a `tying` entry ties a stock class"),
+    Change(_MODELS, "PreTrainedModel._load_pretrained_model", f"{_HERE}:check_checkpoint",
+           "a device map that splits a tie, and a broken file, are refused before weights are read",
+           without="both errors are transformers' own"),
+    Change(_CONFIGS, "AutoConfig.from_pretrained", f"{_HERE}:register_models", "it finds our model types"),
+    Change(_CONFIGS, "AutoConfig.for_model", f"{_HERE}:register_models", "it finds our model types"),
+    Change(_TOKENIZERS, "AutoTokenizer.from_pretrained", f"{_HERE}:register_tokenizer", "it finds JointTokenizer"),
+    Change(_TUNERS, "BaseTuner.merge_adapter", f"{_MERGING}:guard_merges",
+           "a delta is merged into a tie once, or refused",
+           without="merges by this method are PEFT's own"),
+    Change(_TUNERS, "BaseTuner.unmerge_adapter", f"{_MERGING}:guard_merges",
+           "a delta is taken out of a tie once",
+           without="unmerging is PEFT's own"),
+    Change(_TUNERS, "BaseTuner._unload_and_optionally_merge", f"{_MERGING}:guard_merges",
+           "a delta is merged into a tie once, or refused",
+           without="merge_and_unload is PEFT's own"),
+)  # fmt: skip
+
+#: Tied-LoRA. These changes wait until PEFT has been imported whole, because what is ours in them builds on it.
+TIED_LORA = (
+    Change(_MAPPING, "PEFT_TYPE_TO_CONFIG_MAPPING", "hf_tying.peft.config:TiedLoraConfig", "PEFT finds the config"),
+    Change(_MAPPING, "PEFT_TYPE_TO_TUNER_MAPPING", "hf_tying.peft.model:TiedLoraModel", "PEFT finds the tuner"),
+    Change(_MAPPING, "PEFT_TYPE_TO_PREFIX_MAPPING", "hf_tying.peft.model:FACTOR_PREFIX", "PEFT finds the factors"),
+    Change(_PEFT_MODEL, "PeftModel.from_pretrained", f"{_REGISTRATION}:from_pretrained",
+           "a file that does not fit is refused before the model is changed",
+           without="the error is PEFT's own, and comes later"),
+    Change(_PEFT_MODEL, "PeftModel.load_adapter", f"{_REGISTRATION}:load_adapter",
+           "a file that does not fit is refused before the model is changed",
+           without="the error is PEFT's own, and comes later"),
+    Change(_PEFT_MODEL, "PeftModel._update_offload", f"{_REGISTRATION}:update_offload",
+           "the factors of layers on a disk are found there by their names in the model",
+           without="factors are not offloaded to a disk"),
+    Change(_PEFT_MODEL, "PeftModel.save_pretrained", f"{_PUBLISH}:save_pretrained",
+           "`also_lora=True` saves the LoRA form too",
+           without="there is no such argument"),
+    Change(_PEFT_MODEL, "PeftModel.push_to_hub", f"{_PUBLISH}:push_to_hub",
+           "both forms are pushed, unless `also_lora=False`",
+           without="only the Tied-LoRA form is pushed"),
+    Change("peft.mixed_model", "_check_config_compatible", f"{_REGISTRATION}:refuse_mixed_model",
+           "the refusal of a PeftMixedModel names the way out",
+           without="the refusal is PEFT's own"),
+    Change("peft.utils.hotswap", "check_hotswap_configs_compatible", f"{_REGISTRATION}:refuse_hotswap",
+           "the refusal of a hotswap names the way out",
+           without="the refusal is PEFT's own"),
+    Change("transformers.integrations.peft", "PeftAdapterMixin.load_adapter", f"{_REGISTRATION}:load_natively",
+           "transformers loads an adapter's file by its names in the model, or refuses it",
+           without="only PEFT loads a Tied-LoRA adapter"),
+)  # fmt: skip
+
+#: The whole table.
+CHANGES = TIES + TIED_LORA
+
+
 def install() -> None:
-    """Arrange for the hook; called once, by `import hf_tying`."""
-    when_imported("transformers.modeling_utils")(_hook_models)
-    when_imported("peft.tuners.tuners_utils")(_hook_adapters)
-    when_imported("peft")(_hook_peft)
-    when_imported("transformers.models.auto.configuration_auto")(_hook_auto_config)
-    when_imported("transformers.models.auto.tokenization_auto")(_hook_auto_tokenizer)
+    """Arrange for all changes; called once, by `import hf_tying`."""
+    for change in TIES:
+        when_imported(change.module)(functools.partial(apply_change, change))
+    when_imported("peft")(_add_tied_lora)
 
 
-# Our classes are registered with the Auto classes at their first use, and not when those are imported: then the stock
-# modules that ours build on may be only half there.
+def apply_change(change: Change, module) -> None:
+    """Make one change. A missing name is skipped where the table says what that means.
+
+    Args:
+        change: the row of the table.
+        module: the imported module that it names.
+
+    Raises:
+        AttributeError: a name is missing that every version has.
+    """
+    try:
+        found = attrgetter(change.name)(module)
+    except AttributeError:
+        if change.without is None:
+            raise
+        return
+    if isinstance(found, dict):
+        from .peft.config import TiedPeftType
+
+        found[TiedPeftType.TIED_LORA] = resolve_name(change.ours)
+    else:
+        wrap_function_wrapper(module, change.name, resolve_name(change.ours))
 
 
-def _hook_auto_config(configuration_auto) -> None:
-    for method in ("from_pretrained", "for_model"):
-        wrap_function_wrapper(configuration_auto, f"AutoConfig.{method}", _with_our_models)
+def _add_tied_lora(peft) -> None:
+    try:
+        for change in TIED_LORA:
+            resolve_name(change.ours)
+    except ImportError as error:  # a PEFT outside the tested range must not fail for all its other adapters
+        from transformers.utils import logging
+
+        logging.get_logger(__name__).warning(f"Tied-LoRA is not available with peft {peft.__version__}: {error}")
+        return
+    for change in TIED_LORA:
+        when_imported(change.module)(functools.partial(apply_change, change))
 
 
-def _with_our_models(wrapped, instance, args, kwargs):
+# Wrappers around functions of transformers.
+
+
+def honour_entry(wrapped, model, args, kwargs):
+    """Around `PreTrainedModel.post_init`: give the model's class the mixin of ties if the config declares any."""
+    if not _declares_ties(model):
+        return wrapped(*args, **kwargs)
+    from .ties.classes import with_mixin
+    from .ties.modeling import TiedModelMixin
+
+    if isinstance(model, TiedModelMixin):
+        return wrapped(*args, **kwargs)
+    model.__class__ = with_mixin(TiedModelMixin, type(model))
+    model._post_init_tied(wrapped)
+
+
+def _declares_ties(model) -> bool:
+    """Whether the config has a `tying` entry, or a model inside has the mixin by an entry of its own config."""
+    if getattr(model.config, "tying", None) is not None:
+        return True
+    return any("tie_groups" in vars(module) for module in model.modules())
+
+
+def check_checkpoint(wrapped, instance, args, kwargs):
+    """Around `PreTrainedModel._load_pretrained_model`: refuse what would break a tie before weights are read."""
+    given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+    groups = getattr(given["model"], "tie_groups", None)
+    if groups is not None:
+        from .ties.headers import refuse_broken, refuse_split
+
+        refuse_split(groups, getattr(given["load_config"], "device_map", None))
+        refuse_broken(given["checkpoint_files"])
+    return wrapped(*args, **kwargs)
+
+
+# Our classes are registered with the Auto classes at first use. While those are being imported, the stock modules that
+# our classes build on may be incomplete.
+
+
+def register_models(wrapped, cls, args, kwargs):
+    """Around `AutoConfig.from_pretrained` and `for_model`: register the model types of this package."""
     from . import models
 
     for family in models.FAMILIES:
@@ -37,72 +195,9 @@ def _with_our_models(wrapped, instance, args, kwargs):
     return wrapped(*args, **kwargs)
 
 
-def _hook_auto_tokenizer(tokenization_auto) -> None:
-    wrap_function_wrapper(tokenization_auto, "AutoTokenizer.from_pretrained", _with_our_tokenizer)
+def register_tokenizer(wrapped, cls, args, kwargs):
+    """Around `AutoTokenizer.from_pretrained`: register `JointTokenizer`."""
+    from .vocabularies import tokenizer
 
-
-def _with_our_tokenizer(wrapped, instance, args, kwargs):
-    from .vocabularies import tokenizer as joint_tokenizer
-
-    joint_tokenizer.register()
+    tokenizer.register()
     return wrapped(*args, **kwargs)
-
-
-def _hook_models(modeling_utils) -> None:
-    stock = modeling_utils.PreTrainedModel
-    stock.post_init = _honour_entry(stock.post_init)
-    if "_load_pretrained_model" in vars(stock):  # private: without it, two errors below are transformers' own
-        stock._load_pretrained_model = staticmethod(_guard_loading(stock._load_pretrained_model))
-
-
-def _honour_entry(stock_post_init):
-    @functools.wraps(stock_post_init)
-    def post_init(self):
-        if not _declares_ties(self):
-            return stock_post_init(self)
-        from .ties.modeling import TiedModelMixin, tied_class
-
-        if isinstance(self, TiedModelMixin):
-            return stock_post_init(self)
-        self.__class__ = tied_class(type(self))
-        self._post_init_tied(functools.partial(stock_post_init, self))
-
-    return post_init
-
-
-def _declares_ties(model) -> bool:
-    """A `tying` entry in the config, or a model inside that has been put under the mixin by its own."""
-    if getattr(model.config, "tying", None) is not None:
-        return True
-    return any("tie_groups" in vars(module) for module in model.modules())
-
-
-def _guard_loading(stock_load):
-    @functools.wraps(stock_load)
-    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
-        if not hasattr(model, "tie_groups"):
-            return stock_load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
-        from .ties.headers import refuse_broken, refuse_split
-
-        refuse_split(model.tie_groups, getattr(load_config, "device_map", None))
-        refuse_broken(checkpoint_files)
-        return stock_load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
-
-    return _load_pretrained_model
-
-
-def _hook_adapters(tuners_utils) -> None:
-    from .peft import merging
-
-    merging.guard(tuners_utils.BaseTuner)
-
-
-def _hook_peft(peft) -> None:
-    try:
-        from .peft import registration
-    except ImportError as error:  # a PEFT that is not in the tested range must not fail for all its other adapters
-        from transformers.utils import logging
-
-        logging.get_logger(__name__).warning(f"Tied-LoRA is not available with peft {peft.__version__}: {error}")
-        return
-    registration.register(peft.mapping)

@@ -8,7 +8,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from hf_tying.peft import TiedLoraConfig
 from hf_tying.peft.layer import TiedLoraLayer
 
-from .tiny import tiny_config, tiny_inputs
+from .tiny import tiny_config, tiny_inputs, tiny_model
 
 #: The modules that the paper adapts, by the names of each architecture.
 QKV = {
@@ -25,6 +25,13 @@ def tied_lora(model: nn.Module, seed: int = 1, adapter_name: str = "default", **
     peft_model = get_peft_model(model, TiedLoraConfig(**config), adapter_name=adapter_name)
     shake(peft_model, seed)
     return peft_model.eval()
+
+
+def two_adapters() -> PeftModel:
+    """A Llama with `default`, TL6 on q, k and v; and `second`, TL5 of another rank on other modules."""
+    model = tied_lora(tiny_model("llama"))
+    model.add_adapter("second", TiedLoraConfig(r=2, variant="TL5", target_modules=["q_proj", "down_proj"]))
+    return shake(model, 2, "second").eval()
 
 
 def shake(model: nn.Module, seed: int = 1, adapter_name: str = "default") -> nn.Module:
@@ -53,6 +60,16 @@ def outputs(model: nn.Module) -> torch.Tensor:
 def layers_of(model: nn.Module) -> dict[str, TiedLoraLayer]:
     """The adapted modules by their names in the base model."""
     return {layer.module_name: layer for layer in model.modules() if isinstance(layer, TiedLoraLayer)}
+
+
+def shares_its_factors(model: nn.Module, adapter: str = "default") -> bool:
+    """Whether every A and B that several layers name is one parameter."""
+    used = [layer.uses[adapter] for layer in layers_of(model).values() if adapter in layer.uses]
+    return all(
+        len({id(getattr(factors, kind).weight) for factors in used if getattr(factors.names, kind) == name}) == 1
+        for kind in "AB"
+        for name in {getattr(factors.names, kind) for factors in used}
+    )
 
 
 def dense_updates(model: nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:

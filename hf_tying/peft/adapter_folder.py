@@ -1,4 +1,4 @@
-"""Adapters as folders: read one without its base model, write one whole or not at all."""
+"""Adapters in folders: read one without its base model; write one whole or not at all."""
 
 import json
 import os
@@ -16,15 +16,15 @@ from safetensors.torch import save_file
 
 
 def read_adapter(path: str | os.PathLike, subfolder: str | None = None, **hub) -> tuple[PeftConfig, dict]:
-    """The settings and the tensors, on the CPU, of a saved adapter of any kind.
+    """Read the settings and the tensors of a saved adapter of any type. The tensors are on the CPU.
 
     Args:
         path: a folder, or an id on the Hub.
-        subfolder: where in it.
-        hub: for the Hub: `revision`, `token`, `cache_dir`, ...
+        subfolder: the subfolder of `path` that has the adapter. Default: none.
+        hub: arguments for the Hub: `revision`, `token`, `cache_dir`, ...
 
     Raises:
-        ValueError: the files are not there, or are not those of an adapter.
+        ValueError: the files are missing, or are not the files of an adapter.
     """
     path = os.fspath(path)
     place = os.path.join(path, subfolder) if subfolder else path
@@ -59,13 +59,16 @@ def write_adapter(config: PeftConfig, tensors: dict[str, torch.Tensor], out: str
 
     Args:
         config: the settings. Its `auto_mapping` is written as it is.
-        tensors: by their names in the file.
-        out: the folder; what else is in it stays.
+        tensors: the tensors by their names in the file.
+        out: the folder. Other files in it stay.
+
+    Returns:
+        `out`.
 
     Raises:
         ValueError: `out` is a file.
     """
-    # safetensors refuses tensors that share memory, as a bias has with PEFT's second name for it.
+    # safetensors refuses tensors that share memory. A trained bias does, because PEFT has two names for it.
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
 
     def fill(folder: Path) -> None:
@@ -76,7 +79,12 @@ def write_adapter(config: PeftConfig, tensors: dict[str, torch.Tensor], out: str
 
 
 def write_folder(out: str | os.PathLike, fill: Callable[[Path], None]) -> Path:
-    """Let `fill` write into a new folder beside `out`, and only then put what it wrote into `out`.
+    """Let `fill` write into a new folder beside `out`, then move what it wrote into `out`.
+
+    An error in `fill` leaves `out` as it was.
+
+    Returns:
+        `out`.
 
     Raises:
         ValueError: `out` is a file.
@@ -85,7 +93,7 @@ def write_folder(out: str | os.PathLike, fill: Callable[[Path], None]) -> Path:
     if out.is_file():
         raise ValueError(f"{out} is a file: expected a folder, or the name of one to make.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    # Beside it, for files are moved at once only inside of one file system.
+    # Beside `out`, because a move is atomic only within one file system.
     new = out.parent / f".{out.name}.{uuid4().hex}"
     new.mkdir()
     try:
@@ -100,7 +108,7 @@ def _move(new: Path, out: Path) -> None:
     if not out.exists():
         os.replace(new, out)
         return
-    # The settings last: until they are there, the weights are not taken for an adapter of the new kind.
+    # The settings come last. Until then, nobody takes the new weights for an adapter of the new type.
     for file in sorted(new.rglob("*"), key=lambda file: (file.name == CONFIG_NAME, file)):
         if file.is_file():
             place = out / file.relative_to(new)
@@ -109,7 +117,7 @@ def _move(new: Path, out: Path) -> None:
 
 
 def type_of_adapter(folder: str | os.PathLike) -> str | None:
-    """The `peft_type` in a local folder's settings, `None` where there are none."""
+    """The `peft_type` in the settings in a local folder; `None` if there are no settings that can be read."""
     with suppress(OSError, ValueError, AttributeError):
         return json.loads((Path(folder) / CONFIG_NAME).read_text(encoding="utf-8")).get("peft_type")
     return None

@@ -1,11 +1,11 @@
-"""`TiedLoraConfig`: what is trained, what is tied, and over which modules."""
+"""`TiedLoraConfig`: which factors are trained, which are tied, and which modules share them."""
 
 from dataclasses import dataclass, field
 from enum import Enum
 
 from peft import PeftConfig
 
-#: The presets by the paper's names. "trained" and "tied" as in the fields of `TiedLoraConfig`.
+#: The presets, by the paper's names: values for the fields of `TiedLoraConfig`.
 VARIANTS = {
     "TL5": {"train_A": True, "train_B": True, "train_u": False, "train_v": False},
     "TL6": {"train_A": True, "train_B": True, "train_u": True, "train_v": True},
@@ -17,9 +17,14 @@ SHARE_BY = ("module", "shape", "all")
 
 
 class TiedPeftType(str, Enum):  # noqa: UP042, PEFT takes the name from `str(member)`, which a StrEnum has not
-    """PEFT's own `PeftType` is closed; a member of another string enum serves wherever PEFT asks for one."""
+    """The adapter type of Tied-LoRA. PEFT's own `PeftType` is closed, and takes no further member."""
 
     TIED_LORA = "TIED_LORA"
+
+
+def is_tied_lora(config) -> bool:
+    """Whether `config` is the config of a Tied-LoRA adapter. Anything else is not, `None` included."""
+    return getattr(config, "peft_type", None) == TiedPeftType.TIED_LORA
 
 
 @dataclass
@@ -30,25 +35,26 @@ class TiedLoraConfig(PeftConfig):
 
         dW[l, m] = alpha / r * diag(v[l, m]) B[m] diag(u[l]) A
 
-    with A `(r, in_features)` and B `(out_features, r)` shared by all layers, A and u `(r,)` also by the query, key and
-    value projections of one layer, and v `(out_features,)` of each module alone. On q, k and v of width d in L layers
-    that is 4dr + L(r + 3d) parameters, where LoRA has 6Ldr.
+    All layers share A `(r, in_features)` and B `(out_features, r)`. The query, key and value projections of one layer
+    also share A and u `(r,)`. Each module has its own v `(out_features,)`. On q, k and v of width d in L layers, that
+    makes 4dr + L(r + 3d) parameters, where LoRA has 6Ldr.
 
     Source: Renduchintala, Konuk, Kuchaiev, "Tied-LoRA: Enhancing parameter efficiency of LoRA with weight tying",
-    NAACL 2024 (arXiv 2311.09578). From there: the form above; TL5 (A and B tied and trained, u = v = 1) and TL6 (all
-    four trained); one A for q, k and v, which the paper adapts as one fused matrix; `alpha = r`, "effectively removing
-    its scaling effect". Not from there, because the text at hand does not tell: the definitions of TL1 to TL4 (reach
-    them by the switches), the initial values (below), and what is shared where modules differ in shape (`share_by`).
+    NAACL 2024 (arXiv 2311.09578). From the paper: the form above; TL5 (A and B tied and trained, u = v = 1) and TL6
+    (all four trained); one A for q, k and v, which the paper adapts as one fused matrix; `alpha = r`, "effectively
+    removing its scaling effect". Chosen here, because the text at hand does not say: the initial values (below), and
+    what is shared where modules differ in shape (`share_by`). It does not define TL1 to TL4 either; set the switches
+    to get them.
 
-    A new adapter changes nothing: of the trained factors the one nearest to the output, in the order B, v, u, A,
-    starts at zero. The other matrices start as LoRA's A, Kaiming uniform with a = sqrt(5); v at 1, u at `u_initial`.
+    A new adapter changes nothing: one trained factor starts at zero, the first one there is of B, v, u and A. The
+    other matrices start like LoRA's A, Kaiming uniform with a = sqrt(5). v starts at 1 and u at `u_initial`.
 
-    Corners: `variant="TL6"` without ties and without u and v is LoRA (`tie_A = tie_B = tie_qkv = False`, `train_u =
-    train_v = False`); frozen A and B for all modules and trained u and v are VeRA (`train_A = train_B = False`,
+    Special cases: without ties and without u and v, it is LoRA (`tie_A = tie_B = tie_qkv = False`, `train_u = train_v
+    = False`). With trained u and v and one frozen A and B for all modules, it is VeRA (`train_A = train_B = False`,
     `tie_qkv = False`, `share_by = "all"`, `u_initial = 0.1`).
 
     Raises:
-        ValueError: for values that cannot be meant, and for switches that contradict `variant`.
+        ValueError: for values out of range, and for switches that contradict `variant`.
     """
 
     r: int = field(default=8, metadata={"help": "Rank. 8 is PEFT's default for LoRA, and where the paper compares."})
@@ -179,7 +185,7 @@ class TiedLoraConfig(PeftConfig):
             raise ValueError(f"layer_groups={self.layer_groups!r}: layer {twice[0]} stands in more than one group.")
 
     def _settle_switches(self) -> None:
-        """Give every switch its value; `variant` becomes the name of what came out, if it has one."""
+        """Give every switch its value. `variant` becomes the name of the preset that these values are, or `None`."""
         if self.variant is not None and self.variant not in VARIANTS:
             raise ValueError(
                 f"variant={self.variant!r}: expected {' or '.join(VARIANTS)}. Other combinations of the paper have no "

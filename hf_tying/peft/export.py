@@ -8,14 +8,15 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from torch import nn
 
+from ..report.layer_order import in_layer_order
 from .adapter_folder import read_adapter, type_of_adapter, write_adapter
-from .config import TiedLoraConfig, TiedPeftType
+from .config import TiedLoraConfig, TiedPeftType, is_tied_lora
 from .layer import TiedLoraLayer
-from .matrices import scaled
-from .sharing import Sharing
-from .tensor_names import PREFIX, from_file, in_order, names_in_model
+from .matrices import scale_rows
+from .sharing import FactorNames
+from .tensor_names import BASE_PREFIX, names_in_model, state_from_file
 
-#: Where `push_to_hub(also_lora=True)` puts the tied form.
+#: The subfolder into which `push_to_hub(also_lora=True)` puts the tied form.
 TIED_FOLDER = "tied_lora"
 
 
@@ -26,32 +27,35 @@ def export_to_lora(
     subfolder: str | None = None,
     **hub,
 ) -> Path:
-    """Write a Tied-LoRA adapter as a LoRA adapter, which stock PEFT and whatever else reads LoRA loads.
+    """Write a Tied-LoRA adapter as a LoRA adapter, which stock PEFT and everything else that reads LoRA can load.
 
-    The update of each module is one product of two matrices, so the scaling, u and v are multiplied into them,
+    The update of each module is a product of two matrices. The scaling, u and v are multiplied into these:
 
-        alpha / r * diag(v) B diag(u) A = lora_B lora_A  with  lora_A = alpha / r * diag(u) A,  lora_B = diag(v) B,
+        alpha / r * diag(v) B diag(u) A = lora_B lora_A  with  lora_A = alpha / r * diag(u) A,  lora_B = diag(v) B
 
-    and nothing is approximated; the LoRA has the same r, and `lora_alpha = r`. What was stored once is then stored for
-    each module: the file grows by about the number of layers. The dtypes are kept; the products are made in float32.
+    Nothing is approximated. The LoRA has the same r, and `lora_alpha = r`. A factor that was stored once is stored for
+    each module, so the file grows by about the number of layers. The dtypes are kept; the products are computed in
+    float32, or in float64 for factors of that dtype.
 
-    Modules that were trained whole (`modules_to_save`), biases, the task and the base model's name go with it.
+    The export has the modules that were trained whole (`modules_to_save`), the biases, the task and the name of the
+    base model too.
 
     Args:
         model_or_path: a `PeftModel`; a transformers model with an adapter of its own (`add_adapter`, `load_adapter`);
             or the folder or Hub id of a saved adapter, for which no base model is loaded.
-        out: the folder to write `adapter_config.json` and `adapter_model.safetensors` to; it is made if need be.
-            On an error nothing in it is changed.
-        adapter_name: which adapter of a model. PEFT saves one that is not `"default"` into a subfolder of its name.
-        subfolder: of a path.
-        hub: for a Hub id: `revision`, `token`, `cache_dir`, ...
+        out: the folder to write `adapter_config.json` and `adapter_model.safetensors` to. It is made if it does not
+            exist. On an error, nothing in it is changed.
+        adapter_name: the adapter of a model. Default: `"default"`, as in PEFT, which saves any other adapter into a
+            subfolder of its name.
+        subfolder: the subfolder of a path that has the adapter. Default: none.
+        hub: arguments for a Hub id: `revision`, `token`, `cache_dir`, ...
 
     Returns:
         `out`.
 
     Raises:
-        ValueError: there is no Tied-LoRA adapter, it is merged, its weights are not there, or `out` already has the
-            adapter in its tied form.
+        ValueError: there is no Tied-LoRA adapter; it is merged; its weights are on the meta device; or `out` already
+            has a Tied-LoRA adapter.
         RuntimeError: a file's tensors do not fit its settings.
     """
     if isinstance(model_or_path, nn.Module):
@@ -73,17 +77,17 @@ def export_to_lora(
 def read_tied_adapter(
     path: str | os.PathLike, subfolder: str | None = None, **hub
 ) -> tuple[TiedLoraConfig, dict[str, torch.Tensor]]:
-    """The settings and the tensors, by their names in a model, of a saved Tied-LoRA adapter.
+    """Read the settings of a saved Tied-LoRA adapter, and its tensors by their names in a model.
 
     Raises:
-        ValueError: it is of another kind, or files are missing.
+        ValueError: the adapter is of another type, or its files are missing or broken.
         RuntimeError: the tensors do not fit the settings.
     """
     config, saved = read_adapter(path, subfolder, **hub)
     place = os.path.join(os.fspath(path), subfolder or "")
     _check_type(config, place)
     try:
-        return config, from_file(saved, config)
+        return config, state_from_file(saved, config)
     except (TypeError, AttributeError) as error:
         raise ValueError(
             f"{place}: the adapted_modules of its settings are not as they were saved ({error}). Save the adapter "
@@ -106,39 +110,41 @@ def lora_config(config: TiedLoraConfig) -> LoraConfig:
         auto_mapping=config.auto_mapping,
         inference_mode=True,
     )
-    # Full names: what the adapter was asked for (a pattern, some of the layers) has been decided. PEFT makes a set of
-    # a list that it is given; as a list it has one order.
+    # Full names, because a pattern or a choice of layers has been resolved by now. Set here, because PEFT turns a list
+    # that it is given into a set, which has no order in a file.
     lora.target_modules = sorted(config.adapted_modules)
     return lora
 
 
 def lora_tensors(state: dict[str, torch.Tensor], config: TiedLoraConfig) -> dict[str, torch.Tensor]:
-    """The tensors of a LoRA adapter's file, from those of a Tied-LoRA adapter by their names in a model.
+    """The tensors of a LoRA adapter's file, from the tensors of a Tied-LoRA adapter by their names in a model.
 
-    Of a linear layer `lora_A.weight`, `(r, in_features)`, and `lora_B.weight`, `(out_features, r)`, whatever the
-    layout of its weight; of an embedding `lora_embedding_A`, `(r, num_embeddings)`, and `lora_embedding_B`,
+    A linear layer has `lora_A.weight`, `(r, in_features)`, and `lora_B.weight`, `(out_features, r)`, whatever the
+    layout of its own weight. An embedding has `lora_embedding_A`, `(r, num_embeddings)`, and `lora_embedding_B`,
     `(embedding_dim, r)`.
     """
     lora, used = {}, set()
-    for module in in_order(config.adapted_modules):
-        names = {kind: PREFIX + name for kind, name in names_in_model(config, module).items()}
+    for module in in_layer_order(config.adapted_modules):
+        names = {kind: BASE_PREFIX + name for kind, name in names_in_model(config, module).items()}
         used.update(names.values())
         factors = {kind: state[name] for kind, name in names.items()}
-        sizes = Sharing(**config.adapted_modules[module])
+        sizes = FactorNames(**config.adapted_modules[module])
         a, b = factors["A"][:, : sizes.in_features], factors["B"][: sizes.out_features]
         low, high = ("embedding_A", "embedding_B") if sizes.kind == "embedding" else ("A.weight", "B.weight")
-        lora[f"{PREFIX}{module}.lora_{low}"] = (_scaled(a, factors.get("u")) * config.scaling).to(a.dtype)
-        lora[f"{PREFIX}{module}.lora_{high}"] = _scaled(b, factors.get("v")).to(b.dtype)
+        lora[f"{BASE_PREFIX}{module}.lora_{low}"] = (_scaled(a, factors.get("u")) * config.scaling).to(a.dtype)
+        lora[f"{BASE_PREFIX}{module}.lora_{high}"] = _scaled(b, factors.get("v")).to(b.dtype)
     return {name: tensor for name, tensor in state.items() if name not in used} | lora
 
 
 def _scaled(matrix: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
     wide = torch.promote_types(matrix.dtype, torch.float32)
-    return scaled(matrix.to(wide), None if rows is None else rows.to(matrix.device, wide))
+    return scale_rows(matrix.to(wide), None if rows is None else rows.to(matrix.device, wide))
 
 
 def _of_model(model: nn.Module, adapter_name: str) -> tuple[TiedLoraConfig, dict[str, torch.Tensor]]:
-    """The same as of a file, through the names of the file: what is exported is what would have been saved."""
+    """What `read_tied_adapter` gives, of an adapter in a model. It goes through PEFT's state dict for a file, so that
+    what is exported is what would have been saved.
+    """
     model = getattr(model, "_orig_mod", model)  # torch.compile
     configs = getattr(model, "peft_config", None) or {}
     if adapter_name not in configs:
@@ -153,8 +159,8 @@ def _of_model(model: nn.Module, adapter_name: str) -> tuple[TiedLoraConfig, dict
                 "twice with the export. Call unmerge_adapter() first, or keep the merged model and export nothing."
             )
     saved = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    # A model that has adapters of its own, without a PeftModel around it, has names without its prefix.
-    saved = {name if name.startswith(PREFIX) else PREFIX + name: tensor for name, tensor in saved.items()}
+    # In a model that has adapters without a PeftModel around it, names are without its prefix.
+    saved = {name if name.startswith(BASE_PREFIX) else BASE_PREFIX + name: value for name, value in saved.items()}
     absent = next((name for name, tensor in saved.items() if tensor.is_meta), None)
     if absent:
         raise ValueError(f"{absent} is on the meta device, without values: load the adapter before it is exported.")
@@ -163,22 +169,22 @@ def _of_model(model: nn.Module, adapter_name: str) -> tuple[TiedLoraConfig, dict
     if config.base_model_name_or_path is None:
         changes["base_model_name_or_path"] = getattr(base, "name_or_path", None) or None
     if config.task_type is None and config.auto_mapping is None:
-        # As PeftModel.save_pretrained does, for AutoPeftModel.
+        # PeftModel.save_pretrained writes this too, for AutoPeftModel.
         changes["auto_mapping"] = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
-    return _changed(config, changes), from_file(saved, config)
+    return _changed(config, changes), state_from_file(saved, config)
 
 
 def _changed(config: TiedLoraConfig, changes: dict) -> TiedLoraConfig:
-    config = copy(config)  # the model's own stays
+    config = copy(config)  # the model keeps its own unchanged
     for name, value in changes.items():
         setattr(config, name, value)
     return config
 
 
 def _check_type(config: PeftConfig, place: str) -> None:
-    kind = getattr(config.peft_type, "value", config.peft_type)
-    if kind == TiedPeftType.TIED_LORA:
+    if is_tied_lora(config):
         return
+    kind = getattr(config.peft_type, "value", config.peft_type)
     if kind == "LORA":
         raise ValueError(
             f"{place} is a LoRA adapter already: there is nothing to export. If push_to_hub or "

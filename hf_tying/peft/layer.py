@@ -1,7 +1,6 @@
-"""One adapted module of Tied-LoRA: the base layer, its own v, and what it uses of the shared factors."""
+"""One adapted module of Tied-LoRA: the base layer, its own v, and the shared factors that it uses."""
 
 import warnings
-from dataclasses import dataclass
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -11,29 +10,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from .config import TiedLoraConfig
-from .matrices import Factor, InputSlot, TiedMatrices, initialise, scaled
-from .plan import Adapted
+from .matrices import Factor, InputSlot, LayerFactors, TiedMatrices, initialise_factors, scale_rows
+from .plan import PlannedModule, features_of
 from .scaled_linear import scaled_linear
-from .sharing import Sharing, features_of
 
-
-@dataclass
-class Use:
-    """What one module uses of the shared factors, for one adapter. It refers to modules, never to their parameters:
-    PEFT replaces parameters when it casts them and when it loads them with `low_cpu_mem_usage`.
-    """
-
-    names: Sharing
-    A: Factor
-    B: Factor
-    u: Factor | None
-    slot: InputSlot
-    scaling: float
-    trained: frozenset[str]
+#: The name of this class in pickles of 0.1.
+Use = LayerFactors
 
 
 class TiedLoraLayer(BaseTunerLayer):
-    """What is common to all adapted modules; the factors are in the `TiedMatrices` on the root of the model."""
+    """The base of all adapted modules. Their shared factors are in the `TiedMatrices` on the root of the model."""
 
     adapter_layer_names = ("tied_lora_v",)
     other_param_names = ("tied_lora_dropout", "uses")
@@ -47,25 +33,25 @@ class TiedLoraLayer(BaseTunerLayer):
         self.module_name = module_name
         self.tied_lora_v = nn.ModuleDict()
         self.tied_lora_dropout = nn.ModuleDict()
-        # In plain containers: what is here belongs to the root, and must not be this module's child too.
-        self.uses: dict[str, Use] = {}
+        # In plain containers: these modules belong to the root, and must not become children of this layer too.
+        self.uses: dict[str, LayerFactors] = {}
         self._matrices: list[TiedMatrices] = []
         self._disable_adapters = False
         self.merged_adapters = []
 
     def update_layer(
-        self, adapter_name: str, matrices: TiedMatrices, adapted: Adapted, config: TiedLoraConfig
+        self, adapter_name: str, matrices: TiedMatrices, planned: PlannedModule, config: TiedLoraConfig
     ) -> None:
         """Add an adapter.
 
         Args:
             adapter_name: its name.
-            matrices: of the model.
-            adapted: what this module uses of them.
+            matrices: the shared factors of the model.
+            planned: the names and sizes of the factors that this module uses.
             config: the adapter's settings.
         """
-        names = adapted.names
-        shapes = {"A": (config.r, adapted.columns), "B": (adapted.rows, config.r)}
+        names = planned.names
+        shapes = {"A": (config.r, planned.a_columns), "B": (planned.b_rows, config.r)}
         if config.train_u:
             shapes["u"] = (config.r,)
         new, factors = {}, {"u": None}
@@ -76,23 +62,23 @@ class TiedLoraLayer(BaseTunerLayer):
         if config.train_v:
             self.tied_lora_v[adapter_name] = Factor(self.out_features)
             new["v"] = self.tied_lora_v[adapter_name].weight
-        initialise(new, config)
+        initialise_factors(new, config)
         self.tied_lora_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         slot = matrices.slots.setdefault((adapter_name, names.A, names.u), InputSlot())
         slot.members.add(self.module_name)
         trained = frozenset(kind for kind in "ABu" if getattr(config, f"train_{kind}"))
-        self.uses[adapter_name] = Use(names, slot=slot, scaling=config.scaling, trained=trained, **factors)
+        self.uses[adapter_name] = LayerFactors(names, slot=slot, scaling=config.scaling, trained=trained, **factors)
         self._matrices = [matrices]
-        matrices.quantization_backend = self.quantization_backend  # so that a status speaks of one for the whole model
+        matrices.quantization_backend = self.quantization_backend  # a model's status then names one backend
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    # The shared factors follow their layers in everything that PEFT does to these.
+    # Whatever PEFT does to a layer is also done to the shared factors that it uses.
 
     def factors(self, adapter_name: str) -> dict[str, Factor]:
-        """The shared factors of an adapter that this module uses, by "A", "B" and "u"."""
-        use = self.uses.get(adapter_name)
-        found = {kind: getattr(use, kind) for kind in "ABu"} if use else {}
+        """The shared factors that this module uses, by "A", "B" and "u"; none if the adapter is not on it."""
+        used = self.uses.get(adapter_name)
+        found = {kind: getattr(used, kind) for kind in "ABu"} if used else {}
         return {kind: factor for kind, factor in found.items() if factor is not None}
 
     def _get_available_adapters(self) -> set[str]:
@@ -126,7 +112,7 @@ class TiedLoraLayer(BaseTunerLayer):
         self._set_shared_requires_grad([name for name in names if name in self.uses], requires_grad)
 
     def requires_grad_(self, requires_grad: bool = True):
-        # How transformers freezes an adapter that it has loaded.
+        # transformers freezes an adapter that it has loaded by this.
         self._set_shared_requires_grad(self.uses, requires_grad)
         return super().requires_grad_(requires_grad)
 
@@ -138,7 +124,7 @@ class TiedLoraLayer(BaseTunerLayer):
         of_base, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         target = device or of_base
         if target is None or torch.device(target).type == "meta":
-            return  # a base weight that is offloaded says nothing of where its adapter should be
+            return  # an offloaded base weight does not say where its adapter should be
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         for factor in self.factors(adapter_name).values():
             if not factor.weight.is_meta:
@@ -150,56 +136,57 @@ class TiedLoraLayer(BaseTunerLayer):
         return self.tied_lora_v[adapter_name](device=device) if adapter_name in self.tied_lora_v else None
 
     def get_lora_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """The factors of an ordinary LoRA of scaling 1 that is the same update.
+        """The factors of the ordinary LoRA, with scaling 1, that has the same update.
 
         Returns:
             `scaling * diag(u) A`, `(r, in_features)`, and `diag(v) B`, `(out_features, r)`.
         """
-        use = self.uses[adapter_name]
-        a = use.A(columns=self.in_features)
-        b = use.B(rows=self.out_features, device=a.device)
-        u = None if use.u is None else use.u(device=a.device)
-        return scaled(a, u) * use.scaling, scaled(b, self._v(adapter_name, a.device))
+        used = self.uses[adapter_name]
+        a = used.A(columns=self.in_features)
+        b = used.B(rows=self.out_features, device=a.device)
+        u = None if used.u is None else used.u(device=a.device)
+        return scale_rows(a, u) * used.scaling, scale_rows(b, self._v(adapter_name, a.device))
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """What merging adds to the base weight, in its layout and on its device."""
+        """The update that merging adds to the base weight, in the weight's layout and on its device."""
         a, b = self.get_lora_factors(adapter_name)
         dtype = a.dtype
         if a.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
-            a, b = a.float(), b.float()  # some CPUs are slow at products in half precision
+            a, b = a.float(), b.float()  # some CPUs multiply slowly in half precision
         delta = transpose(b @ a, self.kind == "embedding" or self.fan_in_fan_out).to(dtype)
         device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
         return delta if device is None or device.type == "meta" else delta.to(device)
 
     def _low(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
-        """`x A^T`, `(..., r)`; once for the modules that share it."""
-        use = self.uses[adapter_name]
-        shared = len(use.slot.members) > 1 and not torch.compiler.is_compiling()
-        kept = use.slot.take(self.module_name, x) if shared else None
+        """`x A^T`, `(..., r)`; computed once for the modules that share A and x."""
+        used = self.uses[adapter_name]
+        shared = len(used.slot.members) > 1 and not torch.compiler.is_compiling()
+        kept = used.slot.take(self.module_name, x) if shared else None
         if kept is not None:
             return kept
-        low = self._down(adapter_name, x, use.A(columns=self.in_features, device=x.device))
+        low = self._down(adapter_name, x, used.A(columns=self.in_features, device=x.device))
         if shared:
-            use.slot.put(self.module_name, x, low)
+            used.slot.put(self.module_name, x, low)
         return low
 
     def _down(self, adapter_name: str, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         return F.linear(self.tied_lora_dropout[adapter_name](self._cast_input_dtype(x, matrix.dtype)), matrix)
 
     def _update(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
-        """What the adapter adds to the output for the input `x`."""
-        use = self.uses[adapter_name]
+        """The adapter's update of the output for the input `x`."""
+        used = self.uses[adapter_name]
         low = self._low(adapter_name, x)
-        b = use.B(rows=self.out_features, device=x.device)
-        u = None if use.u is None else use.u(device=x.device)
-        return scaled_linear(low, b, u, self._v(adapter_name, x.device), use.scaling)
+        b = used.B(rows=self.out_features, device=x.device)
+        u = None if used.u is None else used.u(device=x.device)
+        return scaled_linear(low, b, u, self._v(adapter_name, x.device), used.scaling)
 
     def forward(self, x: torch.Tensor, *args, adapter_names: list[str] | None = None, **kwargs) -> torch.Tensor:
         """The base layer's output, with the updates of the active adapters.
 
         Args:
             x: `(..., in_features)`, or ids for an embedding.
-            adapter_names: for each sample in the batch its adapter, or `"__base__"` for none; in place of the active.
+            adapter_names: the adapter of each sample in the batch, or `"__base__"` for no adapter. Default: the active
+                adapters, for every sample.
         """
         if adapter_names is not None:
             return self._mixed_forward(x, *args, adapter_names=adapter_names, **kwargs)
@@ -240,8 +227,11 @@ class TiedLoraLayer(BaseTunerLayer):
         """Add the updates of the adapters to the base weight.
 
         Args:
-            safe_merge: look at the result first; a `ValueError`, and the weight as it was, if it is not finite.
-            adapter_names: which; by default the active ones.
+            safe_merge: check the result first, and change nothing if it is not finite.
+            adapter_names: which adapters. Default: the active ones.
+
+        Raises:
+            ValueError: with `safe_merge`, the merged weight would not be finite.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.uses:
@@ -285,19 +275,19 @@ class Linear(TiedLoraLayer, nn.Module):
 
 
 class Embedding(TiedLoraLayer, nn.Module):
-    """An adapted `nn.Embedding`: A has a column for each row of it. There is no dropout."""
+    """An adapted `nn.Embedding`. A has one column for each row of the embedding. There is no dropout."""
 
     def __init__(self, base_layer: nn.Module, module_name: str, **kwargs):
         nn.Module.__init__(self)
         TiedLoraLayer.__init__(self, base_layer, module_name, **kwargs)
         self.fan_in_fan_out = False
 
-    def update_layer(self, adapter_name, matrices, adapted, config):
-        super().update_layer(adapter_name, matrices, adapted, config)
+    def update_layer(self, adapter_name, matrices, planned, config):
+        super().update_layer(adapter_name, matrices, planned, config)
         padding = self.get_base_layer().padding_idx
         if padding is not None:
             with torch.no_grad():
-                self.uses[adapter_name].A.weight[:, padding] = 0  # and so it stays: no gradient comes to it
+                self.uses[adapter_name].A.weight[:, padding] = 0  # and stays 0: it gets no gradient
 
     def _down(self, adapter_name, x, matrix):
         return F.embedding(x, matrix.T, padding_idx=self.get_base_layer().padding_idx)

@@ -1,12 +1,13 @@
-"""Where the shared factors of Tied-LoRA are: one module on the root of the model, of which layers use what is theirs.
+"""The shared factors of Tied-LoRA: one module on the root of the model holds them all, and each layer uses its own.
 
-PEFT's own place for something that belongs to an adapter and to no adapted layer is an `AuxiliaryTrainingWrapper`; as
-one of these the shared factors are saved, left out of the base model's state dict, and deleted with the adapter. On
-the root of the model they are also right for FSDP2, which keeps the root's parameters together during a whole step.
+PEFT keeps what belongs to an adapter but to no adapted layer in an `AuxiliaryTrainingWrapper`. As one of these, the
+shared factors are saved, left out of the base model's state dict, and deleted with the adapter. The root of the model
+is also the right place for FSDP2, which keeps the root's parameters together during a whole step.
 """
 
 import math
 import weakref
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -14,16 +15,17 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .config import TiedLoraConfig
+from .sharing import FactorNames
 
-#: The module on the root. The name must not contain the prefix "tied_lora_", by which PEFT knows adapter weights.
+#: Name of the module on the root. PEFT knows adapter weights by the prefix "tied_lora_", so this must not contain it.
 CONTAINER = "tied_matrices"
 
 
 class Factor(nn.Module):
-    """One factor that several modules share. It is used by calling it, so that hooks that bring weights are run.
+    """One factor that several modules share. Call it to use it, so that hooks that load or gather weights run.
 
     Args:
-        shape: of the weight.
+        shape: shape of the weight.
     """
 
     def __init__(self, *shape: int):
@@ -31,7 +33,7 @@ class Factor(nn.Module):
         self.weight = nn.Parameter(torch.empty(shape))
 
     def forward(self, rows: int | None = None, columns: int | None = None, device=None) -> torch.Tensor:
-        """The weight, or as much of it as a smaller module uses."""
+        """The weight, or its first `rows` and `columns`, which a smaller module uses."""
         weight = self.weight[:rows, :columns] if rows or columns else self.weight
         return weight if device is None else weight.to(device)
 
@@ -39,7 +41,7 @@ class Factor(nn.Module):
 class TiedMatrices(AuxiliaryTrainingWrapper):
     """All A, B and u of a model's Tied-LoRA adapters: `tied_lora_A[adapter][name]`, and so on.
 
-    What is active and what is trained is said by the adapted layers, which PEFT always reaches.
+    The adapted layers, which PEFT always reaches, say which adapter is active and which factors are trained.
     """
 
     adapter_layer_names = ("tied_lora_A", "tied_lora_B", "tied_lora_u")
@@ -52,23 +54,23 @@ class TiedMatrices(AuxiliaryTrainingWrapper):
         self.tied_lora_A = nn.ModuleDict()
         self.tied_lora_B = nn.ModuleDict()
         self.tied_lora_u = nn.ModuleDict()
-        # By adapter, name of A and name of u.
+        # The key is the adapter, the name of A and the name of u.
         self.slots: dict[tuple[str, str, str], InputSlot] = {}
 
     def update(self, adapter_name, **kwargs):
         super().update(adapter_name)
-        for factors in self._all():
+        for factors in self._all_factors():
             if adapter_name not in factors:
                 factors[adapter_name] = nn.ModuleDict()
 
-    def _all(self) -> tuple[nn.ModuleDict, ...]:
+    def _all_factors(self) -> tuple[nn.ModuleDict, ...]:
         return self.tied_lora_A, self.tied_lora_B, self.tied_lora_u
 
     def factor(self, kind: str, adapter_name: str, name: str, shape: tuple[int, ...]) -> tuple[Factor, bool]:
-        """A factor by its name, made on first use.
+        """Find a factor by its name, or make it.
 
         Returns:
-            The factor, and whether it is new.
+            The factor, and whether it is new. The values of a new one are not set yet.
 
         Raises:
             ValueError: a factor of that name has another shape.
@@ -82,7 +84,7 @@ class TiedMatrices(AuxiliaryTrainingWrapper):
         factors[name] = Factor(*shape)
         return factors[name], True
 
-    # What PEFT asks of an auxiliary module.
+    # The interface of PEFT's auxiliary modules.
 
     def _get_available_adapters(self) -> set[str]:
         return set(self._adapters)
@@ -91,39 +93,40 @@ class TiedMatrices(AuxiliaryTrainingWrapper):
         return None
 
     def set_adapter(self, adapter_names, inference_mode: bool = False) -> None:
-        """Nothing: the layers say what is active, see `follow`."""
+        """Do nothing: the layers say which adapter is active, see `follow`."""
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Nothing: the layers say it, see `follow`."""
+        """Do nothing: the layers say whether adapters are enabled, see `follow`."""
 
     def follow(self, active: list[str], disabled: bool) -> None:
-        """Have the state that a layer has."""
+        """Take over the state of a layer."""
         self._active_adapter = [name for name in active if name in self._adapters]
         self._disable_adapters = disabled
 
     def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None) -> None:
         self._adapters.discard(adapter_name)
-        for factors in self._all():
+        for factors in self._all_factors():
             if adapter_name in factors:
                 del factors[adapter_name]
         self.slots = {key: slot for key, slot in self.slots.items() if key[0] != adapter_name}
         self._active_adapter = [name for name in new_active_adapters or [] if name in self._adapters]
 
     def adapter_state_dict(self, adapter_name, state_dict):
-        return {}  # what is saved, and under which name, is said in one place: see `files`
+        return {}  # `TiedLoraModel` saves the factors of a whole adapter, by the names of `tensor_names`
 
     def adapter_state_dict_load_map(self, adapter_name):
         return {}
 
     def unload_and_optionally_merge_module(self, merge, safe_merge, adapter_names):
-        # The layers are merged; this goes with its owner, see `TiedLoraModel._replace_module`.
+        # Only the layers are merged. `TiedLoraModel._replace_module` removes this module from its owner.
         return self
 
 
 class InputSlot:
-    """`x A^T` for the modules of a layer that share A and, most often, x: computed by the first that asks.
+    """`x A^T` for the modules of one layer that share A, and usually x: the first to ask computes it for all.
 
-    Each module takes a value at most once, so that none outlives the pass that made it: who comes again computes anew.
+    Each module takes a value at most once, and a module that asks again computes anew. So no value outlives the pass
+    that made it.
     """
 
     def __init__(self):
@@ -131,7 +134,7 @@ class InputSlot:
         self._kept: tuple | None = None
 
     def take(self, member: str, x: torch.Tensor) -> torch.Tensor | None:
-        """The value for the input `x`, if another module has just computed it."""
+        """The value for the input `x` if another module has just computed it, else `None`."""
         if self._kept is None:
             return None
         source, state, waiting, value = self._kept
@@ -145,11 +148,11 @@ class InputSlot:
     def put(self, member: str, x: torch.Tensor, value: torch.Tensor) -> None:
         """Keep a value for the other members."""
         waiting = self.members - {member}
-        # In training the graph keeps it, as long as it lives; a value kept here would keep the whole graph.
+        # In training the graph keeps the value alive. A strong reference here would keep the whole graph alive.
         value = weakref.ref(value) if value.requires_grad else partial(_same, value)
         self._kept = (weakref.ref(x), _state(x), waiting, value) if waiting else None
 
-    # A copy has computed nothing yet; and what an unfinished pass has left cannot be copied.
+    # A copy starts empty: what an unfinished pass has left cannot be copied.
 
     def __deepcopy__(self, memo):
         copied = type(self)()
@@ -160,23 +163,47 @@ class InputSlot:
         return {"members": self.members, "_kept": None}
 
 
+@dataclass
+class LayerFactors:
+    """What one layer uses of the shared factors, for one adapter.
+
+    It refers to modules, never to their parameters: PEFT replaces parameters when it casts them and when it loads them
+    with `low_cpu_mem_usage`.
+
+    Args:
+        names: names of the factors.
+        A, B, u: the factors. Without a u, it is `None`, for 1.
+        slot: the place for `x A^T`, which the layer has in common with the layers of the same A and u.
+        scaling: `alpha / r`.
+        trained: the kinds of factors that the adapter trains, of "A", "B" and "u".
+    """
+
+    names: FactorNames
+    A: Factor
+    B: Factor
+    u: Factor | None
+    slot: InputSlot
+    scaling: float
+    trained: frozenset[str]
+
+
 def _same(value):
     return value
 
 
 def _state(x: torch.Tensor) -> tuple:
-    """What, beside the object, must be the same for a value to be good for it."""
+    """What must be unchanged, besides the object `x` itself, for a kept value to be valid: version and modes."""
     kind = x.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     return None if x.is_inference() else x._version, torch.is_grad_enabled(), autocast
 
 
 @torch.no_grad()
-def initialise(factors: dict[str, nn.Parameter], config: TiedLoraConfig) -> None:
-    """Give new factors their initial values: see `TiedLoraConfig`.
+def initialise_factors(factors: dict[str, nn.Parameter], config: TiedLoraConfig) -> None:
+    """Give new factors the initial values that `TiedLoraConfig` describes.
 
     Args:
-        factors: by "A", "B", "u", "v"; those that are new among what one module uses.
+        factors: the new ones among the factors of one module, by "A", "B", "u" and "v".
         config: the adapter's settings.
     """
     starts_at_zero = next(kind for kind in "BvuA" if getattr(config, f"train_{kind}")) if config.init_weights else None
@@ -191,6 +218,6 @@ def initialise(factors: dict[str, nn.Parameter], config: TiedLoraConfig) -> None
             nn.init.constant_(weight, config.u_initial if kind == "u" else 1.0)
 
 
-def scaled(matrix: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    """`diag(rows) matrix`; the matrix itself without rows."""
-    return matrix if rows is None else matrix * rows.unsqueeze(-1)
+def scale_rows(matrix: torch.Tensor, factors: torch.Tensor | None) -> torch.Tensor:
+    """`diag(factors) matrix`; the matrix itself if `factors` is `None`."""
+    return matrix if factors is None else matrix * factors.unsqueeze(-1)

@@ -1,7 +1,6 @@
-"""Adapters over a tie: a merge writes into the shared matrix, so it is done once and right, or refused."""
+"""Merges of adapters over a tie: a delta is written into the shared matrix once, or the merge is refused."""
 
 import copy
-import functools
 from contextlib import contextmanager
 
 import torch
@@ -9,43 +8,36 @@ from torch import nn
 
 from ..config import TyingError
 from ..projection.head import ProjectedLinear
-from ..ties.slots import find_parameter, find_slot, fit_rows, link, state_key
-
-# Private or public, these are the methods through which PEFT writes deltas into base weights.
-_MERGES = ("merge_adapter", "unmerge_adapter", "_unload_and_optionally_merge")
+from ..ties.slots import find_parameter, find_slot, fit_rows, set_parameter, state_key
 
 
-def guard(tuner: type) -> None:
-    """Put the check in front of the merges of PEFT's `BaseTuner`; models without ties go straight through."""
-    for method in _MERGES:
-        if method in vars(tuner):
-            setattr(tuner, method, _guarded(vars(tuner)[method]))
+def guard_merges(wrapped, tuner, args, kwargs):
+    """Around the methods of PEFT's `BaseTuner` that write deltas into base weights: keep the ties of the base model.
 
+    A model without ties and without a projection goes straight through.
 
-def _guarded(stock_method):
-    writes = stock_method.__name__ != "_unload_and_optionally_merge"
-
-    @functools.wraps(stock_method)
-    def method(self, *args, **kwargs):
-        model = getattr(self, "model", None)
-        merging = writes or kwargs.get("merge", args[0] if args else True)
-        if merging:
-            refuse_projected(model)
-        if not merging or not getattr(model, "tie_groups", None):
-            return stock_method(self, *args, **kwargs)
-        names = kwargs.get("adapter_names") or list(self.active_adapters)
-        refuse_uneven(model, names)
-        with apart(model):
-            return stock_method(self, *args, **kwargs)
-
-    return method
+    Raises:
+        TyingError: from `refuse_projected` and `refuse_uneven`, before anything is merged.
+    """
+    model = getattr(tuner, "model", None)
+    unloading = wrapped.__name__ == "_unload_and_optionally_merge"
+    merging = not unloading or kwargs.get("merge", args[0] if args else True)
+    if merging:
+        refuse_projected(model)
+    if not merging or not getattr(model, "tie_groups", None):
+        return wrapped(*args, **kwargs)
+    refuse_uneven(model, kwargs.get("adapter_names") or list(tuner.active_adapters))
+    with untied_while_merging(model):
+        return wrapped(*args, **kwargs)
 
 
 def refuse_projected(model: nn.Module) -> None:
-    """An adapter on a head with a projection (PR) takes its input before the projection, and the matrix after it.
+    """Refuse to merge an adapter on a head with a projection (PR).
+
+    The adapter reads the head's input, which the head projects before its matrix reads it.
 
     Raises:
-        TyingError: when merging would make another function of the two.
+        TyingError: merging would change the function.
     """
     for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
         if isinstance(getattr(module, "base_layer", None), ProjectedLinear):
@@ -57,10 +49,10 @@ def refuse_projected(model: nn.Module) -> None:
 
 
 def refuse_uneven(model: nn.Module, adapters: list[str]) -> None:
-    """Adapters must change every name of a tie by the same delta.
+    """Refuse to merge adapters that do not change every name of a tie by the same delta.
 
     Raises:
-        TyingError: when merging would push a one-sided delta into the other side too.
+        TyingError: merging would change a name by a delta that its adapter does not have.
     """
     for group in model.tie_groups:
         deltas = {name: _delta(model, name, adapters) for name in group.names}
@@ -79,7 +71,7 @@ def refuse_uneven(model: nn.Module, adapters: list[str]) -> None:
 
 
 def _delta(model: nn.Module, name: str, adapters: list[str]) -> torch.Tensor | None:
-    """What merging would add to the parameter `name`, in its own layout; `None` without an adapter on it."""
+    """The delta that merging adds to the parameter `name`, in its layout; `None` if no adapter is on it."""
     path = state_key(model, name)
     if ".base_layer." not in path:
         return None
@@ -89,28 +81,31 @@ def _delta(model: nn.Module, name: str, adapters: list[str]) -> torch.Tensor | N
         return None
     if hasattr(layer, "get_delta_weight"):
         return sum(layer.get_delta_weight(adapter).detach() for adapter in held)
-    # Trainable tokens know no delta: merge a copy of the layer and look.
+    # A layer of trainable tokens has no method for its delta. Merge a copy, and subtract.
     trial = copy.deepcopy(layer)
     trial.merge(adapter_names=held)
     return (trial.get_base_layer().weight - layer.get_base_layer().weight).detach()
 
 
 @contextmanager
-def apart(model: nn.Module):
-    """Give each name its own copy while PEFT writes, and make them one again: a delta written to both counts once."""
+def untied_while_merging(model: nn.Module):
+    """Give each name of a tie its own copy while PEFT writes, then make them one again.
+
+    A delta that PEFT writes to every name is then added to the one matrix once.
+    """
     groups = list(model.tie_groups)
     for group in groups:
         root = find_parameter(model, group.root)
-        for name in group.targets:
+        for name in group.aliases:
             if find_parameter(model, name) is root:
-                link(model, name, nn.Parameter(root.detach().clone(), requires_grad=root.requires_grad))
+                set_parameter(model, name, nn.Parameter(root.detach().clone(), requires_grad=root.requires_grad))
     try:
         yield
     finally:
         for group in groups:
             root = find_parameter(model, group.root)
-            for name in group.targets:
+            for name in group.aliases:
                 own = find_parameter(model, name)
                 if root is not None and own is not None and torch.equal(own, root):
-                    link(model, name, root)
+                    set_parameter(model, name, root)
                     fit_rows(find_slot(model, name)[0])

@@ -1,4 +1,4 @@
-"""`TiedLoraModel`: puts Tied-LoRA into a model, through PEFT."""
+"""`TiedLoraModel`: the tuner of Tied-LoRA, which puts adapters into a model, runs, merges and saves them."""
 
 import warnings
 from contextlib import contextmanager
@@ -20,35 +20,36 @@ from transformers.pytorch_utils import Conv1D
 from .config import TiedLoraConfig
 from .layer import Embedding, Linear, TiedLoraLayer
 from .matrices import CONTAINER, TiedMatrices
-from .plan import outside_adapters, plan
-from .sharing import COMPILED, FUSED_QKV, QKV, features_of
-from .tensor_names import PREFIX as FILE_PREFIX
-from .tensor_names import from_file, to_file
+from .plan import features_of, modules_outside_adapters, plan_adapter
+from .sharing import COMPILED, FUSED_QKV, QKV, refuse_rank
+from .tensor_names import BASE_PREFIX, file_from_state, state_from_file
 
-PREFIX = "tied_lora_"
-# Their forward goes through all children, of which the container cannot be one.
+#: The start of the names of all factors in a model, by which PEFT knows them.
+FACTOR_PREFIX = "tied_lora_"
+# A forward pass runs all children of such a root, so the container of the shared factors cannot be one of them.
 _ROOTS_OF_LAYERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 class TiedLoraModel(BaseTuner):
-    """A model with Tied-LoRA adapters. Made by `get_peft_model(model, TiedLoraConfig(...))`.
+    """A model with Tied-LoRA adapters. `get_peft_model(model, TiedLoraConfig(...))` makes one.
 
-    The shared A, B and u are in one module on the root of the model, `tied_matrices`, once; each adapted layer has
-    its own v and uses them. One parameter serves all layers, so its gradient is the sum over them.
+    One module on the root of the model, `tied_matrices`, holds each shared A, B and u once. Each adapted layer uses
+    them and has its own v. One parameter serves all layers, so its gradient is the sum over the layers.
 
-    An adapter on an embedding that is tied to the softmax is trained as PEFT does it, at that use alone, and its merge
-    is refused: the one matrix would change for the other use too. `ensure_weight_tying=True` is refused as well: the
-    adapter of the softmax would be the transpose of the embedding's, A and B exchanged, which is not a Tied-LoRA of
-    its layer. Untie the base (`hf_tying.untie`) to adapt both sides, or put the embedding into `modules_to_save`.
+    An adapter on an embedding that is tied to the softmax is trained as PEFT trains it, at that one use. Its merge is
+    refused, because the one matrix would change for the other use too. `ensure_weight_tying=True` is refused as well:
+    the adapter of the softmax would be the transpose of the embedding's, with A and B exchanged, which is not a
+    Tied-LoRA of its layer. To adapt both sides, untie the base (`hf_tying.untie`), or put the embedding into
+    `modules_to_save`.
 
     Args:
-        model (`torch.nn.Module`): to adapt, in place.
+        model (`torch.nn.Module`): the model to adapt, in place.
         peft_config (`TiedLoraConfig`): the settings.
-        adapter_name (`str`): of the first adapter, `"default"` by PEFT's default.
+        adapter_name (`str`): name of the first adapter. PEFT's default is `"default"`.
         low_cpu_mem_usage (`bool`): leave the factors on the meta device until they are loaded.
     """
 
-    prefix = PREFIX
+    prefix = FACTOR_PREFIX
     tuner_layer_cls = TiedLoraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
@@ -63,24 +64,18 @@ class TiedLoraModel(BaseTuner):
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _prepare_model(self, peft_config: TiedLoraConfig, model: nn.Module) -> None:
-        """Look at everything that will be adapted, and refuse what cannot be, while the model is still as it was."""
+        """Plan the adapter, and refuse what cannot be adapted before the model is changed."""
         if peft_config.ensure_weight_tying:
             raise ValueError(
                 "ensure_weight_tying=True: Tied-LoRA has no adapter for two tied embeddings, as that of the softmax "
                 "would be the transpose of the other one's. Untie the base first (hf_tying.untie), or put the "
                 "embedding into modules_to_save."
             )
-        self._planned = plan(_maybe_include_all_linear_layers(peft_config, model), model)
-        ranks = {name: adapted.rank for name, adapted in self._planned.items()}
-        if ranks and peft_config.r > max(ranks.values()):
-            widest = max(ranks, key=ranks.get)
-            raise ValueError(
-                f"r={peft_config.r} is more than any adapted module has: the largest, {widest!r}, has rank "
-                f"{ranks[widest]}. Expected r of at most that."
-            )
+        self._planned = plan_adapter(_maybe_include_all_linear_layers(peft_config, model), model)
+        refuse_rank(peft_config.r, {name: planned.names for name, planned in self._planned.items()})
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        # The names in a file of Tied-LoRA do not tell which modules are adapted; the config does.
+        # The config says which modules are adapted. The names in a file of Tied-LoRA do not.
         kwargs.pop("state_dict", None)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -96,17 +91,17 @@ class TiedLoraModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config, key):
-        # The container's own modules are named after what they belong to, and a pattern may match them.
+        # The container's modules have the names of adapted modules in theirs, which a pattern may match.
         return CONTAINER not in key.split(".") and BaseTuner._check_target_module_exists(peft_config, key)
 
-    # Putting it in.
+    # Injection.
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
         layer = target if isinstance(target, TiedLoraLayer) else self._new_layer(peft_config, target, current_key)
-        adapted = self._planned[layer.module_name]
+        planned = self._planned[layer.module_name]
         if layer is not target:
             layer._active_adapter = adapter_name
-        layer.update_layer(adapter_name, self._matrices(adapter_name, layer), adapted, peft_config)
+        layer.update_layer(adapter_name, self._matrices(adapter_name, layer), planned, peft_config)
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
@@ -128,13 +123,13 @@ class TiedLoraModel(BaseTuner):
         return Linear(target, name, fan_in_fan_out=is_conv1d, **get_quantization_kwargs(self))
 
     def _matrices(self, adapter_name: str, layer: TiedLoraLayer) -> TiedMatrices:
-        """The model's shared factors, with a place for those of this adapter."""
+        """The module of the model's shared factors, with a place for those of this adapter. Made on first use."""
         found = next((module for module in self.model.modules() if isinstance(module, TiedMatrices)), None)
         if found is None:
             found = TiedMatrices(adapter_name)
-            root = getattr(self.model, "_orig_mod", self.model)  # what torch.compile has wrapped
+            root = getattr(self.model, "_orig_mod", self.model)  # the model inside the wrapper of torch.compile
             owner = layer if isinstance(root, _ROOTS_OF_LAYERS) else root
-            # First of all children: an automatic device map then has it where the model begins, and not on a disk.
+            # As the first child, it is where an automatic device map begins, and is not offloaded to a disk.
             owner._modules = {CONTAINER: found, **owner._modules}
         found.update(adapter_name)
         return found
@@ -155,7 +150,7 @@ class TiedLoraModel(BaseTuner):
                     if factor.weight.dtype.itemsize < 4:
                         factor.float()
 
-    # Using it.
+    # Forward passes and merges.
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
@@ -170,7 +165,7 @@ class TiedLoraModel(BaseTuner):
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
         beams = kwargs.get("num_beams") or 1
-        # In a beam search the decoder sees each sample once for each beam, the encoder once.
+        # A beam search runs the encoder once for each sample, and the decoder once for each beam of it.
         repeated = [name for name in adapter_names for _ in range(beams)]
         encoder = getattr(self.model, "get_encoder", lambda: None)() if beams > 1 else None
         inside_encoder = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
@@ -195,22 +190,23 @@ class TiedLoraModel(BaseTuner):
         r: int | None = None,
         iterations: int = 300,
     ) -> None:
-        """Add an adapter that is the weighted sum of others, as LoRA's method of this name does.
+        """Add an adapter that is the weighted sum of others, like LoRA's method of this name.
 
         Args:
             adapters: names of adapters of the model.
-            weights: of each; negative ones subtract.
-            adapter_name: of the new adapter. It is not made active.
-            combination_type: `"fit"`, the default for it is always possible: the adapter of rank `r` that is next to
-                the sum, see `fit_from_lora`; its relative error is logged. `"cat"`: exact, with the sum of the ranks,
-                for adapters without v (TL5) that share the same.
-            r: rank of a fit. Default: the largest of the adapters'.
-            iterations: of a fit, at most.
+            weights: one weight for each adapter; negative ones subtract.
+            adapter_name: name of the new adapter. It is not made active.
+            combination_type: `"fit"` (the default, because it is always possible) adds the adapter of rank `r` that is
+                nearest to the sum, see `fit_from_lora`, and logs its relative error. `"cat"` is exact and has the sum
+                of the ranks; it needs adapters without v (TL5) that share the same factors.
+            r: rank of a fit. Default: the largest rank of the adapters.
+            iterations: the most sweeps of a fit. Default 300, as in `fit_from_lora`.
 
         Raises:
-            ValueError: names or weights that do not fit, or adapters that have no sum of this type.
+            ValueError: for an unknown adapter, a name that is taken, wrong weights, or adapters that have no sum of
+                this type.
         """
-        from .fitting.weighted import add_weighted_adapter  # which builds on all of the rest
+        from .fitting.weighted import add_weighted_adapter  # most models never need the fit
 
         add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, r, iterations)
 
@@ -232,29 +228,29 @@ class TiedLoraModel(BaseTuner):
                         "the adapter on it and merge."
                     )
 
-    # Its file.
+    # Names in a file.
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        found |= {key: value for key, value in state_dict.items() if f"{CONTAINER}.{PREFIX}" in key}
-        # Names start so in a PeftModel, and not in a model that adapters were put into directly.
-        start = FILE_PREFIX if all(key.startswith(FILE_PREFIX) for key in found) else ""
+        found |= {key: value for key, value in state_dict.items() if f"{CONTAINER}.{FACTOR_PREFIX}" in key}
+        # Names have this prefix in a PeftModel, and not in a model that adapters were put into directly.
+        start = BASE_PREFIX if all(key.startswith(BASE_PREFIX) for key in found) else ""
         factors, others = {}, {}
         for key, value in found.items():
             name = cls._remove_adapter_name_from_key(key, adapter_name)
             _, container, inside = name.rpartition(f"{CONTAINER}.")
             inside = inside.removeprefix(start)
             (others if name == key else factors)[container + inside.replace(COMPILED, "")] = value
-        factors = to_file(factors, config)
+        factors = file_from_state(factors, config)
         return {start + key: value for key, value in (others | factors).items()}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         parts = key.split(".")
         for index, part in enumerate(parts[:-1]):
-            # What follows has names of its own, which may be equal to the adapter's.
-            if part.startswith(PREFIX) and parts[index + 1] == adapter_name:
+            # Only here is it the adapter's name: modules and factors may have the same name as the adapter.
+            if part.startswith(FACTOR_PREFIX) and parts[index + 1] == adapter_name:
                 return ".".join(parts[: index + 1] + parts[index + 2 :])
         return key
 
@@ -265,16 +261,16 @@ class TiedLoraModel(BaseTuner):
             _, container, inside = key.rpartition(f"{CONTAINER}.")
             saved = cls._remove_adapter_name_from_key(inside, adapter_name)
             if saved != inside and (container or COMPILED in saved):
-                names[FILE_PREFIX + container + saved.removeprefix(FILE_PREFIX).replace(COMPILED, "")] = key
-        state = {names.get(key, key): value for key, value in from_file(state_dict, config).items()}
+                names[BASE_PREFIX + container + saved.removeprefix(BASE_PREFIX).replace(COMPILED, "")] = key
+        state = {names.get(key, key): value for key, value in state_from_file(state_dict, config).items()}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state)
 
 
 def _nearest(targets, model: nn.Module) -> str:
-    """Names of modules in the model that are like those that were looked for."""
+    """The tail of a message: the names of modules in the model that are most like the targets that were not found."""
     if not targets:
         return ""
-    names = {name.rpartition(".")[2] for name, module in outside_adapters(model) if features_of(module)}
+    names = {name.rpartition(".")[2] for name, module in modules_outside_adapters(model) if features_of(module)}
     wanted = [targets] if isinstance(targets, str) else sorted(targets)
     near = {match for name in wanted for match in get_close_matches(name.rpartition(".")[2], names, n=3, cutoff=0.5)}
     if near:

@@ -1,45 +1,48 @@
-"""What an adapter will be put on, and what of it is shared: looked at while the model is still as it was."""
+"""The modules that an adapter will be put on, and what they will share: planned before the model is changed."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_target_module_exists
+from peft.utils import resolve_quantization_backend
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .config import TiedLoraConfig
 from .matrices import CONTAINER, TiedMatrices
-from .sharing import COMPILED, Sharing, features_of, sharing_of, split_name
-from .tensor_names import PREFIX, but_for_size, is_of_file, refuse
+from .sharing import COMPILED, FactorNames, name_factors, split_module_name
+from .tensor_names import BASE_PREFIX, is_factor_name, refuse_misfit, size_mismatches
 
 
 @dataclass(frozen=True)
-class Adapted:
+class PlannedModule:
     """One module that will be adapted.
 
     Args:
-        names: of the factors that it uses.
-        rank: the largest that its update can have.
-        columns: of its A; more than its own where a wider module has the same A.
-        rows: of its B, likewise.
-        out_features: of the module, the size of its v.
+        names: names of its factors, and its size.
+        a_columns: number of columns of its A; more than the module's inputs where a wider module shares that A.
+        b_rows: number of rows of its B; more than the module's outputs where a larger module shares that B.
     """
 
-    names: Sharing
-    rank: int
-    columns: int
-    rows: int
-    out_features: int
+    names: FactorNames
+    a_columns: int
+    b_rows: int
 
 
-def plan(config: TiedLoraConfig, model: nn.Module) -> dict[str, Adapted]:
-    """The modules of a model that an adapter of these settings has, by name.
+#: The name of this class in pickles of 0.1.
+Adapted = PlannedModule
+
+
+def plan_adapter(config: TiedLoraConfig, model: nn.Module) -> dict[str, PlannedModule]:
+    """The modules of `model` that an adapter with these settings will be put on, by name.
 
     Raises:
-        ValueError: a module that is asked for cannot be adapted, or has no layer group.
+        ValueError: a target module cannot be adapted, or `layer_groups` leaves out its layer.
     """
-    found, widths = {}, {}
-    for name, module in outside_adapters(model):
+    found: dict[str, FactorNames] = {}
+    widths: dict[tuple[str, str], int] = {}
+    for name, module in modules_outside_adapters(model):
         if not check_target_module_exists(config, name):
             continue
         features = features_of(module)
@@ -49,19 +52,15 @@ def plan(config: TiedLoraConfig, model: nn.Module) -> dict[str, Adapted]:
                 "quantised), transformers' Conv1D and torch.nn.Embedding. Take it out of target_modules, or put it "
                 "into exclude_modules."
             )
-        kind, columns, rows = features
-        names = sharing_of(config, name, columns, rows, kind)
-        for factor, size in ((("A", names.A), columns), (("B", names.B), rows)):
+        kind, in_features, out_features = features
+        names = found[name] = name_factors(config, name, in_features, out_features, kind)
+        for factor, size in ((("A", names.A), in_features), (("B", names.B), out_features)):
             widths[factor] = max(size, widths.get(factor, 0))
-        found[name] = names, columns, rows
-    return {
-        name: Adapted(names, min(columns, rows), widths["A", names.A], widths["B", names.B], rows)
-        for name, (names, columns, rows) in found.items()
-    }
+    return {name: PlannedModule(names, widths["A", names.A], widths["B", names.B]) for name, names in found.items()}
 
 
-def outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that an adapter may be put on, with their names: none inside of an adapted one."""
+def modules_outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that an adapter may be put on, with their names. Parts of an adapted module are left out."""
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if not name or (inside and name.startswith(inside)):
@@ -72,28 +71,42 @@ def outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def check_file(config: TiedLoraConfig, model: nn.Module, saved: dict[str, torch.Tensor]) -> None:
-    """Compare an adapter's file with the model that it is to be loaded into.
+def features_of(module: nn.Module) -> tuple[str, int, int] | None:
+    """`(kind, in_features, out_features)` of a module that can be adapted; `None` for any other module."""
+    if isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
+    if isinstance(module, nn.Embedding):
+        return "embedding", module.num_embeddings, module.embedding_dim
+    # A quantised `nn.Linear` is not asked for its backend: for torchao PEFT wants an argument that is not known here.
+    backend = None if isinstance(module, nn.Linear | Conv1D) else resolve_quantization_backend(module)
+    if isinstance(module, nn.Linear | Conv1D) or (backend is not None and backend.layer_type == "linear"):
+        found = _get_in_out_features(module)
+        return None if None in found else ("linear", *found)
+    return None
+
+
+def check_adapter_file(config: TiedLoraConfig, model: nn.Module, saved: dict[str, torch.Tensor]) -> None:
+    """Compare the tensors of an adapter's file with the model that they are to be loaded into.
 
     Raises:
-        RuntimeError: tensors are missing, are more than the adapter has, or are of another shape.
+        RuntimeError: a tensor is missing, has no place in the model, or has another shape.
     """
     shapes: dict[str, list[int]] = {}
     rows_of_u: dict[str, set[str]] = {}
-    planned = plan(config, model)
-    for adapted in planned.values():
-        names = adapted.names
-        shapes[f"tied_lora_A.{names.A}"] = [config.r, adapted.columns]
-        shapes[f"tied_lora_B.{names.B}"] = [adapted.rows, config.r]
+    planned = plan_adapter(config, model)
+    for module in planned.values():
+        names = module.names
+        shapes[f"tied_lora_A.{names.A}"] = [config.r, module.a_columns]
+        shapes[f"tied_lora_B.{names.B}"] = [module.b_rows, config.r]
         if config.train_u:
             rows_of_u.setdefault(names.u_rows, set()).add(names.u)
             shapes[f"tied_lora_u.{names.u_rows}"] = [len(rows_of_u[names.u_rows]), config.r]
         if config.train_v:
-            of_v = shapes.setdefault(f"tied_lora_v.{names.v_rows}", [0, adapted.out_features])
-            of_v[0] += 1
-    found = {key.removeprefix(PREFIX): list(value.shape) for key, value in saved.items() if is_of_file(key)}
+            shape_of_v = shapes.setdefault(f"tied_lora_v.{names.v_rows}", [0, names.out_features])
+            shape_of_v[0] += 1
+    found = {key.removeprefix(BASE_PREFIX): list(value.shape) for key, value in saved.items() if is_factor_name(key)}
     found = {key.removeprefix(f"{CONTAINER}."): shape for key, shape in found.items()}
-    for name, other in but_for_size(shapes, found).items():
+    for name, other in size_mismatches(shapes, found).items():
         found[name] = found.pop(other)
     problems = [f"{name} {shape} is missing" for name, shape in sorted(shapes.items()) if name not in found]
     problems += [f"{name} has no place in the model" for name in sorted(found.keys() - shapes.keys())]
@@ -102,15 +115,20 @@ def check_file(config: TiedLoraConfig, model: nn.Module, saved: dict[str, torch.
         for name, shape in sorted(shapes.items())
         if found.get(name, shape) != shape
     ]
-    refuse(problems or _renamed(set(config.adapted_modules or ()), {name.replace(COMPILED, "") for name in planned}))
+    refuse_misfit(
+        problems or _unknown_order(set(config.adapted_modules or ()), {name.replace(COMPILED, "") for name in planned})
+    )
 
 
-def _renamed(saved: set[str], planned: set[str]) -> list[str]:
-    """The rows of a file are in the order of the modules' names. Where modules have other names than when it was
-    saved, that is the same order for one list of layers, and cannot be known for several.
+def _unknown_order(saved: set[str], planned: set[str]) -> list[str]:
+    """The problem of a file whose rows cannot be matched with modules; none where they can.
+
+    The rows of a file are in the order of the modules' names. If the modules have been renamed since the file was
+    saved, the order is still the same within one list of layers, and is unknown across several lists.
     """
     lists = [
-        {split_name(name)[0].rpartition(".")[0] for name in names if split_name(name)[0]} for names in (saved, planned)
+        {split_module_name(name)[0].rpartition(".")[0] for name in names if split_module_name(name)[0]}
+        for names in (saved, planned)
     ]
     if not saved or saved == planned or all(len(of_layers) < 2 for of_layers in lists):
         return []

@@ -1,60 +1,58 @@
-"""A published Tied-LoRA adapter has two forms, so that whoever has not this package can load it too.
+"""A published Tied-LoRA adapter has two forms, so that people without this package can load it too.
 
-    README.md                            the card; it says how each form is loaded
-    adapter_config.json                  LoRA: what `PeftModel.from_pretrained(base, repo)` finds
+    README.md                            the card, which says how to load each form
+    adapter_config.json                  LoRA: `PeftModel.from_pretrained(base, repo)`
     adapter_model.safetensors
     tied_lora/adapter_config.json        Tied-LoRA: `PeftModel.from_pretrained(base, repo, subfolder="tied_lora")`
     tied_lora/adapter_model.safetensors
 
-PEFT's list of adapter types is closed: without this package, a folder that says `TIED_LORA` ends in a bare
-`KeyError('TIED_LORA')`, before anything of ours could explain it. So the form that all can read is in the root, where
-everything looks that reads adapters (PEFT, transformers, vLLM, the Hub's own pages); and as the export is exact, who
-loads it without knowing of two forms has the right model. The tied form, from which training goes on with the ties in
-place, is beside it, in a subfolder, which PEFT's and transformers' loaders take as an argument. An adapter that is
-not named "default" has both forms in the folder of its name, as with PEFT.
+PEFT's list of adapter types is closed. Without this package, a folder that says `TIED_LORA` ends in a bare
+`KeyError('TIED_LORA')`, before any code of this package could explain it. So the root has the form that everybody can
+read, because all readers of adapters look there (PEFT, transformers, vLLM, the Hub's own pages). The export is exact,
+so a reader who does not know of the two forms gets the right model. A subfolder has the tied form, from which training
+can continue with the ties in place; the loaders of PEFT and transformers take a subfolder as an argument. An adapter
+that is not named "default" has both forms in the folder of its name, as in PEFT.
 
-`push_to_hub` does that by default (`also_lora=True`): what is pushed is for others. `save_pretrained` does not
-(`also_lora=False`): what is saved during training is for the same program, which finds the tied form in the root, as
-`Trainer` expects when it resumes. `Trainer(push_to_hub=True)` uploads such a folder as it is: push once more with
-`trainer.model.push_to_hub(repo)` when the training is over.
+`push_to_hub` writes both forms by default (`also_lora=True`), because what is pushed is for other people.
+`save_pretrained` does not (`also_lora=False`), because what is saved during training is for the same program: it finds
+the tied form in the root, as `Trainer` expects when it resumes. `Trainer(push_to_hub=True)` uploads such a folder as
+it is; after the training, push both forms with `trainer.model.push_to_hub(repo)`.
 """
 
 import inspect
 import os
-import re
 import tempfile
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
+from .adapter_card import write_card
 from .adapter_folder import write_folder
-from .config import TiedLoraConfig, TiedPeftType
+from .config import is_tied_lora
 from .export import TIED_FOLDER, export_to_lora
-from .tensor_names import names_in_model
 
 CARD = "README.md"
-_BEGIN, _END = "<!-- the forms of this adapter -->", "<!-- end of the forms -->"
 
 
 def save_with_lora(
     model: PeftModel, out: str | os.PathLike, repo_id: str | None = None, tags: list[str] | None = None, **kwargs
 ) -> None:
-    """Write both forms of the Tied-LoRA adapters of a model, and the card; on an error `out` is as it was.
+    """Write both forms of the Tied-LoRA adapters of a model, and the card. An error leaves `out` as it was.
 
     Args:
-        model: with Tied-LoRA adapters.
-        out: the folder. A card that is there is kept, and its section on the forms written anew.
-        repo_id: the name to load it by that the card gives. Default: the folder.
+        model: a model with Tied-LoRA adapters.
+        out: the folder. A card that is already there is kept, and its section on the forms is replaced.
+        repo_id: the name that the card gives for loading. Default: the name of the folder.
         tags: more tags for the card.
-        kwargs: for `PeftModel.save_pretrained`: `selected_adapters`, `state_dict`, `is_main_process`, ...
+        kwargs: arguments for `PeftModel.save_pretrained`: `selected_adapters`, `state_dict`, `is_main_process`, ...
 
     Raises:
         ValueError: an adapter has the name of the subfolder, or `out` is a file.
     """
-    if kwargs.get("is_main_process") is False:  # its part of a sharded model is wanted, and nothing is written
+    if kwargs.get("is_main_process") is False:  # it takes part in gathering a sharded model, and writes nothing
         model.save_pretrained(out, also_lora=False, **kwargs)
         return
     names = kwargs.get("selected_adapters") or list(model.peft_config)
@@ -68,7 +66,8 @@ def save_with_lora(
         model.save_pretrained(folder, also_lora=False, **kwargs)
         for name in names:
             _both_forms(folder if name == "default" else folder / name)
-        _write_card(folder / CARD, _section(model, names, repo_id or Path(out).name), tags)
+        configs = {name: model.peft_config[name] for name in names}
+        write_card(folder / CARD, configs, repo_id or Path(out).name, TIED_FOLDER, tags)
 
     write_folder(out, fill)
 
@@ -86,16 +85,16 @@ def push_with_lora(
     max_shard_size: int | str | None = None,
     tags: list[str] | None = None,
 ):
-    """`PeftModel.push_to_hub`, with both forms: the same arguments, and one commit.
+    """Push both forms in one commit. The arguments are those of `PeftModel.push_to_hub`.
 
-    transformers writes a card of its own over PEFT's before it uploads, and does not look into folders in folders; so
-    this is not built on it. A card that is on the Hub is kept, as transformers does.
+    This does not call transformers' `push_to_hub`, which overwrites PEFT's card and does not upload nested folders.
+    Like that method, it keeps a card that is already on the Hub.
 
     Args:
-        max_shard_size: has no meaning for an adapter, which is one file.
+        max_shard_size: ignored, because an adapter is one file.
 
     Returns:
-        What `huggingface_hub.HfApi.upload_folder` returns, a `CommitInfo`.
+        The `CommitInfo` of `huggingface_hub.HfApi.upload_folder`.
     """
     api = HfApi()
     repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
@@ -118,12 +117,12 @@ def push_with_lora(
         )
 
 
-# What `registration` puts around PEFT's own methods.
+# Wrappers around PEFT's own methods; `hf_tying.hook` puts them there.
 
 
 def save_pretrained(wrapped, model: PeftModel, args, kwargs):
-    """`PeftModel.save_pretrained` with `also_lora`, `False` by default."""
-    if not _is_tied(model):
+    """Around `PeftModel.save_pretrained`: an argument `also_lora` for Tied-LoRA, `False` by default."""
+    if not _has_tied_lora(model):
         return wrapped(*args, **kwargs)
     if not kwargs.pop("also_lora", False):
         return wrapped(*args, **kwargs)
@@ -132,86 +131,23 @@ def save_pretrained(wrapped, model: PeftModel, args, kwargs):
 
 
 def push_to_hub(wrapped, model: PeftModel, args, kwargs):
-    """`PeftModel.push_to_hub` with `also_lora`, `True` by default."""
-    if not _is_tied(model):
+    """Around `PeftModel.push_to_hub`: an argument `also_lora` for Tied-LoRA, `True` by default."""
+    if not _has_tied_lora(model):
         return wrapped(*args, **kwargs)
     if not kwargs.pop("also_lora", True):
         return wrapped(*args, **kwargs)
     return push_with_lora(model, *args, **kwargs)
 
 
-def _is_tied(model: PeftModel) -> bool:
-    return any(config.peft_type == TiedPeftType.TIED_LORA for config in model.peft_config.values())
-
-
-# The parts of the folder.
+def _has_tied_lora(model: PeftModel) -> bool:
+    return any(map(is_tied_lora, model.peft_config.values()))
 
 
 def _both_forms(folder: Path) -> None:
-    """From the tied form in `folder` to LoRA there, and the tied form in its subfolder."""
+    """Move the tied form in `folder` to its subfolder, and export LoRA into `folder`."""
     tied = folder / TIED_FOLDER
     tied.mkdir()
     for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
         if (folder / name).is_file():
             os.replace(folder / name, tied / name)
     export_to_lora(tied, folder)
-
-
-def _write_card(path: Path, section: str, tags: list[str] | None) -> None:
-    card = ModelCard.load(path)
-    card.data.tags = sorted({*(card.data.tags or ()), "lora", "tied-lora", *(tags or ())})
-    text = re.sub(f"{_BEGIN}.*?{_END}\n*", "", card.text, flags=re.DOTALL)
-    heading = "## Model Details" if "## Model Details" in text else "### Framework versions"
-    before, found, after = text.partition(heading)
-    card.text = f"{before.rstrip()}\n\n{section}\n\n{found}{after}"
-    card.save(path)
-
-
-def _section(model: PeftModel, names: list[str], repo_id: str) -> str:
-    """The card's section on the two forms."""
-    configs: dict[str, PeftConfig] = {name: model.peft_config[name] for name in names}
-    lines = [_BEGIN, "## Two forms of one adapter", ""]
-    lines += [
-        "This adapter was trained as [Tied-LoRA](https://arxiv.org/abs/2311.09578): layers share its low-rank "
-        "matrices. It is here in two forms, with exactly the same update of the base model.",
-        "",
-        "| folder | form | is loaded by |",
-        "|---|---|---|",
-    ]
-    for name in names:
-        folder = "" if name == "default" else f"{name}/"
-        lines += [
-            f"| `{folder or '.'}` | LoRA, exported without approximation | PEFT, transformers, and what reads LoRA |",
-            f"| `{folder}{TIED_FOLDER}` | Tied-LoRA, for further training | PEFT with `hf-tying` installed |",
-        ]
-    first = names[0]
-    root = "" if first == "default" else f', subfolder="{first}"'
-    tied = TIED_FOLDER if first == "default" else f"{first}/{TIED_FOLDER}"
-    lines += [
-        "",
-        "```python",
-        "from peft import PeftModel",
-        "",
-        f'model = PeftModel.from_pretrained(base_model, "{repo_id}"{root})  # LoRA',
-        "```",
-        "```python",
-        "import hf_tying  # tells PEFT of Tied-LoRA",
-        "",
-        f'model = PeftModel.from_pretrained(base_model, "{repo_id}", subfolder="{tied}")',
-        "```",
-        "",
-        *(f"What is tied in `{name}`: {_ties(config)}\n" for name, config in configs.items()),
-        _END,
-    ]
-    return "\n".join(lines)
-
-
-def _ties(config: TiedLoraConfig) -> str:
-    """How many factors serve how many modules."""
-    modules = [names_in_model(config, module) for module in config.adapted_modules]
-    counts = {kind: len({names[kind] for names in modules}) for kind in modules[0]}
-    factors = ", ".join(f"{count} {kind}" for kind, count in counts.items())
-    name = f"{config.variant}, " if config.variant else ""
-    absent = [kind for kind in "uv" if kind not in counts]
-    ones = f" ({' = '.join([*absent, '1'])})" if absent else ""
-    return f"{name}r = {config.r}; {len(modules)} modules use {factors}{ones}."

@@ -1,4 +1,4 @@
-"""The second half of the update, `low diag(u) B^T diag(v)`, without keeping more than its factors for the backward."""
+"""The second half of the update, `low diag(u) B^T diag(v)`, which keeps only its factors for the backward pass."""
 
 import torch
 from torch.nn import functional as F
@@ -9,8 +9,8 @@ def scaled_linear(
 ) -> torch.Tensor:
     """`low W^T` with `W = scaling * diag(v) B diag(u)`.
 
-    u and v are multiplied into B, `(out_features, r)`, and not into what has a row for each token. Autograd would
-    keep that product for the backward pass, for each module one; here it is made again.
+    u and v are multiplied into B, `(out_features, r)`, which is smaller than a tensor with a row for each token.
+    Autograd would keep the product W of every module for the backward pass; this function computes it again instead.
 
     Args:
         low: `x A^T`, `(..., r)`.
@@ -24,7 +24,7 @@ def scaled_linear(
     """
     if u is None and v is None and scaling == 1:
         return F.linear(low, b)
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler decides itself what to keep
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler decides by itself what to keep
         return F.linear(low, _weight(b, u, v, scaling))
     return _ScaledLinear.apply(low, b, u, v, scaling)
 
@@ -50,8 +50,8 @@ class _ScaledLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_low = (grad @ _weight(b, u, v, ctx.scaling).to(grad.dtype)).to(low.dtype)
         if any(ctx.needs_input_grad[1:4]):
-            # Of W, and from it of its factors, all of the size of B. Its sum over the tokens is in the dtype of grad,
-            # as it is for the weight of a linear layer.
+            # The gradient of W gives those of its factors; nothing here is larger than B. The sum over the tokens is
+            # in the dtype of grad, as it is for the weight of a linear layer.
             of_weight = grad.flatten(0, -2).t() @ low.flatten(0, -2).to(grad.dtype)
             of_weight = of_weight.to(b.dtype) * ctx.scaling
             if ctx.needs_input_grad[1]:

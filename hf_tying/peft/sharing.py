@@ -1,15 +1,13 @@
-"""Which modules share which matrix: from a `TiedLoraConfig` and a module's name to the names of its A, B and u."""
+"""Which modules share which factor: from a `TiedLoraConfig` and a module's name to the names of its A, B and u."""
 
 import re
 from dataclasses import dataclass
 
-from torch import nn
-
 from .config import TiedLoraConfig
 
-#: What torch.compile puts into the names of modules; in a file they are without it.
+#: The part that torch.compile adds to the names of modules. The names in a file are without it.
 COMPILED = "_orig_mod."
-#: The query, key and value of one layer, by the names that transformers' models give them.
+#: The query, key and value projections of one layer, by the names that they have in transformers' models.
 QKV = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
@@ -20,23 +18,26 @@ QKV = (
     ("to_q", "to_k", "to_v"),
     ("wq", "wk", "wv"),
 )
-#: And where they are one matrix.
+#: The names of a module that is all three projections in one matrix.
 FUSED_QKV = ("c_attn", "query_key_value", "qkv_proj", "Wqkv", "qkv", "attn_qkv")
 
 
 @dataclass(frozen=True)
-class Sharing:
-    """The names of the factors of one adapted module, and its size; modules with the same name of a factor share it.
+class FactorNames:
+    """The names of the factors of one adapted module, and the module's size.
+
+    Modules that name the same factor share it. As a dict, this is the module's entry in `adapted_modules` of a saved
+    `adapter_config.json`.
 
     Args:
-        A: name of its A; of its columns the module uses the first `in_features`.
-        B: name of its B; of its rows the module uses the first `out_features`.
-        u: name of its u.
-        u_rows: name of the matrix in the file that has the u of all layers as its rows.
-        v_rows: name of the matrix in the file that has the v of all layers as its rows.
+        A: name of the module's A. The module uses the first `in_features` columns.
+        B: name of the module's B. The module uses the first `out_features` rows.
+        u: name of the module's u.
+        u_rows: name of the matrix in the file whose rows are the u of all layers.
+        v_rows: name of the matrix in the file whose rows are the v of all layers.
         kind: `"linear"` or `"embedding"`.
-        in_features: of the module; for an embedding its number of rows.
-        out_features: of the module.
+        in_features: number of the module's inputs; for an embedding, `num_embeddings`.
+        out_features: number of the module's outputs; for an embedding, `embedding_dim`.
     """
 
     A: str
@@ -44,30 +45,45 @@ class Sharing:
     u: str
     u_rows: str
     v_rows: str
-    # What the file alone does not tell: a factor may be wider than the module.
+    # The factors in the file do not tell the module's size, because a factor may be wider than the module.
     kind: str
     in_features: int
     out_features: int
 
+    @property
+    def largest_rank(self) -> int:
+        """The largest rank that an update of the module can have."""
+        return min(self.in_features, self.out_features)
 
-def sharing_of(config: TiedLoraConfig, module_name: str, in_features: int, out_features: int, kind: str) -> Sharing:
+
+#: The name of this class in pickles of 0.1.
+Sharing = FactorNames
+
+
+def name_factors(
+    config: TiedLoraConfig, module_name: str, in_features: int, out_features: int, kind: str
+) -> FactorNames:
     """Name the factors of one module.
 
-    The names are made of what is shared, so that they are the same in every process and for every part of a model:
-    `self_attn-qkv-4096` is the A of the q, k and v inside all `self_attn`, `model-layers-3-...` that of one layer.
+    A name says what shares the factor, so it is the same in every process and for every part of a model:
+    `self_attn-qkv-4096` is the A of q, k and v in the `self_attn` of all layers, and `model-layers-3-...` is the A of
+    one layer.
 
     Args:
         config: the adapter's settings.
         module_name: full name of the module in the model.
-        in_features: of the module; for an embedding its number of rows.
-        out_features: of the module.
-        kind: `"linear"` or `"embedding"`; these never share.
+        in_features: number of the module's inputs; for an embedding, `num_embeddings`.
+        out_features: number of the module's outputs; for an embedding, `embedding_dim`.
+        kind: `"linear"` or `"embedding"`. Modules of different kinds never share.
+
+    Raises:
+        ValueError: `layer_groups` leaves out the module's layer.
     """
-    layer, index, inside = split_name(module_name.replace(COMPILED, ""))
+    layer, index, inside = split_module_name(module_name.replace(COMPILED, ""))
     own = f"{layer}-" if layer else ""
-    together = _together(config, index) if layer else ""
-    # A and u are those of the input, which query, key and value have in common; B and v are those of the output.
-    of_input = (_of_qkv(config, inside) if config.tie_qkv else None) or inside
+    together = _layer_group(config, index) if layer else ""
+    # A and u belong to the input, which query, key and value have in common. B and v belong to the output.
+    of_input = (_qkv_name(config, inside) if config.tie_qkv else None) or inside
     if config.share_by == "module":
         a, b = f"{of_input}-{in_features}", f"{inside}-{out_features}"
     elif config.share_by == "shape":
@@ -77,15 +93,15 @@ def sharing_of(config: TiedLoraConfig, module_name: str, in_features: int, out_f
     a = (together if config.tie_A else own) + a
     b = (together if config.tie_B else own) + b
     names = a, b, own + of_input, f"{of_input}-{config.r}", f"{inside}-{out_features}"
-    # Names of modules, which these become, have no dots.
-    return Sharing(*(name.replace(".", "-") for name in names), kind, in_features, out_features)
+    # The names become names of modules, which cannot contain dots.
+    return FactorNames(*(name.replace(".", "-") for name in names), kind, in_features, out_features)
 
 
-def split_name(module_name: str) -> tuple[str | None, int | None, str]:
-    """A module's layer, the index of that, and the module's name inside of it.
+def split_module_name(module_name: str) -> tuple[str | None, int | None, str]:
+    """Split a module's name into its layer, the layer's index, and the module's name inside the layer.
 
-    `("model.layers.3", 3, "self_attn.q_proj")` for `model.layers.3.self_attn.q_proj`: the layer ends with the first
-    number in the name. A module outside of all layers has its full name.
+    `model.layers.3.self_attn.q_proj` gives `("model.layers.3", 3, "self_attn.q_proj")`: the layer ends with the first
+    number in the name. A module outside all layers gives `(None, None, <its full name>)`.
     """
     found = re.fullmatch(r"(?P<layer>(?:[^.]*\.)*?(?P<index>\d+))\.(?P<inside>.+)", module_name)
     if found is None:
@@ -93,7 +109,22 @@ def split_name(module_name: str) -> tuple[str | None, int | None, str]:
     return found["layer"], int(found["index"]), found["inside"]
 
 
-def _together(config: TiedLoraConfig, index: int) -> str:
+def refuse_rank(r: int, modules: dict[str, FactorNames]) -> None:
+    """Refuse a rank that no adapted module can have. Without modules there is nothing to refuse.
+
+    Raises:
+        ValueError: `r` is more than the largest rank of every module.
+    """
+    largest = max(modules, key=lambda module: modules[module].largest_rank, default=None)
+    if largest is not None and r > modules[largest].largest_rank:
+        raise ValueError(
+            f"r={r} is more than any adapted module has: the largest, {largest!r}, has rank "
+            f"{modules[largest].largest_rank}. Expected r of at most that."
+        )
+
+
+def _layer_group(config: TiedLoraConfig, index: int) -> str:
+    """The start of the name of a factor that the layers of a group share; empty where all layers share it."""
     if not config.layer_groups:
         return ""
     for group in config.layer_groups:
@@ -105,28 +136,10 @@ def _together(config: TiedLoraConfig, index: int) -> str:
     )
 
 
-def _of_qkv(config: TiedLoraConfig, inside: str) -> str | None:
-    """`self_attn.qkv` for `self_attn.q_proj`; `None` for a module that is none of the three."""
+def _qkv_name(config: TiedLoraConfig, inside: str) -> str | None:
+    """`self_attn.qkv` for `self_attn.q_proj`; `None` for a module that is not a query, key or value projection."""
     path, dot, name = inside.rpartition(".")
     for names in [tuple(config.qkv_modules)] if config.qkv_modules else QKV:
         if name in names:
             return f"{path}{dot}qkv"
-    return None
-
-
-def features_of(module: nn.Module) -> tuple[str, int, int] | None:
-    """`(kind, in_features, out_features)` of a module that can be adapted, else `None`."""
-    from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
-    from peft.utils import resolve_quantization_backend
-    from transformers.pytorch_utils import Conv1D
-
-    if isinstance(module, BaseTunerLayer):
-        module = module.get_base_layer()
-    if isinstance(module, nn.Embedding):
-        return "embedding", module.num_embeddings, module.embedding_dim
-    # A quantised layer that is a Linear is not asked for more: for torchao PEFT wants what is not known here.
-    backend = None if isinstance(module, nn.Linear | Conv1D) else resolve_quantization_backend(module)
-    if isinstance(module, nn.Linear | Conv1D) or (backend is not None and backend.layer_type == "linear"):
-        found = _get_in_out_features(module)
-        return None if None in found else ("linear", *found)
     return None

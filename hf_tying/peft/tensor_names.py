@@ -1,34 +1,37 @@
-"""How the factors of an adapter are named in its file: every shared one once, the u and the v of all layers as rows.
+"""The names of an adapter's factors in its file, where each shared one is once and the u and v of all layers are rows.
 
     base_model.model.tied_matrices.tied_lora_A.self_attn-qkv-4096        (r, in_features)
     base_model.model.tied_matrices.tied_lora_B.self_attn-q_proj-4096     (out_features, r)
     base_model.model.tied_matrices.tied_lora_u.self_attn-qkv-8           (layers, r)
     base_model.model.tied_matrices.tied_lora_v.self_attn-q_proj-4096     (layers, out_features)
 
-A handful of tensors whatever the number of layers: the names of one vector per module would take more than the
-vectors of a small adapter. Which modules there are, and what each uses, is in `adapted_modules` of the config.
+The file has these few tensors whatever the number of layers. With one tensor for the vector of each module, the names
+of a small adapter would take more space than its values. `adapted_modules` in the config says which modules there are
+and which factors each of them uses.
 """
 
 from collections.abc import Iterable
 
 import torch
 
+from ..report.layer_order import in_layer_order
 from .config import TiedLoraConfig
 from .matrices import CONTAINER
-from .sharing import Sharing
+from .sharing import FactorNames
 
-PREFIX = "base_model.model."
-
-
-def is_of_file(key: str) -> bool:
-    """Is this the name of a factor in a file?"""
-    return key.startswith((f"{PREFIX}{CONTAINER}.", f"{CONTAINER}."))
+#: The start of every name in the file of an adapter.
+BASE_PREFIX = "base_model.model."
 
 
-def parts_of_file(config: TiedLoraConfig) -> dict[str, str | list[str]]:
-    """From each name in the file to the one that it has in a model; for a matrix of rows to those of the rows.
+def is_factor_name(key: str) -> bool:
+    """Whether `key` is the name of a factor in a file. transformers' own adapters are saved without `BASE_PREFIX`."""
+    return key.startswith((f"{BASE_PREFIX}{CONTAINER}.", f"{CONTAINER}."))
 
-    Names are without the adapter's, and without `base_model.model`.
+
+def names_in_file(config: TiedLoraConfig) -> dict[str, str | list[str]]:
+    """Map each name in the file to the name of that factor in a model, or to a list of names, one for each row.
+
+    Names are without the adapter's name and without `BASE_PREFIX`.
 
     Args:
         config: with `adapted_modules`, as it is after injection and in a saved `adapter_config.json`.
@@ -41,81 +44,83 @@ def parts_of_file(config: TiedLoraConfig) -> dict[str, str | list[str]]:
             "This Tied-LoRA config has no adapted_modules. Expected the adapter_config.json that was saved with the "
             "adapter; it is written when the adapter is put into a model."
         )
-    parts: dict[str, str | list[str]] = {}
-    for module in in_order(config.adapted_modules):
-        names, of_model = Sharing(**config.adapted_modules[module]), names_in_model(config, module)
+    found: dict[str, str | list[str]] = {}
+    for module in in_layer_order(config.adapted_modules):
+        names, in_model = FactorNames(**config.adapted_modules[module]), names_in_model(config, module)
         for kind in "AB":
-            parts[of_model[kind].removesuffix(".weight")] = of_model[kind]
+            found[in_model[kind].removesuffix(".weight")] = in_model[kind]
         for kind, rows in (("u", names.u_rows), ("v", names.v_rows)):
-            if kind in of_model:
-                rows = parts.setdefault(f"{CONTAINER}.tied_lora_{kind}.{rows}", [])
-                if of_model[kind] not in rows:
-                    rows.append(of_model[kind])
-    return parts
+            if kind in in_model:
+                rows = found.setdefault(f"{CONTAINER}.tied_lora_{kind}.{rows}", [])
+                if in_model[kind] not in rows:
+                    rows.append(in_model[kind])
+    return found
 
 
 def names_in_model(config: TiedLoraConfig, module: str) -> dict[str, str]:
-    """By "A", "B", "u" and "v", as far as the adapter has them: the name in a model of that factor of a module."""
-    names = Sharing(**config.adapted_modules[module])
+    """The names in a model of the factors that `module` uses, by "A", "B", "u" and "v"; u or v only if trained."""
+    names = FactorNames(**config.adapted_modules[module])
     found = {kind: f"{CONTAINER}.tied_lora_{kind}.{getattr(names, kind)}.weight" for kind in "ABu"}
     found["v"] = f"{module}.tied_lora_v.weight"
     absent = [kind for kind in "uv" if not getattr(config, f"train_{kind}")]
     return {kind: name for kind, name in found.items() if kind not in absent}
 
 
-def in_order(modules: Iterable[str]) -> list[str]:
-    """Names of modules in the order of their layers: 9 before 10."""
-    return sorted(modules, key=lambda name: [(int(p), "") if p.isdigit() else (-1, p) for p in name.split(".")])
+def file_from_state(state: dict[str, torch.Tensor], config: TiedLoraConfig) -> dict[str, torch.Tensor]:
+    """The factors by their names in a file, from the factors by their names in a model.
 
-
-def to_file(state: dict[str, torch.Tensor], config: TiedLoraConfig) -> dict[str, torch.Tensor]:
-    """The tensors of the file, from those of a model by their names there, without the adapter's."""
+    Names are without the adapter's name and without `BASE_PREFIX`.
+    """
     saved = {}
-    for name, of_model in parts_of_file(config).items():
-        if isinstance(of_model, str):
-            saved[name] = state[of_model]
+    for name, in_model in names_in_file(config).items():
+        if isinstance(in_model, str):
+            saved[name] = state[in_model]
         else:
-            rows = [state[row] for row in of_model]
+            rows = [state[row] for row in in_model]
             saved[name] = torch.stack([row.to(rows[0].device) for row in rows])
     return saved
 
 
-def from_file(saved: dict[str, torch.Tensor], config: TiedLoraConfig) -> dict[str, torch.Tensor]:
-    """The opposite of `to_file`: what is not a factor stays as it is.
+def state_from_file(saved: dict[str, torch.Tensor], config: TiedLoraConfig) -> dict[str, torch.Tensor]:
+    """The tensors of a file by their names in a model, with `BASE_PREFIX`; tensors that are no factors stay unchanged.
 
     Raises:
-        RuntimeError: factors are missing, or more than the adapter has, or have other numbers of rows.
+        RuntimeError: a factor is missing, has no place in the adapter, or has another number of rows.
     """
-    parts = parts_of_file(config)
-    factors = {key.removeprefix(PREFIX): value for key, value in saved.items() if is_of_file(key)}
-    for name, other in but_for_size(parts, factors).items():
-        factors[name] = factors.pop(other)  # PEFT says, or is told to ignore, that it has another size
-    problems = [f"{name} is missing" for name in sorted(parts.keys() - factors.keys())]
-    problems += [f"{name} has no place in it" for name in sorted(factors.keys() - parts.keys())]
-    for name, rows in parts.items():
+    names = names_in_file(config)
+    factors = {key.removeprefix(BASE_PREFIX): value for key, value in saved.items() if is_factor_name(key)}
+    for name, other in size_mismatches(names, factors).items():
+        factors[name] = factors.pop(other)  # PEFT refuses another size, or has been told to ignore it
+    problems = [f"{name} is missing" for name in sorted(names.keys() - factors.keys())]
+    problems += [f"{name} has no place in it" for name in sorted(factors.keys() - names.keys())]
+    for name, rows in names.items():
         if name in factors and isinstance(rows, list) and len(rows) != len(factors[name]):
             problems.append(f"{name} has {len(factors[name])} rows for {len(rows)} modules")
-    refuse(problems)
-    state = {key: value for key, value in saved.items() if not is_of_file(key)}
-    for name, of_model in parts.items():
+    refuse_misfit(problems)
+    state = {key: value for key, value in saved.items() if not is_factor_name(key)}
+    for name, in_model in names.items():
         found = (
-            {of_model: factors[name]}
-            if isinstance(of_model, str)
-            else zip(of_model, factors[name].unbind(), strict=True)
+            {in_model: factors[name]}
+            if isinstance(in_model, str)
+            else zip(in_model, factors[name].unbind(), strict=True)
         )
-        state |= {PREFIX + key: value for key, value in dict(found).items()}
+        state |= {BASE_PREFIX + key: value for key, value in dict(found).items()}
     return state
 
 
-def but_for_size(expected: Iterable[str], found: Iterable[str]) -> dict[str, str]:
-    """For names that are not found: those of what is found whose name has another size at its end, and no place."""
+def size_mismatches(expected: Iterable[str], found: Iterable[str]) -> dict[str, str]:
+    """Pair each missing tensor name with an unexpected one that differs only in its size suffix."""
     more = {name.rpartition("-")[0]: name for name in set(found) - set(expected)}
     missing = ((name, name.rpartition("-")[0]) for name in set(expected) - set(found))
     return {name: more[stem] for name, stem in missing if stem in more}
 
 
-def refuse(problems: list[str]) -> None:
-    """Raise, if there are any, for a file that does not fit."""
+def refuse_misfit(problems: list[str]) -> None:
+    """Refuse a file that does not fit its settings or its model. Without problems, nothing happens.
+
+    Raises:
+        RuntimeError: with the first problems. PEFT raises this type for a state dict that does not fit.
+    """
     if problems:
         more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
         raise RuntimeError(

@@ -1,25 +1,29 @@
-"""The shared factors of Tied-LoRA adapters, as tie groups of a `TyingReport`: of a model, and of a folder."""
+"""A report on Tied-LoRA adapters, in a live model or in a folder: each shared factor is a tie group."""
 
 from math import prod
 from pathlib import Path
 
 from ..config import TyingError
-from ..peft.layer import TiedLoraLayer
-from ..peft.tensor_names import in_order
 from ..ties.headers import read_header, read_json
+from .layer_order import in_layer_order
 from .records import GroupReport, TyingReport, bytes_of, group_report, torch_dtype
 
 FOLDER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def adapter_groups(model) -> list[GroupReport]:
-    """One group for each factor that several modules of a live model use, by adapter."""
+    """The groups of a live model: one for each factor of an adapter that several modules use.
+
+    Args:
+        model: any module. A layer of Tied-LoRA in it is known by its `factors`, `uses` and `module_name`.
+    """
     users: dict[str, list] = {}
     for layer in model.modules():
-        for adapter, use in getattr(layer, "uses", {}).items() if isinstance(layer, TiedLoraLayer) else ():
-            for kind, factor in layer.factors(adapter).items():
-                name = f"{adapter}: {kind} {getattr(use.names, kind)}"
-                users.setdefault(name, []).append((layer.module_name, factor.weight))
+        if all(hasattr(layer, attribute) for attribute in ("factors", "uses", "module_name")):
+            for adapter, used in layer.uses.items():
+                for kind, factor in layer.factors(adapter).items():
+                    name = f"{adapter}: {kind} {getattr(used.names, kind)}"
+                    users.setdefault(name, []).append((layer.module_name, factor.weight))
     groups = []
     for name, held in users.items():
         weight, distinct = held[0][1], len({id(weight) for _, weight in held})
@@ -42,10 +46,13 @@ def adapter_groups(model) -> list[GroupReport]:
 
 
 def report_on_adapter(folder: Path) -> TyingReport:
-    """The same of a saved adapter: its settings and the header of its file are read, and no weight.
+    """Report a saved adapter. Its settings and the header of its file are read, and no weight.
+
+    Args:
+        folder: with `adapter_config.json` and `adapter_model.safetensors`.
 
     Raises:
-        TyingError: it is an adapter of another kind, or its files are not whole.
+        TyingError: the adapter is of another type, or its files are missing, truncated or malformed.
     """
     settings, weights = (folder / name for name in FOLDER_FILES)
     config = read_json(settings)
@@ -57,7 +64,7 @@ def report_on_adapter(folder: Path) -> TyingReport:
     header = read_header(weights)
     users: dict[tuple[str, str, str], list[str]] = {}
     adapted = config.get("adapted_modules") or {}
-    for module in in_order(adapted):
+    for module in in_layer_order(adapted):
         names = adapted[module]
         for kind, rows in (("A", "A"), ("B", "B"), ("u", "u_rows")):
             if kind != "u" or config.get("train_u"):

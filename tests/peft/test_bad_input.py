@@ -102,7 +102,9 @@ class TestAFileThatDoesNotFit:
             ),
         ],
     )
-    def test_is_refused_by_every_loader_and_the_model_is_as_it_was(self, folder, change, message):
+    def test_a_file_that_does_not_fit_is_refused_by_every_loader_and_the_model_is_as_it_was(
+        self, folder, change, message
+    ):
         self.change(folder, change)
         model = tiny_model("llama")
         for load in (lambda: PeftModel.from_pretrained(model, folder), lambda: model.load_adapter(folder)):
@@ -116,14 +118,14 @@ class TestAFileThatDoesNotFit:
             adapted.load_adapter(folder, "second")
         assert list(adapted.peft_config) == ["default"] and torch.equal(outputs(adapted), before)
 
-    def test_as_of_a_deeper_or_a_wider_model_is_refused(self, folder):
+    def test_a_file_of_a_deeper_or_a_wider_model_is_refused(self, folder):
         for changes in (dict(num_hidden_layers=3), dict(hidden_size=32)):
             model = tiny_model("llama", **changes)
             with pytest.raises(RuntimeError, match="does not fit.*a base model of the same shape"):
                 PeftModel.from_pretrained(model, folder)
             assert not layers_of(model)
 
-    def test_for_layers_of_other_names_is_refused_where_their_order_is_not_known(self, tmp_path):
+    def test_a_file_for_layers_of_other_names_is_refused_where_their_order_is_not_known(self, tmp_path):
         def towers(*names):
             torch.manual_seed(0)
             blocks = [
@@ -144,7 +146,7 @@ class TestAFileThatDoesNotFit:
                 with pytest.raises(RuntimeError, match="not known which row is whose; export it to LoRA"):
                     PeftModel.from_pretrained(towers(*after), folder)
 
-    def test_without_its_list_of_modules_cannot_be_read_by_transformers(self, folder):
+    def test_a_file_without_its_list_of_modules_is_refused_by_transformers(self, folder):
         path = folder / "adapter_config.json"
         config = json.loads(path.read_text())
         config["adapted_modules"] = None
@@ -154,12 +156,12 @@ class TestAFileThatDoesNotFit:
 
 
 class TestClosedListsOfPeft:
-    def test_hotswapping_names_the_export(self, tmp_path):
+    def test_the_refusal_of_a_hotswap_names_the_export(self, tmp_path):
         model = tied_lora(tiny_model("llama"))
         model.save_pretrained(tmp_path)
         with pytest.raises(ValueError, match="swaps LoRA adapters only.*export_to_lora"):
             hotswap_adapter(model, str(tmp_path), adapter_name="default")
 
-    def test_a_mixed_model_names_the_export(self):
+    def test_the_refusal_of_a_mixed_model_names_the_export(self):
         with pytest.raises(ValueError, match="mixed=True.*export_to_lora"):
             get_peft_model(tiny_model("llama"), TiedLoraConfig(r=2, target_modules=QKV["llama"]), mixed=True)

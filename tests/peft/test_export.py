@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from torch import nn
 from hf_tying.cli import main
 from hf_tying.peft import TiedLoraConfig, export_to_lora
 
+from ..processes import run_python
 from ..tied_lora import dense_updates, outputs, shake, tied_lora, tiny_classifier
 from ..tiny import tiny_model
 
@@ -134,7 +134,7 @@ def test_modules_to_save_and_biases_go_with_it(tmp_path):
     assert not torch.allclose(lora(input_ids=ids).logits, tiny_classifier("bert")(input_ids=ids).logits, atol=1e-3)
 
 
-def test_an_adapter_that_transformers_put_in_itself(tmp_path):
+def test_an_adapter_that_transformers_put_in_itself_is_exported(tmp_path):
     model = base_of("llama")
     model.add_adapter(TiedLoraConfig(r=4, target_modules=["q_proj", "v_proj"]), "mine")
     shake(model, adapter_name="mine").eval()
@@ -148,7 +148,7 @@ def test_an_adapter_that_transformers_put_in_itself(tmp_path):
     assert torch.allclose(outputs(native.eval()), outputs(model), atol=1e-6)
 
 
-def test_one_of_several_adapters(tmp_path):
+def test_one_of_several_adapters_is_exported_alone(tmp_path):
     model = tied_lora(base_of("llama"))
     model.add_adapter("second", TiedLoraConfig(r=2, target_modules=["o_proj"]))
     shake(model, 2, "second")
@@ -174,7 +174,7 @@ class Words(nn.Module):
 
 
 @pytest.mark.parametrize("share_by", ["module", "all"])
-def test_embeddings_conv1d_and_linear_in_one_model(share_by, tmp_path):
+def test_embeddings_conv1d_and_linear_in_one_model_are_exported(share_by, tmp_path):
     ids = torch.arange(12).view(2, 6)
     model = tied_lora(Words(), target_modules=["words", "mix", "out"], share_by=share_by)
     export_to_lora(model, tmp_path)
@@ -231,94 +231,7 @@ for folder in Path(sys.argv[1]).iterdir():
     assert torch.allclose(found, expected, atol=1e-6), (folder.name, (found - expected).abs().max())
 assert "hf_tying" not in sys.modules
 """
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, tmp_path], capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode == 0, result.stderr
-
-
-class TestRefused:
-    @pytest.fixture
-    def saved(self, tmp_path):
-        tied_lora(base_of("llama")).save_pretrained(tmp_path / "tied")
-        return tmp_path / "tied"
-
-    def test_a_lora_adapter(self, tmp_path):
-        model = get_peft_model(base_of("llama"), LoraConfig(target_modules=["q_proj"]))
-        model.save_pretrained(tmp_path / "lora")
-        for source in (model, tmp_path / "lora"):
-            with pytest.raises(ValueError, match="a LoRA adapter already"):
-                export_to_lora(source, tmp_path / "out")
-        assert os.listdir(tmp_path) == ["lora"]
-
-    def test_an_adapter_of_another_type(self, saved, tmp_path):
-        config = json.loads((saved / "adapter_config.json").read_text())
-        for kind, message in {"IA3": "of type IA3: expected TIED_LORA", "NEW": "'NEW', which is no type"}.items():
-            (saved / "adapter_config.json").write_text(json.dumps(config | {"peft_type": kind}))
-            with pytest.raises(ValueError, match=message):
-                export_to_lora(saved, tmp_path / "out")
-
-    def test_a_model_without_the_adapter(self, tmp_path):
-        with pytest.raises(ValueError, match="no adapter 'default'. It has none"):
-            export_to_lora(base_of("llama"), tmp_path / "out")
-        with pytest.raises(ValueError, match="no adapter 'other'. It has 'default'"):
-            export_to_lora(tied_lora(base_of("llama")), tmp_path / "out", "other")
-
-    @pytest.mark.parametrize("missing", ["adapter_config.json", "adapter_model.safetensors"])
-    def test_a_missing_file(self, saved, tmp_path, missing):
-        (saved / missing).unlink()
-        with pytest.raises(ValueError, match=missing):
-            export_to_lora(saved, tmp_path / "out")
-
-    def test_a_broken_settings_file(self, saved, tmp_path):
-        (saved / "adapter_config.json").write_text("{")
-        with pytest.raises(ValueError, match="cannot be read"):
-            export_to_lora(saved, tmp_path / "out")
-
-    def test_a_broken_file(self, saved, tmp_path):
-        weights = saved / "adapter_model.safetensors"
-        weights.write_bytes(weights.read_bytes()[:-9])
-        with pytest.raises(ValueError, match="truncated or corrupted"):
-            export_to_lora(saved, tmp_path / "out")
-
-    @pytest.mark.parametrize("entry", [{"A": "a"}, ["a"], None])
-    def test_settings_that_were_written_by_hand(self, saved, tmp_path, entry):
-        config = json.loads((saved / "adapter_config.json").read_text())
-        config["adapted_modules"] = {"model.layers.0.self_attn.q_proj": entry}
-        (saved / "adapter_config.json").write_text(json.dumps(config))
-        with pytest.raises(ValueError, match="not as they were saved"):
-            export_to_lora(saved, tmp_path / "out")
-
-    def test_tensors_that_are_not_those_of_the_settings(self, saved, tmp_path):
-        config = json.loads((saved / "adapter_config.json").read_text())
-        config["adapted_modules"].popitem()
-        (saved / "adapter_config.json").write_text(json.dumps(config))
-        with pytest.raises(RuntimeError, match="rows for"):
-            export_to_lora(saved, tmp_path / "out")
-        assert not (tmp_path / "out").exists()
-
-    def test_a_merged_adapter(self, tmp_path):
-        model = tied_lora(base_of("llama"))
-        model.merge_adapter()
-        with pytest.raises(ValueError, match="unmerge_adapter"):
-            export_to_lora(model, tmp_path / "out")
-        model.unmerge_adapter()
-        export_to_lora(model, tmp_path / "out")
-
-    def test_the_folder_of_the_tied_form(self, saved, tmp_path):
-        before = {path.name: path.read_bytes() for path in saved.iterdir()}
-        with pytest.raises(ValueError, match="which the export would replace"):
-            export_to_lora(saved, saved)
-        (tmp_path / "file").touch()
-        with pytest.raises(ValueError, match="is a file"):
-            export_to_lora(saved, tmp_path / "file")
-        assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
-
-    def test_arguments_of_the_other_kind_of_source(self, saved, tmp_path):
-        with pytest.raises(ValueError, match="subfolder='mine'"):
-            export_to_lora(saved, tmp_path / "out", adapter_name="mine")
-        with pytest.raises(ValueError, match="only of a path"):
-            export_to_lora(tied_lora(base_of("llama")), tmp_path / "out", revision="main")
+    run_python("-W", "ignore", "-c", code, tmp_path)
 
 
 def test_an_error_while_writing_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
@@ -355,7 +268,7 @@ class TestTheCommand:
 
         return run
 
-    def test_writes_the_export_and_says_what_it_is(self, hf_tying, tmp_path):
+    def test_the_command_writes_the_export_and_says_what_it_is(self, hf_tying, tmp_path):
         model = tied_lora(base_of("llama"))
         model.save_pretrained(tmp_path / "run" / "tied")
         lora = tmp_path / "lora"
@@ -376,7 +289,7 @@ class TestTheCommand:
         assert status == 0
         assert [line.split()[0] for line in output.splitlines()][:2] == ["format", "folder"]
 
-    def test_an_error_is_a_message_and_status_1(self, hf_tying, tmp_path):
+    def test_an_error_of_the_command_is_a_message_and_status_1(self, hf_tying, tmp_path):
         get_peft_model(base_of("llama"), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
         for source in ("lora", "nothing"):
             status, output, error = hf_tying("export", tmp_path / source, tmp_path / "out")

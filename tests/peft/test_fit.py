@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_tying.peft import TiedLoraConfig, export_to_lora, fit_from_lora
 from hf_tying.peft.fitting.alternating import Problem, Update
-from hf_tying.peft.fitting.starting import starts
-from hf_tying.peft.sharing import sharing_of
+from hf_tying.peft.fitting.starting import starting_factors
+from hf_tying.peft.sharing import name_factors
 
 from ..tied_lora import QKV, dense_updates, layers_of, outputs, tied_lora
 from ..tiny import tiny_model
@@ -58,7 +58,7 @@ def loaded(base, folder):
 class TestAnAdapterThatIsTiedIsFoundAgain:
     @pytest.mark.parametrize("arch", ["llama", "gpt2", "bert", "marian", "t5"])
     @pytest.mark.parametrize("variant", ["TL5", "TL6"])
-    def test_of_each_architecture(self, arch, variant, tmp_path):
+    def test_a_tied_adapter_is_found_again_in_its_export_in_each_architecture(self, arch, variant, tmp_path):
         changes = {"num_key_value_heads": 1} if arch == "llama" else {}
         tied = tied_lora(tiny_model(arch, **changes), variant=variant, r=3)
         export_to_lora(tied, tmp_path / "lora")
@@ -76,7 +76,9 @@ class TestAnAdapterThatIsTiedIsFoundAgain:
         targets=st.sampled_from([["q_proj", "k_proj", "v_proj"], "all-linear", ["o_proj", "q_proj", "embed_tokens"]]),
         negative=st.booleans(),
     )
-    def test_whatever_is_shared(self, switches, share_by, targets, negative, tmp_path_factory):
+    def test_a_tied_adapter_is_found_again_in_its_export_whatever_it_shares(
+        self, switches, share_by, targets, negative, tmp_path_factory
+    ):
         folder = tmp_path_factory.mktemp("fit")
         config = dict(switches, share_by=share_by)
         base = tiny_model("llama", num_hidden_layers=3, num_key_value_heads=1)
@@ -112,9 +114,9 @@ class TestAnyOther:
             for name, (rows, columns) in widths.items():
                 module = f"layers.{layer}.{name}"
                 updates[module] = Update(draw(rows, 3), draw(3, columns))
-                names[module] = sharing_of(config, module, columns, rows, "linear")
+                names[module] = name_factors(config, module, columns, rows, "linear")
         problem = Problem(updates, names, r, config.train_u, config.train_v)
-        for start in starts(problem, 1):
+        for start in starting_factors(problem, 1):
             problem.factors = start
             problem.balance()
             before = float(sum(problem.errors().values()))
@@ -123,7 +125,7 @@ class TestAnyOther:
                 # The error is what it says, by matrices of the size of the modules.
                 dense = {}
                 for module, update in updates.items():
-                    a, b, u, v = problem.of(module)
+                    a, b, u, v = problem.factors_of(module)
                     dense[module] = ((update.left @ update.right - v[:, None] * b * u @ a) ** 2).sum()
                 assert sum(dense.values()).item() == pytest.approx(problem.error, abs=1e-9 * float(problem.norm))
                 assert problem.error <= before
@@ -152,7 +154,7 @@ class TestAnyOther:
         untied = fit_from_lora(tmp_path, 3, tie_A=False, tie_B=False, tie_qkv=False)
         assert untied.error < 1e-6
 
-    def test_a_better_one_is_not_found_by_gradient_descent(self, tmp_path):
+    def test_gradient_descent_finds_no_better_fit(self, tmp_path):
         lora = lora_model(tiny_model("llama"), target_modules=QKV["llama"])
         lora.save_pretrained(tmp_path)
         fit = fit_from_lora(tmp_path, 3, tmp_path / "tied", tolerance=1e-4)
@@ -170,7 +172,7 @@ class TestAnyOther:
             optimizer.step()
         assert distance(expected, dense_updates(tied)) > fit.error * 0.99
 
-    def test_in_float32_it_is_the_same(self, tmp_path):
+    def test_a_fit_in_float32_has_the_same_error(self, tmp_path):
         lora_model(tiny_model("llama"), target_modules=QKV["llama"]).save_pretrained(tmp_path)
         fits = [fit_from_lora(tmp_path, 3, dtype=dtype, iterations=40) for dtype in (torch.float32, torch.float64)]
         assert fits[0].error == pytest.approx(fits[1].error, rel=0.02)
@@ -211,7 +213,7 @@ class Words(nn.Module):
         return self.last(self.out(torch.tanh(self.mix(self.words(ids)))))
 
 
-def test_embeddings_conv1d_and_modules_to_save(tmp_path):
+def test_embeddings_conv1d_and_modules_to_save_are_fitted_too(tmp_path):
     lora = lora_model(Words(), target_modules=["words", "mix", "out"], modules_to_save=["last"], bias="lora_only")
     with torch.no_grad():
         lora.base_model.model.last.modules_to_save["default"].weight.add_(1)
@@ -239,25 +241,25 @@ class TestRefused:
             fit_from_lora(tmp_path / "lora", 2, tmp_path / "out")
         assert os.listdir(tmp_path) == ["lora"]
 
-    def test_dora(self, tmp_path):
+    def test_dora_is_refused(self, tmp_path):
         self.refused(tmp_path, "use_dora=True: DoRA also scales", use_dora=True)
 
-    def test_single_tokens(self, tmp_path):
+    def test_single_trained_tokens_are_refused(self, tmp_path):
         self.refused(tmp_path, "trainable_token_indices", trainable_token_indices=[1])
 
-    def test_a_bias_of_lora(self, tmp_path):
+    def test_a_bias_of_lora_is_refused(self, tmp_path):
         self.refused(tmp_path, "lora_bias=True", lora_bias=True)
 
-    def test_a_changed_base_model(self, tmp_path):
+    def test_a_changed_base_model_is_refused(self, tmp_path):
         self.refused(tmp_path, "changed base model", init_lora_weights="pissa")
 
-    def test_what_the_file_has_beside(self, tmp_path):
+    def test_factors_that_are_no_matrices_are_refused(self, tmp_path):
         model = lora_model(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), target_modules=["0"])
         model.save_pretrained(tmp_path / "lora")
         with pytest.raises(ValueError, match="only linear layers and embeddings"):
             fit_from_lora(tmp_path / "lora", 2)
 
-    def test_another_type_and_a_rank_that_is_too_high(self, tmp_path):
+    def test_another_adapter_type_and_a_rank_that_is_too_high_are_refused(self, tmp_path):
         tied_lora(tiny_model("llama")).save_pretrained(tmp_path / "tied")
         with pytest.raises(ValueError, match="of type TIED_LORA: expected LORA"):
             fit_from_lora(tmp_path / "tied", 2)

@@ -54,7 +54,7 @@ class TestEveryCombinationOfTheSwitches:
         layer_groups=st.sampled_from([None, [[0, 2], [1]], [[0], [1], [2]]]),
         targets=st.sampled_from([["q_proj", "k_proj", "v_proj"], "all-linear", ["o_proj", "q_proj", "down_proj"]]),
     )
-    def test_is_its_plain_update_trains_what_it_says_and_shares_what_it_says(
+    def test_every_combination_of_the_switches_is_its_plain_update_and_trains_and_shares_what_it_says(
         self, switches, share_by, layer_groups, targets
     ):
         config = dict(switches, share_by=share_by, layer_groups=layer_groups, target_modules=targets)
@@ -113,7 +113,7 @@ class TestThePapersCount:
         with torch.device("meta"):
             return get_peft_model(LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=32)), config)
 
-    def test_tl6_has_4dr_and_l_times_r_and_3d_and_is_12_51_percent_of_lora(self):
+    def test_tl6_has_4dr_and_l_times_r_and_3d_parameters_and_is_12_51_percent_of_lora(self):
         d, r, layers = 4096, 8, 32
         tl6 = trainable(self.model(TiedLoraConfig()))
         lora = trainable(self.model(LoraConfig(r=r, target_modules=QKV["llama"])))
@@ -122,7 +122,7 @@ class TestThePapersCount:
         assert lora == 6 * layers * d * r
         assert round(100 * tl6 / (4 * layers * d * r), 2) == 12.51
 
-    def test_tl5_has_4dr(self):
+    def test_tl5_has_4dr_parameters(self):
         assert trainable(self.model(TiedLoraConfig(variant="TL5"))) == 4 * 4096 * 8 == 131_072
 
 
@@ -145,7 +145,7 @@ def same_training(first, second, steps=4, lr=0.05):
 
 
 class TestCorners:
-    def test_without_ties_and_vectors_it_is_lora(self):
+    def test_without_ties_and_vectors_tied_lora_is_lora(self):
         untied = dict.fromkeys(("tie_A", "tie_B", "tie_qkv", "train_u", "train_v"), False)
         ours = tied_lora(tiny_model("llama"), alpha=2, **untied)
         lora = get_peft_model(
@@ -161,7 +161,7 @@ class TestCorners:
         ours_losses, lora_losses = same_training(ours, lora)
         assert ours_losses == pytest.approx(lora_losses, rel=1e-5) and ours_losses[0] != ours_losses[-1]
 
-    def test_with_frozen_matrices_for_all_modules_it_is_vera(self):
+    def test_with_frozen_matrices_for_all_modules_tied_lora_is_vera(self):
         ours = tied_lora(
             tiny_model("llama"), r=5, train_A=False, train_B=False, tie_qkv=False, share_by="all", u_initial=0.1
         )
@@ -178,7 +178,7 @@ class TestCorners:
         ours_losses, vera_losses = same_training(ours, vera)
         assert ours_losses == pytest.approx(vera_losses, rel=1e-5) and ours_losses[0] != ours_losses[-1]
 
-    def test_vera_starts_as_vera_does(self):
+    def test_tied_lora_in_the_form_of_vera_starts_as_vera_does(self):
         config = TiedLoraConfig(
             r=4, train_A=False, train_B=False, tie_qkv=False, share_by="all", u_initial=0.1, target_modules=QKV["bert"]
         )
@@ -188,7 +188,7 @@ class TestCorners:
 
 
 class TestTheGradient:
-    def test_of_a_shared_matrix_is_the_sum_over_the_modules_of_an_untied_twin(self):
+    def test_the_gradient_of_a_shared_matrix_is_the_sum_over_the_modules_of_an_untied_twin(self):
         tied = tied_lora(tiny_model("llama"))
         alone = dict.fromkeys(("tie_A", "tie_B"), False)
         untied = tied_lora(tiny_model("llama"), **alone)
@@ -219,7 +219,7 @@ class TestTheScaledProduct:
     @pytest.mark.parametrize("u", [True, False])
     @pytest.mark.parametrize("v", [True, False])
     @pytest.mark.parametrize("scaling", [1.0, 1.7])
-    def test_has_the_value_and_the_gradients_of_the_plain_form(self, u, v, scaling):
+    def test_scaled_linear_has_the_value_and_the_gradients_of_the_plain_form(self, u, v, scaling):
         torch.manual_seed(0)
         shapes = {"low": (3, 5, 4), "b": (6, 4)} | ({"u": (4,)} if u else {}) | ({"v": (6,)} if v else {})
         given = {name: torch.randn(shape, dtype=torch.float64, requires_grad=True) for name, shape in shapes.items()}
@@ -238,12 +238,12 @@ class TestTheScaledProduct:
             lambda *values: ours(**dict(zip(given, values, strict=True))), (*given.values(),)
         )
 
-    def test_gives_no_gradient_to_what_is_frozen(self):
+    def test_scaled_linear_gives_no_gradient_to_what_is_frozen(self):
         low, b, u, v = torch.randn(5, 4), torch.randn(6, 4), torch.randn(4), torch.randn(6, requires_grad=True)
         scaled_linear(low, b, u, v).sum().backward()
         assert v.grad is not None and b.grad is None and u.grad is None and low.grad is None
 
-    def test_keeps_for_the_backward_pass_only_what_it_was_given(self):
+    def test_scaled_linear_keeps_for_the_backward_pass_only_what_it_was_given(self):
         low, b, u, v = (torch.randn(n, 4, requires_grad=True) for n in (50, 60, 1, 15))
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
@@ -253,7 +253,7 @@ class TestTheScaledProduct:
 
 
 class TestTheSharedInput:
-    def test_is_multiplied_by_a_once_for_query_key_and_value(self, monkeypatch):
+    def test_a_shared_input_is_multiplied_by_a_once_for_query_key_and_value(self, monkeypatch):
         model = tied_lora(tiny_model("llama"))
         layer = layers_of(model)["model.layers.0.self_attn.q_proj"]
         calls, stock = [], type(layer)._down
@@ -262,7 +262,7 @@ class TestTheSharedInput:
         assert len(calls) == 2  # one for each layer, and not three
         assert all(not use.slot._kept for x in layers_of(model).values() for use in x.uses.values())
 
-    def test_is_not_taken_for_another_input_or_for_an_earlier_one(self):
+    def test_a_product_is_not_taken_for_another_input_or_for_an_earlier_one(self):
         model = tied_lora(tiny_model("llama"))
         q, k = (layers_of(model)[f"model.layers.0.self_attn.{name}"] for name in ("q_proj", "k_proj"))
         first, second = torch.randn(2, 3, 16)
@@ -282,7 +282,7 @@ class TestTheSharedInput:
                 q(first), q.base_layer(first) + first @ dense_updates(model)[q.module_name].T, atol=1e-4
             )
 
-    def test_computed_without_a_gradient_does_not_serve_where_one_is_wanted(self):
+    def test_a_product_computed_without_a_gradient_does_not_serve_where_one_is_wanted(self):
         model = tied_lora(tiny_model("llama"))
         q, k = (layers_of(model)[f"model.layers.0.self_attn.{name}"] for name in ("q_proj", "k_proj"))
         x = torch.randn(3, 16)
@@ -291,7 +291,7 @@ class TestTheSharedInput:
         k(x).sum().backward()
         assert k.uses["default"].A.weight.grad.any()
 
-    def test_keeps_no_graph_alive(self):
+    def test_a_product_that_nobody_takes_keeps_no_graph_alive(self):
         model = tied_lora(tiny_model("llama")).train()
         q = layers_of(model)["model.layers.0.self_attn.q_proj"]
         q(torch.randn(3, 16, requires_grad=True) * 2)  # k and v, which would take the value, do not come

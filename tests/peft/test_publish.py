@@ -1,4 +1,4 @@
-"""A published adapter in two forms: LoRA in the root for everybody, Tied-LoRA beside it for who has this package."""
+"""A published adapter has two forms: LoRA in the root for everybody, Tied-LoRA beside it for users of this package."""
 
 import inspect
 import json
@@ -85,12 +85,12 @@ def hub(monkeypatch):
 
 
 class TestSaving:
-    def test_writes_the_tied_form_alone_by_default(self, model, tmp_path):
+    def test_saving_writes_the_tied_form_alone_by_default(self, model, tmp_path):
         model.save_pretrained(tmp_path)
         assert files(tmp_path) == FORMS[:3]
         assert kind(tmp_path) == "TIED_LORA"
 
-    def test_writes_both_forms_when_asked(self, model, tmp_path):
+    def test_saving_writes_both_forms_when_asked(self, model, tmp_path):
         model.save_pretrained(tmp_path / "out", also_lora=True)
         assert files(tmp_path) == [f"out/{name}" for name in FORMS]
         assert (kind(tmp_path / "out"), kind(tmp_path / "out" / "tied_lora")) == ("LORA", "TIED_LORA")
@@ -99,7 +99,7 @@ class TestSaving:
             assert type(loaded.peft_config["default"]) is type_of_config
             assert torch.allclose(outputs(loaded), outputs(model), atol=1e-6)
 
-    def test_writes_each_of_several_adapters_where_peft_does(self, model, tmp_path):
+    def test_saving_writes_each_of_several_adapters_where_peft_does(self, model, tmp_path):
         model.add_adapter("second", TiedLoraConfig(r=2, target_modules=["o_proj"]))
         shake(model, 2, "second")
         model.save_pretrained(tmp_path, True, None, also_lora=True)
@@ -110,13 +110,13 @@ class TestSaving:
         model.save_pretrained(tmp_path / "one", selected_adapters=["second"], also_lora=True)
         assert files(tmp_path / "one") == ["README.md"] + [f"second/{name}" for name in FORMS[1:]]
 
-    def test_an_adapter_with_the_name_of_the_folder_is_refused(self, model, tmp_path):
+    def test_an_adapter_with_the_name_of_the_subfolder_is_refused(self, model, tmp_path):
         model.add_adapter("tied_lora", TiedLoraConfig(r=2, target_modules=["o_proj"]))
         with pytest.raises(ValueError, match="cannot be named 'tied_lora'"):
             model.save_pretrained(tmp_path / "out", also_lora=True)
         assert files(tmp_path) == []
 
-    def test_an_error_leaves_the_folder_as_it_was(self, model, tmp_path, monkeypatch):
+    def test_an_error_while_saving_leaves_the_folder_as_it_was(self, model, tmp_path, monkeypatch):
         model.save_pretrained(tmp_path / "out", also_lora=True)
         before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
         shake(model, 5)
@@ -138,14 +138,14 @@ class TestSaving:
         lora.save_pretrained(tmp_path)
         assert files(tmp_path) == FORMS[:3]
 
-    def test_the_signatures_are_those_of_peft(self):
+    def test_the_wrapped_methods_have_the_signatures_of_peft(self):
         for name in ("save_pretrained", "push_to_hub"):
             method = getattr(PeftModel, name)
             assert inspect.signature(method) == inspect.signature(method.__wrapped__)
 
 
 class TestTheCard:
-    def test_says_how_each_form_is_loaded_and_what_is_tied(self, model, tmp_path):
+    def test_the_card_says_how_each_form_is_loaded_and_what_is_tied(self, model, tmp_path):
         model.save_pretrained(tmp_path / "mine", also_lora=True)
         card = ModelCard((tmp_path / "mine" / "README.md").read_text())
         assert 'PeftModel.from_pretrained(base_model, "mine")' in card.text
@@ -154,7 +154,7 @@ class TestTheCard:
         assert {"lora", "tied-lora"} <= set(card.data.tags)
         assert card.data.library_name == "peft" and card.data.pipeline_tag == "text-generation"
 
-    def test_is_kept_and_its_section_written_anew(self, model, tmp_path):
+    def test_a_card_is_kept_and_its_section_is_written_anew(self, model, tmp_path):
         model.save_pretrained(tmp_path, also_lora=True)
         card = tmp_path / "README.md"
         card.write_text(card.read_text() + "\n## What I found\n\nIt works.\n")
@@ -162,14 +162,14 @@ class TestTheCard:
         text = card.read_text()
         assert text.count("## Two forms of one adapter") == 1 and "It works." in text
 
-    def test_of_tl5_says_what_is_one(self, tmp_path):
+    def test_the_card_of_tl5_says_that_u_and_v_are_1(self, tmp_path):
         model = tied_lora(tiny_model("llama"), variant="TL5")
         model.save_pretrained(tmp_path, also_lora=True)
         assert "TL5, r = 4; 6 modules use 1 A, 3 B (u = v = 1)." in (tmp_path / "README.md").read_text()
 
 
 class TestPushing:
-    def test_uploads_both_forms_by_default_in_one_commit(self, model, hub, tmp_path):
+    def test_pushing_uploads_both_forms_by_default_in_one_commit(self, model, hub, tmp_path):
         assert model.push_to_hub("mine", private=True, token="t", tags=["demo"], commit_message="done") == "commit"
         assert sorted(hub.uploaded) == FORMS
         (create, upload) = hub.asked
@@ -181,17 +181,17 @@ class TestPushing:
         card = ModelCard(hub.uploaded["README.md"].decode())
         assert '"me/mine", subfolder="tied_lora"' in card.text and "demo" in card.data.tags
 
-    def test_keeps_the_card_that_is_there_and_makes_the_branch(self, model, hub):
+    def test_pushing_keeps_the_card_that_is_there_and_makes_the_branch(self, model, hub):
         hub.card = "---\nlicense: mit\n---\n# Mine\n\nAbout it.\n"
         model.push_to_hub("mine", revision="v2")
         card = ModelCard(hub.uploaded["README.md"].decode())
         assert card.data.license == "mit" and "About it." in card.text and "## Two forms" in card.text
         assert [name for name, *_ in hub.asked] == ["create_repo", "create_branch", "upload_folder"]
 
-    def test_uploads_the_tied_form_alone_when_asked(self, model, hub):
+    def test_pushing_uploads_the_tied_form_alone_when_asked(self, model, hub):
         model.push_to_hub("mine", also_lora=False)
         assert sorted(hub.uploaded) == FORMS[:3]
 
-    def test_of_other_adapters_is_as_ever(self, hub):
+    def test_pushing_other_adapters_is_as_ever(self, hub):
         get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"])).push_to_hub("mine")
         assert sorted(hub.uploaded) == FORMS[:3]

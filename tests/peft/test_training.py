@@ -1,9 +1,5 @@
 """From Trainer to the stock reader: Tied-LoRA trains on tied models of four families, and its export is the same."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from datasets import Dataset
@@ -12,10 +8,10 @@ from transformers import Trainer, TrainingArguments
 
 from hf_tying.peft import TiedLoraConfig, export_to_lora
 
+from ..processes import run_python
 from ..tied_lora import QKV, outputs
 from ..tiny import shared_names, tiny_inputs, tiny_model
 
-ROOT = Path(__file__).parents[2]
 FAMILIES = ["llama", "gpt2", "bert", "marian"]
 
 
@@ -51,7 +47,7 @@ def stock(trained, tmp_path_factory):
     script = (
         "import sys, torch\n"
         "from peft import PeftModel\n"
-        "from tests.models import logits, tiny_model\n"
+        "from tests.tiny import logits, tiny_model\n"
         "found = {}\n"
         "for arch, folder in zip(sys.argv[2::2], sys.argv[3::2]):\n"
         "    model = PeftModel.from_pretrained(tiny_model(arch, tie_word_embeddings=True), folder)\n"
@@ -61,27 +57,27 @@ def stock(trained, tmp_path_factory):
     )
     out = tmp_path_factory.mktemp("stock") / "logits"
     folders = [str(part) for arch in FAMILIES for part in (arch, trained[arch][0] / "lora")]
-    subprocess.run([sys.executable, "-c", script, out, *folders], check=True, cwd=ROOT)
+    run_python("-c", script, out, *folders)
     return torch.load(out)
 
 
 @pytest.mark.parametrize("arch", FAMILIES)
 class TestATiedModel:
-    def test_is_trained_and_its_tie_stays(self, trained, arch):
+    def test_a_tied_model_is_trained_and_its_tie_stays(self, trained, arch):
         _, model, logits = trained[arch]
         assert not torch.allclose(logits, outputs(tied_model(arch)), atol=1e-3)
         assert shared_names(model.get_base_model()) == shared_names(tied_model(arch)) != []
 
-    def test_gets_its_adapter_back(self, trained, arch):
+    def test_a_tied_model_gets_its_adapter_back(self, trained, arch):
         folder, _, logits = trained[arch]
         loaded = PeftModel.from_pretrained(tied_model(arch), folder / "tied").eval()
         assert torch.equal(outputs(loaded), logits)
 
-    def test_is_merged_with_the_same_logits(self, trained, arch):
+    def test_a_tied_model_is_merged_with_the_same_logits(self, trained, arch):
         folder, _, logits = trained[arch]
         merged = PeftModel.from_pretrained(tied_model(arch), folder / "tied").merge_and_unload(safe_merge=True)
         assert torch.allclose(outputs(merged), logits, atol=1e-5)
         assert shared_names(merged) == shared_names(tied_model(arch))
 
-    def test_has_the_same_logits_with_the_export_in_stock_peft(self, trained, stock, arch):
+    def test_a_tied_model_has_the_same_logits_with_the_export_in_stock_peft(self, trained, stock, arch):
         assert torch.allclose(stock[arch], trained[arch][2], atol=1e-6)

@@ -44,7 +44,7 @@ def distance(first, second):
 class TestSideBySide:
     @pytest.mark.parametrize("arch", ["llama", "gpt2", "bert"])
     @pytest.mark.parametrize("config", [{"variant": "TL5"}, {"train_v": False}], ids=["TL5", "with u"])
-    def test_is_exact_without_v(self, arch, config, tmp_path):
+    def test_adapters_without_v_are_added_exactly_side_by_side(self, arch, config, tmp_path):
         model = two_adapters(arch, **config)
         expected = weighted(model, {"first": 0.7, "second": -1.3})
         model.add_weighted_adapter(["first", "second"], [0.7, -1.3], "both", combination_type="cat")
@@ -56,13 +56,13 @@ class TestSideBySide:
         assert torch.allclose(outputs(again), outputs(model), atol=1e-6)
         assert distance(expected, dense_updates(again)) < 1e-6
 
-    def test_one_with_u_and_one_without(self):
+    def test_an_adapter_with_u_and_one_without_are_added_exactly(self):
         model = two_adapters(train_v=False, second={"variant": "TL5", "target_modules": QKV["llama"], "r": 3})
         expected = weighted(model, {"first": 2, "second": 1})
         model.add_weighted_adapter(["first", "second"], [2, 1], "both", combination_type="cat")
         assert distance(expected, of(model, "both")) < 1e-6
 
-    def test_is_refused_with_v_or_with_other_ties(self):
+    def test_a_sum_side_by_side_is_refused_with_v_or_with_other_ties(self):
         model = two_adapters()
         with pytest.raises(ValueError, match="a v each.*combination_type='fit'"):
             model.add_weighted_adapter(["first", "second"], [1, 1], "both", combination_type="cat")
@@ -74,7 +74,7 @@ class TestSideBySide:
                 model.add_weighted_adapter(["first", "second"], [1, 1], "both", combination_type="cat")
             assert list(model.peft_config) == ["first", "second"]
 
-    def test_is_refused_if_the_ranks_are_too_many(self):
+    def test_a_sum_side_by_side_is_refused_if_its_rank_is_too_high(self):
         model = two_adapters(r=10, variant="TL5")
         with pytest.raises(ValueError, match="r=20 is more than"):
             model.add_weighted_adapter(["first", "second"], [1, 1], "both", combination_type="cat")
@@ -82,13 +82,13 @@ class TestSideBySide:
 
 
 class TestFitted:
-    def test_a_multiple_of_one_is_exact(self):
+    def test_a_multiple_of_one_adapter_is_fitted_exactly(self):
         model = two_adapters()
         model.add_weighted_adapter(["second"], [-2.5], "other")
         assert distance(weighted(model, {"second": -2.5}), of(model, "other")) < 1e-5
         assert not any(parameter.requires_grad for name, parameter in model.named_parameters() if ".other" in name)
 
-    def test_has_the_error_that_is_logged(self, tmp_path, caplog, monkeypatch):
+    def test_a_fitted_sum_has_the_error_that_is_logged(self, tmp_path, caplog, monkeypatch):
         model = two_adapters()
         expected = weighted(model, {"first": 1, "second": 0.5})
         monkeypatch.setattr(logging.get_logger("hf_tying"), "propagate", True)
@@ -104,7 +104,7 @@ class TestFitted:
         model.add_weighted_adapter(["first", "second"], [1, 0.5], "larger", r=8, iterations=50)
         assert distance(expected, of(model, "larger")) < error
 
-    def test_adapters_on_other_modules(self):
+    def test_adapters_on_other_modules_are_added(self):
         model = two_adapters(second={"target_modules": ["o_proj"], "r": 3})
         expected = weighted(model, {"first": 1, "second": 1})
         assert len(expected) == 8
@@ -126,7 +126,7 @@ class TestRefused:
             ((["first", "second"], [1, 1], "both", "cat", 3), "r=3 with combination_type='cat'"),
         ],
     )
-    def test_and_the_model_is_as_it_was(self, arguments, message):
+    def test_wrong_arguments_are_refused_and_the_model_is_as_it_was(self, arguments, message):
         model = two_adapters()
         before = {name: value.clone() for name, value in model.state_dict().items()}
         with pytest.raises(ValueError, match=message):

@@ -1,1 +1,1 @@
-"""Tied factors for updates that are given: those of a LoRA adapter (`fit`), or a sum of adapters (`weighted`)."""
+"""Tied factors fitted to given updates: to a LoRA adapter (`fit`), or to a weighted sum of adapters (`weighted`)."""

@@ -2,15 +2,16 @@
 
     minimise  sum_m || L_m R_m - diag(v_m) B_b(m) diag(u_u(m)) A_a(m) ||^2
 
-over all A, B, u and v, where modules that share a factor name the same one. With the others fixed each of them is a
-linear least squares problem, whose normal equations are r x r, so that the error never grows. No matrix of the size
-of a module is made: with X = L (R A^T), `(out, r)`, and G = A A^T, `(r, r)`, all sums are over these.
+over all A, B, u and v, where modules that share a factor name the same one. With the other factors fixed, each factor
+is the solution of a linear least squares problem with r x r normal equations, so the error never grows. No matrix of
+the size of a module is computed: all sums are over X = L (R A^T), `(out, r)`, and G = A A^T, `(r, r)`.
 
-In one layer's terms this is the trilinear model (CP, PARAFAC) of the tensor of all layers, with one factor more, v,
-that scales each row of each layer. From a random start its alternation is slow and stops at bad places; so the start
-is computed, as by Jennrich (Harshman 1970, UCLA Working Papers in Phonetics 16): two layers' rows, as coordinates in
-the row space of A, differ by one matrix W^-1 diag(u / u') W whose eigenvectors are the A that is looked for. As v is
-unknown, rows are known up to a factor, and the matrix is that of a homography, from its direct linear transform.
+For one kind of module, this is the trilinear model (CP, PARAFAC) of the tensor of all layers, with a further factor v
+that scales each row of each layer. From a random start, the alternation is slow and stops in poor local minima. So the
+start is computed, by the method of Jennrich (Harshman 1970, UCLA Working Papers in Phonetics 16). The rows of two
+layers, as coordinates in the row space of A, differ by one matrix W^-1 diag(u / u') W, and its eigenvectors give A.
+With an unknown v, rows are known only up to a factor, and the matrix is a homography, which the direct linear
+transform finds.
 """
 
 from collections.abc import Callable
@@ -18,14 +19,19 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..sharing import Sharing
+from ..sharing import FactorNames
 
 _ELEMENTS_AT_ONCE = 2**24
 
 
 @dataclass(frozen=True)
 class Update:
-    """One module's update, `left @ right`: `(out_features, k)` and `(k, in_features)`, any k."""
+    """One module's update as a product `left @ right`.
+
+    Args:
+        left: `(out_features, k)`, for any k.
+        right: `(k, in_features)`.
+    """
 
     left: torch.Tensor
     right: torch.Tensor
@@ -36,13 +42,13 @@ class Update:
 
 @dataclass
 class Factors:
-    """The tied factors of a problem, by their names; `v` by module. No u or no v: they are 1.
+    """The tied factors of a problem. A missing u or v is 1.
 
     Args:
-        A: `(r, in_features)`, of the widest module that uses it; the others use its first columns.
-        B: `(out_features, r)`, likewise.
-        u: `(r,)`.
-        v: `(out_features,)`.
+        A: by name, `(r, in_features)` of the widest module that uses it. The others use its first columns.
+        B: by name, `(out_features, r)` of the largest module that uses it. The others use its first rows.
+        u: by name, `(r,)`.
+        v: by module, `(out_features,)`.
     """
 
     A: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -56,29 +62,36 @@ class Factors:
 
 
 class Problem:
-    """One set of modules that share, and the factors as they are now."""
+    """One set of modules that share factors: their updates, and the present values of the factors.
 
-    def __init__(self, updates: dict[str, Update], names: dict[str, Sharing], r: int, with_u: bool, with_v: bool):
+    Args:
+        updates: the update of each module.
+        names: names of the factors of each module; other modules may be in it.
+        r: rank of the tied factors.
+        with_u, with_v: whether there is a u and a v. Without one, it is 1.
+    """
+
+    def __init__(self, updates: dict[str, Update], names: dict[str, FactorNames], r: int, with_u: bool, with_v: bool):
         self.updates, self.r, self.with_u, self.with_v = updates, r, with_u, with_v
         self.names = {module: names[module] for module in updates}
         self.norm = sum(update.squared_norm() for update in updates.values())
         first = next(iter(updates.values())).left
-        self.new = first.new_empty  # of the dtype and on the device of all
+        self.new = first.new_empty  # has the dtype and the device of all tensors here
         self.eps = torch.finfo(first.dtype).eps
-        # A relative error of 1e-7, which is none in the dtype of an adapter.
+        # A relative error of 1e-7 is zero in the dtype of an adapter.
         self.floor = max(self.eps, 1e-14) * float(self.norm)
         self.factors = Factors()
         self.error = float("inf")
 
     def users(self, kind: str) -> dict[str, list[str]]:
-        """By the name of an A, B or u the modules that use it."""
+        """The modules that use each A, B or u, by the factor's name."""
         users: dict[str, list[str]] = {}
         for module, of in self.names.items():
             users.setdefault(getattr(of, kind), []).append(module)
         return users
 
-    def of(self, module: str) -> tuple[torch.Tensor, ...]:
-        """A, B, u and v as the module uses them."""
+    def factors_of(self, module: str) -> tuple[torch.Tensor, ...]:
+        """A, B, u and v in the sizes that the module uses."""
         names, factors, update = self.names[module], self.factors, self.updates[module]
         rows, columns = len(update.left), update.right.shape[1]
         one = self.new(()).fill_(1)
@@ -86,11 +99,11 @@ class Problem:
         v = factors.v[module] if self.with_v else one.expand(rows)
         return factors.A[names.A][:, :columns], factors.B[names.B][:rows], u, v
 
-    def look(self) -> None:
-        """X and G of each module, which hold as long as A is the same."""
+    def refresh_products(self) -> None:
+        """Compute X and G of each module. They are valid until A changes."""
         self.X, self.G = {}, {}
         for module, update in self.updates.items():
-            a = self.of(module)[0]
+            a = self.factors_of(module)[0]
             self.X[module] = update.left @ (update.right @ a.T)
             self.G[module] = a @ a.T
 
@@ -98,8 +111,8 @@ class Problem:
         """The squared error of each module."""
         found = {}
         for module, update in self.updates.items():
-            a, b, u, v = self.of(module)
-            # || left right || by their triangular factors; a difference of squared norms would lose half the digits.
+            a, b, u, v = self.factors_of(module)
+            # || left right || from their triangular factors. A difference of squared norms would lose half the digits.
             left = torch.cat([update.left, v[:, None] * b], 1)
             right = torch.cat([update.right, -u[:, None] * a])
             low, high = (torch.linalg.qr(matrix, mode="r").R for matrix in (left, right.T))
@@ -109,29 +122,40 @@ class Problem:
     # The alternation.
 
     def run(self, sweeps: int, tolerance: float, step: Callable[[int], None] = lambda sweeps: None) -> int:
-        """Sweep until it is good for nothing more; how often."""
+        """Alternate until the error stops improving. Returns the number of sweeps.
+
+        Args:
+            sweeps: the most sweeps.
+            tolerance: stop when a sweep reduces the squared error by less than this fraction of it.
+            step: called with 1 after each sweep.
+        """
         self.error = float(sum(self.errors().values()))
         for done in range(sweeps):
             if self.error <= self.floor:
                 return done
             kept = Factors(*map(dict, (self.factors.A, self.factors.B, self.factors.u, self.factors.v)))
-            self.look()
+            self.refresh_products()
             self.solve_v()
             self.solve_B()
             self.solve_u()
             self.solve_A()
             before, self.error = self.error, float(sum(self.errors().values()))
             step(1)
-            if not self.error <= before:  # there is nothing left but rounding
+            if not self.error <= before:  # only rounding errors are left
                 self.factors, self.error = kept, before
             if before - self.error <= tolerance * before:
                 return done + 1
         return sweeps
 
     def solve(self, gram: torch.Tensor, right: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-        """The x of gram x = right that is next to `old`; what the equations leave open stays as it was.
+        """The solution of gram x = right that is nearest to `old`: what the equations leave open stays as it was.
 
-        `(..., r, r)`, `(..., r)`, `(..., r)`. The proximal term makes every system regular, and no error grow.
+        The proximal term makes every system regular and lets no error grow.
+
+        Args:
+            gram: `(..., r, r)`.
+            right: `(..., r)`.
+            old: `(..., r)`.
         """
         size = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
         near = torch.where(size > 0, 16 * self.eps * size, 1)[..., None]
@@ -142,7 +166,7 @@ class Problem:
         if not self.with_v:
             return
         for module in self.updates:
-            _, b, u, v = self.of(module)
+            _, b, u, v = self.factors_of(module)
             top = (b * self.X[module]) @ u
             bottom = ((b * u) @ self.G[module] * (b * u)).sum(1)
             near = torch.where(bottom > 0, 16 * self.eps * bottom, 1)
@@ -154,7 +178,7 @@ class Problem:
             weights, grams = b.new_zeros(len(b), len(modules)), b.new_zeros(len(modules), self.r**2)
             right = torch.zeros_like(b)
             for index, module in enumerate(modules):
-                _, own, u, v = self.of(module)
+                _, own, u, v = self.factors_of(module)
                 weights[: len(own), index] = v**2
                 grams[index] = (torch.outer(u, u) * self.G[module]).flatten()
                 right[: len(own)] += v[:, None] * self.X[module] * u
@@ -172,7 +196,7 @@ class Problem:
         for name, modules in self.users("u").items():
             gram, right = self.new(self.r, self.r).zero_(), self.new(self.r).zero_()
             for module in modules:
-                _, b, _, v = self.of(module)
+                _, b, _, v = self.factors_of(module)
                 scaled = v[:, None] * b
                 gram += (scaled.T @ scaled) * self.G[module]
                 right += (scaled * self.X[module]).sum(0)
@@ -183,14 +207,14 @@ class Problem:
             a = self.factors.A[name]
             widths = sorted({self.updates[module].right.shape[1] for module in modules})
             parts = []
-            # The columns up to one width have the same modules, and so the same equations.
+            # Columns between two widths belong to the same modules, and so have the same equations.
             for start, end in zip([0, *widths[:-1]], widths, strict=True):
                 gram, right = self.new(self.r, self.r).zero_(), self.new(self.r, end - start).zero_()
                 for module in modules:
                     update = self.updates[module]
                     if update.right.shape[1] < end:
                         continue
-                    _, b, u, v = self.of(module)
+                    _, b, u, v = self.factors_of(module)
                     scaled = v[:, None] * b * u
                     gram += scaled.T @ scaled
                     right += (scaled.T @ update.left) @ update.right[:, start:end]
@@ -198,18 +222,18 @@ class Problem:
             self.factors.A[name] = torch.cat(parts, 1)
 
     def solve_columns(self, gram: torch.Tensor, right: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-        """As `solve`, one system for all columns of `right`."""
+        """Like `solve`, with one system for all columns of `right`."""
         size = gram.diagonal().sum()
         near = torch.where(size > 0, 16 * self.eps * size, 1)
         return torch.linalg.solve(gram + near * torch.eye(self.r).to(gram), right + near * old)
 
-    # How it ends.
+    # The result.
 
     def balance(self) -> None:
-        """The same updates by factors of like sizes, from which training goes on: u and v are about 1.
+        """Rescale the factors to similar sizes, with u and v about 1, so that training can go on. The updates stay.
 
-        A row of B and that entry of all v that go with it, and one k of all A, B and u, may be scaled against each
-        other.
+        The updates leave two scales free: that of a row of B against the entries of v for that row, and for each k of
+        the r that of A against B and u.
         """
         factors = self.factors
         if self.with_v:
@@ -238,7 +262,7 @@ class Problem:
         factors.u = {name: u / (to_a * to_b) for name, u in factors.u.items()}
 
     def round_to(self, dtype: torch.dtype) -> None:
-        """The factors as they are in another dtype."""
+        """Round the factors to the values that they have in another dtype."""
         for factors in (self.factors.A, self.factors.B, self.factors.u, self.factors.v):
             for name, value in factors.items():
                 factors[name] = value.to(dtype).to(value.dtype)

@@ -1,4 +1,4 @@
-"""`fit_from_lora`: the tied adapter that is next to an existing LoRA adapter."""
+"""`fit_from_lora`: the tied adapter that is nearest to a LoRA adapter."""
 
 import os
 from collections.abc import Callable
@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+from ...report.layer_order import in_layer_order
 from ..adapter_folder import read_adapter, write_adapter
 from ..config import TiedLoraConfig
-from ..sharing import Sharing, sharing_of
-from ..tensor_names import PREFIX, in_order, names_in_model, to_file
+from ..sharing import FactorNames, name_factors, refuse_rank
+from ..tensor_names import BASE_PREFIX, file_from_state, names_in_model
 from .alternating import Factors, Problem, Update
 from .plain_lora import updates_of_lora
-from .starting import starts
+from .starting import starting_factors
 
 logger = logging.get_logger(__name__)
 
@@ -24,16 +25,17 @@ _SWEEPS_OF_TRIAL = 8
 
 @dataclass
 class TiedLoraFit:
-    """What came out of a fit.
+    """The result of a fit.
 
     Args:
-        config: of the tied adapter.
-        tensors: of its file.
-        error: `||dW - fit|| / ||dW||` over all modules together, Frobenius norms.
-        errors: the same of each module.
-        parameters: of the tied factors.
-        lora_parameters: of the factors of the LoRA adapter.
-        iterations: sweeps over all factors; of the part that took the most, where the modules are in several.
+        config: the settings of the tied adapter.
+        tensors: the tensors of its file.
+        error: `||dW - fit|| / ||dW||` over all modules together, in Frobenius norms.
+        errors: the same for each module.
+        parameters: number of elements of the tied factors.
+        lora_parameters: number of elements of the LoRA adapter's factors.
+        iterations: number of sweeps over all factors. Modules that share nothing are fitted apart; then it is the
+            largest number.
     """
 
     config: TiedLoraConfig
@@ -45,7 +47,7 @@ class TiedLoraFit:
     iterations: int
 
     def save(self, out: str | os.PathLike) -> Path:
-        """Write the adapter to a folder, which `PeftModel.from_pretrained` loads."""
+        """Write the adapter to a folder that `PeftModel.from_pretrained` loads."""
         return write_adapter(self.config, self.tensors, out)
 
 
@@ -64,30 +66,31 @@ def fit_from_lora(
     device: str | torch.device = "cpu",
     **config,
 ) -> TiedLoraFit:
-    """The best Tied-LoRA approximation of a LoRA adapter, to go on from or to store in its place.
+    """The Tied-LoRA adapter nearest to a LoRA adapter: a start for further training, or a smaller file.
 
-    Minimises the sum over the modules of `||dW - alpha / r * diag(v) B diag(u) A||^2`, the squared Frobenius norm, by
-    alternating least squares over A, B, u and v (see `alternating`). The error never grows, and an adapter that is the
-    export of a tied one of this rank is found again. Else how much is lost depends on the adapter, for layers that
-    were trained apart may have little in common: look at `error`, and train on from the fit.
+    The fit minimises the sum over the modules of `||dW - alpha / r * diag(v) B diag(u) A||^2`, the squared Frobenius
+    norm, by alternating least squares over A, B, u and v (see `alternating`). The error never grows. A LoRA adapter
+    that was exported from a tied adapter of this rank gives that adapter back. For any other, the error depends on how
+    much its layers have in common, and may be large: look at `error`, and train the fit further.
 
     Args:
         path: folder or Hub id of a LoRA adapter. Its ranks, alphas and scalings may differ among modules.
-        r: rank of the tied adapter. Higher than LoRA's makes sense: it is one matrix for many.
-        out: folder to write the result to. Default: none; the result has `save`.
-        variant: as of `TiedLoraConfig`. Default: TL6, changed by the switches among `config`.
-        subfolder: of `path`.
-        token: for the Hub.
-        iterations: sweeps over all factors, at most.
-        tolerance: stop when a sweep takes less than this part off the squared error.
-        restarts: random starts to try beside the computed ones.
-        dtype: to compute in; float32 where float64 is slow. The result has the dtype of the LoRA adapter.
-        device: to compute on.
-        config: more for `TiedLoraConfig`: `share_by`, `layer_groups`, `tie_qkv`, ... A factor exists as it says; it is
-            fitted also where it will not be trained (`train_A=False`). u and v that are not trained are 1.
+        r: rank of the tied adapter. It may well be higher than LoRA's, because one matrix serves many modules.
+        out: folder to write the result to. Default: none; the result has a method `save`.
+        variant: as in `TiedLoraConfig`. Default: TL6, changed by the switches in `config`.
+        subfolder: the subfolder of `path` that has the adapter. Default: none.
+        token: token for the Hub.
+        iterations: the most sweeps over all factors. Default 300.
+        tolerance: stop when a sweep reduces the squared error by less than this fraction of it. Default 1e-6.
+        restarts: number of random starts to try beside the computed ones. Default 1.
+        dtype: dtype of the computation. Default float64; float32 is for devices on which that is slow. The result has
+            the dtype of the LoRA adapter.
+        device: device of the computation. Default: the CPU.
+        config: further settings for `TiedLoraConfig`: `share_by`, `layer_groups`, `tie_qkv`, ... A and B are fitted
+            also if they will not be trained (`train_A=False`). u and v that will not be trained are 1.
 
     Raises:
-        ValueError: the adapter is not plain LoRA of linear layers and embeddings, or r is more than a module has.
+        ValueError: the adapter is not plain LoRA of linear layers and embeddings, or no module has the rank r.
     """
     lora, tensors = read_adapter(path, subfolder, **({"token": token} if token is not None else {}))
     place = os.path.join(os.fspath(path), subfolder or "")
@@ -98,8 +101,8 @@ def fit_from_lora(
         "bias": "tied_lora_only" if lora.bias == "lora_only" else lora.bias,
         "inference_mode": True,
     }
-    tied = TiedLoraConfig(r=r, variant=variant, target_modules=in_order(updates), **(settings | config))
-    tied.target_modules = in_order(updates)  # a set has no order in a file
+    tied = TiedLoraConfig(r=r, variant=variant, target_modules=in_layer_order(updates), **(settings | config))
+    tied.target_modules = in_layer_order(updates)  # the config makes a set of it, which has no order in a file
     of_file = next(iter(updates.values())).left.dtype
     state, squares, count = fit_updates(
         tied,
@@ -111,10 +114,10 @@ def fit_from_lora(
         rounded=of_file,
     )
     norms = {module: float(_double(update).squared_norm()) for module, update in updates.items()}
-    factors = to_file({name: tensor.to("cpu", of_file) for name, tensor in state.items()}, tied)
+    factors = file_from_state({name: tensor.to("cpu", of_file) for name, tensor in state.items()}, tied)
     result = TiedLoraFit(
         config=tied,
-        tensors={PREFIX + name: tensor for name, tensor in factors.items()} | others,
+        tensors={BASE_PREFIX + name: tensor for name, tensor in factors.items()} | others,
         error=_ratio(sum(squares.values()), sum(norms.values())),
         errors={module: _ratio(squares[module], norms[module]) for module in updates},
         parameters=sum(tensor.numel() for tensor in factors.values()),
@@ -135,29 +138,28 @@ def fit_updates(
     restarts: int = 1,
     rounded: torch.dtype | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, float], int]:
-    """The best factors of an adapter for given updates. `config.adapted_modules` is set.
+    """Fit the factors of an adapter to given updates.
 
-    With `rounded`, the dtype that they will have, the errors are those of the factors in that.
+    Args:
+        config: the adapter's settings. Its `adapted_modules` is set here.
+        updates: the update of each module.
+        kinds: "linear" or "embedding" for each module.
+        iterations, tolerance, restarts: as in `fit_from_lora`.
+        rounded: the dtype that the factors will have. With it, the errors are those of the rounded factors.
 
     Returns:
-        The factors by their names in a model; the squared error of each module; the sweeps.
+        The factors by their names in a model; the squared error of each module; the number of sweeps.
 
     Raises:
-        ValueError: r is more than any module has.
+        ValueError: no module has the rank r.
     """
     names = {
-        module: sharing_of(config, module, update.right.shape[1], len(update.left), kinds[module])
+        module: name_factors(config, module, update.right.shape[1], len(update.left), kinds[module])
         for module, update in updates.items()
     }
-    largest = max(names, key=lambda module: min(names[module].in_features, names[module].out_features))
-    size = min(names[largest].in_features, names[largest].out_features)
-    if config.r > size:
-        raise ValueError(
-            f"r={config.r} is more than any adapted module has: the largest, {largest!r}, has rank {size}. Expected r "
-            "of at most that."
-        )
+    refuse_rank(config.r, names)
     config.adapted_modules = {module: asdict(of) for module, of in names.items()}
-    parts = len(_separate(names))
+    parts = len(_independent_modules(names))
     with logging.tqdm(total=parts * iterations, desc="Fitting the tied factors", delay=2) as progress:
         factors, errors, count = _alternate(
             updates, names, config, iterations, tolerance, restarts, rounded, progress.update
@@ -172,7 +174,7 @@ def fit_updates(
 
 def _alternate(
     updates: dict[str, Update],
-    names: dict[str, Sharing],
+    names: dict[str, FactorNames],
     config: TiedLoraConfig,
     iterations: int,
     tolerance: float,
@@ -180,20 +182,23 @@ def _alternate(
     rounded: torch.dtype | None,
     step: Callable[[int], None],
 ) -> tuple[Factors, dict[str, float], int]:
-    """The best factors that were found, the squared error of each module, and the most sweeps that a part took.
+    """Fit the factors from several starts, and continue from the start that is best after a few sweeps.
 
-    Modules that share nothing, directly or through others, are problems of their own. The best of several starts is
-    gone on with, after a few sweeps of each: the computed one, that without its turn, and `restarts` random turns.
+    Modules that share nothing, directly or through others, are separate problems.
 
-    `step` is called with numbers of sweeps that are done, `iterations` for each problem in all.
+    Args:
+        step: called with numbers of finished sweeps, which add up to `iterations` for each problem.
+
+    Returns:
+        The factors; the squared error of each module; the largest number of sweeps of a problem.
     """
     found, errors, most = Factors(), {}, 0
-    for modules in _separate(names):
+    for modules in _independent_modules(names):
         problem = Problem(
             {module: updates[module] for module in modules}, names, config.r, config.train_u, config.train_v
         )
         best, sweeps = None, 0
-        for start in starts(problem, restarts):
+        for start in starting_factors(problem, restarts):
             problem.factors = start
             problem.balance()
             trial = problem.run(min(_SWEEPS_OF_TRIAL, iterations), tolerance)
@@ -214,8 +219,8 @@ def _alternate(
     return found, errors, most
 
 
-def _separate(names: dict[str, Sharing]) -> list[list[str]]:
-    """The modules in groups that share nothing with each other."""
+def _independent_modules(names: dict[str, FactorNames]) -> list[list[str]]:
+    """The modules in lists that share nothing with each other."""
     groups: list[tuple[set, list[str]]] = []
     for module, of in names.items():
         keys = {("A", of.A), ("B", of.B), ("u", of.u)}

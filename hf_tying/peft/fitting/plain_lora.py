@@ -1,4 +1,4 @@
-"""What a LoRA adapter's file adds to the base model, if it is plain LoRA."""
+"""The updates in a LoRA adapter's file, if it is plain LoRA."""
 
 import re
 from math import sqrt
@@ -7,11 +7,12 @@ import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
-from ..tensor_names import PREFIX, in_order
+from ...report.layer_order import in_layer_order
+from ..tensor_names import BASE_PREFIX
 from .alternating import Update
 
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.weight)?")
-#: Settings of LoRA with which the update is not lora_B lora_A of one module, or the base model is another one.
+#: Settings of LoRA under which a module's update is not lora_B lora_A, or the base model is changed; and why.
 _NOT_PLAIN = {
     "use_dora": "DoRA also scales the columns of the adapted weight",
     "target_parameters": "it adapts parameters that are not the weights of modules",
@@ -26,20 +27,26 @@ _NOT_PLAIN = {
     "kasa_config": "it has singular values of its own, and a changed base model",
     "monteclora_config": "it draws its weights",
 }
-#: Starts that leave the base weights as they are; others take their part out of these.
+#: Initialisations that leave the base weights unchanged. Others subtract their start from them.
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal", "default")
 
 
 def updates_of_lora(
     config: LoraConfig, tensors: dict[str, torch.Tensor], place: str
 ) -> tuple[dict[str, Update], dict[str, str], dict[str, torch.Tensor]]:
-    """What a plain LoRA adapter adds to each module, the scaling in it.
+    """The updates of a plain LoRA adapter, with the scaling multiplied in.
+
+    Args:
+        config: the adapter's settings.
+        tensors: the tensors of its file.
+        place: the name of the adapter in messages.
 
     Returns:
-        The updates by module; "linear" or "embedding" by module; and the tensors that are no factors.
+        The update of each module; the kind of each module, "linear" or "embedding"; and the tensors that are no
+        factors.
 
     Raises:
-        ValueError: it is not plain LoRA.
+        ValueError: the adapter is not plain LoRA.
     """
     kind = getattr(config.peft_type, "value", config.peft_type)
     if kind != "LORA":
@@ -56,7 +63,7 @@ def updates_of_lora(
     found: dict[str, dict[str, torch.Tensor]] = {}
     kinds, others = {}, {}
     for key, tensor in tensors.items():
-        match = _FACTOR.fullmatch(key.removeprefix(PREFIX))
+        match = _FACTOR.fullmatch(key.removeprefix(BASE_PREFIX))
         if match is None:
             if ".lora_" in key:
                 reasons.append(f"its file has {key!r}, which is no factor of plain LoRA")
@@ -76,10 +83,10 @@ def updates_of_lora(
             "embeddings."
         )
     updates = {}
-    for module in in_order(found):
+    for module in in_layer_order(found):
         a, b = found[module]["A"], found[module]["B"]
         alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
         scaling = alpha / (sqrt(len(a)) if config.use_rslora else len(a))
-        # In float32 at least: the scaling is no number of the file.
+        # In float32 at least, because the scaling may not be exact in the dtype of the file.
         updates[module] = Update(b, (a.to(torch.promote_types(a.dtype, torch.float32)) * scaling))
     return updates, kinds, others

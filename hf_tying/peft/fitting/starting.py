@@ -1,4 +1,8 @@
-"""Where the alternation of `alternating` starts: computed, so that updates that are tied are found to be."""
+"""The factors from which `alternating` starts, computed so that they are exact for updates of a tied adapter.
+
+Every A starts as a basis of the row space of its modules' updates. A turn, `(r, r)`, takes this basis to the basis in
+which u is diagonal.
+"""
 
 from collections.abc import Iterator
 from itertools import combinations
@@ -7,20 +11,20 @@ import torch
 
 from .alternating import Factors, Problem, Update
 
-#: Pairs of layers of which the turn of A is computed, each for a start of its own.
+#: Number of pairs of layers from which a turn of A is computed. Each gives a start.
 _PAIRS = 3
-#: For larger ones the equations of the turn, r^2 x r^2, would take more time than the alternation.
+#: At larger ranks, the equations of the turn, r^2 x r^2, would take more time than the alternation.
 _LARGEST_RANK = 32
-#: Where the updates have fewer directions than r, a turn is of nothing in some of them.
+#: A turn beyond this condition number is not used: the updates span fewer than r directions.
 _LARGEST_CONDITION = 1e6
 
 
-def starts(problem: Problem, restarts: int) -> Iterator[Factors]:
-    """The best first: factors that are exact for updates that are tied; then others.
+def starting_factors(problem: Problem, restarts: int) -> Iterator[Factors]:
+    """Starts for the alternation, the best first: factors that are exact for updates of a tied adapter, then others.
 
     Args:
-        problem: of which updates, names and rank are used.
-        restarts: how many with random turns of A.
+        problem: gives the updates, the names and the rank; its factors are not used.
+        restarts: number of further starts with random turns of A.
     """
     base = {name: _row_space(problem, modules) for name, modules in problem.users("A").items()}
     matching = {name: _matching(problem, name) for name in base}
@@ -36,7 +40,10 @@ def starts(problem: Problem, restarts: int) -> Iterator[Factors]:
 
 
 def _turned(problem: Problem, base: dict, matching: dict, attempt: int) -> dict[str, torch.Tensor]:
-    """Each A turned to where u is diagonal, and to where the others are with which it has a B in common."""
+    """Each A turned to the basis in which u is diagonal.
+
+    An A whose modules share a B with the modules of a turned A is turned to agree with that one instead.
+    """
     done: dict[str, torch.Tensor] = {}
     waiting = sorted(base, key=lambda name: -len(matching.get(name, ())))
     while waiting:
@@ -60,7 +67,13 @@ def _turned(problem: Problem, base: dict, matching: dict, attempt: int) -> dict[
 
 
 def _common(problem: Problem, name: str, done: dict) -> tuple[str, list[tuple[str, str]]] | None:
-    """Pairs of modules with one B, the first with this A, the second with one that is done; of one u each."""
+    """The largest list of pairs of modules that share a B, where the first has this A and the second a turned A.
+
+    In one list, all first modules have the same u, and all second modules have the same u and A.
+
+    Returns:
+        `name` and the list; `None` if there is no such pair.
+    """
     found: dict[tuple, list] = {}
     for module in problem.users("A")[name]:
         of = problem.names[module]
@@ -71,9 +84,10 @@ def _common(problem: Problem, name: str, done: dict) -> tuple[str, list[tuple[st
 
 
 def _row_space(problem: Problem, modules: list[str]) -> torch.Tensor:
-    """The first r right singular vectors of the modules' updates over each other, `(r, columns)`.
+    """The first r right singular vectors of the modules' updates, stacked, `(r, columns)`.
 
-    Of the columns that all modules have; those of wider ones are then what goes best with these.
+    They are computed on the columns that all modules have. The further columns of wider modules are then fitted to
+    them.
     """
     updates = [problem.updates[module] for module in modules]
     widths = sorted({update.right.shape[1] for update in updates})
@@ -91,13 +105,13 @@ def _row_space(problem: Problem, modules: list[str]) -> torch.Tensor:
 def _singular_vectors(problem: Problem, updates: list[Update], columns: int) -> torch.Tensor:
     rows = []
     for update in updates:
-        # The same as of left @ right, with k rows: of left only its lengths and angles count.
+        # A matrix of k rows with the same Gram matrix as left @ right: only the Gram matrix of left matters.
         values, vectors = torch.linalg.eigh(update.left.T @ update.left)
         rows.append((vectors * values.clamp(min=0).sqrt()).T @ update.right[:, :columns])
     _, values, vectors = torch.linalg.svd(torch.cat(rows), full_matrices=False)
     found = vectors[: problem.r]
     live = values[: problem.r] > 8 * problem.eps * values[0] * len(vectors)
-    # Where the updates have fewer, directions that training can use.
+    # If the updates span fewer than r directions, the rest are random ones that training can use.
     generator = torch.Generator().manual_seed(0)
     free = torch.randn(problem.r, columns, generator=generator, dtype=torch.float64).to(found) / columns**0.5
     free[: len(found)][live] = found[live]
@@ -105,7 +119,7 @@ def _singular_vectors(problem: Problem, updates: list[Update], columns: int) -> 
 
 
 def _coordinates(problem: Problem, module: str, a: torch.Tensor) -> torch.Tensor:
-    """The update's rows in the rows of `a`, `(out_features, r)`."""
+    """The rows of a module's update as coordinates in the rows of `a`, `(out_features, r)`."""
     update = problem.updates[module]
     return _rows_in(problem, update, a[:, : update.right.shape[1]])
 
@@ -120,7 +134,7 @@ def _unit(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _matching(problem: Problem, name: str) -> list[list[tuple[str, str]]]:
-    """Pairs of modules with this A and one B, under two u; one list for each two u."""
+    """Pairs of modules with this A that share a B and have different u; one list for each two u."""
     by_u: dict[str, dict[str, str]] = {}
     for module in problem.users("A")[name]:
         of = problem.names[module]
@@ -134,10 +148,10 @@ def _matching(problem: Problem, name: str) -> list[list[tuple[str, str]]]:
 
 
 def _turn(problem: Problem, a: torch.Tensor, pairs: list[tuple[str, str]]) -> torch.Tensor | None:
-    """The W of which W `a` is the A that is looked for, `(r, r)`: it has the eigenvectors of W^-1 diag(u / u') W."""
+    """The turn W, `(r, r)`, such that `W @ a` is A: it has the eigenvectors of W^-1 diag(u / u') W."""
     matrix = _map(problem, [tuple(_coordinates(problem, module, a) for module in pair) for pair in pairs])
     values, vectors = torch.linalg.eig(matrix)
-    # Of two conjugate vectors, which noise makes, the real and the imaginary part span the same plane.
+    # Noise makes conjugate pairs of eigenvectors. The real and the imaginary part of one span the plane of the pair.
     vectors = torch.where((values.imag >= 0)[None], vectors.real, vectors.imag)
     try:
         return torch.linalg.inv(vectors)
@@ -146,13 +160,13 @@ def _turn(problem: Problem, a: torch.Tensor, pairs: list[tuple[str, str]]) -> to
 
 
 def _map(problem: Problem, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """The M with y = x M for all rows of all pairs, `(r, r)`; with v, which is unknown, up to a factor of each row."""
+    """The M, `(r, r)`, with y = x M for all rows of all pairs (y, x); with an unknown v, up to a factor for each."""
     r = problem.r
     pairs = [(y[: len(x)], x[: len(y)]) for y, x in pairs]
     if not problem.with_v:
         y, x = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         return torch.linalg.lstsq(x, y, driver="gelsd" if x.device.type == "cpu" else None).solution
-    # Minimise what of x M is across y.
+    # Minimise the part of x M that is orthogonal to y.
     equations = problem.new(r * r, r * r).zero_()
     for y, x in pairs:
         y, x = _unit(y), _unit(x)
@@ -162,7 +176,7 @@ def _map(problem: Problem, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> to
 
 
 def _complete(problem: Problem, of_a: dict[str, torch.Tensor]) -> Factors:
-    """u, then B and v that fit to an A."""
+    """All factors from A: u first, then the B and v that fit best."""
     factors = Factors(A=of_a)
     coordinates = {module: _coordinates(problem, module, of_a[names.A]) for module, names in problem.names.items()}
     if problem.with_u:
@@ -175,7 +189,7 @@ def _complete(problem: Problem, of_a: dict[str, torch.Tensor]) -> Factors:
             t = _without_u(problem, factors, module, coordinates)
             grams[: len(t)] += t[:, :, None] * t[:, None, :]
             total[: len(t)] += t / len(modules)
-        # All rows that use one row of B are multiples of it: the first singular vector of them.
+        # All rows that use one row of B are multiples of it, so it is their first singular vector.
         factors.B[name] = torch.linalg.eigh(grams)[1][:, :, -1] if problem.with_v else total
         if problem.with_v:
             for module in modules:
@@ -193,9 +207,9 @@ def _without_u(problem: Problem, factors: Factors, module: str, coordinates: dic
 
 
 def _first_u(problem: Problem, coordinates: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Each u from the first one before it with which it has a B in common."""
+    """Each u, relative to the first earlier one whose modules share a B with its own; 1 without such a one."""
     found: dict[str, torch.Tensor] = {}
-    before: dict[str, str] = {}  # by name of a B, the first module that uses it
+    before: dict[str, str] = {}  # the first module that uses each B, by the B's name
     for name, modules in problem.users("u").items():
         known = [(module, before[b]) for module in modules if (b := problem.names[module].B) in before]
         reference = problem.names[known[0][1]].u if known else None
@@ -207,7 +221,7 @@ def _first_u(problem: Problem, coordinates: dict[str, torch.Tensor]) -> dict[str
 
 
 def _ratio(problem: Problem, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """u / u' from the coordinates under both, v b u and v' b u'."""
+    """u / u', from pairs of coordinates y = v b u and x = v' b u'."""
     pairs = [(y[: len(x)], x[: len(y)]) for y, x in pairs]
     if not problem.with_v:
         top, bottom = sum((y * x).sum(0) for y, x in pairs), sum((x * x).sum(0) for _, x in pairs)
@@ -215,7 +229,7 @@ def _ratio(problem: Problem, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> 
     equations = problem.new(problem.r, problem.r).zero_()
     for y, x in pairs:
         y, x = _unit(y), _unit(x)
-        # As in `_map`, of a diagonal matrix.
+        # The equations of `_map` for a diagonal matrix.
         equations += torch.diag((x**2).sum(0)) - (x * y).T @ (x * y)
     ratio = torch.linalg.eigh(equations)[1][:, 0] * problem.r**0.5
     return ratio if ratio.sum() >= 0 else -ratio

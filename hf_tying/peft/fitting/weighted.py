@@ -1,4 +1,4 @@
-"""`add_weighted_adapter`: one adapter in place of a weighted sum of several."""
+"""`add_weighted_adapter`: one adapter for the weighted sum of several."""
 
 import math
 from dataclasses import replace
@@ -27,10 +27,13 @@ def add_weighted_adapter(
     r: int | None = None,
     iterations: int = 300,
 ) -> None:
-    """Add an adapter that is the weighted sum of others; see `TiedLoraModel.add_weighted_adapter`.
+    """Add an adapter that is the weighted sum of others.
 
     Args:
-        tuner: the `TiedLoraModel`.
+        tuner: the `TiedLoraModel`. The other arguments are those of its `add_weighted_adapter`.
+
+    Raises:
+        ValueError: as there; the model is then unchanged.
     """
     _check(tuner, adapters, weights, adapter_name, combination_type, r)
     layers = {layer.module_name: layer for layer in tuner.model.modules() if isinstance(layer, TiedLoraLayer)}
@@ -78,7 +81,7 @@ def _check(tuner, adapters, weights, adapter_name, combination_type, r) -> None:
 
 
 def _cat(configs, layers: dict[str, TiedLoraLayer], adapters, weights, r, iterations):
-    """The adapters side by side, exactly: the rows of their A and u, and the columns of their B."""
+    """The exact sum: the adapters side by side, as rows of one A and u and columns of one B."""
     way = "Use combination_type='fit', which approximates the sum; or export the adapters to LoRA and combine these."
     first = configs[adapters[0]]
     if len(adapters) > 1 and any(configs[name].train_v for name in adapters):
@@ -97,18 +100,18 @@ def _cat(configs, layers: dict[str, TiedLoraLayer], adapters, weights, r, iterat
     config = replace(config, variant=None, train_u=any(configs[name].train_u for name in adapters))
     values = {}
     for module, layer in layers.items():
-        uses = [layer.uses[name] for name in adapters]
-        a = [use.A.weight * (weight * use.scaling) for use, weight in zip(uses, weights, strict=True)]
-        ones = [use.A.weight.new_ones(len(use.A.weight)) for use in uses]
-        u = [one if use.u is None else use.u.weight for use, one in zip(uses, ones, strict=True)]
-        values[module] = {"A": torch.cat(a), "B": torch.cat([use.B.weight for use in uses], 1), "u": torch.cat(u)}
+        used = [layer.uses[name] for name in adapters]
+        a = [each.A.weight * (weight * each.scaling) for each, weight in zip(used, weights, strict=True)]
+        ones = [each.A.weight.new_ones(len(each.A.weight)) for each in used]
+        u = [one if each.u is None else each.u.weight for each, one in zip(used, ones, strict=True)]
+        values[module] = {"A": torch.cat(a), "B": torch.cat([each.B.weight for each in used], 1), "u": torch.cat(u)}
         if config.train_v:
             values[module]["v"] = layer.tied_lora_v[adapters[0]].weight
     return config, values
 
 
 def _fit(configs, layers: dict[str, TiedLoraLayer], adapters, weights, r, iterations):
-    """The adapter of rank r that is next to the sum."""
+    """The adapter of rank r that is nearest to the sum."""
     updates = {}
     with torch.no_grad():
         for module, layer in layers.items():
@@ -139,5 +142,5 @@ def _fit(configs, layers: dict[str, TiedLoraLayer], adapters, weights, r, iterat
 
 
 def _changed(config: TiedLoraConfig, r: int) -> TiedLoraConfig:
-    # Biases are those of the model, and not of an adapter.
+    # Biases belong to the model, not to one adapter.
     return replace(config, r=r, alpha=r, bias="none", modules_to_save=None, adapted_modules=None)
