@@ -37,6 +37,7 @@ from transformers import HfArgumentParser
 from hf_tying.config import TyingError
 from hf_tying.data.words import read_words
 from hf_tying.losses.augmented import augmented_parts
+from hf_tying.losses.options import AugmentedSettings
 
 #: About what the paper reports at a temperature of 10.
 PUBLISHED = {"temperature": 10, "distances": {"0": 1.0, "1": 0.06}}
@@ -116,6 +117,12 @@ def train(arguments: Arguments, ids: torch.Tensor, beta: float, report) -> dict:
     windows = range(0, length, STEPS)
     optimizer = torch.optim.SGD(model.parameters(), arguments.learning_rate, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, arguments.epochs * len(windows))
+    settings = AugmentedSettings(
+        temperature=arguments.temperature,
+        alpha=beta * arguments.temperature**2 * vocabulary,
+        detach_target=arguments.detach_target,
+        cross_entropy_weight=1 - beta,
+    )
     epochs = []
     for epoch in range(arguments.epochs):
         state, losses = None, []
@@ -125,14 +132,7 @@ def train(arguments: Arguments, ids: torch.Tensor, beta: float, report) -> dict:
             hidden, state = model(inputs[:, window], embedding, state)
             state = tuple(part.detach() for part in state)
             loss, cross_entropy = augmented_parts(
-                hidden,
-                model.softmax,
-                labels[:, window],
-                embedding=embedding,
-                temperature=arguments.temperature,
-                alpha=beta * arguments.temperature**2 * vocabulary,
-                cross_entropy_weight=1 - beta,
-                detach_target=arguments.detach_target,
+                hidden, model.softmax, labels[:, window], settings, embedding=embedding
             )
             optimizer.zero_grad()
             loss.backward()

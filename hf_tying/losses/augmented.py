@@ -1,18 +1,16 @@
 """`augmented_loss`: cross entropy plus the divergence from a target made of word vectors (Inan et al. 2017)."""
 
-import sys
+from dataclasses import fields
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
-from .augmented_autograd import Call, TiedAugmentedLoss
+from .augmented_autograd import augmented_path
+from .compilation import untraced
 from .gradient import is_plain
-from .options import Options, check
+from .modules import LossModule
+from .options import AugmentedSettings, CrossEntropyOptions, check_operands
 from .reference import reference_cross_entropy
-
-#: alpha = GAMMA * temperature unless somebody says otherwise.
-GAMMA = 0.5
 
 
 def augmented_loss(
@@ -88,129 +86,93 @@ def augmented_loss(
         >>> model = torch.log_softmax(weight @ h / temperature, -1)
         >>> loss = cross_entropy + alpha * (target * (target.log() - model)).sum()
     """
+    settings = AugmentedSettings(temperature, alpha, gamma, detach_target, cross_entropy_weight)
+    options = CrossEntropyOptions(ignore_index, 0.0, reduction, num_items_in_batch, logit_scale)
     return augmented_parts(
-        hidden,
-        weight,
-        labels,
-        embedding=embedding,
-        bias=bias,
-        temperature=temperature,
-        alpha=alpha,
-        gamma=gamma,
-        detach_target=detach_target,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        num_items_in_batch=num_items_in_batch,
-        cross_entropy_weight=cross_entropy_weight,
-        logit_scale=logit_scale,
-        memory_budget=memory_budget,
+        hidden, weight, labels, settings, embedding=embedding, bias=bias, options=options, memory_budget=memory_budget
     )[0]
 
 
+@untraced
 def augmented_parts(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     labels: torch.Tensor,
+    settings: AugmentedSettings,
     *,
     embedding: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
-    temperature: float = 20.0,
-    alpha: float | None = None,
-    gamma: float | None = None,
-    detach_target: bool = False,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    num_items_in_batch: int | torch.Tensor | None = None,
-    cross_entropy_weight: float = 1.0,
-    logit_scale: float | None = None,
+    options: CrossEntropyOptions | None = None,
     memory_budget: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`augmented_loss`, and beside it the cross entropy alone, of which perplexity is made.
 
-    Args: those of `augmented_loss`.
+    Args:
+        hidden, weight, labels, embedding, bias, memory_budget: as for `augmented_loss`.
+        settings: the divergence, and the weights of both parts.
+        options: of the cross entropy. Default: `CrossEntropyOptions()`. Only `ignore_index`, `reduction`,
+            `num_items_in_batch` and `logit_scale` may differ from that.
 
     Returns:
         Two scalars: the augmented loss, and the cross entropy (reduced alike, not multiplied by
         `cross_entropy_weight`), which has no gradient.
 
-    Raises: what `augmented_loss` raises.
+    Raises:
+        ValueError: for options of the cross entropy that the augmented loss does not have.
+        IndexError, RuntimeError, ValueError: see `augmented_loss`.
 
     Example:
-        >>> loss, cross_entropy = augmented_parts(hidden, embedding.weight, labels, gamma=1.0)
+        >>> loss, cross_entropy = augmented_parts(hidden, embedding.weight, labels, AugmentedSettings(gamma=1.0))
         >>> loss.backward()
         >>> perplexity = cross_entropy.exp()
     """
-    if _run is _parts and "torch._dynamo" in sys.modules:
-        _do_not_trace()
-    options = Options(ignore_index, 0.0, reduction, num_items_in_batch, logit_scale)
-    call = Call(
-        options,
-        labels,
-        temperature,
-        _checked_alpha(temperature, alpha, gamma),
-        detach_target,
-        float(cross_entropy_weight),
-        memory_budget,
-        differentiable=torch.is_grad_enabled(),
-    )
-    return _run(hidden, weight, bias, embedding, call)
-
-
-def _parts(hidden, weight, bias, embedding, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    if call.options.reduction not in ("mean", "sum"):
-        raise ValueError(f"{call.options.reduction!r} is not a valid value for reduction: expected 'mean' or 'sum'.")
-    check(hidden, weight, call.labels, bias, call.options)
+    options = options or CrossEntropyOptions()
+    if options.reduction not in ("mean", "sum"):
+        raise ValueError(f"{options.reduction!r} is not a valid value for reduction: expected 'mean' or 'sum'.")
+    if options.label_smoothing or options.logit_softcap is not None or options.class_weight is not None:
+        raise ValueError("The augmented loss has no label_smoothing, logit_softcap or class_weight: expected none.")
+    check_operands(hidden, weight, labels, bias, options)
     if embedding is weight:
         embedding = None
     if embedding is not None:
         _check_embedding(embedding, weight)
-        embedding = embedding.detach() if call.detach_target else embedding
+        embedding = embedding.detach() if settings.detach_target else embedding
     if all(is_plain(tensor) for tensor in (hidden, weight, embedding) if tensor is not None):
-        return TiedAugmentedLoss.apply(hidden, weight, bias, embedding, call)
-    keywords = call.options.keywords()
+        return augmented_path(hidden, weight, labels, bias, embedding, settings, options, memory_budget)
+    keywords = options.keywords()
     keywords = {name: keywords[name] for name in ("ignore_index", "reduction", "num_items_in_batch", "logit_scale")}
     total = reference_augmented_loss(
-        hidden, weight, call.labels, embedding=embedding, bias=bias, temperature=call.temperature, alpha=call.alpha,
-        detach_target=call.detach_target, cross_entropy_weight=call.cross_entropy_weight, **keywords,
-    )  # fmt: skip
-    return total, reference_cross_entropy(hidden, weight, call.labels, bias=bias, **keywords).detach()
-
-
-_run = _parts
-
-
-def _do_not_trace() -> None:
-    """torch.compile does not trace the walk over the vocabulary: it runs as it is, between two graphs."""
-    global _run
-    _run = torch.compiler.disable(_parts)
+        hidden, weight, labels, embedding=embedding, bias=bias, **vars(settings), **keywords
+    )
+    return total, reference_cross_entropy(hidden, weight, labels, bias=bias, **keywords).detach()
 
 
 def reference_augmented_loss(
-    hidden, weight, labels, *, embedding=None, bias=None, temperature=20.0, alpha=None, gamma=None,
-    detach_target=False, ignore_index=-100, reduction="mean", num_items_in_batch=None, cross_entropy_weight=1.0,
-    logit_scale=None,
+    hidden, weight, labels, *, embedding=None, bias=None, ignore_index=-100, reduction="mean", num_items_in_batch=None,
+    logit_scale=None, **settings,
 ) -> torch.Tensor:  # fmt: skip
     """`augmented_loss` in plain torch, all matrices whole: what it is tested against.
 
-    Arguments, shapes and result as for `augmented_loss`.
+    Arguments, shapes and result as for `augmented_loss`; `settings` are the keywords of `AugmentedSettings`.
     """
-    alpha = _checked_alpha(temperature, alpha, gamma)
+    settings = AugmentedSettings(**settings)
     exact = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
     counted = labels != ignore_index
     reduced = dict(ignore_index=ignore_index, reduction=reduction, num_items_in_batch=num_items_in_batch)
     cross_entropy = reference_cross_entropy(hidden, weight, labels, bias=bias, logit_scale=logit_scale, **reduced)
     matrix = (weight if embedding is None else embedding).to(exact)
-    target = F.log_softmax(matrix[labels[counted]] @ matrix.t() / temperature, -1)
-    if detach_target:
+    target = F.log_softmax(matrix[labels[counted]] @ matrix.t() / settings.temperature, -1)
+    if settings.detach_target:
         target = target.detach()
     logits = hidden[counted].to(exact) @ weight.to(exact).t() * (1.0 if logit_scale is None else logit_scale)
-    divergence = F.kl_div(F.log_softmax(logits / temperature, -1), target, reduction="sum", log_target=True)
+    divergence = F.kl_div(F.log_softmax(logits / settings.temperature, -1), target, reduction="sum", log_target=True)
     items = 1 if reduction == "sum" else counted.sum() if num_items_in_batch is None else num_items_in_batch
     items = torch.as_tensor(items, device=hidden.device)
-    return cross_entropy_weight * cross_entropy + alpha * divergence / items.masked_fill(items == 0, 1)
+    divergence = settings.divergence_weight * divergence / items.masked_fill(items == 0, 1)
+    return settings.cross_entropy_weight * cross_entropy + divergence
 
 
-class AugmentedLoss(nn.Module):
+class AugmentedLoss(LossModule):
     """`augmented_loss` as a module: the options once, the tensors at each call.
 
     Args: the keywords of `augmented_loss` except `embedding`, `bias` and `num_items_in_batch`, which are given at the
@@ -223,58 +185,13 @@ class AugmentedLoss(nn.Module):
         >>> loss = AugmentedLoss(gamma=1.0)(hidden, embedding.weight, labels)
     """
 
-    def __init__(
-        self,
-        temperature: float = 20.0,
-        alpha: float | None = None,
-        gamma: float | None = None,
-        detach_target: bool = False,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        cross_entropy_weight: float = 1.0,
-        logit_scale: float | None = None,
-        memory_budget: int | None = None,
-    ):
-        super().__init__()
-        self.options = {
-            "temperature": temperature,
-            "alpha": _checked_alpha(temperature, alpha, gamma),
-            "detach_target": detach_target,
-            "ignore_index": ignore_index,
-            "reduction": reduction,
-            "cross_entropy_weight": cross_entropy_weight,
-            "logit_scale": logit_scale,
-            "memory_budget": memory_budget,
-        }
+    function = staticmethod(augmented_loss)
+    at_call = ("embedding", "bias", "num_items_in_batch")
 
-    def forward(self, hidden, weight, labels, embedding=None, bias=None, num_items_in_batch=None) -> torch.Tensor:
-        """Shapes and result as for `augmented_loss`."""
-        return augmented_loss(
-            hidden,
-            weight,
-            labels,
-            embedding=embedding,
-            bias=bias,
-            num_items_in_batch=num_items_in_batch,
-            **self.options,
-        )
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items() if value is not None)
-
-
-def _checked_alpha(temperature, alpha, gamma) -> float:
-    """The weight of the divergence."""
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature}: expected a number above 0.")
-    if alpha is not None and gamma is not None:
-        raise ValueError(
-            f"alpha={alpha} and gamma={gamma} are both given: expected one, since alpha = gamma * temperature."
-        )
-    for name, value in (("alpha", alpha), ("gamma", gamma)):
-        if value is not None and not value >= 0:
-            raise ValueError(f"{name}={value}: expected 0 or more.")
-    return float(alpha if alpha is not None else (GAMMA if gamma is None else gamma) * temperature)
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        settings = AugmentedSettings(**{field.name: self.options[field.name] for field in fields(AugmentedSettings)})
+        self.options |= {"alpha": settings.divergence_weight, "gamma": None}
 
 
 def _check_embedding(embedding: torch.Tensor, weight: torch.Tensor) -> None:

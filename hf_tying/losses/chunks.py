@@ -7,6 +7,8 @@ the work on logits stays in the cache. Both follow from the shape, the dtype and
 
 from dataclasses import dataclass
 
+import torch
+
 MIB = 2**20
 #: A chunk of fewer tokens than this costs more in the products and in traffic than computing its logits twice.
 FEWEST_ROWS = 192
@@ -17,11 +19,11 @@ _NARROWEST, _WIDEST = 128, 8192
 
 
 @dataclass(frozen=True)
-class Plan:
+class ChunkPlan:
     """`tokens` are walked one after the other, each over all `blocks` of words, twice where there are gradients.
 
-    `buffer` is the room for values between the two walks, in elements of the matrix's dtype. Beside it the first chunk
-    of tokens has the memory of the matrix's own gradient, where nothing is written yet.
+    `buffer` is the room for values between the two passes, in elements of the matrix's dtype. Beside it the first
+    chunk of tokens has the memory of the matrix's own gradient, where nothing is written yet.
     """
 
     tokens: tuple[slice, ...]
@@ -43,7 +45,7 @@ def default_budget(vocabulary: int, width: int, itemsize: int) -> int:
 def plan_chunks(
     tokens: int, width: int, vocabulary: int, itemsize: int, exact_itemsize: int, *,
     budget: int, gradients: bool, matrix_gradient: bool, accumulates: bool, device: str,
-) -> Plan:  # fmt: skip
+) -> ChunkPlan:  # fmt: skip
     """Choose the axis and the sizes.
 
     In float32 the tokens are cut when their values do not fit, and the gradient of the matrix is summed over chunks,
@@ -55,7 +57,7 @@ def plan_chunks(
         itemsize: bytes of an element of the matrix, in whose dtype values are kept.
         exact_itemsize: bytes of an element of the block at work.
         budget: bytes for all that is alive beside the gradients of the matrix and of the hidden states.
-        gradients: whether there is a second walk at all.
+        gradients: whether there is a second pass at all.
         matrix_gradient: whether the matrix is trained.
         accumulates: whether its gradient may be summed over chunks of tokens.
         device: `"cpu"`, `"cuda"`, ...
@@ -64,12 +66,12 @@ def plan_chunks(
     most = max(at_work // (_NARROWEST * exact_itemsize), 1)
     if not gradients:
         chunks = _even(0, tokens, most)
-        return Plan(chunks, _blocks(_longest(chunks), vocabulary, at_work // exact_itemsize))
+        return ChunkPlan(chunks, _blocks(_longest(chunks), vocabulary, at_work // exact_itemsize))
 
     def room(rows: int) -> int:
         """Values that the budget has room for beside the block at work and copies of `rows` hidden states.
 
-        These are: in the dtype and the scale of the products, weighted for the second walk, and the targets' rows. A
+        These are: in the dtype and the scale of the products, weighted for the second pass, and the targets' rows. A
         matrix of another dtype is converted block by block, and so is its gradient.
         """
         converted = 0 if accumulates else 2 * _columns(rows, vocabulary, at_work // exact_itemsize) * width
@@ -89,7 +91,23 @@ def plan_chunks(
         chunks = (slice(0, later + extra), *_even(later + extra, tokens, later))
     needed = max([missing(_longest(chunks[:1])), *(vocabulary * _longest([chunk]) for chunk in chunks[1:])])
     blocks = _blocks(_longest(chunks), vocabulary, at_work // exact_itemsize)
-    return Plan(chunks, blocks, min(room(_longest(chunks)), needed))
+    return ChunkPlan(chunks, blocks, min(room(_longest(chunks)), needed))
+
+
+def targets_by_block(labels: torch.Tensor, blocks: tuple[slice, ...]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Where the targets are in each block of a (V, N) matrix.
+
+    Args:
+        labels: (N,), int64, the target of each column.
+        blocks: slices of the rows, one after the other.
+
+    Returns:
+        For each block, rows within it and columns of the targets in it.
+    """
+    words, columns = labels.sort()
+    starts = torch.tensor([block.start for block in blocks], device=words.device)
+    bounds = [*torch.searchsorted(words, starts).tolist(), len(words)]
+    return [(words[a:b] - block.start, columns[a:b]) for block, a, b in zip(blocks, bounds, bounds[1:], strict=False)]
 
 
 def _even(start: int, stop: int, most: int) -> tuple[slice, ...]:

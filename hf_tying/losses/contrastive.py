@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from .cross_entropy import cross_entropy
 from .embedding import tied_embedding
-from .options import Options, check
+from .modules import LossModule
+from .options import CrossEntropyOptions, check_operands
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def contrastive_weight_tying_loss(
     items = num_items_in_batch
     if reduction == "mean" and items is None:
         items = len(batch) / processes
-    options = Options(reduction=reduction, num_items_in_batch=items, logit_scale=1 / temperature)
+    options = CrossEntropyOptions(reduction=reduction, num_items_in_batch=items, logit_scale=1 / temperature)
     log_counts = bias = None
     if negatives == "batch":  # each as often as it is there; the bias is divided by the temperature too
         log_counts = candidates.counts.to(torch.float64 if rows.dtype == torch.float64 else torch.float32).log()
@@ -118,7 +118,7 @@ def contrastive_weight_tying_loss(
     return loss + least
 
 
-class ContrastiveWeightTyingLoss(nn.Module):
+class ContrastiveWeightTyingLoss(LossModule):
     """`contrastive_weight_tying_loss` as a module: the options once, the tensors at each call.
 
     Args: the keywords of `contrastive_weight_tying_loss`, except `num_items_in_batch` and `generator`, which are given
@@ -128,36 +128,12 @@ class ContrastiveWeightTyingLoss(nn.Module):
         >>> loss = ContrastiveWeightTyingLoss(negatives="unique")(hidden, embedding.weight, labels)
     """
 
-    def __init__(
-        self,
-        negatives: str = "batch",
-        num_sampled: int | None = None,
-        temperature: float = 1.0,
-        stop_gradient: bool = False,
-        gather: bool = False,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-    ):
-        super().__init__()
-        check_options(negatives, num_sampled, temperature)
-        self.options = {
-            "negatives": negatives,
-            "num_sampled": num_sampled,
-            "temperature": temperature,
-            "stop_gradient": stop_gradient,
-            "gather": gather,
-            "ignore_index": ignore_index,
-            "reduction": reduction,
-        }
+    function = staticmethod(contrastive_weight_tying_loss)
+    at_call = ("num_items_in_batch", "generator")
 
-    def forward(self, hidden, weight, labels, num_items_in_batch=None, generator=None) -> torch.Tensor:
-        """Shapes and result as for `contrastive_weight_tying_loss`."""
-        return contrastive_weight_tying_loss(
-            hidden, weight, labels, num_items_in_batch=num_items_in_batch, generator=generator, **self.options
-        )
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items() if value is not None)
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        check_options(*(self.options[name] for name in ("negatives", "num_sampled", "temperature")))
 
 
 def check_options(negatives: str, num_sampled: int | None, temperature: float) -> None:
@@ -228,5 +204,7 @@ def _check(
     check_options(negatives, num_sampled, temperature)
     if reduction not in ("mean", "sum"):
         raise ValueError(f"{reduction!r} is not a valid value for reduction: expected 'mean' or 'sum'.")
-    options = Options(ignore_index=ignore_index, reduction=reduction, num_items_in_batch=num_items_in_batch)
-    check(hidden, weight, labels, None, options)
+    options = CrossEntropyOptions(
+        ignore_index=ignore_index, reduction=reduction, num_items_in_batch=num_items_in_batch
+    )
+    check_operands(hidden, weight, labels, None, options)

@@ -1,13 +1,12 @@
 """`tied_cross_entropy`: the loss of a language model from its hidden states and its softmax matrix."""
 
-import sys
-
 import torch
-from torch import nn
 
-from .backends import choose
+from .backends import choose_backend
+from .compilation import untraced
 from .gradient import is_plain
-from .options import Options, check
+from .modules import LossModule
+from .options import CrossEntropyOptions, check_operands
 from .reference import reference_cross_entropy
 
 
@@ -29,7 +28,7 @@ def tied_cross_entropy(
 ) -> torch.Tensor:
     """Exact cross entropy of `softcap(logit_scale * (hidden @ weight.T + bias))`, without the (N, V) logits.
 
-    Gradients are made in the forward pass, block by block (`hf_tying.losses.softmax`), so a backward pass can be run
+    Gradients are made in the forward pass, block by block (`hf_tying.losses.walk`), so a backward pass can be run
     once. At most one V x D gradient, `memory_budget`, and some N x D matrices in float32 are alive. In the backward
     pass the gradient of `weight` is one buffer, into which `tied_embedding` of the same `weight` adds its rows
     (`hf_tying.losses.gradient`). Tokens whose label is ignored take part in no matrix product.
@@ -69,41 +68,25 @@ def tied_cross_entropy(
         >>> logits = hidden @ weight.T
         >>> torch.nn.functional.cross_entropy(logits.float(), labels)
     """
-    options = Options(
+    options = CrossEntropyOptions(
         ignore_index, label_smoothing, reduction, num_items_in_batch, logit_scale, logit_softcap, class_weight
     )
     return cross_entropy(hidden, weight, labels, bias, options, memory_budget, backend)
 
 
-def cross_entropy(hidden, weight, labels, bias, options: Options, memory_budget=None, backend="auto") -> torch.Tensor:
+@untraced
+def cross_entropy(
+    hidden, weight, labels, bias, options: CrossEntropyOptions, memory_budget: int | None = None, backend: str = "auto"
+) -> torch.Tensor:
     """`tied_cross_entropy` with its options in one."""
-    if _run is _cross_entropy and "torch._dynamo" in sys.modules:
-        _do_not_trace()
-    return _run(hidden, weight, labels, bias, options, memory_budget, backend)
-
-
-# torch.compile does not trace the walk over the vocabulary: it runs as it is, between two graphs. The mark is what
-# torch.compiler.disable sets too, which is not used before it must, since it imports the whole compiler.
-cross_entropy._torchdynamo_disable = True
-
-
-def _cross_entropy(hidden, weight, labels, bias, options: Options, memory_budget, backend) -> torch.Tensor:
-    check(hidden, weight, labels, bias, options)
-    compute = choose(backend, hidden, weight, bias, options)
+    check_operands(hidden, weight, labels, bias, options)
+    compute = choose_backend(backend, hidden, weight, bias, options)
     if not (is_plain(hidden) and is_plain(weight)):
         return reference_cross_entropy(hidden, weight, labels, bias=bias, **options.keywords())
     return compute(hidden, weight, labels, bias, options, memory_budget)
 
 
-_run = _cross_entropy
-
-
-def _do_not_trace() -> None:
-    global _run
-    _run = torch.compiler.disable(_cross_entropy)
-
-
-class TiedCrossEntropy(nn.Module):
+class TiedCrossEntropy(LossModule):
     """`tied_cross_entropy` as a module: the options once, the tensors at each call.
 
     Args: the keywords of `tied_cross_entropy` except `bias`, `class_weight` and `num_items_in_batch`, which are given
@@ -113,38 +96,5 @@ class TiedCrossEntropy(nn.Module):
         >>> loss = TiedCrossEntropy(label_smoothing=0.1)(hidden, embedding.weight, labels)
     """
 
-    def __init__(
-        self,
-        ignore_index: int = -100,
-        label_smoothing: float = 0.0,
-        reduction: str = "mean",
-        logit_scale: float | None = None,
-        logit_softcap: float | None = None,
-        memory_budget: int | None = None,
-        backend: str = "auto",
-    ):
-        super().__init__()
-        self.options = {
-            "ignore_index": ignore_index,
-            "label_smoothing": label_smoothing,
-            "reduction": reduction,
-            "logit_scale": logit_scale,
-            "logit_softcap": logit_softcap,
-            "memory_budget": memory_budget,
-            "backend": backend,
-        }
-
-    def forward(self, hidden, weight, labels, bias=None, class_weight=None, num_items_in_batch=None) -> torch.Tensor:
-        """Shapes and result as for `tied_cross_entropy`."""
-        return tied_cross_entropy(
-            hidden,
-            weight,
-            labels,
-            bias=bias,
-            class_weight=class_weight,
-            num_items_in_batch=num_items_in_batch,
-            **self.options,
-        )
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items() if value is not None)
+    function = staticmethod(tied_cross_entropy)
+    at_call = ("bias", "class_weight", "num_items_in_batch")

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .gradient import held_gradient, is_plain, prepare, remember
+from .arithmetic import add_rows
+from .gradient import claim, claimed_gradient, expected_refcounts, is_plain, refuse_double_backward
 
 
 def tied_embedding(input_ids: torch.Tensor, weight: torch.Tensor, padding_idx: int | None = None) -> torch.Tensor:
@@ -61,38 +62,24 @@ class TiedEmbedding(nn.Embedding):
 class _TiedEmbedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input_ids, weight, padding_idx):
-        prepare()
+        expected_refcounts()  # measured here, so that no backward pass has to run another for it
         ctx.save_for_backward(input_ids)
         ctx.weight, ctx.padding_idx = weight, padding_idx
         return F.embedding(input_ids, weight, padding_idx)
 
     @staticmethod
     def backward(ctx, upstream):
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "tied_embedding has no gradient of its gradient (create_graph=True): use "
-                "torch.nn.functional.embedding for that."
-            )
+        refuse_double_backward("tied_embedding", "torch.nn.functional.embedding")
         (input_ids,), weight = ctx.saved_tensors, ctx.weight
         ids, rows = input_ids.reshape(-1).long(), upstream.reshape(-1, weight.shape[1])
         if ctx.padding_idx is not None:
             used = ids != ctx.padding_idx % len(weight)
             ids, rows = ids[used], rows[used]
-        gradient = held = held_gradient(weight)
-        if held is None:
-            gradient = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-        _add_rows(gradient, ids, rows)
-        if held is not None:
+        claimed = claimed_gradient(weight)
+        if claimed is not None:
+            add_rows(claimed, ids, rows)
             return None, None, None
-        remember(weight, gradient)
+        gradient = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+        add_rows(gradient, ids, rows)
+        claim(weight, gradient)
         return None, gradient, None
-
-
-def _add_rows(matrix: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor) -> None:
-    if matrix.dtype in (torch.float32, torch.float64):
-        matrix.index_add_(0, ids, rows.to(matrix.dtype))
-        return
-    # In half precision a frequent word would be rounded at each of its occurrences.
-    words, place = ids.unique(return_inverse=True)
-    sums = matrix[words].float().index_add_(0, place, rows.float())
-    matrix.index_copy_(0, words, sums.to(matrix.dtype))

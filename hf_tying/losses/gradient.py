@@ -2,14 +2,16 @@
 
 In a backward pass autograd waits until every use of a matrix has given its gradient, and holds the sum until then. The
 softmax comes first and gives a whole matrix; each embedding then adds a few rows. Left to itself, autograd makes a
-matrix for each of them, and one more for their sum. Here the first one is remembered, weakly, and the later ones write
-their rows into it. It is a gradient like any other all the same: whoever comes first returns it to autograd, and
-nothing depends on the others: a frozen branch, an embedding used twice or not at all, a recomputation change nothing.
+matrix for each of them, and one more for their sum. Here the first use claims the gradient that it returns: it is
+remembered, weakly, and later uses write their rows into it. It stays a gradient like any other. Whoever comes first
+returns it to autograd, and nothing depends on the others: a frozen branch, an embedding used twice or not at all, and
+a recomputation change nothing.
 
-Two facts have to hold for a remembered gradient to be written to, and are asked of torch each time: it is the same
-backward pass, and autograd holds the tensor, alone. It may be a sum by now that was made elsewhere, or a hook has kept
-it. Then the gradient at hand is one of its own. (What cannot be seen: a hook of the loss's node that makes this
-gradient the `grad` of another tensor, in a step with one more dense use of the matrix. Such a hook must copy it.)
+A claimed gradient is written to under two conditions, which are asked of torch each time: the backward pass is the
+same, and autograd alone holds the tensor. By then autograd may hold a sum that was made elsewhere, or a hook may have
+kept the gradient; then the use at hand returns a gradient of its own. One case cannot be seen: a hook of the loss's
+node makes this gradient the `grad` of another tensor, in a step with one more dense use of the matrix. Such a hook
+must copy it.
 """
 
 import sys
@@ -29,13 +31,13 @@ _STORAGE_HOLDERS = getattr(torch._C, "_storage_Use_Count", None)
 
 
 @dataclass
-class _Remembered:
+class _Claim:
     gradient: weakref.ref
     backward_pass: int
     stream: object
 
 
-_remembered: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_claims: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
@@ -43,34 +45,44 @@ def is_plain(tensor: torch.Tensor) -> bool:
     return type(tensor) in (torch.Tensor, nn.Parameter)
 
 
-def held_gradient(weight: torch.Tensor) -> torch.Tensor | None:
-    """In a backward pass: the gradient of `weight` that autograd holds already, to be added to in place; or `None`."""
-    entry = _remembered.get(weight)
+def claim(weight: torch.Tensor, gradient: torch.Tensor) -> None:
+    """In a backward pass: let later uses of `weight` add to `gradient`.
+
+    The caller returns it to autograd for `weight`, and keeps no reference.
+    """
+    if None not in (_PASS, _HOLDERS, _STORAGE_HOLDERS) and _PASS() >= 0:
+        _claims[weight] = _Claim(weakref.ref(gradient), _PASS(), _stream(weight))
+
+
+def claimed_gradient(weight: torch.Tensor) -> torch.Tensor | None:
+    """In a backward pass: the gradient of `weight` that may be added to in place, or `None` if there is none."""
+    entry = _claims.get(weight)
     if entry is None or entry.backward_pass != _PASS() or entry.stream != _stream(weight):
         return None
     gradient = entry.gradient()
-    return gradient if gradient is not None and _holders(gradient) == prepare() else None
+    return gradient if gradient is not None and _refcounts(gradient) == expected_refcounts() else None
 
 
-def remember(weight: torch.Tensor, gradient: torch.Tensor) -> None:
-    """In a backward pass: `gradient` is about to be returned to autograd for `weight`, and nobody else keeps it."""
-    if None not in (_PASS, _HOLDERS, _STORAGE_HOLDERS) and _PASS() >= 0:
-        _remembered[weight] = _Remembered(weakref.ref(gradient), _PASS(), _stream(weight))
+def accumulate_or_claim(weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor | None:
+    """Add `gradient`, a whole matrix, to the claimed gradient of `weight`, or claim it.
 
-
-def deliver(weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor | None:
-    """Add a whole matrix to what is held, or be the first: what a backward returns for `weight`."""
-    held = held_gradient(weight)
-    if held is None:
-        remember(weight, gradient)
+    Returns:
+        What a backward function returns for `weight`: `gradient`, or `None` where it was added.
+    """
+    claimed = claimed_gradient(weight)
+    if claimed is None:
+        claim(weight, gradient)
         return gradient
-    held.add_(gradient)
+    claimed.add_(gradient)
     return None
 
 
 @cache
-def prepare() -> tuple[int, int, int] | None:
-    """The holders of a gradient that autograd alone holds: seen once, on one of a single number."""
+def expected_refcounts() -> tuple[int, int, int] | None:
+    """The reference counts of a gradient that autograd alone holds, measured once on one of a single number.
+
+    `None` without the private names of torch.
+    """
     if None in (_PASS, _HOLDERS, _STORAGE_HOLDERS):
         return None
     seen: list[tuple[int, int, int]] = []
@@ -81,7 +93,7 @@ def prepare() -> tuple[int, int, int] | None:
 
 
 class _Probe(torch.autograd.Function):
-    """A use of a matrix: the first in a backward pass is remembered, the second looks at it."""
+    """A use of a matrix: the first in a backward pass claims its gradient, the second counts the references to it."""
 
     @staticmethod
     def forward(ctx, hidden, weight, seen):
@@ -90,17 +102,17 @@ class _Probe(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        entry = _remembered.get(ctx.weight)
+        entry = _claims.get(ctx.weight)
         if entry is None:
             gradient = torch.ones_like(ctx.weight)
-            remember(ctx.weight, gradient)
+            claim(ctx.weight, gradient)
             return upstream, gradient, None
         gradient = entry.gradient()
-        ctx.seen.append(_holders(gradient))
+        ctx.seen.append(_refcounts(gradient))
         return None, None, None
 
 
-def _holders(gradient: torch.Tensor) -> tuple[int, int, int]:
+def _refcounts(gradient: torch.Tensor) -> tuple[int, int, int]:
     """How many hold the tensor, its memory, and its Python object."""
     return _HOLDERS(gradient), _STORAGE_HOLDERS(gradient.untyped_storage()._cdata), sys.getrefcount(gradient)
 
@@ -108,3 +120,21 @@ def _holders(gradient: torch.Tensor) -> tuple[int, int, int]:
 def _stream(weight: torch.Tensor) -> object:
     """Work on another stream would not wait for what was written on this one."""
     return torch.cuda.current_stream(weight.device) if weight.is_cuda else None
+
+
+def refuse_double_backward(name: str, instead: str) -> None:
+    """In a backward function of `name`: refuse to be differentiated.
+
+    Raises:
+        RuntimeError: for `create_graph=True`.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{name} has no gradient of its gradient (create_graph=True): use {instead} for that.")
+
+
+def second_backward(name: str, otherwise: str = "") -> RuntimeError:
+    """The error of a backward pass through `name` whose gradients an earlier one has got."""
+    return RuntimeError(
+        f"Trying to go backward through {name} a second time: its gradients were made in the forward pass, and given "
+        f"out. Compute the loss again{otherwise}."
+    )

@@ -1,18 +1,20 @@
-"""What a cross entropy computes, and what it refuses."""
+"""What a loss computes, and what it refuses."""
 
 from dataclasses import dataclass, fields
 
 import torch
 
 REDUCTIONS = ("mean", "sum", "none")
+#: alpha = GAMMA * temperature unless one of them is given.
+GAMMA = 0.5
 
 
 @dataclass(frozen=True)
-class Options:
+class CrossEntropyOptions:
     """The keywords of `tied_cross_entropy` that say what is computed.
 
-    `upstream` is what the backward pass will probably multiply by, known beforehand where a sum is divided outside
-    (`ForCausalLMLoss`): gradients are made with it, and are right, after one more pass over them, for any other.
+    `upstream` is the factor by which the backward pass will probably multiply. It is known beforehand where a sum is
+    divided outside (`ForCausalLMLoss`). Gradients are made with it; any other factor costs one more pass over them.
     """
 
     ignore_index: int = -100
@@ -29,8 +31,50 @@ class Options:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "upstream"}
 
 
-def check(hidden, weight, labels, bias, options: Options) -> None:
-    """Refuse what torch refuses in `linear` and `cross_entropy`, by the same exceptions, before any work."""
+@dataclass(frozen=True)
+class AugmentedSettings:
+    """The keywords of `augmented_loss` that a cross entropy has not; described there, with the reason of each default.
+
+    Raises:
+        ValueError: for a temperature not above 0, a negative alpha or gamma, or both of them.
+    """
+
+    temperature: float = 20.0
+    alpha: float | None = None
+    gamma: float | None = None
+    detach_target: bool = False
+    cross_entropy_weight: float = 1.0
+
+    def __post_init__(self):
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature}: expected a number above 0.")
+        if self.alpha is not None and self.gamma is not None:
+            raise ValueError(
+                f"alpha={self.alpha} and gamma={self.gamma} are both given: expected one of them, since alpha is "
+                "gamma * temperature."
+            )
+        for name in ("alpha", "gamma"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name}={value}: expected 0 or more.")
+
+    @property
+    def divergence_weight(self) -> float:
+        """alpha, whether it is given or follows from gamma."""
+        if self.alpha is not None:
+            return float(self.alpha)
+        return float((GAMMA if self.gamma is None else self.gamma) * self.temperature)
+
+
+def check_operands(hidden, weight, labels, bias, options: CrossEntropyOptions) -> None:
+    """Refuse what torch refuses in `linear` and `cross_entropy`, by the same exceptions, before any work.
+
+    Args:
+        hidden, weight, labels, bias, options: as `tied_cross_entropy` takes them.
+
+    Raises:
+        IndexError, RuntimeError, ValueError: see `tied_cross_entropy`.
+    """
     if weight.dim() != 2:
         raise ValueError(f"Expected weight of shape (V, D), got {tuple(weight.shape)}.")
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:

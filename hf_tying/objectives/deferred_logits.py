@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from ..losses.options import Options
+from ..losses.options import CrossEntropyOptions
 from .lazy_tensor import LazyTensor, materialized
 from .step_loss import StepLoss, needs_deferred
 
@@ -188,7 +188,7 @@ class DeferredLogits(LazyTensor):
                 self.materialize("this kind of loss"), target, weight, size_average, ignore_index, reduce, reduction,
                 label_smoothing,
             )  # fmt: skip
-        options = Options(
+        options = CrossEntropyOptions(
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
             reduction=reduction,

@@ -5,6 +5,7 @@ Each is a frozen record of its options, and computes its loss when the model ask
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from transformers.utils import logging
 from ..config import TyingError
 from ..losses.augmented import augmented_parts
 from ..losses.contrastive import check_options, contrastive_weight_tying_loss
-from ..losses.options import Options
+from ..losses.options import AugmentedSettings, CrossEntropyOptions
 from ..ties.anatomy import Anatomy, roles
 from ..ties.slots import find_parameter
 
@@ -33,7 +34,8 @@ class AugmentedObjective:
         alpha, gamma, detach_target: see `augmented_loss`.
 
     Raises:
-        TyingError: for a temperature that is not above 0, a negative alpha or gamma, or both of them.
+        TyingError: for a temperature that is not above 0, a negative alpha or gamma, an infinite one of the three,
+            or both alpha and gamma.
     """
 
     temperature: float = 20.0
@@ -44,19 +46,20 @@ class AugmentedObjective:
     needs_softmax = True  # the loss is computed with the softmax matrix
 
     def __post_init__(self):
-        if not 0 < self.temperature < float("inf"):
-            raise TyingError(f"The augmented loss has temperature={self.temperature}: expected a number above 0.")
-        if self.alpha is not None and self.gamma is not None:
-            raise TyingError(
-                f"The augmented loss has alpha={self.alpha} and gamma={self.gamma}: expected one of them, since alpha "
-                "is gamma * temperature."
-            )
-        for name in ("alpha", "gamma"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < float("inf"):
-                raise TyingError(f"The augmented loss has {name}={value}: expected 0 or more.")
+        try:
+            settings = self.settings
+        except ValueError as error:
+            raise TyingError(f"An augmented objective cannot be made: {error}") from None
+        for name in ("temperature", "alpha", "gamma"):
+            if getattr(settings, name) == math.inf:
+                raise TyingError(f"An augmented objective cannot be made: {name} is infinite.")
 
-    def loss(self, hidden, weight, labels, bias, options: Options, embedding, memory_budget) -> tuple:
+    @property
+    def settings(self) -> AugmentedSettings:
+        """The options as `augmented_parts` takes them."""
+        return AugmentedSettings(self.temperature, self.alpha, self.gamma, self.detach_target)
+
+    def loss(self, hidden, weight, labels, bias, options: CrossEntropyOptions, embedding, memory_budget) -> tuple:
         """The loss in place of the model's cross entropy; the arguments are those of `ContrastiveObjective.loss`.
 
         Returns:
@@ -70,16 +73,10 @@ class AugmentedObjective:
             hidden,
             weight,
             labels,
+            self.settings,
             embedding=embedding,
             bias=bias,
-            temperature=self.temperature,
-            alpha=self.alpha,
-            gamma=self.gamma,
-            detach_target=self.detach_target,
-            ignore_index=options.ignore_index,
-            reduction=options.reduction,
-            num_items_in_batch=options.num_items_in_batch,
-            logit_scale=options.logit_scale,
+            options=options,
             memory_budget=memory_budget,
         )
         return total, {"cross_entropy": cross_entropy, "augmented": total.detach() - cross_entropy}
@@ -113,7 +110,7 @@ class ContrastiveObjective:
         except ValueError as error:
             raise TyingError(f"A contrastive objective cannot be made: {error}") from None
 
-    def loss(self, hidden, weight, labels, bias, options: Options, embedding, memory_budget) -> tuple:
+    def loss(self, hidden, weight, labels, bias, options: CrossEntropyOptions, embedding, memory_budget) -> tuple:
         """The loss in place of the model's cross entropy.
 
         Args:
@@ -151,7 +148,7 @@ class ContrastiveObjective:
 Objective = AugmentedObjective | ContrastiveObjective
 
 
-def _refuse_options(options: Options, what: str, **expected) -> None:
+def _refuse_options(options: CrossEntropyOptions, what: str, **expected) -> None:
     if options.reduction == "none":
         raise TyingError(
             f"{what} has one loss for a batch, and this model asks for each token's (reduction='none'). Train it by "

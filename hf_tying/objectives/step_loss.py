@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from ..config import TyingError
 from ..losses.cross_entropy import cross_entropy
-from ..losses.options import Options
+from ..losses.options import CrossEntropyOptions
 from .objective import Objective
 
 logger = logging.get_logger(__name__)
@@ -42,7 +42,7 @@ class StepLoss:
         self.settings, self.num_items_in_batch, self.embedding = settings, num_items_in_batch, embedding
         self.parts: dict[str, torch.Tensor] = {}
 
-    def compute(self, hidden, weight, target, bias, options: Options, is_scaled: bool) -> torch.Tensor:
+    def compute(self, hidden, weight, target, bias, options: CrossEntropyOptions, is_scaled: bool) -> torch.Tensor:
         """The loss in place of the cross entropy that the model asks for.
 
         Args:

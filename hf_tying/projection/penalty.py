@@ -1,7 +1,8 @@
 """`projection_penalty`: what keeps the projection of PR small (Press & Wolf 2016, section 3.2)."""
 
 import torch
-from torch import nn
+
+from ..losses.modules import LossModule
 
 #: What the norms are multiplied by unless somebody says otherwise: the released code divides by 6.5, the paper's text
 #: has a lambda of 0.15.
@@ -47,17 +48,23 @@ def projection_penalty(
     return strength * value / divisor
 
 
-class ProjectionPenalty(nn.Module):
-    """`projection_penalty` as a module: the options once, the matrix at each call."""
+class ProjectionPenalty(LossModule):
+    """`projection_penalty` as a module: the options once, the matrix at each call.
 
-    def __init__(self, norm: str = "fro_squared_half", strength: float | None = None):
-        super().__init__()
-        self.norm, self.strength = norm, strength
-        projection_penalty(torch.zeros(1, 1), norm=norm, strength=strength)  # refuses at once what it would later
+    Args: the keywords of `projection_penalty` except `divisor`, which is given at the call.
 
-    def forward(self, projection: torch.Tensor, divisor=1.0) -> torch.Tensor:
-        """Shapes and result as for `projection_penalty`."""
-        return projection_penalty(projection, norm=self.norm, strength=self.strength, divisor=divisor)
+    Raises:
+        ValueError: at once, for an unknown norm or a negative strength.
+    """
 
-    def extra_repr(self) -> str:
-        return f"norm={self.norm!r}, strength={self.strength}"
+    function = staticmethod(projection_penalty)
+    at_call = ("divisor",)
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        projection_penalty(torch.zeros(1, 1), **self.options)
+
+    def __setstate__(self, state: dict) -> None:
+        # Pickles of version 0.1 have the options as attributes.
+        state.setdefault("options", {name: state[name] for name in ("norm", "strength") if name in state})
+        super().__setstate__(state)

@@ -1,22 +1,16 @@
 """`augmented_loss` against plain torch: values and gradients, whatever is tied, the options and the budget."""
 
-import gc
-from collections import Counter
-
 import pytest
 import torch
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 
-from hf_tying.losses import AugmentedLoss, augmented_loss, chunks, tied_embedding
+from hf_tying.losses import AugmentedLoss, arithmetic, augmented_loss, chunks, tied_embedding
 from hf_tying.losses.augmented import augmented_parts, reference_augmented_loss
+from hf_tying.losses.options import AugmentedSettings, CrossEntropyOptions
+
+from .helpers import metered
 
 NAMES = ("loss", "hidden", "weight", "bias", "embedding")
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 def plain(hidden, weight, labels, embedding=None, bias=None, temperature=20.0, alpha=10.0, detach_target=False,
@@ -183,11 +177,17 @@ def test_a_detached_target_gives_the_embedding_nothing():
 def test_the_parts_are_the_loss_and_a_cross_entropy_without_gradient():
     tensors = problem()
     tensors["hidden"].requires_grad_()
-    total, cross_entropy = augmented_parts(**tensors, cross_entropy_weight=0.25)
+    total, cross_entropy = augmented_parts(**tensors, settings=AugmentedSettings(cross_entropy_weight=0.25))
     logits = F.linear(tensors["hidden"], tensors["weight"], tensors["bias"])
     assert torch.allclose(cross_entropy, F.cross_entropy(logits.flatten(0, 1), tensors["labels"].flatten()))
     assert torch.equal(total, augmented_loss(**tensors, cross_entropy_weight=0.25))
     assert total.requires_grad and not cross_entropy.requires_grad
+
+
+def test_an_option_of_the_cross_entropy_that_the_augmented_loss_does_not_have_is_refused():
+    for option in ({"label_smoothing": 0.1}, {"logit_softcap": 30.0}, {"class_weight": torch.ones(31)}):
+        with pytest.raises(ValueError, match="has no label_smoothing, logit_softcap or class_weight"):
+            augmented_parts(**problem(), settings=AugmentedSettings(), options=CrossEntropyOptions(**option))
 
 
 def test_the_module_is_the_function():
@@ -238,9 +238,7 @@ def test_an_ignored_position_may_hold_anything():
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("way", ["bfloat16", "float16", "autocast bfloat16", "autocast float16"])
 def test_in_half_precision_values_and_gradients_are_near_float64(monkeypatch, way, tied, fast_half):
-    from hf_tying.losses import autograd
-
-    monkeypatch.setattr(autograd, "_has_fast_half", lambda dtype: fast_half)
+    monkeypatch.setattr(arithmetic, "has_fast_half", lambda dtype: fast_half)
     half = getattr(torch, way.split()[-1])
     tensors = problem(tied, dtype=torch.float32, words=300, width=32, shape=(64,))
     autocast = way.startswith("autocast")
@@ -262,9 +260,7 @@ def test_in_half_precision_values_and_gradients_are_near_float64(monkeypatch, wa
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_in_float16_a_token_of_very_many_items_does_not_vanish_under_a_loss_scale(monkeypatch, tied):
-    from hf_tying.losses import autograd
-
-    monkeypatch.setattr(autograd, "_has_fast_half", lambda dtype: True)
+    monkeypatch.setattr(arithmetic, "has_fast_half", lambda dtype: True)
     tensors = problem(tied, dtype=torch.float16, words=300, width=32, shape=(64,))
     options = {"temperature": 5.0, "num_items_in_batch": 10**5, "upstream": 2.0**16}
     found, expected = (
@@ -278,25 +274,11 @@ def test_in_float16_a_token_of_very_many_items_does_not_vanish_under_a_loss_scal
 N, D, V = 256, 64, 4000
 
 
-def metered(run) -> tuple[int, Counter]:
-    """Bytes above the start at most; of each size, how many allocations were alive at once."""
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    alive, together, total, peak = Counter(), Counter(), 0, 0
-    for change in (e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())):
-        total += change
-        peak = max(peak, total)
-        alive[abs(change)] += 1 if change > 0 else -1
-        together[abs(change)] = max(together[abs(change)], alive[abs(change)])
-    return peak, together
-
-
 def step(function, embedding, dtype=torch.float32, **options):
     ids, labels = torch.randint(V, (N,)), torch.randint(V, (N,))
     weight = torch.randn(V, D).to(dtype).requires_grad_()
-    return metered(lambda: function(embedding(ids, weight), weight, labels, **options).backward())
+    _, meter = metered(lambda: function(embedding(ids, weight), weight, labels, **options).backward())
+    return meter.peak, meter.together
 
 
 @pytest.mark.parametrize("budget", [0, 2**19, 2**21])

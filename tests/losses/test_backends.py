@@ -6,7 +6,6 @@ are the same comparison with the real ones, where those and a GPU are found.
 
 import importlib.metadata
 import importlib.util
-import subprocess
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -16,10 +15,12 @@ import torch
 from torch.nn import functional as F
 
 from hf_tying.losses import backends as backends_module
-from hf_tying.losses import reference_cross_entropy, tied_cross_entropy, tied_embedding
+from hf_tying.losses import kernel_libraries, reference_cross_entropy, tied_cross_entropy, tied_embedding
 from hf_tying.losses.autograd import tied_path
-from hf_tying.losses.backends import choose
-from hf_tying.losses.options import Options
+from hf_tying.losses.backends import choose_backend
+from hf_tying.losses.options import CrossEntropyOptions
+
+from ..processes import run_python
 
 TOKENS, WIDTH, WORDS = 7, 5, 13
 PIP_NAMES = {"liger": "liger-kernel", "cce": "cut-cross-entropy"}
@@ -76,9 +77,9 @@ class Cce:
 @pytest.fixture
 def fresh():
     """Which library is found is asked again, before the test and after it."""
-    backends_module._function.cache_clear()
+    kernel_libraries.library_function.cache_clear()
     yield
-    backends_module._function.cache_clear()
+    kernel_libraries.library_function.cache_clear()
 
 
 @pytest.fixture
@@ -198,7 +199,7 @@ def test_an_unknown_backend_is_refused_by_name():
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_auto_and_torch_are_the_own_path(backend):
     hidden, weight, bias, _, _ = inputs()
-    assert choose(backend, hidden, weight, bias, Options()) is tied_path
+    assert choose_backend(backend, hidden, weight, bias, CrossEntropyOptions()) is tied_path
     compared(backend, bias=True, logit_softcap=2.0, label_smoothing=0.1)
 
 
@@ -237,7 +238,7 @@ def test_importing_the_losses_imports_no_library():
     code = (
         "import sys, hf_tying.losses.cross_entropy; print([m for m in sys.modules if m.startswith(('liger', 'cut_'))])"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert run_python("-c", code).stdout == "[]\n"
 
 
 @pytest.mark.parametrize("case", CASES, ids=named)

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_tying.losses import ContrastiveWeightTyingLoss, contrastive, contrastive_weight_tying_loss, embedding
 
-from ..ties.test_flows_processes import launch
+from ..processes import run_script
 
 WORDS, WIDTH = 11, 6
 
@@ -216,9 +216,9 @@ def test_nothing_is_multiplied_by_the_vocabulary():
 
 
 def test_the_embedding_has_one_gradient_for_both_of_its_roles(monkeypatch):
-    held = embedding.held_gradient
+    claimed = embedding.claimed_gradient
     taken = []
-    monkeypatch.setattr(embedding, "held_gradient", lambda weight: taken.append(held(weight)) or taken[-1])
+    monkeypatch.setattr(embedding, "claimed_gradient", lambda weight: taken.append(claimed(weight)) or taken[-1])
     _, weight, labels = problem(dtype=torch.float32)
     ids = torch.randint(WORDS, labels.shape)
     hidden = torch.tanh(embedding.tied_embedding(ids, weight))
@@ -275,7 +275,7 @@ def test_wrong_tensors_are_refused():
 
 @pytest.fixture(scope="module")
 def results() -> dict:
-    return launch("two_processes_contrastive.py")
+    return run_script("two_processes_contrastive.py", processes=2)
 
 
 @pytest.mark.timeout(300)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ..ties.test_flows_processes import launch
+from ..processes import run_script
 
 DDP = ["ddp, two-way", "ddp, three-way", "ddp, gradients in buckets", "ddp, the losses of all tokens",
        "ddp, accumulated"]  # fmt: skip
@@ -11,7 +11,7 @@ FSDP2 = ["fsdp2, two-way", "fsdp2, three-way", "fsdp2, not sharded again", "fsdp
 
 @pytest.fixture(scope="module")
 def results() -> dict:
-    return launch("two_processes_softmax.py")
+    return run_script("two_processes_softmax.py", processes=2)
 
 
 def backward_passes(case: str) -> int:

@@ -1,8 +1,5 @@
 """Files hold a declared loss and nothing of an undeclared one; any reader opens them."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,11 +10,10 @@ from hf_tying import TyingConfig, assert_tied, tie, use_tied_loss
 from hf_tying.objectives.tied_loss import has_tied_loss
 
 from ..forms import tied_model
+from ..processes import run_python
 from ..tiny import logits as logits_of
 from ..tiny import tiny_model
 from .helpers import DECLARED, UNTIED_HEAD, TiedGPT2, a_tied_gpt2, same, three_way, trains_by_blocks
-
-ROOT = Path(__file__).parents[2]
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -79,7 +75,5 @@ def test_transformers_alone_reads_a_file_with_a_declared_loss(tmp_path):
         "assert 'hf_tying' not in sys.modules\n"
         "torch.save(logits(model), sys.argv[2])\n"
     )
-    command = [sys.executable, "-c", script, str(tmp_path / "model"), str(tmp_path / "logits.pt")]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    run_python("-c", script, tmp_path / "model", tmp_path / "logits.pt")
     assert same(torch.load(tmp_path / "logits.pt"), logits_of(model))

@@ -1,10 +1,4 @@
-"""The tied softmax and its one gradient under DDP and FSDP2, in two processes on the CPU. Rank 0 prints one JSON line.
-
-Started as `two_processes.py` is.
-"""
-
-import json
-import sys
+"""The tied softmax and its one gradient under DDP and FSDP2, in two processes on the CPU: started by `run_script`."""
 
 import torch
 import torch.distributed as dist
@@ -16,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_tying.losses import autograd, embedding, reference_cross_entropy, tied_cross_entropy, tied_embedding
+from tests.processes import run_cases
 
 WORDS, WIDTH = 50, 8
 
@@ -73,22 +68,22 @@ class Ways:
 
     def __enter__(self):
         self.counts = {"tied softmax": 0, "one gradient": 0}
-        self.run, self.held = autograd._Run.give_out, embedding.held_gradient
+        self.finish, self.claimed = autograd.finish_gradients, embedding.claimed_gradient
 
-        def give_out(run, upstream):
+        def finish_gradients(*args):
             self.counts["tied softmax"] += 1
-            return self.run(run, upstream)
+            return self.finish(*args)
 
-        def held_gradient(weight):
-            held = self.held(weight)
-            self.counts["one gradient"] += held is not None
-            return held
+        def claimed_gradient(weight):
+            claimed = self.claimed(weight)
+            self.counts["one gradient"] += claimed is not None
+            return claimed
 
-        autograd._Run.give_out, embedding.held_gradient = give_out, held_gradient
+        autograd.finish_gradients, embedding.claimed_gradient = finish_gradients, claimed_gradient
         return self.counts
 
     def __exit__(self, *error):
-        autograd._Run.give_out, embedding.held_gradient = self.run, self.held
+        autograd.finish_gradients, embedding.claimed_gradient = self.finish, self.claimed
 
 
 def ddp(accumulate: bool = False, view: bool = False, **options) -> dict:
@@ -152,9 +147,4 @@ CASES = {
 }
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    results = {name: CASES[name]() for name in sys.argv[1:] or CASES}
-    if dist.get_rank() == 0:
-        print("RESULTS " + json.dumps(results))
-    dist.destroy_process_group()
+    run_cases(CASES)

@@ -1,0 +1,57 @@
+"""The tied softmax under `torch.compile`."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from hf_tying.losses import reference_cross_entropy, tied_cross_entropy, tied_embedding
+
+from .helpers import error, leaf, watched
+
+pytestmark = pytest.mark.usefixtures("slow_half")
+
+
+def test_a_compiled_step_has_the_same_numbers_and_no_warning(recwarn):
+    def forward(embedding, loss, ids, weight, labels):
+        hidden = torch.tanh(embedding(ids, weight)) * 2
+        return loss(hidden, weight, labels, label_smoothing=0.1) * 3
+
+    ids, labels, weight = torch.randint(31, (2, 9)), torch.randint(31, (2, 9)), torch.randn(31, 4)
+    twin = leaf(weight, torch.float64)
+    expected = forward(F.embedding, reference_cross_entropy, ids, twin, labels)
+    expected.backward()
+    torch._dynamo.reset()
+    compiled = torch.compile(forward, backend="aot_eager")
+    for _ in range(2):
+        ours = leaf(weight)
+        with watched() as seen:
+            loss = compiled(tied_embedding, tied_cross_entropy, ids, ours, labels)
+        loss.backward()
+        assert seen["two walks"] == 1
+        assert error(loss.detach(), expected.detach()) < 1e-6 and error(ours.grad, twin.grad) < 1e-6
+    torch._dynamo.reset()
+    assert not [str(each.message) for each in recwarn if "hf_tying" in f"{each.filename} {each.message}"
+                or "cross_entropy" in str(each.message)]  # fmt: skip
+
+
+def test_a_loss_imports_no_compiler_and_is_not_traced_by_one_imported_later():
+    code = """
+import sys, torch
+from hf_tying.losses import autograd, tied_cross_entropy
+
+def traced(*args, make=autograd.counted_positions):
+    print(torch.compiler.is_compiling())
+    return make(*args)
+
+autograd.counted_positions = traced
+tensors = torch.randn(9, 4), torch.randn(31, 4), torch.randint(31, (9,))
+expected = tied_cross_entropy(*tensors)
+print("torch._dynamo" in sys.modules)
+found = torch.compile(lambda *tensors: tied_cross_entropy(*tensors) * 2, backend="eager")(*tensors)
+print(torch.equal(found, expected * 2))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False", "False", "True"]
