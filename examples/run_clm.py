@@ -37,7 +37,7 @@ from transformers import (
 from hf_tying import TyingError, tie, use_tied_loss
 from hf_tying.data import train_byte_level_bpe
 from hf_tying.metrics import perplexity_of, sequence_scores
-from hf_tying.training import ObjectiveArguments, TyingArguments
+from hf_tying.training import ObjectiveArguments, TyingArguments, config_with_overrides
 
 
 @dataclass
@@ -133,9 +133,10 @@ def make_model_and_tokenizer(args: ModelArguments, tying: TyingArguments, texts)
     else:
         tokenizer = train_byte_level_bpe(texts, args.vocab_size)
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
-    config = AutoConfig.for_model(args.model_type, vocab_size=len(tokenizer), pad_token_id=None, **special)
-    if args.config_overrides:
-        config.update_from_string(args.config_overrides)
+    fields = {"vocab_size": len(tokenizer), "pad_token_id": None} | special
+    config = config_with_overrides(
+        lambda **changes: AutoConfig.for_model(args.model_type, **fields | changes), args.config_overrides
+    )
     if declared:
         config.tying = declared.to_dict()  # nothing is trained yet, so there is no choice of values to make
     return AutoModelForCausalLM.from_config(config), tokenizer

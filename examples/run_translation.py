@@ -24,6 +24,7 @@ Without --scheme and --groups_file the model is tied, or not, as its own config 
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from transformers import (
@@ -39,7 +40,7 @@ from hf_tying import TyingError, tie
 from hf_tying.data.parallel import ParallelCorpus, encode_parallel, read_parallel_text, read_translation_json
 from hf_tying.data.tokenizers import joint_tokenizer
 from hf_tying.metrics import Bleu, ChrF, generated_text, translation_metrics
-from hf_tying.training import TyingArguments
+from hf_tying.training import TyingArguments, config_with_overrides
 from hf_tying.training.translation import (
     TwoTokenizersCallback,
     check_fit,
@@ -162,9 +163,9 @@ def from_scratch(args: ModelArguments, tying: TyingArguments, corpus: ParallelCo
         languages = dict.fromkeys((corpus.source_language, corpus.target_language))
         tokenizer = target = joint_tokenizer([*corpus.source, *corpus.target], args.vocab_size, list(languages))
     with naming("--model_type or --config_overrides"):
-        config = translation_config(args.model_type, tokenizer, target)
-        if args.config_overrides:
-            config.update_from_string(args.config_overrides)
+        config = config_with_overrides(
+            partial(translation_config, args.model_type, tokenizer, target), args.config_overrides
+        )
         if declared:
             config.tying = declared.to_dict()  # nothing is trained yet, so there is no choice of values to make
         model = AutoModelForSeq2SeqLM.from_config(config)

@@ -1,7 +1,6 @@
 """`contrastive_weight_tying_loss` (CWT): the words of the batch stand in for the vocabulary."""
 
 import logging
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -155,9 +154,14 @@ def check_options(negatives: str, num_sampled: int | None, temperature: float) -
         raise ValueError(f"temperature={temperature}: expected a number above 0.")
 
 
-@cache
+_warned: list[str] = []
+
+
 def _warn_once(message: str) -> None:
-    logger.warning(message)
+    """The first of the messages with their numbers; the others say the same of other batches."""
+    if not _warned:
+        _warned.append(message)
+        logger.warning(message)
 
 
 class _Candidates(NamedTuple):

@@ -10,6 +10,8 @@ _HOME = {
     "RECIPES": "recipes",
     "TyingArguments": "arguments",
     "TyingCallback": "callbacks",
+    "average_into": "averaging",
+    "config_with_overrides": "arguments",
     "recover_lm_head": "headless",
 }
 

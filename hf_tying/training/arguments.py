@@ -1,13 +1,17 @@
 """Flags for `HfArgumentParser`, beside `TrainingArguments`: what to tie, and what to train by."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config import LOSSES, SCHEMES, TyingConfig, TyingError
 from ..losses.contrastive import NEGATIVES
 from ..objectives.objective import AugmentedObjective, ContrastiveObjective, Objective
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass
@@ -171,6 +175,27 @@ class ObjectiveArguments:
                 self.cwt_negatives, self.cwt_num_sampled, self.cwt_temperature, self.cwt_stop_gradient, self.cwt_gather
             )
         return None
+
+
+def config_with_overrides(make: "Callable[..., PreTrainedConfig]", overrides: str | None) -> "PreTrainedConfig":
+    """A config with what `--config_overrides` says, and with what follows from that.
+
+    `update_from_string` sets fields of a config that has computed others from them already: the width of a head, the
+    kinds of layers, the number of a decoder's layers. Here the values are given to the constructor.
+
+    Args:
+        make: makes the config, from keywords that it adds to its own.
+        overrides: such as `"hidden_size=64,num_hidden_layers=2"`; `None` for none.
+
+    Raises:
+        ValueError, TypeError: what `update_from_string` refuses: a key that the config has not, a wrong value.
+    """
+    config = make()
+    if not overrides:
+        return config
+    config.update_from_string(overrides)
+    keys = [pair.partition("=")[0] for pair in overrides.split(",")]
+    return make(**{key: getattr(config, key) for key in keys})
 
 
 def _read_groups(path: Path) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Averaged SGD that begins when validation stops getting better: NT-ASGD (Merity et al. 2017, section 3)."""
+"""Averages of a model's parameters: a moving one, and averaged SGD that begins when validation stops getting better:
+NT-ASGD (Merity et al. 2017, section 3)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +9,56 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ..config import TyingError
+from ..ties.slots import is_one, named_slots, shared_names
+from ..ties.verify import unwrapped
+
 _FILE = "averaging.safetensors"
+
+
+@torch.no_grad()
+def average_into(averaged: nn.Module, model: nn.Module, decay: float) -> None:
+    """Move an exponential moving average (EMA) by one step: `averaged = decay * averaged + (1 - decay) * model`.
+
+    A tied matrix is moved once. An average in place over `state_dict().items()` moves it once for each of its names.
+
+    The first choice is torch's own `AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))` of
+    `torch.optim.swa_utils`, which also holds the copy. This is for a loop that has a copy of its own.
+
+    Args:
+        averaged: a copy of the model, from `copy.deepcopy(model)`; also in another precision, or on another device.
+        model: the one that is trained, also wrapped (DistributedDataParallel, torch.compile).
+        decay: 0 (the model itself) to 1 (no step). Parameters that are not floating point, and buffers, are copied.
+
+    Raises:
+        TyingError: for other parameters, shapes or ties in the copy than in the model. Nothing is changed.
+
+    Example:
+        >>> averaged = copy.deepcopy(model).requires_grad_(False)
+        >>> optimizer.step()
+        >>> average_into(averaged, model, decay=0.999)
+    """
+    averaged, model = unwrapped(averaged), unwrapped(model)
+    kept, slots = named_slots(averaged), named_slots(model)
+    sizes, wanted = ({name: p.shape for name, p in side.items()} for side in (kept, slots))
+    unlike = [name for name in sizes.keys() | wanted.keys() if sizes.get(name) != wanted.get(name)]
+    if unlike:
+        raise TyingError(
+            f"The copy and the model differ in {len(unlike)} parameters, as {min(unlike)!r}. Expected the same names "
+            "and shapes: make the copy again, by copy.deepcopy(model)."
+        )
+    for names in shared_names(kept):
+        if not is_one(model, names):
+            raise TyingError(
+                f"{', '.join(names)} are one parameter in the copy, and not in the model: it has been untied since. "
+                f"untie the copy too: untie(averaged, {names[1:]}), or make it again, by copy.deepcopy(model)."
+            )
+    pairs = {id(kept[name]): (kept[name], slots[name]) for name in kept}
+    for mine, theirs in pairs.values():
+        theirs = theirs.to(mine.device, mine.dtype)
+        mine.lerp_(theirs, 1 - decay) if mine.is_floating_point() else mine.copy_(theirs)
+    for mine, theirs in zip(averaged.buffers(), model.buffers(), strict=True):
+        mine.copy_(theirs)
 
 
 class Averaging:
@@ -79,7 +129,7 @@ class Averaging:
         self.mean = {name: value.to(places[name]) for name, value in mean.items()} or None
 
     def _parameters(self) -> list[tuple[str, nn.Parameter]]:
-        return [(str(name), p) for name, p in self.model.named_parameters() if p.requires_grad]
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
     @torch.no_grad()
     def _put(self, values: dict[str, torch.Tensor]) -> None:

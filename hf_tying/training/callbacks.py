@@ -1,5 +1,7 @@
 """`TyingCallback`: a Trainer that says when a tie breaks, what each role does, and changes ties on the way."""
 
+from collections import Counter
+
 import torch
 from torch import nn
 from transformers import IntervalStrategy, PreTrainedModel, TrainerCallback
@@ -7,7 +9,7 @@ from transformers.utils import logging
 
 from ..config import TyingError
 from ..diagnostics.diagnosis import diagnose
-from ..ties.slots import find_parameter
+from ..ties.anatomy import Anatomy
 from ..ties.verify import assert_tied, groups_of, unwrapped
 from .roles import ROLES, RoleMeter, measured_roles, scale_input_gradient
 from .schedules import check_when, freeze_role, guard, refuse_unheld, step_of, untie_trained
@@ -23,12 +25,18 @@ class TyingCallback(TrainerCallback):
 
     A "moment" is a fraction of all steps (a float above 0, up to 1.0) or a number of steps (an int from 1).
 
+    The optimizer is compared with the model too (`assert_optimized`): it may have been made before a `tie` or `untie`.
+    What is not seen: a recipe that looks for `lm_head` in `named_parameters()`, which lists a tied matrix under the
+    first of its names (ask `hf_tying.names_of`), and an average that has moved a tied matrix once for each name in a
+    state dict (use torch's `AveragedModel`, or `hf_tying.training.average_into`).
+
     Args:
         log_roles: with every log, also the gradient norm of each tied matrix by role: `grad_norm/<group>/<role>` for
             the part that comes through that use (input rows looked up, or the softmax) and
             `grad_share/<group>/<role>`, its share in the sum of these norms. Measured on the last backward pass before
             a log, at no further matrix product; one more matrix of the tied size is alive for each role during that
-            pass.
+            pass. A loss that takes the matrix without calling the head (Liger, TRL's fused loss) hides a role: that is
+            told, the role has no `grad_norm`, and its group no `grad_share`.
         untie_at: the moment up to which the model trains tied; then it goes on untied, as `untie(model)` has it, with
             the optimizer's state copied (`untie_trained`). `None`, the default, is never, as 1.0 is. The config says
             it from then on. **To resume from a checkpoint made after that, give Trainer an untied model**: the one
@@ -47,8 +55,8 @@ class TyingCallback(TrainerCallback):
             words by 200, many seconds for 50,000 by 768.
 
     Raises:
-        TyingError: for values out of range. At train begin or at a save, when a tie does not hold, or the optimizer
-            was made before the tie and holds matrices that are no longer the model's; when `untie_at` or `freeze` is
+        TyingError: for values out of range. At train begin or at a save, when a tie does not hold. At train begin,
+            when the optimizer leaves a matrix out, or has a tied one twice; when `untie_at` or `freeze` is
             used in several processes, with nothing tied, or with a role that the model has not; when a run is resumed
             after `untie_at` with a tied model.
 
@@ -87,6 +95,7 @@ class TyingCallback(TrainerCallback):
         self.input_gradient_scale = input_gradient_scale
         self.diagnose_with, self.diagnose_steps = diagnose_with, diagnose_steps
         self._meter: RoleMeter | None = None
+        self._unseen: list[tuple[str, str]] = []
         self._frozen: list[nn.Parameter] = []
         self._handles: list = []
         self._untie_step: int | None = None
@@ -108,6 +117,8 @@ class TyingCallback(TrainerCallback):
             self._plan_untying(args, state, inner, optimizer)
         if self.freeze is not None and not self._is_past(state, self.freeze_until):
             self._frozen = freeze_role(inner, optimizer, self.freeze)
+            until = "to the end" if self.freeze_until is None else f"until freeze_until={self.freeze_until}"
+            logger.warning(f"Step {state.global_step}: role {self.freeze} is frozen {until}.")
         if self.diagnose_with is not None:
             diagnose(inner, self.diagnose_with)  # what is wrong with the twin is said now
         for group in groups_of(inner):
@@ -120,13 +131,14 @@ class TyingCallback(TrainerCallback):
     def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         if self._untie_step is not None and state.global_step >= self._untie_step:
             self._untie_step = None
-            logger.info(f"Step {state.global_step}: untying (untie_at={self.untie_at}).")
+            # Warnings, here and below, so that they are seen: transformers shows nothing lower unless it is asked to.
+            logger.warning(f"Step {state.global_step}: untying (untie_at={self.untie_at}).")
             untie_trained(unwrapped(model), optimizer)
             if self._meter is not None:  # another one, for what is still tied
                 self._meter.detach()
                 self._meter = RoleMeter(unwrapped(model))
         if self._frozen and self._is_past(state, self.freeze_until):
-            logger.info(f"Step {state.global_step}: role {self.freeze} is trained from now on.")
+            logger.warning(f"Step {state.global_step}: role {self.freeze} is trained from now on.")
             self._free()
         if self._meter is not None:
             self._meter.attach() if _is_logged(args, state) else self._meter.detach()
@@ -137,7 +149,7 @@ class TyingCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
         if logs is None or "loss" not in logs:
             return
-        found = self._meter.norms() if self._meter is not None else {}
+        found = self._measured() if self._meter is not None else {}
         if self.diagnose_with is not None and state.global_step % (self.diagnose_steps or 1) == 0:
             found |= diagnose(model, self.diagnose_with).to_logs()
         logs.update(found)
@@ -146,6 +158,18 @@ class TyingCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self._let_go()
+
+    def _measured(self) -> dict[str, float]:
+        """What the meter has seen, for the log; what it has not seen is told once."""
+        if (unseen := self._meter.unseen()) and unseen != self._unseen:
+            uses = ", ".join(f"{group}/{role}" for group, role in unseen)
+            logger.warning(
+                f"log_roles: {uses} was not seen in the backward pass: the loss takes the matrix without calling its "
+                "module (Liger, TRL's fused loss), or the role is not in use. The log has no grad_norm of it, and no "
+                "grad_share of its group."
+            )
+        self._unseen = unseen
+        return self._meter.norms()
 
     def _plan_untying(self, args, state, model: PreTrainedModel, optimizer) -> None:
         step = step_of(self.untie_at, state.max_steps)
@@ -209,21 +233,46 @@ def _is_logged(args, state) -> bool:
 
 
 def assert_optimized(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """The optimizer steps every tied matrix that is trained.
+    """The optimizer steps what the model trains, and each tied matrix once.
+
+    Nothing is said of an optimizer without any parameter of the model: it has flattened or sharded copies (DeepSpeed,
+    FSDP1), or steps during the backward pass. Among the rest, what has `requires_grad` and is in no parameter group:
+
+    - a tied matrix or an embedding, where the optimizer has most of what is trained, is an error: it was made before
+      `tie` or `untie`, or chose its parameters by a name that is not in `named_parameters()`;
+    - any other parameter, and a matrix where the optimizer has but a part of the model, may be meant: a warning.
 
     Raises:
-        TyingError: when it was made before `tie` or `untie`, and holds parameters that are no longer the model's.
+        TyingError: for a matrix that is left out, and for a tied one that is stepped twice.
     """
-    inner = unwrapped(model)
-    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    own = {id(p) for p in model.parameters()}
-    if not stepped & own:
-        return  # an optimizer over flattened or sharded copies (DeepSpeed, FSDP1): nothing can be said
-    for group in groups_of(inner):
-        parameter = find_parameter(inner, group.root)
-        if parameter is not None and parameter.requires_grad and id(parameter) in own and id(parameter) not in stepped:
+    held = Counter(id(p) for group in optimizer.param_groups for p in group["params"])
+    if not any(id(p) in held for p in model.parameters()):
+        return
+    anatomy = Anatomy(unwrapped(model))
+    groups = groups_of(anatomy.model)
+    for group in groups:
+        if held[id(anatomy.slots.get(group.root))] > 1:
             raise TyingError(
-                f"The optimizer does not hold the matrix of group {group.name!r} ({', '.join(group.names)}): it was "
-                "made before the tie, or its parameter groups leave it out. Make the optimizer after tie() and "
-                "untie()."
+                f"The optimizer has the matrix of group {group.name!r} ({', '.join(group.names)}) more than once, and "
+                "steps it once for each. Choose parameters from model.named_parameters(), which lists it once; "
+                "names_of(model, parameter) gives all of its names."
             )
+    named = {id(p): [name] for name, p in model.named_parameters()}  # with those of PEFT beside the model: prompts
+    inside: dict[int, list[str]] = {}
+    for name, parameter in anatomy.slots.items():
+        inside.setdefault(id(parameter), []).append(name)
+    trained = [id(p) for p in model.parameters() if p.requires_grad]
+    left_out = [(named | inside)[key] for key in trained if key not in held]
+    if not left_out:
+        return
+    ours = {name for group in groups for name in group.names} | anatomy.role_of.keys()
+    matrices = [name for names in left_out for name in names if name in ours]
+    told = ", ".join(map("/".join, left_out[:3])) + (", ..." if len(left_out) > 3 else "")
+    what = f"The optimizer leaves out {len(left_out)} of {len(trained)} trained parameters: {told}"
+    if matrices and len(left_out) < len(trained) / 2:
+        raise TyingError(
+            f"{what}. {', '.join(matrices)} would never be trained: the optimizer was made before tie() or untie(), "
+            "or its parameter groups leave that out. Make the optimizer after tie() and untie(); for what shall not "
+            "be trained: requires_grad_(False)."
+        )
+    logger.warning(f"{what}. They stay as they are; requires_grad_(False) says that it is meant.")

@@ -49,12 +49,15 @@ class RoleMeter:
     def __init__(self, model: nn.Module):
         self.model = model
         self._handles: list = []
+        self._watched: list[tuple[str, str]] = []
         self._norms: dict[tuple[str, str], torch.Tensor] = {}
 
     def attach(self) -> None:
         """Watch every forward pass until `detach`."""
         if self._handles:
             return
+        self._norms.clear()
+        self._watched.clear()
         role_of = Anatomy(self.model).role_of
         for group in groups_of(self.model):
             for name in group.names:
@@ -68,17 +71,32 @@ class RoleMeter:
         self._handles.clear()
 
     def norms(self) -> dict[str, float]:
-        """`grad_norm/<group>/<role>` (L2) and `grad_share/<group>/<role>` (0 to 1) of the last backward pass."""
+        """`grad_norm/<group>/<role>` (L2) and `grad_share/<group>/<role>` (0 to 1) of the last backward pass.
+
+        A group of which a role was not seen has no shares.
+        """
         norms = {key: float(value) for key, value in self._norms.items()}
         totals: dict[str, float] = {}
         for (group, _), norm in norms.items():
             totals[group] = totals.get(group, 0.0) + norm
         logs = {f"grad_norm/{group}/{role}": norm for (group, role), norm in norms.items()}
-        logs |= {f"grad_share/{g}/{role}": norm / totals[g] if totals[g] else 0.0 for (g, role), norm in norms.items()}
+        whole = totals.keys() - {group for group, _ in self.unseen()}
+        for (group, role), norm in norms.items():
+            if group in whole:
+                logs[f"grad_share/{group}/{role}"] = norm / totals[group] if totals[group] else 0.0
         return logs
+
+    def unseen(self) -> list[tuple[str, str]]:
+        """The groups and roles through which no gradient was seen to come in the last backward pass.
+
+        A loss that takes the matrix itself, and does not call the head, is such a use. Before the first pass, and of a
+        matrix that is not trained, there is nothing to see.
+        """
+        return [key for key in dict.fromkeys(self._watched) if key not in self._norms] if self._norms else []
 
     def _watch(self, module: nn.Module, group: str, role: str) -> None:
         key = (group, role)
+        self._watched.append(key)
         parameters: list[nn.Parameter] = []
 
         def before(module, args):

@@ -25,7 +25,7 @@ def special_ids(tokenizer) -> dict[str, int | None]:
     return {name: getattr(tokenizer, _INSTEAD[name]) if value is None else value for name, value in ids.items()}
 
 
-def translation_config(model_type: str, tokenizer, target_tokenizer=None) -> PreTrainedConfig:
+def translation_config(model_type: str, tokenizer, target_tokenizer=None, **changes) -> PreTrainedConfig:
     """The default config of a type of translation model, with the sizes and special ids of its tokenizers.
 
     The decoder starts with the padding (Marian, T5), the end (BART) or the beginning, as in the type's own default.
@@ -34,6 +34,7 @@ def translation_config(model_type: str, tokenizer, target_tokenizer=None) -> Pre
         model_type (`str`): such as `"marian"`, `"bart"` or `"t5"`.
         tokenizer: of the source side, and of the target side if it is the only one.
         target_tokenizer (*optional*): of the target side; Marian then gets separate embeddings.
+        changes: further fields of the config.
 
     Raises:
         TyingError: for a type that transformers does not know or that is no encoder-decoder, and for two tokenizers
@@ -67,7 +68,7 @@ def translation_config(model_type: str, tokenizer, target_tokenizer=None) -> Pre
     fields["decoder_start_token_id"] = fields[(as_in_stock or [unsaid])[0]]
     if getattr(stock, "forced_eos_token_id", None) is not None:
         fields["forced_eos_token_id"] = fields["eos_token_id"]
-    return AutoConfig.for_model(model_type, **fields)
+    return AutoConfig.for_model(model_type, **fields | changes)
 
 
 def fill_special_ids(model, target_tokenizer) -> None:

@@ -98,12 +98,16 @@ def start(main, folder, out, *flags, task="classification", form="tsv") -> str:
 
 @pytest.fixture(scope="module")
 def classified(main, folder, tmp_path_factory):
-    """All methods, in more than one epoch, with a dropout that draws another number of times in each of them."""
+    """All methods, in more than one epoch, with a dropout that draws another number of times in each of them.
+
+    The folder, the flags, what was printed, and the report: some tests let the script write another one there.
+    """
     out = tmp_path_factory.mktemp("runs") / "out"
     saving = ("--save_steps", 4, "--save_total_limit", 3)
     rates = ("--learning_rates", "lora=1e-2,tied=2e-2", "TL5=3e-2")
     flags = ("--compare", "lora,vera,TL5", "--dropout", 0.2, *saving, *rates)
-    return out, flags, start(main, folder, out, *flags)
+    printed = start(main, folder, out, *flags)
+    return out, flags, printed, report(out)
 
 
 def report(out) -> dict[str, dict]:
@@ -116,8 +120,7 @@ def tied_is_shared(model) -> None:
 
 
 def test_the_table_has_a_row_for_each_method_with_its_sizes_and_rate(classified):
-    out, _, printed = classified
-    rows = report(out)
+    out, _, printed, rows = classified
     assert list(rows) == ["TL6", "lora", "vera", "TL5"]
     assert [rows[name]["parameters"] for name in ("TL6", "lora", "TL5")] == [TL6, LORA, TL5]
     assert rows["TL6"]["of_lora"] == TL6 / LORA
@@ -134,16 +137,16 @@ def test_the_table_has_a_row_for_each_method_with_its_sizes_and_rate(classified)
 
 
 def test_its_accuracy_is_that_of_the_saved_adapter(classified, folder):
-    out, _, _ = classified
-    for name, row in report(out).items():
+    out, _, _, rows = classified
+    for name, row in rows.items():
         ids = {'an "odd': 0, "even": 1}
         base = AutoModelForSequenceClassification.from_pretrained(folder / "llama", num_labels=2)
         base.config.pad_token_id = 0
         model = PeftModel.from_pretrained(base, out / f"{name}-seed0").eval()
         tokenizer = AutoTokenizer.from_pretrained(out / f"{name}-seed0")
-        rows = [line.split("\t") for line in (folder / "test.tsv").read_text().splitlines()[1:]]
+        sentences = [line.split("\t") for line in (folder / "test.tsv").read_text().splitlines()[1:]]
         hits = []
-        for sentence, label in rows:
+        for sentence, label in sentences:
             with torch.no_grad():
                 logits = model(**tokenizer(sentence, return_tensors="pt", truncation=True, max_length=16)).logits
             hits.append(int(logits.argmax()) == ids[label])
@@ -152,7 +155,7 @@ def test_its_accuracy_is_that_of_the_saved_adapter(classified, folder):
 
 
 def test_a_finished_run_is_kept_and_a_seed_added(main, classified, folder):
-    out, flags, _ = classified
+    out, flags, *_ = classified
     files = [file for file in out.glob("*-seed0/*") if file.is_file()]
     written = {file: file.stat().st_mtime_ns for file in files}
     printed = start(main, folder, out, *flags, "--compare", "lora", "--seeds", 0, 1)
@@ -169,7 +172,7 @@ def json_runs(out):
 
 
 def test_a_stopped_run_goes_on_to_the_same_end(main, classified, folder):
-    out, flags, _ = classified
+    out, flags, *_ = classified
     run = out / "TL6-seed0"
     before, result = load_file(run / "adapter_model.safetensors"), json.loads((run / "result.json").read_text())
     (run / "result.json").unlink()
@@ -185,13 +188,13 @@ def test_a_stopped_run_goes_on_to_the_same_end(main, classified, folder):
 
 
 def test_a_run_with_other_settings_is_not_taken_for_this_one(main, classified, folder):
-    out, flags, _ = classified
+    out, flags, *_ = classified
     with pytest.raises(TyingError, match=r"other settings \(learning_rate 0.02, now 0.5\): give another --output_dir"):
         start(main, folder, out, *flags, "--learning_rates", "lora=1e-2,TL6=0.5")
 
 
 def test_the_same_rows_as_json_are_the_same_data(main, classified, folder):
-    out, flags, _ = classified
+    out, flags, *_ = classified
     assert "Kept " in start(main, folder, out, *flags, "--compare", "", form="json")
 
 

@@ -102,8 +102,9 @@ def test_its_scores_are_those_of_the_saved_translations(experiment, texts):
         lines = (folder / f"{scheme}-seed0" / "translations.txt").read_text(encoding="utf-8").splitlines()
         chrf = sacrebleu.corpus_chrf(lines, [references])
         assert result["bleu"]["score"] == sacrebleu.corpus_bleu(lines, [references], tokenize="none", force=True).score
-        assert result["chrf"]["score"] == chrf.score > 0
+        assert result["chrf"]["score"] == chrf.score
         assert "tok:none" in result["bleu"]["signature"] and result["bleu"]["signature"] in printed
+    assert any(result["chrf"]["score"] > 0 for result in report["results"])  # so that there is something to compare
 
 
 def test_the_saved_model_translates_as_it_did(experiment, texts):

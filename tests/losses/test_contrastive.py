@@ -22,7 +22,7 @@ def told():
     handler.emit = lambda record: messages.append(record.getMessage())
     logger = stdlib_logging.getLogger("hf_tying")
     logger.addHandler(handler)
-    contrastive._warn_once.cache_clear()
+    contrastive._warned.clear()
     yield messages
     logger.removeHandler(handler)
 
@@ -183,6 +183,8 @@ def test_one_position_or_none_is_zero_and_said_once(negatives, how_many, told):
         loss = contrastive_weight_tying_loss(hidden, weight, labels, negatives=negatives)
     found = torch.autograd.grad(loss, (hidden, weight))
     assert loss.item() == 0 and all(torch.count_nonzero(gradient) == 0 for gradient in found)
+    labels.view(-1)[: 1 - how_many] = 4  # another number of them, of which is told no more
+    contrastive_weight_tying_loss(hidden, weight, labels, negatives=negatives)
     assert len(told) == 1 and f"{how_many} positions that count" in told[0]
 
 

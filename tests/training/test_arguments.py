@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import pytest
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import AutoConfig, HfArgumentParser, TrainingArguments
 
 from hf_tying import TyingConfig, TyingError
-from hf_tying.training import TyingArguments
+from hf_tying.training import TyingArguments, config_with_overrides
 
 GROUPS = {"layers": ["model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"]}
 
@@ -77,3 +78,28 @@ def test_the_flags_on_training_become_the_callback():
 
 def test_every_flag_has_its_help():
     assert all(len(field.metadata["help"]) > 40 for field in dataclasses.fields(TyingArguments))
+
+
+# --- overrides of a config -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type, overrides", [
+    ("llama", "hidden_size=64,num_attention_heads=4"), ("qwen3", "num_hidden_layers=2"),
+    ("gemma3_text", "num_hidden_layers=2"), ("t5", "num_layers=1"), ("mamba", "hidden_size=64"),
+    ("olmo2", "hidden_size=64,num_attention_heads=4"), ("xlnet", "d_model=64,n_head=4"), ("gpt2", "n_embd=64"),
+])  # fmt: skip
+def test_overrides_give_the_config_that_its_constructor_gives(model_type, overrides):
+    given = {key: int(value) for key, value in (pair.split("=") for pair in overrides.split(","))}
+    found = config_with_overrides(partial(AutoConfig.for_model, model_type, vocab_size=99), overrides)
+    assert found.to_dict() == AutoConfig.for_model(model_type, vocab_size=99, **given).to_dict()
+    assert found.to_dict() != AutoConfig.for_model(model_type, vocab_size=99).to_dict()
+
+
+def test_a_key_that_the_config_has_not_is_refused_as_in_transformers():
+    with pytest.raises(ValueError, match="key hiden_size"):
+        config_with_overrides(partial(AutoConfig.for_model, "llama"), "hiden_size=64")
+
+
+def test_no_overrides_leave_a_config_as_it_is():
+    make = partial(AutoConfig.for_model, "llama", hidden_size=64)
+    assert config_with_overrides(make, None).to_dict() == make().to_dict()

@@ -245,13 +245,16 @@ def test_several_texts_are_evaluated_by_name_and_none_is_an_error(text, tmp_path
             trainer.evaluate(nothing)
 
 
-def test_it_learns_and_stays_tied_through_trainers_own_evaluation_and_saving(text, tmp_path):
+def test_it_learns_and_stays_tied_through_trainers_own_evaluation_and_saving(tmp_path):
+    """Eight words in a circle: after each only one can follow, so that the perplexity falls from 8 to nearly 1."""
+    circle = torch.arange(1000) % 8
+    text = {"train": circle, "valid": circle[:100]}
     trainer = make_trainer(
-        make_model(text, initializer_range=0.3, recurrent_initializer_range=0.3),
+        make_model(text, initializer_range=0.5, recurrent_initializer_range=0.5),
         text,
         tmp_path,
-        num_train_epochs=12,
-        learning_rate=3.0,
+        num_train_epochs=6,
+        learning_rate=0.5,
         eval_strategy="epoch",
         save_strategy="epoch",
     )
@@ -260,7 +263,7 @@ def test_it_learns_and_stays_tied_through_trainers_own_evaluation_and_saving(tex
     trainer.train()
     logs = json.loads((tmp_path / f"checkpoint-{trainer.state.global_step}" / "trainer_state.json").read_text())
     evaluated = [log["eval_perplexity"] for log in logs["log_history"] if "eval_perplexity" in log]
-    assert len(evaluated) == 12 and evaluated[-1] < 0.7 * before
+    assert before > 7 and len(evaluated) == 6 and evaluated[-1] < 1.5
     assert all(log["tokens_per_second"] > 0 for log in trainer.state.log_history if "train_perplexity" in log)
 
 
