@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -10,6 +9,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_tying import tie
 from hf_tying.cli import main
+
+from ..processes import run_python
 
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "numpy", "tokenizers", "matplotlib"}
 
@@ -48,9 +49,7 @@ def test_help_loads_nothing_heavy(arguments):
         "except SystemExit as end: assert not end.code, end.code\n"
         f"assert not {HEAVY!r} & set(sys.modules), {HEAVY!r} & set(sys.modules)"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0, result.stderr
-    assert "Usage: hf-tying" in result.stdout
+    assert "Usage: hf-tying" in run_python("-c", code).stdout
 
 
 def test_inspect_prints_a_table(hf_tying, tied_folder):
@@ -78,8 +77,7 @@ def test_an_error_is_a_message_and_not_a_traceback(tied_folder):
     broken = tied_folder.parent / "broken [bold]"
     shutil.copytree(tied_folder, broken)
     (broken / "config.json").write_text(json.dumps(config | {"tying": {"version": 1, "scheme": "two_wey"}}))
-    command = [sys.executable, "-m", "hf_tying", "inspect", broken]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    result = run_python("-m", "hf_tying", "inspect", broken, check=False)
     assert result.returncode == 1
     assert "two_wey" in result.stderr and "two_way" in result.stderr
     assert "Traceback" not in result.stderr and result.stdout == ""

@@ -1,8 +1,6 @@
 """The corpus made from CLDR: right, the same everywhere, and split so that nothing leaks and all can be learnt."""
 
-import os
 import re
-import subprocess
 import sys
 
 import pytest
@@ -14,6 +12,8 @@ from hf_tying import TyingError
 from hf_tying.data.cldr import cldr_corpus
 from hf_tying.data.cldr_phrases import phrases
 from hf_tying.data.split import Pair, comparable, split_pairs
+
+from ..processes import run_python
 
 WORD = re.compile(r"[^\W\d_]+")
 
@@ -96,15 +96,10 @@ def test_every_word_to_be_written_has_been_learnt(english_german):
 
 def test_the_corpus_is_the_same_in_every_process_and_another_one_by_seed(english_german):
     code = "from hf_tying.data.cldr import cldr_corpus; print(*(side.fingerprint for side in cldr_corpus()))"
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, "PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "LC_ALL": "C"},
-    )
-    assert result.stdout.split() == [side.fingerprint for side in english_german], result.stderr
-    assert {side.fingerprint for side in cldr_corpus(seed=1)}.isdisjoint(result.stdout.split())
+    elsewhere = {"PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "LC_ALL": "C"}
+    fingerprints = run_python("-c", code, environment=elsewhere).stdout.split()
+    assert fingerprints == [side.fingerprint for side in english_german]
+    assert {side.fingerprint for side in cldr_corpus(seed=1)}.isdisjoint(fingerprints)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +144,7 @@ def test_lines_that_differ_in_the_writing_of_numbers_alone_are_one_line():
 LINES = st.sampled_from(["a", "A", "b", "c 1,000", "c 1.000", "d", "e", "f"])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.builds(Pair, st.sampled_from([None, "x", "y", "z"]), LINES, LINES), max_size=12), st.floats(0, 1))
 def test_a_split_never_leaks_and_keeps_groups_together(pairs, fraction):
     training, validation = split_pairs(pairs, fraction)

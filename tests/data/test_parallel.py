@@ -55,7 +55,7 @@ def test_a_windows_file_with_a_byte_order_mark_reads_the_same(tmp_path, corpus):
 
 @given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\n\r\ufeff"), min_size=1), min_size=1))
 @example(["one\u2028two", "three\x0bfour\x85five", "six\x1cseven"])
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_nothing_but_a_line_feed_moves_one_side_against_the_other(tmp_path_factory, sentences):
     sentences = [sentence.strip() or "x" for sentence in sentences]
     numbers = [str(i) for i in range(len(sentences))]

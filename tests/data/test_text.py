@@ -1,7 +1,5 @@
 """The corpus, its split, the tokenizer and the blocks."""
 
-import subprocess
-import sys
 from collections import Counter, defaultdict
 
 import pytest
@@ -14,12 +12,24 @@ from hf_tying.data import (
     standard_library_corpus,
     train_byte_level_bpe,
 )
+from hf_tying.data import text as text_module
 from hf_tying.data.text import _docstrings, _language_reference
+
+from ..processes import run_python
 
 
 @pytest.fixture(scope="module")
-def library():
-    return standard_library_corpus()
+def documents():
+    """What the corpus of the library is made of: the files are read once."""
+    return [*_language_reference(), *_docstrings()]
+
+
+@pytest.fixture(scope="module")
+def library(documents):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_module, "_language_reference", lambda: documents)
+        patch.setattr(text_module, "_docstrings", lambda: [])
+        return standard_library_corpus()
 
 
 def paragraphs(texts):
@@ -44,9 +54,9 @@ def test_no_paragraph_of_the_library_stands_on_both_sides_or_twice(library):
     assert len(train) == len(set(train)) and len(validation) == len(set(validation))
 
 
-def test_a_module_and_its_pure_python_twin_stand_on_one_side(library):
+def test_a_module_and_its_pure_python_twin_stand_on_one_side(library, documents):
     first_group, files = {}, Counter()
-    for document in (*_language_reference(), *_docstrings()):
+    for document in documents:
         files[document.group] += 1
         for paragraph in paragraphs([document.text]):
             first_group.setdefault(paragraph, document.group)
@@ -70,10 +80,8 @@ def test_modules_are_read_and_not_run_and_in_the_same_order_in_every_process(lib
         "import sys; from hf_tying.data import standard_library_corpus; print(standard_library_corpus().fingerprint)\n"
         "assert not {'this', 'antigravity', 'turtle', 'idlelib', 'sqlite3', 'curses'} & set(sys.modules)"
     )
-    environment = {"PYTHONPATH": ":".join(sys.path), "PYTHONHASHSEED": "7"}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == library.fingerprint  # and nothing else: `import this` would print
+    printed = run_python("-c", code, environment={"PYTHONHASHSEED": "7"}).stdout
+    assert printed.strip() == library.fingerprint  # and nothing else: `import this` would print
 
 
 def test_the_end_of_a_file_is_held_out_at_a_paragraph(tmp_path):

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -21,11 +20,11 @@ from hf_tying.demo.report import comparison_table
 from hf_tying.demo.settings import DemoSettings
 from hf_tying.demo.training import Run, _RecordingCollator
 
+from ..processes import run_python
+
 
 def hf_tying(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "hf_tying", *map(str, arguments)], capture_output=True, text=True, timeout=170
-    )
+    return run_python("-m", "hf_tying", *arguments, check=False)
 
 
 @pytest.fixture(scope="module")

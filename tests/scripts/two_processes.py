@@ -1,11 +1,5 @@
-"""Ties under DDP (through Accelerate) and FSDP2, in two processes on the CPU. Rank 0 prints one JSON line.
+"""Ties under DDP (through Accelerate) and FSDP2, in two processes on the CPU: started by `run_script`."""
 
-Started by `python -m torch.distributed.run --nproc_per_node 2`: without MPI, `accelerate launch --cpu` starts one
-process.
-"""
-
-import json
-import sys
 import tempfile
 
 import torch
@@ -16,22 +10,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from hf_tying import assert_tied, tie
-from tests.tiny import logits, tiny_inputs, tiny_model
+from tests.processes import run_cases
+from tests.tiny import logits, tiny_inputs, tiny_model, without_dropout
 
 
 def batch(model, rank: int) -> dict:
     """Each process sees its own half of the batch."""
     return {name: value[rank : rank + 1] for name, value in tiny_inputs(model).items()}
-
-
-def without_dropout(model):
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for name in ("dropout", "attention_dropout", "activation_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-    return model.train()
 
 
 def alone(arch: str, spec, **kwargs) -> torch.Tensor:
@@ -107,9 +92,4 @@ CASES = {
 }
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    results = {name: CASES[name]() for name in sys.argv[1:] or CASES}
-    if dist.get_rank() == 0:
-        print("RESULTS " + json.dumps(results))
-    dist.destroy_process_group()
+    run_cases(CASES)

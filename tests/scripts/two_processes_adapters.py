@@ -1,9 +1,5 @@
-"""Tied-LoRA under DDP (through Accelerate) and FSDP2, in two processes on the CPU. Rank 0 prints one JSON line.
+"""Tied-LoRA under DDP (through Accelerate) and FSDP2, in two processes on the CPU: started by `run_script`."""
 
-Started by `python -m torch.distributed.run --nproc_per_node 2`.
-"""
-
-import json
 import tempfile
 
 import torch
@@ -14,6 +10,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from tests.processes import run_cases
 from tests.tied_lora import outputs, tied_lora
 from tests.tiny import tiny_inputs, tiny_model
 
@@ -86,9 +83,4 @@ CASES = {
 }
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    results = {name: case() for name, case in CASES.items()}
-    if dist.get_rank() == 0:
-        print("RESULTS " + json.dumps(results))
-    dist.destroy_process_group()
+    run_cases(CASES)

@@ -1,7 +1,8 @@
-"""Two processes train an LSTM with a carried state, each on half of the columns; process 0 prints what came out."""
+"""An LSTM is trained with a carried state, by one process or by two, each on half of the columns: see `run_script`."""
 
-import json
-import sys
+import functools
+import itertools
+import tempfile
 
 import torch
 
@@ -9,11 +10,12 @@ from hf_tying import use_tied_loss
 from hf_tying.data.words import ContiguousText
 from hf_tying.models import TiedLSTMConfig, TiedLSTMForCausalLM
 from hf_tying.training.carried_state import CarriedStateArguments, CarriedStateTrainer
+from tests.processes import run_cases
 
 WORDS, BATCH, STEPS = 20, 4, 5
 
 
-def train(folder: str, sum_over_time: bool, tied_loss: bool) -> tuple:
+def trained(sum_over_time: bool, tied_loss: bool) -> dict:
     torch.manual_seed(0)
     config = TiedLSTMConfig(
         vocab_size=WORDS,
@@ -24,40 +26,33 @@ def train(folder: str, sum_over_time: bool, tied_loss: bool) -> tuple:
     model = TiedLSTMForCausalLM(config)
     if tied_loss:
         use_tied_loss(model)
-    args = CarriedStateArguments(
-        folder,
-        num_train_epochs=2,
-        per_device_train_batch_size=BATCH,
-        sum_over_time=sum_over_time,
-        decay=0.5,
-        save_strategy="no",
-        logging_strategy="epoch",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
     tokens = torch.randint(0, WORDS, (BATCH * (STEPS * 6 + 1),), generator=torch.Generator().manual_seed(1))
-    trainer = CarriedStateTrainer(model, args, train_dataset=ContiguousText(tokens, BATCH, STEPS))
     seen = []
     model.register_forward_pre_hook(
         lambda m, args, kwargs: seen.append(kwargs["input_ids"].tolist()), with_kwargs=True
     )
-    trainer.train()
-    perplexities = [log["train_perplexity"] for log in trainer.state.log_history if "train_perplexity" in log]
-    return {str(n): p.detach().flatten().tolist() for n, p in model.named_parameters()}, seen, perplexities, args
+    with tempfile.TemporaryDirectory() as folder:
+        args = CarriedStateArguments(
+            folder,
+            num_train_epochs=2,
+            per_device_train_batch_size=BATCH,
+            sum_over_time=sum_over_time,
+            decay=0.5,
+            save_strategy="no",
+            logging_strategy="epoch",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        CarriedStateTrainer(model, args, train_dataset=ContiguousText(tokens, BATCH, STEPS)).train()
+    weights = {str(name): p.detach().flatten().tolist() for name, p in model.named_parameters()}
+    return {"processes": args.world_size, "weights": weights, "seen": seen}
 
 
-def main(folder: str) -> None:
-    results = {}
-    for sum_over_time in (True, False):
-        for tied_loss in (True, False):
-            weights, seen, perplexities, args = train(folder, sum_over_time, tied_loss)
-            results[f"{sum_over_time}, {tied_loss}"] = {"weights": weights, "seen": seen, "perplexities": perplexities}
-    if args.process_index == 0:
-        print("RESULTS " + json.dumps({"processes": args.world_size, "cases": results}))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
+CASES = {
+    f"sum over time {summed}, tied loss {tied_loss}": functools.partial(trained, summed, tied_loss)
+    for summed, tied_loss in itertools.product((True, False), repeat=2)
+}
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    run_cases(CASES)

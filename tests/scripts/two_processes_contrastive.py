@@ -1,10 +1,6 @@
-"""Contrastive weight tying with the words of both processes as candidates. Rank 0 prints one JSON line.
-
-Started as `two_processes.py` is.
-"""
+"""Contrastive weight tying with the words of both processes as candidates: started by `run_script`."""
 
 import copy
-import json
 
 import torch
 import torch.distributed as dist
@@ -16,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_tying import use_tied_loss
 from hf_tying.losses import contrastive_weight_tying_loss
 from hf_tying.objectives.objective import ContrastiveObjective
+from tests.processes import run_cases
 from tests.tiny import tiny_inputs, tiny_model
 
 WORDS, WIDTH = 20, 6
@@ -106,9 +103,4 @@ CASES = {
 }
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    results = {name: case() for name, case in CASES.items()}
-    if dist.get_rank() == 0:
-        print("RESULTS " + json.dumps(results))
-    dist.destroy_process_group()
+    run_cases(CASES)

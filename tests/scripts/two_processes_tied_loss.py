@@ -1,12 +1,7 @@
-"""`use_tied_loss` under DDP (through Accelerate) and FSDP2, in two processes on the CPU. Rank 0 prints one JSON line.
-
-Started by `python -m torch.distributed.run --nproc_per_node 2`, see `two_processes.py`.
-"""
+"""`use_tied_loss` under DDP (through Accelerate) and FSDP2, in two processes on the CPU: started by `run_script`."""
 
 import copy
-import json
 import logging
-import sys
 
 import torch
 import torch.distributed as dist
@@ -14,10 +9,13 @@ from accelerate import Accelerator
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
-from hf_tying import assert_tied, tie, use_tied_loss
-from hf_tying.objectives import deferred_logits
+from hf_tying import TyingError, assert_tied, tie, use_tied_loss
+from hf_tying.objectives import step_loss
 from hf_tying.objectives.tied_loss import has_tied_loss
+from tests.objectives.helpers import CWT, batch, model_of, step
+from tests.processes import run_cases
 from tests.tiny import tiny_inputs, tiny_model
 
 STEPS = 3
@@ -27,13 +25,13 @@ told: list[str] = []
 
 def watch() -> None:
     """Count the losses that go through the blocks, and keep what the log tells."""
-    by_blocks = deferred_logits.cross_entropy
+    by_blocks = step_loss.cross_entropy
 
     def counted(*args, **kwargs):
         blocks.append(1)
         return by_blocks(*args, **kwargs)
 
-    deferred_logits.cross_entropy = counted
+    step_loss.cross_entropy = counted
     handler = logging.Handler()
     handler.emit = lambda record: told.append(record.getMessage())
     logging.getLogger("hf_tying").addHandler(handler)
@@ -129,6 +127,21 @@ def undone() -> dict:
     return {"sharded": isinstance(model, FSDPModule), "enabled": has_tied_loss(model)}
 
 
+def objective_under_ddp() -> dict:
+    """An objective for a wrapped model: BERT's head has biases that it leaves unused, GPT-2's has none."""
+    bert, gpt2 = (DistributedDataParallel(model_of(arch)) for arch in ("bert", "gpt2"))
+    error = None
+    try:
+        use_tied_loss(bert, objective=CWT)
+    except TyingError as refusal:
+        error = str(refusal)
+    outputs = step(use_tied_loss(gpt2, objective=CWT), batch(gpt2.module))
+    return {
+        "error": error, "bias is trained": bert.module.cls.predictions.bias.requires_grad,
+        "enabled": has_tied_loss(bert.module), "without logits": outputs.logits is None,
+    }  # fmt: skip
+
+
 CASES = {
     "ddp, before": lambda: ddp(before=True),
     "ddp, after": lambda: ddp(before=False),
@@ -136,13 +149,9 @@ CASES = {
     "fsdp2, after": lambda: fsdp2(before=False),
     "fsdp2, head apart": lambda: fsdp2(before=True, scheme="none", head_apart=True),
     "fsdp2, undone": undone,
+    "ddp, an objective after": objective_under_ddp,
 }
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
     watch()
-    results = {name: CASES[name]() for name in sys.argv[1:] or CASES}
-    if dist.get_rank() == 0:
-        print("RESULTS " + json.dumps(results))
-    dist.destroy_process_group()
+    run_cases(CASES)
