@@ -17,6 +17,7 @@ except PackageNotFoundError:  # a source tree that is not installed
 
 _HOME = {
     "TiedModelMixin": "ties.modeling",
+    "names_of": "ties.slots",
     "tie": "ties.tying",
     "untie": "ties.tying",
     "assert_tied": "ties.verify",

@@ -12,7 +12,6 @@ from types import ModuleType
 
 #: From each old name below the package to where its contents are now.
 MOVED: dict[str, tuple[str, ...]] = {
-    "alias": ("ties.aliases",),
     "alignment": ("diagnostics.geometry",),
     "data.joint_tokenizer": ("vocabularies.tokenizer",),
     "data.joint_vocabulary": ("vocabularies.joint", "vocabularies.conventions"),
@@ -25,7 +24,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "loading": ("ties.checkpoint",),
     "losses.projection": ("projection.penalty",),
     "modeling": ("ties.modeling", "ties.classes"),
-    "parameters": ("ties.slots", "ties.aliases"),
+    "parameters": ("ties.slots",),
     "peft.files": ("peft.tensor_names",),
     "peft.folder": ("peft.adapter_folder",),
     "peft.product": ("peft.scaled_linear",),

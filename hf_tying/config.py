@@ -3,6 +3,7 @@
 Nothing here needs torch or model code, so that a declaration can be read and checked before any model exists.
 """
 
+import copy
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -215,8 +216,21 @@ class TyingConfig:
         return cls(**given, extensions=further)
 
     @classmethod
+    def in_config(cls, config: Any) -> "TyingConfig":
+        """The declaration in the config of a model; the empty one where it has none.
+
+        Args:
+            config: a `PreTrainedConfig`, or anything else that may have an attribute `tying`.
+
+        Raises:
+            TyingError: see `from_dict`.
+        """
+        return cls.from_dict(entry_of(config))
+
+    @classmethod
     def of(cls, scheme_or_groups: "str | list[str] | dict[str, list[str]] | TyingConfig") -> "TyingConfig":
-        """What `tie(model, ...)` accepts: a scheme's name, one group, a dict of named groups, or a `TyingConfig`.
+        """What `tie(model, ...)` accepts: a scheme's name, one group, a dict of named groups, a dict from tied name to
+        source as in transformers' `_tied_weights_keys`, or a `TyingConfig`.
 
         Raises:
             TyingError: for anything else.
@@ -228,6 +242,8 @@ class TyingConfig:
         if isinstance(scheme_or_groups, dict):
             if scheme_or_groups.keys() & {"version", "scheme"}:
                 return cls.from_dict(scheme_or_groups)
+            if scheme_or_groups and all(isinstance(value, str) for value in scheme_or_groups.values()):
+                return cls(groups=_groups_of_pairs(scheme_or_groups))
             return cls(groups=scheme_or_groups)
         if isinstance(scheme_or_groups, list | tuple):
             names = list(scheme_or_groups)
@@ -250,7 +266,7 @@ class TyingConfig:
             entry["loss"] = self.loss
         if self.projection is not None:
             entry["projection"] = self.projection.to_dict()
-        return entry | self.extensions
+        return entry | copy.deepcopy(self.extensions)
 
     def declared_extensions(self) -> dict[str, Any]:
         """The entries beside the ties that are declared, in the order of `EXTENSIONS`, as the file has them."""
@@ -258,15 +274,34 @@ class TyingConfig:
         return {key: entry[key] for key in EXTENSIONS if key in entry}
 
     def replace(self, **changes) -> "TyingConfig":
-        """A copy with some fields changed; also an extension by its key."""
+        """A copy with some fields changed; also an extension by its key, which `None` takes away."""
         further = {key: changes.pop(key) for key in [*changes] if key in EXTENSIONS and key not in _FIELDS}
         if further:
-            changes["extensions"] = self.extensions | further
+            kept = self.extensions | further
+            changes["extensions"] = {key: value for key, value in kept.items() if value is not None}
         return replace(self, **changes)
 
 
 # The keys of an entry that are fields of `TyingConfig`.
 _FIELDS = TyingConfig.__dataclass_fields__.keys() - {"extensions"}
+
+
+def entry_of(config: Any) -> dict[str, Any] | None:
+    """The `tying` entry of a model's config; `None` where it has none, or where a field of that name is another's.
+
+    The config is a `PreTrainedConfig`, or the dict in its file. An entry of this package is a dict with one of its
+    keys. The mere name of a scheme is taken for a mistake.
+
+    Raises:
+        TyingError: for the name of a scheme in the place of an entry.
+    """
+    value = config.get("tying") if isinstance(config, dict) else getattr(config, "tying", None)
+    if isinstance(value, TyingConfig):
+        return value.to_dict()
+    if isinstance(value, str) and value in SCHEMES:
+        return TyingConfig.from_dict(value)  # refuses it, with the form that is expected
+    ours = _FIELDS | EXTENSIONS.keys() | {"version"}
+    return value if isinstance(value, dict) and (not value or value.keys() & ours) else None
 
 
 class TyingConfigMixin:
@@ -322,6 +357,23 @@ def _checked_groups(groups: Any) -> dict[str, list[str]]:
                 f"Group {_short(group)} has {len(names)} name(s) {list(names)}: a tie needs at least two."
             )
     return {group: list(names) for group, names in groups.items()}
+
+
+def _groups_of_pairs(source_of: dict[str, str]) -> dict[str, list[str]]:
+    """Groups from `{tied name: source}`; each source, the root of its group, stands first."""
+    groups: dict[str, list[str]] = {}
+    for name in source_of:
+        root, seen = name, {name}
+        while (root := source_of.get(root, root)) in source_of and root not in seen:
+            seen.add(root)
+        group = groups.setdefault(root, [root])
+        if name not in group:
+            group.append(name)
+    named: dict[str, list[str]] = {}
+    for names in groups.values():
+        base = _group_name(names)
+        named[next(n for n in (base, *(f"{base}_{i}" for i in range(2, 10_000))) if n not in named)] = names
+    return named
 
 
 def _group_name(names: list) -> str:

@@ -16,6 +16,8 @@ from pkgutil import resolve_name
 
 from wrapt import when_imported, wrap_function_wrapper
 
+from .config import entry_of
+
 
 @dataclass(frozen=True)
 class Change:
@@ -54,6 +56,9 @@ TIES = (
     Change(_MODELS, "PreTrainedModel._load_pretrained_model", f"{_HERE}:check_checkpoint",
            "a device map that splits a tie, and a broken file, are refused before weights are read",
            without="both errors are transformers' own"),
+    Change(_MODELS, "PreTrainedModel.from_pretrained", f"{_HERE}:take_tying", "it takes `tying=`, for any class"),
+    Change(_MODELS, "PreTrainedModel.save_pretrained", f"{_HERE}:adopt_ties",
+           "ties of a model inside are saved with the outer one"),
     Change(_CONFIGS, "AutoConfig.from_pretrained", f"{_HERE}:register_models", "it finds our model types"),
     Change(_CONFIGS, "AutoConfig.for_model", f"{_HERE}:register_models", "it finds our model types"),
     Change(_TOKENIZERS, "AutoTokenizer.from_pretrained", f"{_HERE}:register_tokenizer", "it finds JointTokenizer"),
@@ -152,6 +157,9 @@ def _add_tied_lora(peft) -> None:
 
 def honour_entry(wrapped, model, args, kwargs):
     """Around `PreTrainedModel.post_init`: give the model's class the mixin of ties if the config declares any."""
+    from .ties.shared_configs import remember_config
+
+    remember_config(model)
     if not _declares_ties(model):
         return wrapped(*args, **kwargs)
     from .ties.classes import with_mixin
@@ -165,9 +173,30 @@ def honour_entry(wrapped, model, args, kwargs):
 
 def _declares_ties(model) -> bool:
     """Whether the config has a `tying` entry, or a model inside has the mixin by an entry of its own config."""
-    if getattr(model.config, "tying", None) is not None:
-        return True
+    return entry_of(model.config) is not None or _holds_ties(model)
+
+
+def _holds_ties(model) -> bool:
     return any("tie_groups" in vars(module) for module in model.modules())
+
+
+def take_tying(wrapped, cls, args, kwargs):
+    """Around `PreTrainedModel.from_pretrained`: `tying=` is the declaration for this load."""
+    if "tying" not in kwargs:
+        return wrapped(*args, **kwargs)
+    from .ties.declaring import from_pretrained
+
+    return from_pretrained(wrapped, cls, args, kwargs)
+
+
+def adopt_ties(wrapped, model, args, kwargs):
+    """Around `PreTrainedModel.save_pretrained`: a tie that was made on a model inside is the outer one's too."""
+    if _holds_ties(model):
+        from .ties.inner import adopt_inner_ties
+
+        if adopt_inner_ties(model):
+            return model.save_pretrained(*args, **kwargs)  # by the class that it has now
+    return wrapped(*args, **kwargs)
 
 
 def check_checkpoint(wrapped, instance, args, kwargs):

@@ -2,7 +2,6 @@
 
 import importlib
 import pickle
-import subprocess
 import sys
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from hf_tying import TyingConfig, _moved, assert_tied, tie, use_tied_loss
 from hf_tying.objectives import ContrastiveObjective
 
+from .processes import run_python
 from .tiny import logits, tiny_inputs, tiny_model
 
 PUBLIC = {
@@ -69,10 +69,7 @@ for module in {modules!r}:
     for name in importlib.import_module(module).__all__:
         assert not hasattr(getattr(importlib.import_module(module), name), "__spec__"), (module, name)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program.format(modules=list(PUBLIC))], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
+    run_python("-c", program.format(modules=list(PUBLIC)))
 
 
 @pytest.mark.parametrize("old", sorted(_moved.MOVED))

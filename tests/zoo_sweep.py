@@ -54,6 +54,21 @@ def _fill(found: dict) -> None:
     found["ran"] = True
 
 
+def misread(found: dict) -> list[str]:
+    """What the library's reading of a model says otherwise than a forward pass that used it.
+
+    Names that are over no vocabulary of the config say nothing: a head of one row less, an embedding with more.
+    """
+    use = found["use"]
+    lookups, products = set(use["lookups"]), {*use["products"], *use["dead_products"]}
+    problems = []
+    for role, (name, *carriers) in found["roles"].items():
+        if name in found["over"] and name not in (products if role == "output" else lookups):
+            problems.append(f"{role} {name} is not used as one")
+        problems += [f"{name} is used, and counts as a carrier" for name in carriers if name in lookups | products]
+    return problems
+
+
 @contextmanager
 def _limit(seconds: int) -> Iterator[None]:
     def stop(*_):

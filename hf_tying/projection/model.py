@@ -84,7 +84,7 @@ def merge_projection(model: PreTrainedModel) -> PreTrainedModel:
     if ProjectedModelMixin in mixins_of(type(model)):
         model.__class__ = without_mixin(ProjectedModelMixin, type(model))
     vars(model).pop("loss_parts", None)
-    model.config.tying = TyingConfig.from_dict(model.config.tying).replace(projection=None).to_dict()
+    model.config.tying = TyingConfig.in_config(model.config).replace(projection=None).to_dict()
     return model
 
 
@@ -155,7 +155,7 @@ def _with_penalty(model: PreTrainedModel, outputs, args: tuple, kwargs: dict):
         divisor = ((labels[..., 1:] if shifted else labels) != -100).sum().clamp(min=1)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         divisor = divisor * torch.distributed.get_world_size()
-    settings = TyingConfig.from_dict(model.config.tying).projection
+    settings = TyingConfig.in_config(model.config).projection
     penalty = projection_penalty(
         head.projection.weight, norm=settings.norm, strength=settings.strength, divisor=divisor
     ).to(loss.device)

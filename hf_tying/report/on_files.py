@@ -3,7 +3,7 @@
 from math import prod
 from pathlib import Path
 
-from ..config import TyingConfig, TyingError
+from ..config import TyingConfig, TyingError, entry_of
 from ..ties.headers import read_header, read_json, shard_names, weight_files
 from .records import TyingReport, bytes_of, group_report, torch_dtype
 
@@ -27,13 +27,15 @@ def report_on_files(folder: Path, source: str) -> TyingReport:
     named = config.get("architectures")
     architecture = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
     architecture = architecture or str(config.get("model_type", "unknown"))
-    entry = TyingConfig.from_dict(config["tying"]) if config.get("tying") is not None else None
+    entry = TyingConfig.in_config(config) if entry_of(config) is not None else None
     blank = _without_weights(config, architecture)
     role_of: dict[str, str] = {}
+    carriers: set[str] = set()
     if blank is not None:
         from ..ties.anatomy import Anatomy
 
-        role_of = Anatomy(blank).role_of
+        anatomy = Anatomy(blank)
+        role_of, carriers = anatomy.role_of, anatomy.carriers
     if entry is not None and (entry.groups or entry.scheme in (None, "none")):
         groups = list(entry.groups.items())
     elif blank is not None:
@@ -48,7 +50,16 @@ def report_on_files(folder: Path, source: str) -> TyingReport:
         in_file = [n for n in names if keys_of[n]]
         shape, dtype = _matrix(keys_of[in_file[0]], header) if in_file else ((), "")
         rows.append(
-            group_report(name, names, role_of, list(shape), torch_dtype(dtype), bytes_of(dtype), in_file=in_file)
+            group_report(
+                name,
+                names,
+                role_of,
+                list(shape),
+                torch_dtype(dtype),
+                bytes_of(dtype),
+                in_file=in_file,
+                carriers=carriers,
+            )  # fmt: skip
         )
     buffers = set() if blank is None else {name for name, _ in blank.named_buffers()}
     held = sum(prod(shape) for key, (shape, _) in header.items() if key not in buffers)

@@ -47,6 +47,7 @@ def report_on_model(model: nn.Module) -> TyingReport:
                 declared=group in declared,
                 actual=distinct == 1 and some is not None,
                 copies=distinct,
+                carriers=anatomy.carriers,
             )
         )
     parameters = sum(p.numel() for p in {id(p): p for p in anatomy.slots.values()}.values())

@@ -1,6 +1,7 @@
 """What a report says: `TyingReport`, a `GroupReport` for each tie group, and the count of what a tie saves."""
 
 import json
+from collections.abc import Container
 from dataclasses import asdict, dataclass, field
 from math import prod
 
@@ -141,17 +142,22 @@ def group_report(
     actual: bool | None = None,
     in_file: list[str] | None = None,
     copies: int = 1,
+    carriers: Container[str] = (),
 ) -> GroupReport:
     """A `GroupReport`, with what the tie saves counted: a matrix for each name but the copies that are kept.
+
+    A carrier (BART's `shared`) is not counted: untied, it goes with the source embedding and is no matrix of its own.
 
     Args:
         role_of: from names to roles; it may have other names too.
         size: bytes of one element.
         copies: how many different parameters the names are. Default 1, as in a tie that holds.
+        carriers: names that hold a role's matrix without using it; it may have others too.
 
     The other arguments are those of `GroupReport`. The defaults are those of a report on files.
     """
-    saved = (len(names) - copies) * prod(shape) if shape else 0
+    counted = [name for name in names if name not in carriers] or names
+    saved = max(len(counted) - copies, 0) * prod(shape) if shape else 0
     return GroupReport(
         name=name,
         names=names,

@@ -7,7 +7,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .declared import declared_pairs, join_chains
 from .roles import Role, find_roles
-from .slots import named_slots, shared_names
+from .slots import named_slots, places_of, shared_names
 
 
 class Anatomy:
@@ -28,9 +28,14 @@ class Anatomy:
         self.model = model
 
     @cached_property
+    def places(self) -> list[tuple[str, nn.Module]]:
+        """Every module with its path; one that stands at several paths, at each of them."""
+        return places_of(self.model)
+
+    @cached_property
     def slots(self) -> dict[str, nn.Parameter]:
         """Every name of every parameter, tied ones under each of their names."""
-        return named_slots(self.model)
+        return named_slots(self.model, self.places)
 
     @cached_property
     def modules(self) -> set[str]:
@@ -49,17 +54,17 @@ class Anatomy:
     @cached_property
     def declared(self) -> list[list[str]]:
         """The names that the stock loader would tie by itself, given the flags in the config as they are."""
-        return join_chains(declared_pairs(self.model, self.slots))
+        return join_chains(self.declared_pairs())
 
     @cached_property
     def declarable(self) -> list[list[str]]:
         """The names that the classes can tie, whatever the config says."""
-        return join_chains(declared_pairs(self.model, self.slots, gated=False))
+        return join_chains(self.declared_pairs(gated=False))
 
     @cached_property
     def roles(self) -> dict[str, Role]:
         """The roles that the model has, in the order `source`, `target`, `output`."""
-        return find_roles(self.model, self.declarable)
+        return find_roles(self.model, self.declarable, self.places)
 
     @cached_property
     def role_of(self) -> dict[str, str]:
@@ -67,9 +72,19 @@ class Anatomy:
         return {name: role for role, found in self.roles.items() for name in found.names}
 
     @cached_property
+    def one_slot(self) -> list[tuple[str, str]]:
+        """The pairs of roles that one module has: a class without a head of its own when it is tied (MPT)."""
+        names = {role: found.name for role, found in self.roles.items()}
+        return [(a, b) for a in names for b in names if a < b and names[a] == names[b]]
+
+    @cached_property
     def carriers(self) -> set[str]:
         """The names that hold a role's matrix without using it."""
         return {name for role in self.roles.values() for name in role.carriers}
+
+    def declared_pairs(self, gated: bool = True, checked: bool = False) -> list[tuple[str, str]]:
+        """What the classes declare as tied, read anew (see `declared.declared_pairs`)."""
+        return declared_pairs(self.places, self.slots, gated, checked)
 
     def without_roles(self, chains: list[list[str]]) -> list[list[str]]:
         """Those of `chains` that have nothing to do with the embeddings."""

@@ -1,14 +1,17 @@
 """Reconcile tie groups with a checkpoint or state dict: fill in missing names, refuse conflicting values."""
 
+from collections import OrderedDict
+from collections.abc import Mapping
+
+import torch
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from ..config import TyingConfig, TyingError
-from .aliases import plain
 from .anatomy import Anatomy
 from .groups import TieGroup, locate
-from .slots import difference, find_parameter, same_values, set_parameter, state_key
+from .slots import difference, find_parameter, same_values, set_parameter, share_parameter, state_key
 
 logger = logging.get_logger(__name__)
 
@@ -26,7 +29,7 @@ def tie_loaded(model: PreTrainedModel, missing: set[str]) -> list[TieGroup]:
     Raises:
         TyingError: when names of one group have different values and `on_conflict` does not choose.
     """
-    config = TyingConfig.from_dict(getattr(model.config, "tying", None))
+    config = TyingConfig.in_config(model.config)
     anatomy = Anatomy(model)
     _refuse_out_of_reach(anatomy, config, missing)
     kept: list[TieGroup] = []
@@ -77,21 +80,37 @@ def initial_parameter(model: PreTrainedModel, group: TieGroup) -> nn.Parameter:
     return loaded[0][1] if loaded else find_parameter(model, group.root)
 
 
-def check_loaded_state(model: PreTrainedModel, state: dict, prefix: str, action: str = "load") -> None:
+def check_loaded_state(model: PreTrainedModel, state: dict, prefix: str, action: str = "load") -> dict[str, str]:
     """Names of one group must have one value in a state dict; `on_conflict` chooses where they do not.
 
+    An entry that lies in the model's own memory brings no value: loaders put the live state dict below what they read.
+
+    Args:
+        model: with `tie_groups`.
+        state: by the names of the model, each after `prefix`. Where `on_conflict` chooses, changed in place.
+        prefix: of the model in `state`.
+        action: for the message, `"load"` or `"save"`.
+
+    Returns:
+        For each group that `state` brings a value for, from its root to the name of that value.
+
     Raises:
-        TyingError: when they differ and nothing was chosen. `model` and `state` are unchanged.
+        TyingError: when values differ and nothing was chosen, or cannot be compared; nothing is changed then.
     """
-    config = TyingConfig.from_dict(getattr(model.config, "tying", None))
+    config = TyingConfig.in_config(model.config)
+    brought = {}
     for group in model.tie_groups:
         keys = {name: key for name in group.names if (key := prefix + state_key(model, name)) in state}
+        if action == "load":
+            live = find_parameter(model, group.root)
+            keys = {name: key for name, key in keys.items() if not _is_memory_of(live, state[key])} or keys
         parts = _parts(list(keys), lambda name: state[keys[name]])  # noqa: B023
         if len(parts) > 1:
             if action == "load" and config.on_conflict.startswith("use:"):
                 chosen = _settle(config, group, parts, lambda name: state[keys[name]])[0][0]  # noqa: B023
                 for key in keys.values():
                     state[key] = state[keys[chosen]]
+                brought[group.root] = chosen
                 continue
             apart = difference(state[keys[parts[0][0]]], state[keys[parts[1][0]]])
             raise TyingError(
@@ -99,19 +118,40 @@ def check_loaded_state(model: PreTrainedModel, state: dict, prefix: str, action:
                 f"{group.name!r}), but it has different values for them ({apart}). Remove the wrong one from the "
                 "state dict, or untie(model) first to keep both."
             )
+        if keys:
+            brought[group.root] = next(iter(keys))
+    return brought
 
 
-def fill_state(model: PreTrainedModel, state: dict, prefix: str, assign: bool) -> None:
-    """Put every name of a group into `state`, from whichever is there; with `assign`, as one and the same object."""
+def with_all_names(model: PreTrainedModel, state: Mapping) -> dict:
+    """`state`, with an entry for every name of a group of which it has one."""
+    filled = OrderedDict(state)
+    if hasattr(state, "_metadata"):
+        filled._metadata = state._metadata
     for group in model.tie_groups:
-        keys = [prefix + state_key(model, name) for name in group.names]
-        value = plain(next((state[key] for key in keys if key in state), None))
-        if value is None:
-            continue
-        if assign and not isinstance(value, nn.Parameter):
-            value = nn.Parameter(value, requires_grad=find_parameter(model, group.root).requires_grad)
-        for key in keys:
-            state[key] = value
+        keys = [state_key(model, name) for name in group.names]
+        present = next((key for key in keys if key in state), None)
+        for key in keys if present is not None else ():
+            filled.setdefault(key, state[present])
+    return filled
+
+
+def tie_assigned(model: PreTrainedModel, incompatible_keys) -> None:
+    """After `load_state_dict(assign=True)` has put new parameters into the slots of a group: make them one again."""
+    names = vars(model).pop("_assigned_names", {})
+    for group in getattr(model, "tie_groups", ()):  # a model inside that has been untied has the hook still
+        if group.root in names:
+            share_parameter(model, group.names, find_parameter(model, names[group.root]))
+
+
+def _is_memory_of(parameter: nn.Parameter | None, value) -> bool:
+    """Whether `value` lies in the memory of a plain parameter."""
+    if parameter is None or not isinstance(value, torch.Tensor) or parameter.is_meta or value.is_meta:
+        return False
+    try:
+        return value.data_ptr() == parameter.data_ptr() != 0 and value.shape == parameter.shape
+    except RuntimeError:  # a wrapper around other tensors has no memory of its own
+        return False
 
 
 def _parts(names: list[str], value_of) -> list[list[str]]:

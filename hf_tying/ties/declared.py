@@ -8,7 +8,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from ..config import TyingError
-from .slots import canonical, named_slots, why_no_parameter
+from .slots import why_no_parameter
 
 
 def stock_keys(model: PreTrainedModel):
@@ -17,15 +17,16 @@ def stock_keys(model: PreTrainedModel):
 
 
 def declared_pairs(
-    model: nn.Module, slots: dict[str, nn.Parameter] | None = None, gated: bool = True, checked: bool = False
+    places: list[tuple[str, nn.Module]], slots: dict[str, nn.Parameter], gated: bool = True, checked: bool = False
 ) -> list[tuple[str, str]]:
-    """(source, tied name) for each name that `model`, or a model inside it, declares as tied.
+    """(source, tied name) for each name that a model, or a model inside it, declares as tied.
 
-    Unlike transformers' own expansion this also goes into `nn.ModuleList` and plain modules.
+    As in transformers, a later entry of `_tied_weights_keys` overrides an earlier one for the names that both match
+    (RT-DETRv2, D-FINE). Unlike transformers' own expansion this also goes into `nn.ModuleList` and plain modules.
 
     Args:
-        model: read, never changed.
-        slots: `named_slots(model)`, where the caller has it already.
+        places: of the model, see `slots.places_of`.
+        slots: of the model, see `slots.named_slots`.
         gated: leave out models whose config says `tie_word_embeddings=False`. Default `True`, as transformers does.
         checked: refuse a declared name that does not exist. Default `False`: it is left out.
 
@@ -34,15 +35,15 @@ def declared_pairs(
     """
     declaring = [
         (prefix, sub, keys)
-        for prefix, sub in model.named_modules(remove_duplicate=False)
+        for prefix, sub in places
         if isinstance(sub, PreTrainedModel)
         and (not gated or getattr(sub.config, "tie_word_embeddings", False))
         and (keys := stock_keys(sub))
     ]
     if not declaring:
         return []
-    slots = named_slots(model) if slots is None else slots
-    all_names = sorted({*slots, *(canonical(name) for name, _ in model.named_buffers(remove_duplicate=False))})
+    buffers = (f"{place}.{name}" if place else name for place, module in places for name in module._buffers)
+    all_names = sorted({*slots, *buffers})
     pairs = []
     for prefix, sub, keys in declaring:
         if not isinstance(keys, dict):
@@ -51,10 +52,13 @@ def declared_pairs(
                 "tied name to the name it is tied to (transformers >= 5), as in "
                 "{'lm_head.weight': 'model.embed_tokens.weight'}."
             )
-        dot = f"{canonical(prefix)}." if prefix else ""
+        dot = f"{prefix}." if prefix else ""
         names = [name.removeprefix(dot) for name in all_names if name.startswith(dot)]
+        source_of: dict[str, str] = {}
         for target, source in keys.items():
-            pairs += [(dot + a, dot + b) for a, b in _expand(source, target, names, sub, checked)]
+            for of, name in _expand(source, target, names, sub, checked):
+                source_of[name] = source_of.get(of, of)
+        pairs += [(dot + source, dot + name) for name, source in source_of.items() if source != name]
     return pairs
 
 
@@ -85,7 +89,7 @@ def _expand(source: str, target: str, names: list[str], model: nn.Module, checke
                 "Expected names of parameters of this model: correct the declaration."
             )
         return []
-    return [(s, t) for t, s in zip(targets, cycle(sources), strict=False) if s != t]
+    return list(zip(cycle(sources), targets, strict=False))
 
 
 def _named_by(part: str, names: list[str]) -> list[str]:

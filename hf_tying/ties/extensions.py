@@ -1,7 +1,7 @@
 """Who honours the entries of `tying` that are not ties: `loss`, `projection`, and what is to come.
 
-The core knows none of them. It consults one dict, `hf_tying.config.EXTENSIONS`, in two places: where a model is made
-from its config (`TiedModelMixin`), and where `tie` changes a live one. An extension is a module with two functions:
+The core knows none of them. It consults one dict, `hf_tying.config.EXTENSIONS`, where a model is made from its config
+or from a pickle (`TiedModelMixin`), and where `tie` changes a live one. An extension is a module with two functions:
 
     refuse_misfit(model, value)     raises a `TyingError` where `model` cannot have it; changes nothing
     honour(model, value, strict)    makes `model` as `value` says; does nothing where it is so already
@@ -60,8 +60,8 @@ def _module(key: str, told: bool = True) -> ModuleType | None:
         return carried()
     try:
         return import_module(f"hf_tying.{extension.module}")
-    except ImportError:
-        if extension.without is None:
+    except ModuleNotFoundError as error:
+        if extension.without is None or not (error.name or "").startswith("hf_tying"):
             raise
         if told:
             logger.warning(f"The config declares {key!r}, which needs hf_tying: {extension.without}.")

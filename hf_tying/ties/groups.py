@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from ..config import SCHEMES, TyingConfig, TyingError
 from .anatomy import Anatomy
-from .declared import declared_pairs, join_chains
-from .slots import find_slot, why_no_parameter
+from .declared import join_chains
+from .slots import find_slot, is_quantised, why_no_parameter
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class TieGroup:
 def scheme_of(anatomy: Anatomy, groups: Iterable[TieGroup]) -> str:
     """The scheme that `groups` amount to for the roles of a model; `"none"` where no scheme says exactly that."""
     group_of = {name: group for group in groups for name in group.names}
-    held = {role: group_of.get(found.name) for role, found in anatomy.roles.items()}
-    tied = {frozenset((a, b)) for a in held for b in held if a < b and held[a] is not None and held[a] is held[b]}
+    held = {role: group_of.get(found.name, found.name) for role, found in anatomy.roles.items()}
+    tied = {frozenset((a, b)) for a in held for b in held if a < b and held[a] == held[b]}
     for scheme, members in SCHEMES.items():
         if tied == {frozenset((a, b)) for a in members for b in members if a < b}:
             return scheme
@@ -61,7 +61,7 @@ def resolve(
     explicit = explicit_groups(anatomy, config, strict)
     chains = list(explicit.values())
     if config.scheme is None:
-        chains += [list(pair) for pair in declared_pairs(anatomy.model, anatomy.slots, checked=True)]
+        chains += [list(pair) for pair in anatomy.declared_pairs(checked=True)]
     else:
         scheme = scheme_chains(anatomy, config.scheme, strict)
         held = {name for chain in chains for name in chain}
@@ -91,6 +91,13 @@ def scheme_chains(anatomy: Anatomy, scheme: str, strict: bool = True) -> list[li
             f"{type(anatomy.model).__name__} cannot be tied {scheme}: it has no {' and no '.join(missing)} embedding. "
             f"Roles found: {have}. Schemes it can have: {', '.join(fits)}."
         )
+    for a, b in anatomy.one_slot:
+        if strict and not {a, b} <= set(SCHEMES[scheme]):
+            raise TyingError(
+                f"{type(anatomy.model).__name__} cannot be tied {scheme}: its {a} and its {b} embedding are one "
+                f"module, {found[a].name!r}, and there is no second one to give a matrix of its own. Make the model "
+                "with two, which most classes of this kind do under tie_word_embeddings=False."
+            )
     joined = [name for role in SCHEMES[scheme] if role in found for name in found[role].names]
     alone = [list(place.names) for role, place in found.items() if role not in SCHEMES[scheme]]
     return [chain for chain in [joined, *alone] if len(chain) > 1]
@@ -129,15 +136,18 @@ def check_group(anatomy: Anatomy, group: TieGroup) -> None:
         if name not in slots:
             raise TyingError(f"Cannot tie group {group.name!r}: {name!r} {why_no_parameter(model, name, slots)}.")
     root = slots[group.root]
+    stock = {name for chain in anatomy.declared for name in chain if group.root in chain}
     for name in group.names:
         parameter = slots[name]
         module = find_slot(model, name)[0]
-        if not parameter.is_floating_point() or "quant" in type(module).__module__:
+        if is_quantised(module, parameter):
             raise TyingError(
                 f"Cannot tie group {group.name!r}: {name!r} is quantised or not floating point ({parameter.dtype}, "
                 f"{type(module).__name__}). Tie before quantising, or leave the name out."
             )
-        if parameter.shape != root.shape or parameter.dtype != root.dtype:
+        # Names that the architecture declares as tied may differ in dtype: the stock class makes them one.
+        unified = name in stock and group.root in stock
+        if parameter.shape != root.shape or parameter.dtype != root.dtype and not unified:
             raise TyingError(
                 f"Cannot tie group {group.name!r}: expected every name to have the root's shape and dtype, "
                 f"{group.root!r} is {tuple(root.shape)} {root.dtype}, {name!r} is {tuple(parameter.shape)} "

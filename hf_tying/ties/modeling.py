@@ -6,6 +6,7 @@ The mixin sits in front of a transformers class and answers transformers' own ho
 class of a live model, so that both forms are one and the same thing.
 """
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -14,26 +15,28 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from ..config import TyingConfig, TyingError
-from .aliases import TiedAlias, TiedName, plain
 from .anatomy import Anatomy
-from .checkpoint import check_loaded_state, fill_state, initial_parameter, tie_loaded
+from .checkpoint import check_loaded_state, initial_parameter, tie_assigned, tie_loaded, with_all_names
 from .classes import mixins_of, with_mixin, without_mixin
 from .declared import stock_keys
 from .extensions import honour_extensions
 from .groups import TieGroup, resolve, subgroups
 from .record import refuse_contradicting_flag, write_config
 from .remote_code import carry_along
-from .resizing import fit_tied, follow_bias, replace_tied, resize
+from .resizing import fit_tied, follow_bias, refuse_other_values, replace_tied, resize
+from .roles import ask
 from .slots import (
     canonical,
     find_parameter,
+    find_slot,
     is_one,
+    named_slots,
     same_values,
-    set_parameter,
     share_parameter,
     stands_in,
     state_key,
     untie_others,
+    unwrap,
 )
 from .verify import offloaded, violations
 
@@ -69,13 +72,16 @@ class TiedModelMixin:
 
     def _post_init_tied(self, stock_post_init: Callable[[], None]) -> None:
         self._ties_made = False  # until then `tie_weights` takes values that are just initialised for what they are
-        config = TyingConfig.from_dict(getattr(self.config, "tying", None))
+        config = TyingConfig.in_config(self.config)
         strict = self._is_declared_class()
         honour_extensions(self, config, strict)
+        whole = _is_whole(self)
+        if not whole:
+            self._made_in_part = True
         anatomy = Anatomy(self)
         shared = anatomy.tied  # by the architecture's own `__init__`, and by the models inside
         kept = shared if config.scheme is None else anatomy.without_roles(shared)
-        groups = resolve(anatomy, config, strict, also=kept)
+        groups = resolve(anatomy, config, strict and whole, also=kept)
         refuse_contradicting_flag(anatomy, config, groups)
         for group in groups:
             initial_parameter(self, group)  # refuses before anything is changed
@@ -84,17 +90,22 @@ class TiedModelMixin:
         declare(self, groups)
         stock_post_init()
         declare(self, groups)  # once more: the stock method has mixed in what the models inside declare
-        self._ties_made = True
+        self._ties_made = not _ties_wait()
         if strict:
             write_config(self)
 
     def _is_declared_class(self) -> bool:
-        """Whether the config's names are meant for this class, not for a head over it or another head."""
+        """Whether the config's names are meant for this class, not for a head over it or another head.
+
+        A class without a softmax that has saved the record of a language model keeps the names of its head.
+        """
+        if TyingConfig.in_config(self.config).save_format is not None and self.get_output_embeddings() is None:
+            return False
         headless = self.base_model is self and self.get_output_embeddings() is None
         if not isinstance(architectures := getattr(self.config, "architectures", None), list) or not architectures:
             return not (self.base_model_prefix and headless)
         if headless and self.base_model_prefix:  # `head.base_model.save_pretrained` writes the entry of the head
-            groups = TyingConfig.from_dict(getattr(self.config, "tying", None)).groups.values()
+            groups = TyingConfig.in_config(self.config).groups.values()
             if any(name.startswith(f"{self.base_model_prefix}.") for names in groups for name in names):
                 return False
         return any(cls.__name__ in architectures for cls in type(self).__mro__)
@@ -120,7 +131,10 @@ class TiedModelMixin:
         Raises:
             TyingError: when names of a group have come to hold different values.
         """
+        if _ties_wait():
+            return
         if missing_keys is not None:
+            self._resolve_when_whole()
             kept = tie_loaded(self, missing_keys)
             if kept != self.tie_groups:
                 declare(self, kept)
@@ -130,7 +144,20 @@ class TiedModelMixin:
         else:
             for group in self.tie_groups:
                 share_parameter(self, group.names, initial_parameter(self, group))
+        self._ties_made = True
         fit_tied(self)
+
+    def _resolve_when_whole(self) -> None:
+        """Before a file's values are tied: modules that a subclass has added since `post_init` are there, and those of
+        another stage of a pipeline are not."""
+        if vars(self).pop("_made_in_part", False):
+            config = TyingConfig.in_config(self.config)
+            self.tie_groups = resolve(Anatomy(self), config, self._is_declared_class())
+            declare(self, self.tie_groups)
+        if hasattr(self, "_pp_stage"):
+            here = [[n for n in group.names if find_parameter(self, n) is not None] for group in self.tie_groups]
+            pairs = zip(self.tie_groups, here, strict=True)
+            declare(self, [TieGroup(group.name, tuple(names)) for group, names in pairs if len(names) > 1])
 
     def _tie_again(self) -> None:
         for group in self.tie_groups:
@@ -142,20 +169,6 @@ class TiedModelMixin:
                 problems = "; ".join(violations(self, [group]))
                 raise TyingError(f"tie_weights() would overwrite trained values and changes nothing: {problems}")
             share_parameter(self, group.names, root)
-
-    def mark_tied_weights_as_initialized(self, *args, **kwargs) -> None:
-        """In `from_pretrained`: names that no file filled are still one tensor on the meta device, and are taken
-        apart.
-
-        The stock method marks every name but the root as in no need of initialisation, and would mark the root with
-        them.
-        """
-        for group in self.tie_groups:
-            root = find_parameter(self, group.root)
-            for name in group.aliases:
-                if root.is_meta and find_parameter(self, name) is root:
-                    set_parameter(self, name, nn.Parameter(root.detach().clone(), requires_grad=root.requires_grad))
-        super().mark_tied_weights_as_initialized(*args, **kwargs)
 
     # --- the embeddings change ---------------------------------------------------------------------------------------
 
@@ -170,8 +183,14 @@ class TiedModelMixin:
             super().set_input_embeddings(value)
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replace the output embedding; every name tied to it follows."""
+        """Replace the output embedding. A tied one is replaced by another module over the same values only.
+
+        Raises:
+            TyingError: for other values: they would be the input embedding's too, which may be trained.
+        """
         old = self.get_output_embeddings()
+        if new_embeddings is not old:
+            refuse_other_values(self, old, new_embeddings)
         if new_embeddings is not old:
             if not replace_tied(self, old, new_embeddings):
                 super().set_output_embeddings(new_embeddings)
@@ -205,7 +224,7 @@ class TiedModelMixin:
     def __setstate__(self, state):
         """A copy, or a pickle: extensions that the config declares are in force, also if it was made before them."""
         super().__setstate__(state)
-        honour_extensions(self, TyingConfig.from_dict(getattr(self.config, "tying", None)), strict=False)
+        honour_extensions(self, TyingConfig.in_config(self.config), strict=False)
 
     def _raise_if_split(self) -> None:
         for group in self.tie_groups:
@@ -215,50 +234,52 @@ class TiedModelMixin:
         self._tell_frozen()
 
     def _tell_frozen(self) -> None:
-        roots = {group.root: find_parameter(self, group.root) for group in self.tie_groups}
-        frozen = [g for g in self.tie_groups if roots[g.root] is not None and not roots[g.root].requires_grad]
-        if frozen != vars(self).get("_told_frozen", []) and not getattr(self, "_hf_peft_config_loaded", False):
-            self._told_frozen = frozen
-            for group in frozen:
-                if any(p.requires_grad for p in self.parameters()):
-                    logger.warning(
-                        f"Group {group.name!r} is frozen under each of its names: {', '.join(group.names)}. To "
-                        "freeze one role alone, untie(model) first."
-                    )
+        """Say, once, that a matrix frozen by one name is frozen by all: in a model that trains for the most part.
+
+        Where most of the model is frozen (under adapters, or but for its last layers), that is meant.
+        """
+        frozen = self._frozen_groups()
+        if frozen == vars(self).get("_told_frozen", []):
+            return
+        for sub in self.modules():  # a model inside has nothing to add
+            if isinstance(sub, TiedModelMixin):
+                sub._told_frozen = sub._frozen_groups()
+        tied = {id(find_parameter(self, group.root)) for group in self.tie_groups}
+        own = {id(p): p for name, p in named_slots(self).items() if find_slot(self, name)}  # without adapters
+        others = [p.requires_grad for key, p in own.items() if key not in tied]
+        if frozen and 2 * sum(others) > len(others):
+            more = f" (and {len(frozen) - 1} more groups)" if len(frozen) > 1 else ""
+            logger.warning(
+                f"Frozen under each of its names, in a model that is trained: {', '.join(frozen[0].names)}{more}. To "
+                f"freeze one name alone: untie(model, [{frozen[0].root!r}]) first."
+            )
+
+    def _frozen_groups(self) -> list[TieGroup]:
+        roots = ((group, find_parameter(self, group.root)) for group in self.tie_groups)
+        return [group for group, root in roots if root is not None and not root.requires_grad]
 
     def _raise_if_broken(self, action: str) -> None:
         if problems := list(violations(self, self.tie_groups)):
             listed = "\n".join(f"  - {problem}" for problem in problems)
             raise TyingError(f"Cannot {action} {type(self).__name__}, it is not tied as declared:\n{listed}")
 
-    # --- names and state dicts ---------------------------------------------------------------------------------------
+    # --- state dicts -------------------------------------------------------------------------------------------------
 
-    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True):
-        """As in torch, each parameter once; the name of a tied one answers to every name of its group (`TiedName`)."""
-        dot = f"{prefix}." if prefix else ""
-        group_of = {name: group for group in self.tie_groups for name in group.names} if remove_duplicate else {}
-        for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
-            group = group_of.get(canonical(name.removeprefix(dot)))
-            yield (TiedName(name, [dot + n for n in group.names]) if group else name), parameter
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """As in torch. A strict load needs one name of each group: the others are the same matrix.
 
-    def state_dict(self, *args, destination=None, prefix: str = "", keep_vars: bool = False):
-        """As in torch, with every name; those beside the root can be read but not updated in place (`TiedAlias`).
-
-        Code that averages a state dict entry by entry would move a tied matrix once for each of its names.
+        Raises:
+            TyingError: when the state dict has different values for names of one group; nothing is loaded.
         """
-        state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
-        if not keep_vars:
-            for group in self.tie_groups:
-                root = prefix + state_key(self, group.root)
-                for key in (prefix + state_key(self, name) for name in group.aliases):
-                    if root in state and key in state:
-                        state[key] = TiedAlias.of(state[key], key, root)
-        return state
+        if strict:
+            state_dict = with_all_names(self, state_dict)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
-        """Before torch loads anything: names of a group must agree, and missing ones are filled from those present."""
-        check_loaded_state(self, state_dict, prefix)
-        fill_state(self, state_dict, prefix, assign=local_metadata.get("assign_to_params_buffers", False))
+        """Before torch loads anything, also as a part of an outer module: names of a group must agree."""
+        names = check_loaded_state(self, state_dict, prefix)
+        if local_metadata.get("assign_to_params_buffers", False):
+            vars(self)["_assigned_names"] = names  # made one again by `tie_assigned`, once all modules are loaded
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     # --- files -------------------------------------------------------------------------------------------------------
@@ -290,24 +311,49 @@ class TiedModelMixin:
             keys = [key for name in group.names if (key := state_key(self, name)) in state]
             if not keys:
                 continue
-            kept = plain(state[keys[0]])
+            kept = state[keys[0]]
             if kept.is_meta and not hasattr(self, "hf_device_map"):
                 raise TyingError(
                     f"Cannot save {keys[0]!r}: its value is offloaded (accelerate.cpu_offload or disk_offload). "
                     "Bring it back by accelerate.hooks.remove_hook_from_submodules(model) and model.tie_weights(), "
                     "then save."
                 )
-            for key in keys:
+            # A quantised matrix lies under several keys (bitsandbytes: `weight`, `weight.absmax`, ...).
+            parts = {part.removeprefix(keys[0]): state[part] for part in state if part.startswith(f"{keys[0]}.")}
+            for key in [key for key in state if any(key == k or key.startswith(f"{k}.") for k in keys)]:
                 del state[key]
             for name in group.names if save_format == "portable" else (group.root,):
                 first = name == group.root
-                state[state_key(self, name)] = kept if first or kept.is_meta else kept.clone()
+                for part, value in {"": kept, **parts}.items():
+                    shared = first or not isinstance(value, torch.Tensor) or value.is_meta
+                    state[state_key(self, name) + part] = value if shared else value.clone()
         return state
 
 
+def _ties_wait() -> bool:
+    """Whether transformers wants every name as a parameter of its own for now: while `from_pretrained` makes a model.
+
+    It then replaces `PreTrainedModel.tie_weights` by a function of `transformers.initialization`, which does nothing.
+    """
+    return PreTrainedModel.tie_weights.__module__ != PreTrainedModel.__module__
+
+
+def _is_whole(model: PreTrainedModel) -> bool:
+    """Whether all modules of `model` are there in `post_init`: a subclass may add some after `super().__init__()`.
+
+    There are then two `__init__` of the one object on the stack: the one that calls `post_init`, and the subclass's.
+    """
+    running, frame = 0, sys._getframe(1)
+    while frame is not None and running < 2:
+        code = frame.f_code
+        own = code.co_argcount and frame.f_locals.get(code.co_varnames[0]) is model
+        running += bool(own and code.co_name == "__init__")
+        frame = frame.f_back
+    return running < 2
+
+
 def set_groups(model: PreTrainedModel, groups: list[TieGroup]) -> None:
-    """Make the parameters of `model` what `groups` say: names that leave a group get a copy, each group its root's."""
-    untie_others(model, groups)
+    """Make each group one parameter, that of its root, and declare the groups."""
     for group in groups:
         share_parameter(model, group.names, find_parameter(model, group.root))
     declare(model, groups)
@@ -335,10 +381,27 @@ def declare(model: PreTrainedModel, groups: list[TieGroup]) -> None:
             sub.__class__ = without_mixin(TiedModelMixin, type(sub))
             sub.__dict__.pop("tie_groups", None)
         vars(sub).setdefault("_stock_tied_weights_keys", sub._tied_weights_keys)
-        sub._tied_weights_keys = {name: group.root for group in held for name in group.aliases}
-        sub.all_tied_weights_keys = dict(sub._tied_weights_keys)
+        sub.all_tied_weights_keys = {name: group.root for group in held for name in group.aliases}
+        sources = {name: _source(sub, group) for group in held for name in group.names}
+        sub._tied_weights_keys = {name: source for name, source in sources.items() if name != source}
         if isinstance(sub, TiedModelMixin):
+            if tie_assigned not in sub._load_state_dict_post_hooks.values():
+                sub.register_load_state_dict_post_hook(tie_assigned)
             sub.tie_groups = held
             sub._ties_made = vars(model).get("_ties_made", True)
         if prefix and sub.config is not model.config:
             vars(sub.config).pop("tying", None)  # one record: the outer model's
+
+
+def _source(model: PreTrainedModel, group: TieGroup) -> str:
+    """The name that a class would declare as the source of `group`: its input embedding's, else the root.
+
+    PEFT looks there for what is tied with the input embedding, whichever name is kept in a file.
+    """
+    embedding = ask(model, "get_input_embeddings")
+    if isinstance(embedding, nn.Module):
+        embedding = unwrap(embedding)
+        for name in group.names:
+            if (slot := find_slot(model, name)) is not None and slot[0] is embedding:
+                return name
+    return group.root

@@ -4,39 +4,91 @@ import functools
 
 from transformers.modeling_utils import PreTrainedModel
 
-from ..config import TyingConfig, TyingError
+from ..config import SCHEMES, TyingConfig, TyingError, entry_of
 from .anatomy import Anatomy
-from .declared import declared_pairs, join_chains
-from .groups import TieGroup, scheme_of
-from .roles import SCALED_BY_THE_FLAG
+from .declared import join_chains
+from .groups import TieGroup, locate, scheme_of
+from .roles import FLAG_SET_BY_THE_CLASS, SCALED_BY_THE_FLAG
 
 
-def write_config(model: PreTrainedModel, **changes) -> TyingConfig:
+def refuse_foreign_entry(config) -> None:
+    """Whether a tie can be recorded in `config`.
+
+    Raises:
+        TyingError: when its field `tying` is somebody else's.
+    """
+    value = getattr(config, "tying", None)
+    if value is not None and entry_of(config) is None:
+        raise TyingError(
+            f"config.tying is {value!r:.80}, which is not an entry of this package: the tie cannot be recorded over "
+            "it. Give that field another name in the config class, or remove it: del model.config.tying."
+        )
+
+
+def write_config(model: PreTrainedModel, anatomy: Anatomy | None = None, **changes) -> TyingConfig:
     """Write `model.tie_groups` to its config, and return what was written.
+
+    What this class cannot see is not overwritten: a group with names of another head, and a scheme with roles that it
+    lacks, stay recorded as they were. So a language model that is loaded as a classifier, and saved, is a tied
+    language model again.
 
     Args:
         model: a model with `tie_groups`.
+        anatomy: of the model, also as it was before its parameters were made one: only names are read.
         changes: `on_conflict`, `save_format`; what is not given stays as the entry has it. `save_format=None` asks for
             the default of the groups as they are now.
     """
-    before = TyingConfig.from_dict(getattr(model.config, "tying", None)).replace(**changes)
-    anatomy = Anatomy(model)
+    before = TyingConfig.in_config(model.config).replace(**changes)
+    anatomy = Anatomy(model) if anatomy is None else anatomy
     scheme = scheme_of(anatomy, model.tie_groups)
     write_flags(anatomy, tied=scheme in ("two_way", "three_way"))
     entry = before.replace(
-        scheme=scheme,
-        groups={group.name: list(group.names) for group in model.tie_groups},
+        scheme=_recorded_scheme(anatomy, before.scheme, scheme),
+        groups=_recorded_groups(anatomy, before.groups),
         save_format=before.save_format or default_save_format(anatomy),
     )
     model.config.tying = entry.to_dict()
     return entry
 
 
+def _recorded_scheme(anatomy: Anatomy, before: str | None, now: str) -> str | None:
+    """`now`, unless `before` says the same of the roles that the model has, and more of those that it lacks."""
+    if before is None:
+        # Left to the class's own declaration, as long as that is what the model holds.
+        held = [set(group.names) for group in anatomy.model.tie_groups]
+        as_declared = all(any(set(chain) <= names for names in held) for chain in anatomy.declared)
+        return now if len(anatomy.roles) > 1 or not as_declared else None
+
+    def pairs(scheme: str) -> set[frozenset[str]]:
+        roles = [role for role in SCHEMES[scheme] if role in anatomy.roles]
+        return {frozenset((a, b)) for a in roles for b in roles if a < b}
+
+    return before if pairs(before) == pairs(now) else now
+
+
+def _recorded_groups(anatomy: Anatomy, before: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The groups that the model holds, and those of `before` that reach beyond the names that it has."""
+    groups = {group.name: list(group.names) for group in anatomy.model.tie_groups}
+    group_of = {name: group for group, names in groups.items() for name in names}
+    for group, names in before.items():
+        place = {name: locate(anatomy, name) for name in names}
+        seen = [name for name in names if place[name] is not None]
+        if len(seen) == len(names):
+            continue
+        held = group_of.get(place[seen[0]]) if seen else None
+        together = seen if len(seen) < 2 else [name for name in seen if held and group_of.get(place[name]) == held]
+        kept = [name for name in names if place[name] is None or name in together]
+        if len(kept) > 1:
+            groups.pop(held, None)
+            groups[group] = kept
+    return groups
+
+
 def default_save_format(anatomy: Anatomy) -> str:
     """`"dedup"` where the stock class re-ties exactly these groups from the same roots, `"portable"` elsewhere."""
     model = anatomy.model
     # Read anew: the flags, on which it depends, may just have been written.
-    stock = {frozenset(chain) for chain in join_chains(declared_pairs(model, anatomy.slots))}
+    stock = {frozenset(chain) for chain in join_chains(anatomy.declared_pairs())}
     own = {frozenset(group.names) for group in model.tie_groups}
     base = model.base_model_prefix
     reachable = all(
@@ -54,6 +106,9 @@ def write_flags(anatomy: Anatomy, tied: bool) -> None:
     """
     if not {"target", "output"} <= anatomy.roles.keys():
         return
+    pair = {anatomy.roles[role].name for role in ("target", "output")}
+    if tied and any(pair <= set(chain) for chain in anatomy.declared):
+        return  # the flags say so already, in the way of the class
     for config in _flagged_configs(anatomy.model):
         config.tie_word_embeddings = tied
 
@@ -65,8 +120,8 @@ def _flagged_configs(model: PreTrainedModel) -> list:
 
 @functools.cache
 def flag_is_forced(config_class: type) -> bool:
-    """Whether the flag says nothing about ties: the class answers True whatever it is told, or scales logits by it."""
-    if config_class.model_type in SCALED_BY_THE_FLAG:
+    """Whether the flag says nothing about ties: its class answers the same whatever it is told, or scales by it."""
+    if config_class.model_type in SCALED_BY_THE_FLAG | FLAG_SET_BY_THE_CLASS:
         return True
     try:
         return config_class(tie_word_embeddings=False).tie_word_embeddings is True
@@ -90,5 +145,6 @@ def refuse_contradicting_flag(anatomy: Anatomy, config: TyingConfig, groups: lis
             if not flagged.tie_word_embeddings:
                 raise TyingError(
                     "The config has tie_word_embeddings=False, but its `tying` entry ties "
-                    f"{output!r} to {target!r}. To open it untied: load it as it is, then untie(model)."
+                    f"{output!r} to {target!r}. To open it tied: from_pretrained(..., tie_word_embeddings=True); to "
+                    "open it untied, untie(model) after that."
                 )

@@ -2,8 +2,8 @@
 
 transformers copies the module of a class registered by `register_for_auto_class`, and its relative imports, next to
 the weights. A class over `TiedModelMixin` imports that from `hf_tying`: this room is put beside the class, whole, with
-`config` below it and the rooms of the extensions that cannot be left out, each file under a flat name. The copied
-files import from there.
+the rooms of the extensions that cannot be left out and the modules that these import, each file under a flat name. The
+copied files import from there.
 """
 
 import re
@@ -45,15 +45,21 @@ def carried_modules() -> dict[str, str]:
     """The modules that are carried along, by their names in the package, with the text that they have there."""
     extensions = [extension.module for extension in EXTENSIONS.values() if extension.without is None]
     rooms = ["ties", *dict.fromkeys(module.partition(".")[0] for module in extensions)]
-    modules = {"config": resources.files(_PACKAGE).joinpath("config.py").read_text(encoding="utf-8")}
-    for room in rooms:
-        for file in resources.files(_PACKAGE).joinpath(room).iterdir():
-            name = file.name.removesuffix(".py")
-            if name != file.name and name != "__init__":
-                modules[f"{room}.{name}"] = file.read_text(encoding="utf-8")
-    carried = {
-        name: _RELATIVE_IMPORT.sub(lambda match, at=name: _absolute(match, at), modules[name]) for name in modules
-    }
+    waiting = [
+        f"{room}.{file.name.removesuffix('.py')}"
+        for room in rooms
+        for file in resources.files(_PACKAGE).joinpath(room).iterdir()
+        if file.name.endswith(".py") and file.name != "__init__.py"
+    ]
+    carried = {}
+    while waiting:
+        if (module := waiting.pop()) in carried:
+            continue
+        text = resources.files(_PACKAGE).joinpath(module.replace(".", "/") + ".py").read_text(encoding="utf-8")
+        waiting += [_imported(match, module) for match in _RELATIVE_IMPORT.finditer(text)]
+        carried[module] = _RELATIVE_IMPORT.sub(
+            lambda match, at=module: f"from .{_flat(_imported(match, at))} import", text
+        )
     carried["ties.extensions"] += "".join(_carrying(module) for module in extensions)
     return carried
 
@@ -62,15 +68,16 @@ def _carrying(module: str) -> str:
     """The lines by which the carried core finds an extension. transformers copies what a file imports by name."""
     function = f"_{module.replace('.', '_')}"
     return (
-        f"\n\ndef {function}():\n    import sys\n\n    from .{_flat(module)} import honour\n\n"
-        f"    return sys.modules[honour.__module__]\n\n\n_CARRIED[{module!r}] = {function}\n"
+        f"\n\ndef {function}():\n    from types import SimpleNamespace\n\n"
+        f"    from .{_flat(module)} import honour, refuse_misfit\n\n"
+        f"    return SimpleNamespace(honour=honour, refuse_misfit=refuse_misfit)\n\n\n"
+        f"_CARRIED[{module!r}] = {function}\n"
     )
 
 
-def _absolute(match: re.Match, module: str) -> str:
-    """A relative import in `module`, as one of the file beside it."""
-    base = module.split(".")[: -len(match[1])]
-    return f"from .{_flat('.'.join([*base, match[2]]))} import"
+def _imported(match: re.Match, module: str) -> str:
+    """The name in the package of what a relative import in `module` imports from."""
+    return ".".join([*module.split(".")[: -len(match[1])], match[2]])
 
 
 def _flat(module: str) -> str:

@@ -1,5 +1,6 @@
 """Embeddings of a tied model that are replaced or resized: every name follows, and every stated size."""
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 
@@ -11,7 +12,15 @@ from transformers.utils import logging
 from ..config import TyingError
 from .anatomy import Anatomy, roles
 from .roles import TWO_SIZES
-from .slots import find_parameter, find_slot, fit_rows, replace_module, share_parameter, untie_others
+from .slots import (
+    find_parameter,
+    find_slot,
+    fit_rows,
+    replace_module,
+    same_values,
+    share_parameter,
+    untie_others,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -42,11 +51,30 @@ def replace_tied(model: PreTrainedModel, old: nn.Module, new: nn.Module) -> bool
     fit_tied(model)
     if weight.shape[0] != parameter.shape[0]:
         model.config.get_text_config().vocab_size = weight.shape[0]
+        _fit_vocab_size(model)
     logger.warning(
         f"The embedding of group {group.name!r} is replaced under each of its names: {', '.join(group.names)}. An "
         "optimizer made before holds the old matrix: make it again."
     )
     return True
+
+
+def refuse_other_values(model: PreTrainedModel, old: nn.Module | None, new: nn.Module | None) -> None:
+    """Whether `new` may take the place of `old`, the output embedding.
+
+    Raises:
+        TyingError: when `old` is tied and `new` has another matrix.
+    """
+    matrix, weight = getattr(old, "weight", None), getattr(new, "weight", None)
+    group = next((g for g in model.tie_groups if any(find_parameter(model, n) is matrix for n in g.names)), None)
+    if matrix is None or group is None or weight is matrix or vars(model).get("_is_resized", False):
+        return
+    if weight is None or not same_values(weight, matrix):
+        raise TyingError(
+            f"The output embedding is tied as group {group.name!r} ({', '.join(group.names)}), and the new one has "
+            "other values, which would be those of every name. To replace the output alone: untie(model) first. To "
+            "replace all: model.set_input_embeddings(...)."
+        )
 
 
 def follow_bias(model: PreTrainedModel, new: nn.Module) -> None:
@@ -80,20 +108,43 @@ def resize(
         _refuse_other_rows(model)
     others = _embeddings_out_of_reach(model, rows) if changes and own_resize is None else []
     before = [(module, module.weight.data) for module in others]
+    model._is_resized = True  # the setters of the architecture are given matrices of the new size
     try:
         for module in others:
             model._get_resized_embeddings(module, new_num_tokens, pad_to_multiple_of, mean_resizing)
-        embeddings = (own_resize or stock_resize)(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        embeddings = (own_resize or _narrowed(stock_resize))(new_num_tokens, pad_to_multiple_of, mean_resizing)
     except Exception:
         for module, weight in before:  # an architecture that refuses, refuses it whole
             module.weight.data = weight
             fit_rows(module)
         raise
+    finally:
+        del model._is_resized
     untie_others(model, model.tie_groups)  # BERT's setter makes its two output biases one, whether they were or not
     fit_tied(model)
     _fit_idle_biases(model, rows, embeddings.weight.shape[0])
     _fit_final_bias(model)
+    _fit_vocab_size(model)
     return embeddings
+
+
+def _narrowed(stock_resize: Callable) -> Callable:
+    """`stock_resize` as its class has it: MobileBERT's and much custom code's takes fewer arguments than most.
+
+    What was asked for and is not taken is an error, as it would be without this package.
+    """
+    parameters = inspect.signature(stock_resize).parameters
+    takes_all = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters.values())
+
+    def resized(new_num_tokens, pad_to_multiple_of, mean_resizing):
+        given = {"new_num_tokens": new_num_tokens, "pad_to_multiple_of": pad_to_multiple_of}
+        given["mean_resizing"] = mean_resizing
+        defaults = {"pad_to_multiple_of": None, "mean_resizing": True}
+        kept = {k: v for k, v in given.items() if takes_all or k in parameters or defaults.get(k, v) is not v}
+        first = next(iter(parameters)) if not takes_all and "new_num_tokens" not in parameters else "new_num_tokens"
+        return stock_resize(**{first: kept.pop("new_num_tokens")}, **kept)
+
+    return resized
 
 
 def fit_tied(model: PreTrainedModel) -> None:
@@ -187,7 +238,8 @@ def _fit_two_sizes(model: PreTrainedModel) -> None:
     if "output" not in found:  # an encoder alone shares the config of the whole model
         return
     for role, key in zip(("source", "target"), TWO_SIZES[model.config.model_type], strict=True):
-        setattr(model.config, key, find_parameter(model, found[role].name).shape[0])
+        if role in found:  # a decoder alone has no source
+            setattr(model.config, key, find_parameter(model, found[role].name).shape[0])
 
 
 def _embeddings_out_of_reach(model: PreTrainedModel, rows: int) -> list[nn.Module]:
@@ -212,6 +264,12 @@ def _fit_idle_biases(model: PreTrainedModel, before: int, after: int) -> None:
         if {parameter.shape for parameter in parameters} == {(before,), (after,)}:
             for parameter in parameters:
                 parameter.data = nn.functional.pad(parameter.data, (0, after - parameter.shape[0]))
+
+
+def _fit_vocab_size(model: PreTrainedModel) -> None:
+    """Many classes state the size of the vocabulary once more, as an attribute."""
+    if isinstance(vars(model).get("vocab_size"), int):
+        model.vocab_size = model.config.get_text_config().vocab_size
 
 
 def _fit_final_bias(model: PreTrainedModel) -> None:

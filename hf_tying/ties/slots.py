@@ -1,7 +1,7 @@
 """Slots: the places where parameters live (a module and the attribute in it), and the few things done to them.
 
-A tie is one `nn.Parameter` in several slots. Names of slots are those of the model without adapters: PEFT keeps the
-adapted module inside its own, and a tie is on what lies inside.
+A tie is one `nn.Parameter` in several slots. Names of slots are those of the bare model: PEFT, activation
+checkpointing, torch.compile and FSDP keep a module inside one of their own, and a tie is on what lies inside.
 """
 
 import copy
@@ -10,11 +10,21 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from ..config import nearest
+from ..config import TyingError, nearest
 
-# Where PEFT keeps the stock module: tuner layers under `base_layer`, modules_to_save under `original_module`,
-# trainable tokens under `token_adapter.base_layer`.
-_WRAPPERS = ("base_layer", "original_module", "token_adapter")
+# Where wrappers keep the stock module. PEFT: tuner layers under `base_layer`, modules_to_save under `original_module`,
+# trainable tokens under `token_adapter.base_layer`. torch: activation checkpointing, FSDP1, torch.compile.
+_WRAPPERS = (
+    *("base_layer", "original_module", "token_adapter"),
+    *("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod"),
+)
+# Those of them whose name a state dict leaves out.
+_NOT_IN_KEYS = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+# The packages whose modules and tensors hold quantised weights; transformers' own such layers are in `integrations`.
+_QUANTISERS = (
+    *("aqlm", "auto_gptq", "awq", "bitsandbytes", "compressed_tensors", "eetq", "fbgemm_gpu", "gptqmodel", "hqq"),
+    *("optimum.quanto", "quanto", "torch.ao", "torchao", "transformers.integrations", "vptq"),
+)
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -41,6 +51,20 @@ def find_parameter(model: nn.Module, name: str) -> nn.Parameter | None:
     return slot[0]._parameters.get(slot[1]) if slot else None
 
 
+def parameter_at_work(model: nn.Module, name: str) -> nn.Parameter | None:
+    """The parameter that a forward pass uses for `name`: the active copy of PEFT's `modules_to_save`, if there is one,
+    else what `find_parameter` gives."""
+    *path, attribute = name.split(".")
+    module = model
+    for part in path:
+        if (module := module._modules.get(part)) is None:
+            return None
+        copies = module._modules.get("modules_to_save", {})
+        active = () if getattr(module, "disable_adapters", True) else module.active_adapters
+        module = unwrap(next((copies[adapter] for adapter in active if adapter in copies), module))
+    return module._parameters.get(attribute)
+
+
 def is_one(model: nn.Module, names: Iterable[str]) -> bool:
     """Whether `names` are one and the same parameter in `model`."""
     held = [find_parameter(model, name) for name in names]
@@ -54,18 +78,39 @@ def state_key(model: nn.Module, name: str) -> str:
     for part in path:
         module, key = module._modules[part], [*key, part]
         while inner := next((k for k in _WRAPPERS if module._modules.get(k) is not None), None):
-            module, key = module._modules[inner], [*key, inner]
+            module, key = module._modules[inner], key if inner in _NOT_IN_KEYS else [*key, inner]
     return ".".join([*key, attribute])
 
 
-def named_slots(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every name of every parameter, tied ones under each of their names (`named_parameters` gives only the first)."""
-    slots = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                slots[canonical(f"{prefix}.{attribute}" if prefix else attribute)] = parameter
-    return slots
+def named_slots(model: nn.Module, places: list[tuple[str, nn.Module]] | None = None) -> dict[str, nn.Parameter]:
+    """Every name of every parameter, tied ones under each of their names (`named_parameters` gives only the first).
+
+    Args:
+        places: `places_of(model)`, where the caller has it already.
+    """
+    return {
+        f"{place}.{attribute}" if place else attribute: parameter
+        for place, module in places or places_of(model)
+        for attribute, parameter in module._parameters.items()
+        if parameter is not None
+    }
+
+
+def places_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every module with its path, in the order of `named_modules`; one that stands at several paths, at each of them.
+
+    Paths are without wrappers: a wrapper and the module inside it have the same.
+    """
+    places: list[tuple[str, nn.Module]] = []
+    waiting = [("", model)]
+    while waiting:
+        place, module = waiting.pop()
+        places.append((place, module))
+        children = [(key, child) for key, child in module._modules.items() if child is not None]
+        for key, child in reversed(children):
+            inner = place if key in _WRAPPERS else f"{place}.{key}" if place else key
+            waiting.append((inner, child))
+    return places
 
 
 def shared_names(slots: dict[str, nn.Parameter]) -> list[list[str]]:
@@ -76,8 +121,29 @@ def shared_names(slots: dict[str, nn.Parameter]) -> list[list[str]]:
     return [names for names in by_identity.values() if len(names) > 1]
 
 
+def names_of(model: nn.Module, parameter: nn.Parameter) -> list[str]:
+    """Every name of `parameter` in `model`, the root of its tie group first; an empty list for one of another model.
+
+    `named_parameters()` lists a tied parameter once, under the first of its names. A recipe that chooses parameters by
+    name (`"lm_head" in name`) asks here for the others.
+
+    Args:
+        model: any module, also a wrapper around the model (PEFT, DistributedDataParallel): names start at the module
+            that is given, as in its `named_parameters()`. Adapters, activation checkpointing and torch.compile inside
+            are seen through, and not part of a name.
+        parameter: the object itself, not its values.
+
+    Example:
+        >>> decayed = [p for p in model.parameters() if not any("lm_head" in n for n in names_of(model, p))]
+    """
+    names = [name for name, held in named_slots(model).items() if held is parameter]
+    holders = ((path, vars(module).get("tie_groups", ())) for path, module in model.named_modules())
+    roots = {canonical(f"{path}.{group.root}".lstrip(".")) for path, groups in holders for group in groups}
+    return sorted(names, key=lambda name: name not in roots)
+
+
 def canonical(path: str) -> str:
-    """A path without the modules that adapters put in."""
+    """A path without the modules that wrappers put in."""
     return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 
@@ -95,7 +161,7 @@ def why_no_parameter(model: nn.Module, name: str, names: Iterable[str] = ()) -> 
         return "is under the old weight norm (torch.nn.utils.weight_norm); undo it by remove_weight_norm"
     if attribute in module._buffers:
         return "is a buffer, not a parameter; only parameters are tied"
-    if "quant" in type(module).__module__:
+    if _is_of(type(module), _QUANTISERS):
         return f"is quantised ({type(module).__name__}); untie before quantising one side"
     if isinstance(getattr(module, attribute, None), torch.Tensor):
         return f"is a plain tensor of {type(module).__name__}, not a parameter"
@@ -163,8 +229,37 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 parent._modules[child] = new
 
 
+def is_quantised(module: nn.Module, parameter: torch.Tensor) -> bool:
+    """Whether a slot holds a quantised matrix: by what it is, not by how the architecture's files are called."""
+    return not parameter.is_floating_point() or any(_is_of(type(x), _QUANTISERS) for x in (module, parameter))
+
+
+def _is_of(kind: type, packages: tuple[str, ...]) -> bool:
+    return f"{kind.__module__}.".startswith(tuple(f"{package}." for package in packages))
+
+
+def why_incomparable(tensor: torch.Tensor) -> str | None:
+    """Why the values of `tensor` cannot be compared, as the end of a sentence about it; `None` if they can."""
+    if _is_of(type(tensor), _QUANTISERS):
+        return f"is quantised ({type(tensor).__name__}). Tie before quantising, or untie(model) first"
+    if getattr(tensor, "ds_numel", 0) > tensor.numel():
+        return (
+            "is partitioned by DeepSpeed ZeRO-3, and this process holds none of its values. Do it before the model is "
+            "partitioned, or inside deepspeed.zero.GatheredParameters([...], modifier_rank=0)"
+        )
+    return None
+
+
 def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal shape and elements; NaN equals NaN, since two copies of one broken matrix are still copies."""
+    """Equal shape and elements; NaN equals NaN, since two copies of one broken matrix are still copies.
+
+    Raises:
+        TyingError: for values that are not there, or cannot be read: a quantised tensor, a shard of ZeRO-3.
+    """
+    if a is b:
+        return True
+    if (why := why_incomparable(a) or why_incomparable(b)) is not None:
+        raise TyingError(f"Two tensors of shape {tuple(a.shape)} cannot be compared: one {why}.")
     if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
         return False
     return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())

@@ -13,8 +13,9 @@ from .classes import with_mixin
 from .extensions import honour_extensions, refuse_misfits
 from .groups import TieGroup, explicit_groups, make_groups, scheme_chains
 from .modeling import TiedModelMixin, set_groups
-from .record import write_config
-from .slots import difference, find_parameter, same_values, untie_others
+from .record import refuse_foreign_entry, write_config
+from .shared_configs import own_config
+from .slots import difference, find_parameter, same_values, untie_others, why_incomparable
 from .vocabulary import vocabularies_of
 
 logger = logging.get_logger(__name__)
@@ -41,11 +42,11 @@ def tie(
     Args:
         model: any `PreTrainedModel`; its class gets `TiedModelMixin` in front, under the same name.
         scheme_or_groups: `"none"`, `"two_way"`, `"source_target"`, `"three_way"`; or a list of parameter names (one
-            group, the first is its root); or a dict of named groups; or a `TyingConfig`. A module's name stands for
-            all its parameters.
+            group, the first is its root); or a dict of named groups; or a dict from each tied name to its source, as
+            in transformers' `_tied_weights_keys`; or a `TyingConfig`. A module's name stands for all its parameters.
         init_from: where the values come from when those of a group differ: a role (`"source"`, `"target"`,
-            `"output"`), `"mean"`, or a parameter name. There is no default, since one of two trained matrices would be
-            dropped.
+            `"output"`), `"mean"`, or the name of a parameter or of a module that holds one of each such group. There
+            is no default, since one of two trained matrices would be dropped.
         tokenizer: of the source side, compared with `target_tokenizer` when source and target are tied: equal sizes
             are not equal vocabularies. One tokenizer that holds two vocabularies (Marian, FSMT) is compared in itself.
         target_tokenizer: of the target side.
@@ -60,6 +61,7 @@ def tie(
             vocabularies.
     """
     refuse_unfit(model, "tie")
+    refuse_foreign_entry(model.config)
     config = TyingConfig.of(scheme_or_groups)
     if on_conflict is not None:
         config = config.replace(on_conflict=on_conflict)
@@ -70,7 +72,7 @@ def tie(
     _compare_vocabularies(anatomy, groups, tokenizer, target_tokenizer)
     values = _values_to_take(anatomy, groups, init_from)
     further = config.declared_extensions()  # one that is not named stays as it is
-    _apply(model, groups, values, on_conflict=config.on_conflict, save_format=config.save_format, **further)
+    _apply(anatomy, groups, values, on_conflict=config.on_conflict, save_format=config.save_format, **further)
     honour_extensions(model, config)
     return model
 
@@ -87,7 +89,8 @@ def untie(model: PreTrainedModel, names: list[str] | str | None = None) -> PreTr
 
     Args:
         model: any `PreTrainedModel`, tied by this package, by its own class, or by hand.
-        names: the parameter names to take out of their groups; all of them when not given.
+        names: what to take out of its groups: parameters, modules (all that is tied below them) and whole groups, by
+            their names; everything when not given.
 
     Returns:
         The same model.
@@ -96,10 +99,11 @@ def untie(model: PreTrainedModel, names: list[str] | str | None = None) -> PreTr
         TyingError: for a name that is not tied, or an adapted (PEFT) model.
     """
     refuse_unfit(model, "untie")
+    refuse_foreign_entry(model.config)
     anatomy = Anatomy(model)
     remaining = _without_ties(anatomy) if names is None else _without_names(anatomy, names)
     groups = make_groups(anatomy, [chain for chain in remaining if len(chain) > 1], _group_names(model))
-    _apply(model, groups, {}, save_format=None)
+    _apply(anatomy, groups, {}, save_format=None)
     return model
 
 
@@ -110,7 +114,7 @@ def refuse_unfit(model: nn.Module, action: str) -> None:
         TyingError: for a model that carries adapters, and for what is no `PreTrainedModel`.
     """
     modules = model.modules() if isinstance(model, nn.Module) else ()
-    if any(hasattr(module, "base_layer") or hasattr(module, "original_module") for module in modules):
+    if any("base_layer" in module._modules or "original_module" in module._modules for module in modules):
         raise TyingError(
             f"Cannot {action} a model that carries adapters ({type(model).__name__}): its layers are wrapped by "
             f"PEFT. {action} the base model before get_peft_model, or take the adapters off first by "
@@ -131,11 +135,12 @@ def _plan_tie(anatomy: Anatomy, config: TyingConfig) -> list[TieGroup]:
     """The groups after `config`: those of now, the roles regrouped by a scheme, the explicit groups added."""
     explicit = explicit_groups(anatomy, config)
     chains = list(explicit.values())
-    named = explicit
+    named = {**_group_names(anatomy.model), **explicit}
     if config.scheme is None:
         chains += anatomy.tied
-        named = {**_group_names(anatomy.model), **explicit}
     else:
+        # The names that a user gave to groups survive. Those that were made for embeddings follow the new scheme.
+        named = {group: names for group, names in named.items() if group in explicit or not _is_made(group)}
         chains += scheme_chains(anatomy, config.scheme)
         chains += [[name for name in chain if name not in anatomy.role_of] for chain in anatomy.tied]
         if config.scheme != "none":  # what the architecture ties besides, where that overwrites nothing
@@ -151,17 +156,29 @@ def _without_ties(anatomy: Anatomy) -> list[list[str]]:
 
 
 def _without_names(anatomy: Anatomy, names: str | Iterable[str]) -> list[list[str]]:
-    """What is tied now, without `names`."""
-    leaving = [names] if isinstance(names, str) else names
-    if not isinstance(leaving, list | tuple | set) or not all(isinstance(name, str) for name in leaving):
+    """What is tied now, without `names`: of parameters, of modules, or of groups."""
+    given = [names] if isinstance(names, str) else names
+    if not isinstance(given, list | tuple | set) or not all(isinstance(name, str) for name in given):
         raise TyingError(f"Cannot untie {names!r}: expected a parameter name, a list of names, or nothing for all.")
-    leaving = set(leaving)
-    recorded = {name for names in _group_names(anatomy.model).values() for name in names}  # in fact, they may be apart
-    tied = {name for chain in anatomy.tied for name in chain}
-    for name in leaving - tied - recorded:
-        state = "is not tied" if name in anatomy.slots else "does not exist"
-        raise TyingError(f"Cannot untie {name!r}: it {state}{nearest(name, tied)}.")
+    groups = _group_names(anatomy.model)
+    # In fact, those on record may be apart.
+    tied = {name for chain in anatomy.tied for name in chain} | {name for names in groups.values() for name in names}
+    leaving: set[str] = set()
+    for name in given:
+        below = {other for other in tied if other == name or other.startswith(f"{name}.")} or {*groups.get(name, ())}
+        if not below:
+            state = "does not exist"
+            if name in anatomy.slots or name in anatomy.modules:
+                state = "is not tied" if name in anatomy.slots else "holds nothing that is tied"
+            raise TyingError(f"Cannot untie {name!r}: it {state}{nearest(name, [*tied, *groups])}.")
+        leaving |= below
     return [[name for name in chain if name not in leaving] for chain in anatomy.tied]
+
+
+def _is_made(group: str) -> bool:
+    """Whether it is a name that `make_groups` gives to groups of embeddings."""
+    made = {"embeddings", *SCHEMES["three_way"]}
+    return group in made or group.rpartition("_")[0] in made
 
 
 def _group_names(model: PreTrainedModel) -> dict[str, list[str]]:
@@ -175,20 +192,22 @@ def _equal(tensors: list[torch.Tensor]) -> bool:
 
 def _values_to_take(anatomy: Anatomy, groups: list[TieGroup], init_from: str | None) -> dict[str, torch.Tensor]:
     """The values that groups take, by the root's name; without those whose root has them already."""
-    model, slots = anatomy.model, anatomy.slots
-    chosen = _chosen_name(anatomy, groups, init_from)
+    slots = anatomy.slots
+    chosen = _chosen_names(anatomy, groups, init_from)
     values = {}
     for group in groups:
         # Whatever a carrier holds is nobody's training.
         used = [name for name in group.names if name not in anatomy.carriers] or group.names
         held = list({id(slots[name]): slots[name] for name in used}.values())
+        if len(held) > 1:
+            _refuse_absent_values(anatomy, used)
         if _equal(held):
             if not same_values(slots[group.root], held[0]):
                 values[group.root] = held[0].detach().clone()
         elif init_from == "mean":
             values[group.root] = torch.stack([p.detach().float() for p in held]).mean(0).to(held[0].dtype)
-        elif chosen in group.names:
-            values[group.root] = find_parameter(model, chosen).detach().clone()
+        elif (name := next((name for name in group.names if name in chosen), None)) is not None:
+            values[group.root] = slots[name].detach().clone()
         else:
             apart = difference(held[0], held[1])
             raise TyingError(
@@ -198,27 +217,35 @@ def _values_to_take(anatomy: Anatomy, groups: list[TieGroup], init_from: str | N
     return values
 
 
-def _chosen_name(anatomy: Anatomy, groups: list[TieGroup], init_from: str | None) -> str | None:
-    """The parameter that `init_from` means; `None` for the mean, and for no choice."""
+def _chosen_names(anatomy: Anatomy, groups: list[TieGroup], init_from: str | None) -> set[str]:
+    """The parameters that `init_from` means; none for the mean, and for no choice."""
     if not isinstance(init_from, str | None):
         raise TyingError(f"init_from={init_from!r}: expected a role, 'mean', or a name of the tied groups.")
     if init_from is None or init_from == "mean":
-        return None
+        return set()
     if init_from in anatomy.roles:
-        return anatomy.roles[init_from].name
+        return {anatomy.roles[init_from].name}
     if init_from in SCHEMES["three_way"]:
         raise TyingError(
             f"init_from={init_from!r}: {type(anatomy.model).__name__} has no such embedding, only "
             f"{list(anatomy.roles)}."
         )
     names = [name for group in groups for name in group.names]
-    if init_from not in names:
+    chosen = {name for name in names if name == init_from or name.startswith(f"{init_from}.")}
+    if not chosen:
         hint = nearest(init_from, [*anatomy.roles, "mean", *names])
         raise TyingError(f"init_from={init_from!r}: expected a role, 'mean', or a name of the tied groups{hint}.")
-    return init_from
+    return chosen
 
 
 # --- the checks ------------------------------------------------------------------------------------------------------
+
+
+def _refuse_absent_values(anatomy: Anatomy, names: list[str]) -> None:
+    """Names whose values are to be compared, or taken, have them in this process."""
+    for name in names:
+        if (why := why_incomparable(anatomy.slots[name])) is not None:
+            raise TyingError(f"Cannot tie {name!r}: it {why}.")
 
 
 def _refuse_meta(anatomy: Anatomy, groups: list[TieGroup]) -> None:
@@ -255,12 +282,14 @@ def _compare_vocabularies(anatomy: Anatomy, groups: list[TieGroup], tokenizer, t
 # --- the one writer --------------------------------------------------------------------------------------------------
 
 
-def _apply(model: PreTrainedModel, groups: list[TieGroup], values: dict[str, torch.Tensor], **changes) -> None:
-    """Make `model` what `groups` say, with `values` by the names of roots, and write its config.
+def _apply(anatomy: Anatomy, groups: list[TieGroup], values: dict[str, torch.Tensor], **changes) -> None:
+    """Make a model what `groups` say, with `values` by the names of roots, and write its config.
 
     Args:
         changes: further changes of the config's entry (see `record.write_config`).
     """
+    model = anatomy.model
+    own_config(model)
     untie_others(model, groups)
     with torch.no_grad():
         for root, value in values.items():
@@ -269,8 +298,18 @@ def _apply(model: PreTrainedModel, groups: list[TieGroup], values: dict[str, tor
         model.__class__ = with_mixin(TiedModelMixin, type(model))
     model._ties_made = True
     set_groups(model, groups)
-    write_config(model, **changes)
-    if not groups:
-        logger.info(f"{type(model).__name__}: nothing is tied.")
-    for group in groups:
-        logger.info(f"{type(model).__name__}: group {group.name!r} is one parameter: {', '.join(group.names)}.")
+    write_config(model, anatomy, **changes)
+    # A warning, so that it is seen: transformers shows nothing below that unless it is asked to.
+    logger.warning(f"{type(model).__name__}: {_told(groups)}.")
+
+
+def _told(groups: list[TieGroup], most: int = 3) -> str:
+    """What is tied, in one line."""
+    parts = []
+    for group in groups[:most]:
+        more = f" and {len(group.names) - 4} more" if len(group.names) > 5 else ""
+        names = group.names[:4] if more else group.names
+        parts.append(f"{', '.join(names)}{more} are one parameter (group {group.name!r})")
+    if len(groups) > most:
+        parts.append(f"and {len(groups) - most} more groups")
+    return "; ".join(parts) or "nothing is tied"

@@ -5,10 +5,20 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
-from ..config import TyingConfig, TyingError
+from ..config import TyingConfig, TyingError, entry_of
 from .anatomy import Anatomy
+from .declared import join_chains
 from .groups import TieGroup, declared_groups, locate
-from .slots import difference, find_parameter, find_slot, same_values, why_no_parameter
+from .slots import (
+    difference,
+    find_parameter,
+    find_slot,
+    is_one,
+    parameter_at_work,
+    same_values,
+    why_incomparable,
+    why_no_parameter,
+)
 
 
 def assert_tied(model: nn.Module) -> None:
@@ -18,6 +28,10 @@ def assert_tied(model: nn.Module) -> None:
     `hf_tying` knows (class form, or after `tie`) is held to its groups and its config; any other `PreTrainedModel` to
     what its class declares under `tie_word_embeddings`.
 
+    Under PEFT the tie is on what lies inside. Adapters that PEFT itself keeps as one for both sides are left alone
+    (`trainable_token_indices`, `ensure_weight_tying`), and so is a LoRA on one side. A copy that `modules_to_save`
+    trains in place of one side is a broken tie.
+
     Args:
         model: a `PreTrainedModel`, also wrapped by PEFT, DistributedDataParallel or torch.compile.
 
@@ -25,10 +39,15 @@ def assert_tied(model: nn.Module) -> None:
         TyingError: lists each broken group: expected, found, way out.
     """
     model = unwrapped(model)
-    problems = list(violations(model, groups_of(model)))
+    groups = groups_of(model)
+    problems = [*violations(model, groups), *_parted_by_peft(model, groups)]
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
         raise TyingError(f"{type(model).__name__} is not tied as declared:\n{listed}")
+
+
+# Where whole-model wrappers keep the model: torch.compile, activation checkpointing, FSDP1, DDP and DeepSpeed.
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
@@ -42,7 +61,7 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
         if hasattr(inner, "get_base_model"):
             inner = inner.get_base_model()
         else:
-            inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+            inner = next((held for name in _WRAPPERS if (held := getattr(inner, name, None)) is not None), None)
         if inner is None:
             raise TyingError(f"Expected a PreTrainedModel (or a wrapper around one), found {type(model).__name__}.")
     return inner
@@ -87,6 +106,8 @@ def _apart(parameter: nn.Parameter, root: nn.Parameter) -> str:
         return "on the meta device). To tie them again: load the weights, then model.tie_weights()"
     if hasattr(parameter, "device_mesh") or hasattr(root, "device_mesh"):
         return "sharded apart). Shard them together: fully_shard([module_a, module_b]), or leave both to the root"
+    if (why := why_incomparable(parameter) or why_incomparable(root)) is not None:
+        return f"one {why})"
     if same_values(parameter, root):
         return "equal so far). To tie them again: model.tie_weights()"
     return f"{difference(parameter, root)}). To tie them again: tie(model, ..., init_from=<the name to keep>)"
@@ -94,7 +115,7 @@ def _apart(parameter: nn.Parameter, root: nn.Parameter) -> str:
 
 def _stale_sizes(model: nn.Module, group: TieGroup, slots: dict) -> Iterator[str]:
     for name in group.names:
-        if name not in slots or not name.endswith(".weight"):
+        if name not in slots or not name.endswith(".weight") or why_incomparable(slots[name]) is not None:
             continue
         module, rows = find_slot(model, name)[0], slots[name].shape[0]
         for attribute in ("num_embeddings", "out_features"):
@@ -107,7 +128,9 @@ def _stale_sizes(model: nn.Module, group: TieGroup, slots: dict) -> Iterator[str
 
 def _undeclared(groups: list[TieGroup], anatomy: Anatomy) -> Iterator[str]:
     group_of = {name: group.name for group in groups for name in group.names}
-    for names in anatomy.tied:
+    for tied in anatomy.tied:
+        # What PEFT shares between its own adapters is not the model's, and stands in no file of it.
+        names = [name for name in tied if find_slot(anatomy.model, name) is not None]
         if len({group_of.get(name, name) for name in names}) > 1:
             yield (
                 f"{names} are one parameter, but no group declares it: a tie made by hand is lost in a file. Declare "
@@ -116,12 +139,12 @@ def _undeclared(groups: list[TieGroup], anatomy: Anatomy) -> Iterator[str]:
 
 
 def _config_differs(anatomy: Anatomy, groups: list[TieGroup]) -> Iterator[str]:
-    entry = getattr(anatomy.model.config, "tying", None)
-    if entry is None:
+    if entry_of(anatomy.model.config) is None:
         return
-    located = [
-        {locate(anatomy, name) for name in names} - {None} for names in TyingConfig.from_dict(entry).groups.values()
-    ]
+    record = TyingConfig.in_config(anatomy.model.config)
+    located = [{locate(anatomy, name) for name in names} - {None} for names in record.groups.values()]
+    if record.scheme is None:  # the embeddings are left to what the class declares
+        located = join_chains([*located, *anatomy.declared])
     declared = {frozenset(names) for names in located if len(names) > 1}
     held = {frozenset(group.names) for group in groups}
     if declared != held:
@@ -129,6 +152,22 @@ def _config_differs(anatomy: Anatomy, groups: list[TieGroup]) -> Iterator[str]:
             f"config.tying declares {sorted(map(sorted, declared)) or 'no group'}, the model holds "
             f"{sorted(map(sorted, held)) or 'no group'}. Change ties by tie() and untie(), not by editing the config."
         )
+
+
+def _parted_by_peft(model: PreTrainedModel, groups: list[TieGroup]) -> Iterator[str]:
+    """Ties that `modules_to_save` opens: it lets a copy of one side work, and trains it alone."""
+    carriers = Anatomy(model).carriers if groups else ()
+    for group in groups:
+        used = [name for name in group.names if name not in carriers]
+        at_work = {name: parameter_at_work(model, name) for name in used}
+        if is_one(model, group.names) and len({id(parameter) for parameter in at_work.values()}) > 1:
+            copied = [name for name in used if at_work[name] is not find_parameter(model, name)]
+            yield (
+                f"group {group.name!r}: expected {', '.join(used)} to be one parameter, found a copy that PEFT trains "
+                f"alone (modules_to_save) for {', '.join(copied)}. To train it apart: untie(model, {copied}) before "
+                "get_peft_model. To train the group as one: ensure_weight_tying=True in the adapter's config, with "
+                "the name of an embedding that PEFT knows by name (embed_tokens, lm_head), or without an adapter."
+            )
 
 
 def _others(group: TieGroup, name: str) -> str:

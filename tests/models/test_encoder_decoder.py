@@ -1,10 +1,7 @@
 """`TiedEncoderDecoderModel`: an encoder and a decoder put together, tied across the two by any scheme."""
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +23,7 @@ from hf_tying.data import train_byte_level_bpe
 from hf_tying.models import TiedEncoderDecoderConfig, TiedEncoderDecoderModel
 
 from ..forms import matrices
+from ..processes import run_python
 from ..tiny_translation import (
     JOINED,
     VOCAB,
@@ -37,7 +35,6 @@ from ..tiny_translation import (
     translation_step,
 )
 
-ROOT = Path(__file__).parents[2]
 every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
 PAIRS = [*JOINED, "roberta2gpt2", "bert2roberta"]
 every_pair = pytest.mark.parametrize("pair", PAIRS)
@@ -130,40 +127,52 @@ def test_a_name_in_the_file_that_no_parameter_has_is_refused_by_every_class(made
         cls.from_pretrained(tmp_path)
 
 
+WAYS = ("without the package", "with the package")
 CHILD = """
 import sys
-way, out, *folders = sys.argv[1:]
-if way == "with the package":
-    from hf_tying import assert_tied
+without, with_it, *folders = sys.argv[1:]
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForSeq2SeqLM, EncoderDecoderModel
 torch.set_num_threads(1)
 from tests.tiny_translation import beams, translation_logits
-values = {}
-for i, folder in enumerate(folders):
-    for name, cls in (("auto", AutoModelForSeq2SeqLM), ("stock", EncoderDecoderModel)):
-        model = cls.from_pretrained(folder)
-        values[f"{i}.{name}.logits"], values[f"{i}.{name}.beams"] = translation_logits(model), beams(model)
-        if way == "with the package":
-            assert_tied(model)
-assert ("hf_tying" in sys.modules) == (way == "with the package")
-save_file(values, out)
+
+
+def read_all(out):
+    values = {}
+    for i, folder in enumerate(folders):
+        for name, cls in (("auto", AutoModelForSeq2SeqLM), ("stock", EncoderDecoderModel)):
+            model = cls.from_pretrained(folder)
+            values[f"{i}.{name}.logits"], values[f"{i}.{name}.beams"] = translation_logits(model), beams(model)
+            if "hf_tying" in sys.modules:
+                assert_tied(model)
+    save_file(values, out)
+
+
+read_all(without)
+assert "hf_tying" not in sys.modules
+from hf_tying import assert_tied
+read_all(with_it)
 """
 
 
-@pytest.mark.parametrize("way", ["with the package", "without the package"])
-def test_a_fresh_process_reads_the_same_model(way, tmp_path):
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory) -> tuple[list[TiedEncoderDecoderModel], dict]:
+    """Two trained models, and by way the file of what another process makes of theirs."""
     models = [tied_model(pair) for pair in ("bert2bert", "bert2gpt2")]
+    folder = tmp_path_factory.mktemp("elsewhere")
     for i, model in enumerate(models):
         translation_step(model)
-        model.save_pretrained(tmp_path / str(i))
-    out = tmp_path / "values.safetensors"
-    command = [sys.executable, "-c", CHILD, way, str(out), *(str(tmp_path / str(i)) for i in range(len(models)))]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    values = load_file(out)
+        model.save_pretrained(folder / str(i))
+    files = {way: folder / f"{way}.safetensors" for way in WAYS}
+    run_python("-c", CHILD, *files.values(), *(folder / str(i) for i in range(len(models))))
+    return models, files
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_fresh_process_reads_the_same_model(way, elsewhere):
+    models, files = elsewhere
+    values = load_file(files[way])
     for i, model in enumerate(models):
         for name in ("auto", "stock"):
             assert nearly_equal(values[f"{i}.{name}.logits"], translation_logits(model))
@@ -180,9 +189,8 @@ def test_whatever_is_imported_first_the_auto_classes_know_ours(first, tmp_path):
         "; print(type(AutoConfig.from_pretrained(path)).__name__)"
         "; print(type(AutoModelForSeq2SeqLM.from_pretrained(path)).__name__)"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert done.stdout.split() == ["TiedEncoderDecoderConfig", "TiedEncoderDecoderModel"], done.stderr[-2000:]
+    printed = run_python("-c", program).stdout
+    assert printed.split() == ["TiedEncoderDecoderConfig", "TiedEncoderDecoderModel"]
 
 
 # --- put together from trained models --------------------------------------------------------------------------------

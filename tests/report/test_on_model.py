@@ -12,7 +12,8 @@ from .helpers import every_architecture, plain_count, tied
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @every_architecture
 def test_the_figures_of_a_live_model_are_those_of_a_plain_count(arch, dtype):
-    before = plain_count(untied_model(arch, dtype=dtype))
+    # BART's `shared` is no matrix of its own when the roles are: it stays with the source embedding.
+    before = plain_count(untie(tied(arch, dtype=dtype)))
     model = tied(arch, dtype=dtype)
     report = tying_report(model)
     (group,) = report.groups
@@ -25,7 +26,7 @@ def test_the_figures_of_a_live_model_are_those_of_a_plain_count(arch, dtype):
     optimizer.step()
     state = optimizer.state[model.get_parameter(group.root)]
     one_matrix = sum(t.numel() * t.element_size() for t in (state["exp_avg"], state["exp_avg_sq"]))
-    assert group.optimizer_bytes_saved == one_matrix * (len(group.names) - 1)
+    assert group.optimizer_bytes_saved == one_matrix * (len(set(group.roles.values())) - 1)
     assert sorted(group.names) == sorted(shared_names(model)[0])
     assert group.shape == list(model.get_parameter(group.root).shape)
     assert group.dtype == str(dtype).removeprefix("torch.")
@@ -67,7 +68,8 @@ def test_a_tie_that_is_partly_broken_saves_what_is_still_shared():
     split(model, ["lm_head.weight"])
     (group,) = tying_report(model).groups
     assert group.actual is False
-    assert group.parameters_saved == 2 * model.lm_head.weight.numel()  # three names still share, of four
+    # Two roles still share, of three; `model.shared` is none.
+    assert group.parameters_saved == model.lm_head.weight.numel()
 
 
 def test_a_tie_that_nobody_declared_is_shown_as_such():

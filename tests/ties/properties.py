@@ -3,7 +3,6 @@
 import functools
 
 import torch
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from hf_tying import TyingConfig
@@ -11,13 +10,6 @@ from hf_tying.config import SCHEMES
 from hf_tying.ties.anatomy import roles
 
 from ..tiny import ALL, untied_model
-
-
-# The same examples in every run: a suite that fails by chance is not believed when it fails by right.
-def steady(examples: int) -> settings:
-    slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
-    return settings(max_examples=examples, derandomize=True, database=None, deadline=None, suppress_health_check=slow)
-
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

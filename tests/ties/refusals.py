@@ -49,18 +49,27 @@ def files(folder: Path) -> dict[str, str]:
     }
 
 
+def slowness() -> float:
+    """How many times longer a fixed piece of work takes here and now than on the machine that promises a second."""
+    start = time.process_time()
+    sum(hash(str(number)) for number in range(500_000))
+    return (time.process_time() - start) / 0.06
+
+
 @contextmanager
 def refused(*words: str, model: nn.Module | None = None, folder: Path | None = None, by=TyingError, beyond=0.0):
     """The block raises an error whose message has all of `words`, in time, with `model` and `folder` as they were.
 
-    The promise is a second, `beyond` what transformers itself needs to come that far.
+    The promise is a second, `beyond` what transformers itself needs to come that far. A machine that is slower, or
+    that others slow down at this moment, has as much longer.
     """
     before = picture(model) if model is not None else None
     written = files(folder) if folder is not None else None
     start = time.process_time()  # of the processor: on the wall's clock a busy machine's neighbours count
     with pytest.raises(by) as error:
         yield
-    assert time.process_time() - start < 1.0 + beyond
+    taken = time.process_time() - start
+    assert taken < 1.0 + beyond or taken < slowness() + beyond
     message = str(error.value)
     assert all(word in message for word in words), message
     assert len(message) < 4000, "a message is for reading"

@@ -215,7 +215,9 @@ def test_of_two_trained_layers_none_is_dropped_unasked(llama):
         tie(llama, pair)
 
 
-@pytest.mark.parametrize("init_from", ["targets", "Mean", "lm_head", "model.embed_tokens.wieght", "", UP, 5, ["mean"]])
+@pytest.mark.parametrize(
+    "init_from", ["targets", "Mean", "lm_heads", "model.embed_tokens.wieght", "", UP, 5, ["mean"]]
+)
 def test_an_unknown_init_from_says_what_is_expected(llama, init_from):
     with refused(repr(init_from), "expected a role, 'mean', or a name", model=llama):
         tie(llama, "two_way", init_from=init_from)

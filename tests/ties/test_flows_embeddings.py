@@ -103,11 +103,22 @@ class TestReplacedEmbeddings:
         model.save_pretrained(tmp_path)
         assert load_file(tmp_path / "model.safetensors")["transformer.wte.weight"].shape == (70, 16)
 
-    def test_a_replaced_output_embedding_is_the_matrix_under_every_name(self, model):
+    def test_a_replaced_output_embedding_of_other_values_would_be_the_input_embedding_too_and_is_refused(self, model):
+        old, before = model.lm_head, logits(model)
         new = nn.Linear(16, 64, bias=False)
+        with pytest.raises(TyingError, match=r"other values.*untie\(model\) first.*set_input_embeddings"):
+            model.set_output_embeddings(new)
+        assert model.lm_head is old and torch.equal(logits(model), before)
+        untie(model)
+        model.set_output_embeddings(new)
+        assert model.lm_head is new and model.transformer.wte.weight is not new.weight
+
+    def test_a_replaced_output_embedding_of_the_same_values_is_the_one_matrix(self, model):
+        new = nn.Linear(16, 64, bias=False)
+        new.weight.data = model.lm_head.weight.detach().clone()
         model.set_output_embeddings(new)
         assert_tied(model)
-        assert model.transformer.wte.weight is new.weight
+        assert model.lm_head is new and model.transformer.wte.weight is new.weight
 
     def test_an_embedding_without_a_matrix_is_refused_and_nothing_is_changed(self, model):
         old = model.get_input_embeddings()

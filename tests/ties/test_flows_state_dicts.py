@@ -31,7 +31,7 @@ class TestCopiesAndStateDicts:
 
     def test_a_state_dict_with_conflicting_values_is_refused_and_nothing_is_loaded(self, model):
         before = logits(model)
-        state = model.state_dict()
+        state = {name: value.clone() for name, value in model.state_dict().items()}
         state[HEAD] = state[HEAD] + 1
         state["transformer.ln_f.weight"] = torch.zeros_like(state["transformer.ln_f.weight"])
         with pytest.raises(TyingError, match="Cannot load this state dict"):
@@ -40,7 +40,7 @@ class TestCopiesAndStateDicts:
 
     def test_a_wrapper_that_loads_conflicting_values_is_refused_too(self, model):
         wrapper = torch.nn.ModuleDict({"inner": model})
-        state = wrapper.state_dict()
+        state = {name: value.clone() for name, value in wrapper.state_dict().items()}
         state[f"inner.{HEAD}"] = state[f"inner.{HEAD}"] + 1
         with pytest.raises(TyingError, match="Cannot load this state dict"):
             wrapper.load_state_dict(state)

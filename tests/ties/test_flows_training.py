@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.nn.utils import parametrizations, prune, weight_norm
 from torch.optim.swa_utils import AveragedModel
 from transformers import Trainer, TrainingArguments
 
-from hf_tying import TyingCallback, TyingError, assert_tied, tie, untie
+from hf_tying import TyingCallback, TyingError, assert_tied, names_of, tie, untie
 
 from ..forms import matrix, tied_model
 from ..tiny import Sentences, logits, tiny_inputs, tiny_model
@@ -34,7 +35,7 @@ def trainer(model, folder, steps=4, logging_steps=1, **kwargs):
 class TestTrainer:
     """f10."""
 
-    def test_resume_is_bit_for_bit_and_warns_of_no_missing_key(self, form, tmp_path, told_with_transformers):
+    def test_resume_is_bit_for_bit(self, form, tmp_path):
         whole = tied_model(form)
         trainer(whole, tmp_path / "whole").train()
         half = tied_model(form)
@@ -43,13 +44,18 @@ class TestTrainer:
         trainer(resumed, tmp_path / "half").train(resume_from_checkpoint=str(tmp_path / "half" / "checkpoint-2"))
         assert_tied(resumed)
         assert torch.equal(logits(resumed), logits(whole))
-        assert not [message for message in told_with_transformers if "missing keys" in message]
 
-    def test_load_best_model_at_end_is_tied_and_warns_of_no_missing_key(self, model, tmp_path, told_with_transformers):
-        run = trainer(model, tmp_path, load_best_model_at_end=True, eval_strategy="steps", eval_steps=2)
-        run.train()
-        assert_tied(run.model)
-        assert not [message for message in told_with_transformers if "missing keys" in message]
+    def test_load_best_model_at_end_is_tied_and_says_what_it_says_of_a_stock_model(
+        self, model, tmp_path, told_with_transformers
+    ):
+        for one in (tiny_model("gpt2"), model):
+            run = trainer(
+                one, tmp_path / type(one).__name__, load_best_model_at_end=True, eval_strategy="steps", eval_steps=2
+            )
+            run.train()
+            assert_tied(run.model)
+        missing = [message for message in told_with_transformers if "missing keys" in message]
+        assert len(missing) == 2 and missing[0] == missing[1]
 
     @pytest.mark.parametrize("logging_steps", [1, 2])
     def test_the_callback_logs_the_gradient_by_role(self, model, tmp_path, logging_steps):
@@ -105,6 +111,7 @@ class TestRoleGradients:
 class TestAverages:
     """f20: exponential moving averages."""
 
+    @pytest.mark.parametrize("kept", ["a model", "a copy of the state dict"])
     @pytest.mark.parametrize("update", [
         lambda ema, live: ema.mul_(0.9).add_(live, alpha=0.1),
         lambda ema, live: ema.copy_(0.9 * ema + 0.1 * live),
@@ -113,16 +120,18 @@ class TestAverages:
         lambda ema, live: torch.lerp(ema, live, 0.1, out=ema),
         lambda ema, live: ema.__setitem__(slice(None), 0.9 * ema + 0.1 * live),
     ], ids=["mul_ add_", "copy_", "lerp_", "data", "out", "setitem"])  # fmt: skip
-    def test_an_average_in_place_over_the_state_dict_is_told_at_the_second_name(self, model, update):
-        average = copy.deepcopy(model)
-        with torch.no_grad():
-            model.lm_head.weight.add_(1.0)
-        live = model.state_dict()
-        with pytest.raises(TyingError, match="'lm_head.weight' in this state dict is the same memory as") as error:
-            for name, value in average.state_dict().items():
-                if value.is_floating_point():
-                    update(value, live[name])
-        assert "AveragedModel" in str(error.value) and "named_parameters" in str(error.value)
+    def test_an_average_in_place_over_the_state_dict_is_that_of_a_stock_model(self, model, update, kept):
+        averages = []
+        for one in (model, tiny_model("gpt2")):
+            average = copy.deepcopy(one).state_dict() if kept == "a model" else copy.deepcopy(one.state_dict())
+            with torch.no_grad():
+                for parameter in one.parameters():
+                    parameter.add_(1.0)
+                for name, value in one.state_dict().items():
+                    update(average[name], value)
+            averages.append(average)
+        held, stock = averages
+        assert held.keys() == stock.keys() and all(torch.equal(held[name], stock[name]) for name in stock)
 
     def test_an_average_over_the_named_parameters_moves_the_matrix_once(self, model):
         average, start = copy.deepcopy(model), matrix(model, "target").detach().clone()
@@ -133,17 +142,6 @@ class TestAverages:
                 value.mul_(0.9).add_(live[name], alpha=0.1)
         assert torch.allclose(matrix(average, "target"), start + 0.1, atol=1e-6)
         assert_tied(average)
-
-    def test_an_average_kept_as_a_deep_copy_of_the_state_dict_moves_each_entry_once(self, model):
-        average, start = copy.deepcopy(model.state_dict()), matrix(model, "target").detach().clone()
-        with torch.no_grad():
-            model.lm_head.weight.add_(1.0)
-        for name, value in model.state_dict().items():
-            average[name].mul_(0.9).add_(value, alpha=0.1)
-        assert torch.allclose(average[HEAD], start + 0.1, atol=1e-6)
-        assert torch.equal(average[HEAD], average[WTE])
-        model.load_state_dict(average)
-        assert torch.equal(model.lm_head.weight, average[WTE])
 
     def test_values_copied_into_the_state_dict_reach_the_matrix(self, model):
         backup = {name: value.clone() + 1 for name, value in model.state_dict().items()}
@@ -173,30 +171,19 @@ class TestAverages:
 
 
 class TestParameterGroups:
-    """f20: parameters chosen by name; a tied one answers to each of its names."""
+    """f20: parameters chosen by name; `names_of` gives a tied one's other names."""
 
     @pytest.mark.parametrize("part", ["lm_head", "wte"])
-    def test_a_filter_by_either_name_finds_the_matrix(self, model, part):
-        chosen = [p for name, p in model.named_parameters() if part in name]
+    def test_either_name_finds_the_matrix(self, model, part):
+        chosen = [p for p in model.parameters() if any(part in name for name in names_of(model, p))]
         assert len(chosen) == 1 and chosen[0] is model.lm_head.weight
-        rest = [p for name, p in model.named_parameters() if part not in name]
+        rest = [p for p in model.parameters() if p is not chosen[0]]
         step(model, torch.optim.AdamW([{"params": chosen, "lr": 0.1}, {"params": rest}], lr=0.0))
 
-    @pytest.mark.parametrize("no_decay", [["bias", "lm_head"], ["bias", "wte"], ["bias", HEAD]])
-    def test_weight_decay_is_left_off_by_either_name(self, model, no_decay):
-        decayed = [p for name, p in model.named_parameters() if not any(part in name for part in no_decay)]
-        assert not any(p is model.lm_head.weight for p in decayed)
-
-    def test_startswith_and_endswith_find_the_matrix_by_any_of_its_names(self, model):
-        names = [
-            name for name, _ in model.named_parameters() if name.startswith("lm_head") and name.endswith("wte.weight")
-        ]
-        assert names == [WTE]
-
-    def test_two_parameter_groups_with_the_one_matrix_are_torchs_own_error(self, model):
-        groups = [{"params": [p for n, p in model.named_parameters() if part in n]} for part in ("lm_head", "wte")]
-        with pytest.raises(ValueError, match="more than one parameter group"):
-            torch.optim.AdamW(groups)
+    def test_named_parameters_are_those_of_a_stock_model(self, model):
+        stock = tiny_model("gpt2")
+        assert [*dict(model.named_parameters())] == [*dict(stock.named_parameters())]
+        assert {type(name) for name, _ in model.named_parameters()} == {str}
 
     def test_named_parameters_with_duplicates_lists_every_name(self, model):
         names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
@@ -209,17 +196,55 @@ class TestParameterGroups:
         step(model, optimizer)
         torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
         loaded = torch.load(tmp_path / "optimizer.pt", weights_only=True)
-        assert {type(name) for name in loaded["param_groups"][0]["param_names"]} == {str}
         assert WTE in loaded["param_groups"][0]["param_names"]
         torch.optim.AdamW(model.named_parameters()).load_state_dict(loaded)
 
-    def test_freezing_one_role_is_told_to_freeze_all(self, model, told_with_transformers):
-        model.get_input_embeddings().requires_grad_(False)
+
+LAYERS = {
+    f"{part}{i}": [f"transformer.h.{layer}.{part}.weight" for layer in (0, 1)]
+    for i, part in enumerate(["ln_1", "ln_2", "mlp.c_fc", "mlp.c_proj"])
+}
+
+
+class TestFrozen:
+    """A matrix that is frozen by one name is frozen by all: told where somebody may have meant the one alone."""
+
+    def told(self, model, messages) -> list[str]:
         model.train()
         for _ in range(3):
             model(**tiny_inputs(model))
-        told = [message for message in told_with_transformers if "frozen under each of its names" in message]
-        assert len(told) == 1 and HEAD in told[0]
+        return [message for message in messages if "rozen under each of its names" in message]
+
+    def test_freezing_one_role_of_a_model_in_training_is_told_once_and_the_way_out_is_silent(self, model, told):
+        model.get_input_embeddings().requires_grad_(False)
+        (message,) = self.told(model, told)
+        assert f"{WTE}, {HEAD}" in message and f"untie(model, ['{WTE}'])" in message
+        told.clear()
+        model.requires_grad_(True)
+        untie(model, [WTE]).get_input_embeddings().requires_grad_(False)
+        assert not self.told(model, told) and model.lm_head.weight.requires_grad
+
+    def test_many_groups_are_one_line(self, form, told):
+        model = tied_model(form, spec=LAYERS, init_from="transformer.h.0")
+        for part in ("ln_1", "ln_2", "mlp.c_fc", "mlp.c_proj"):
+            model.transformer.h[0].get_submodule(part).requires_grad_(False)
+        (message,) = self.told(model, told)
+        assert "and 3 more groups" in message
+
+    @pytest.mark.parametrize("targets", [["c_attn"], ["wte"], ["lm_head"], "all-linear"])
+    @pytest.mark.parametrize("how", ["get_peft_model", "add_adapter"])
+    def test_an_adapter_over_a_tied_model_is_no_scare(self, form, told, targets, how):
+        for model in (tied_model(form), tied_model(form, spec=LAYERS, init_from="transformer.h.0")):
+            config = LoraConfig(r=2, target_modules=targets)
+            adapted = get_peft_model(model, config) if how == "get_peft_model" else model
+            if how == "add_adapter":
+                model.add_adapter(config)
+            assert not self.told(adapted, told)
+
+    def test_a_model_of_which_only_the_last_layers_train_is_no_scare(self, model, told):
+        model.requires_grad_(False)
+        model.transformer.h[-1].requires_grad_(True)
+        assert not self.told(model, told)
 
 
 class TestOneSideIsChanged:

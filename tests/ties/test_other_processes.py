@@ -1,11 +1,8 @@
 """Other processes, with this package and without it, read the files of tied models and compute the same logits."""
 
 import json
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,16 +12,16 @@ from safetensors.torch import load_file
 
 from hf_tying import TyingConfig, tie, untie
 
+from ..processes import run_python
 from ..tiny import ALL, FULL_SCHEME, layer_pair, logits, shared_names, untied_model
 from .helpers import DTYPES, FORMATS, by_name, every_architecture, step, the_group, tied
 
-ROOT = Path(__file__).parents[2]
 WITHOUT, FIRST, LAST = "without the package", "package before transformers", "package after transformers"
-# What a user's program does, for many folders at once. It is run in a fresh process.
+# What a user's programs do, for many folders at once. One process has the package first, the other one last.
 CHILD = f"""
 import json, pathlib, sys
 
-way, work, out = sys.argv[1], pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3])
+work, out, first = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), sys.argv[3:] == [{FIRST!r}]
 
 
 class Absent:
@@ -33,11 +30,38 @@ class Absent:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 
-if way == {WITHOUT!r}:
-    sys.meta_path.insert(0, Absent())
-if way == {FIRST!r}:
+def read_all(way):
+    found, values = {{}}, {{}}
+    for folder in sorted(work.iterdir()):
+        arch = folder.name.split("_in_")[0]
+        try:
+            model, info = AUTO[arch].from_pretrained(folder, output_loading_info=True)
+            models = {{folder.name: model.eval()}}
+            found[folder.name] = {{"missing": sorted(info["missing_keys"]), "shared": shared_names(model)}}
+            if way != {WITHOUT!r}:
+                hf_tying.assert_tied(model)
+                found[folder.name]["groups"] = {{group.name: group.names for group in model.tie_groups}}
+                for whole in folder.glob("whole.*"):
+                    read = torch.load if whole.suffix == ".pt" else __import__("pickle").load
+                    with open(whole, "rb") as file:
+                        model = read(file, **({{"weights_only": False}} if whole.suffix == ".pt" else {{}}))
+                    hf_tying.assert_tied(model)
+                    found[folder.name + whole.suffix] = {{"shared": shared_names(model)}}
+                    models[folder.name + whole.suffix] = model
+            for name, model in models.items():
+                values[name] = logits(model)
+        except Exception as error:
+            found[folder.name] = {{"error": f"{{type(error).__name__}}: {{error}}"}}
+    save_file(values, out / way / "logits.safetensors")
+    (out / way / "found.json").write_text(json.dumps(found))
+
+
+absent = Absent()
+if first:
     import hf_tying
     assert "torch" not in sys.modules
+else:
+    sys.meta_path.insert(0, absent)
 import torch, transformers.modeling_utils
 from safetensors.torch import save_file
 from transformers.utils import logging
@@ -46,34 +70,14 @@ logging.disable_progress_bar()
 logging.set_verbosity_error()
 from tests.tiny import AUTO, logits, shared_names
 
-assert ("hf_tying" in sys.modules) == (way == {FIRST!r})
-if way == {LAST!r}:
+if first:
+    read_all({FIRST!r})
+else:
+    read_all({WITHOUT!r})
+    assert "hf_tying" not in sys.modules
+    sys.meta_path.remove(absent)
     import hf_tying
-
-found, values = {{}}, {{}}
-for folder in sorted(work.iterdir()):
-    arch = folder.name.split("_in_")[0]
-    try:
-        model, info = AUTO[arch].from_pretrained(folder, output_loading_info=True)
-        models = {{folder.name: model.eval()}}
-        found[folder.name] = {{"missing": sorted(info["missing_keys"]), "shared": shared_names(model)}}
-        if way != {WITHOUT!r}:
-            hf_tying.assert_tied(model)
-            found[folder.name]["groups"] = {{group.name: group.names for group in model.tie_groups}}
-            for whole in folder.glob("whole.*"):
-                read = torch.load if whole.suffix == ".pt" else __import__("pickle").load
-                with open(whole, "rb") as file:
-                    model = read(file, **({{"weights_only": False}} if whole.suffix == ".pt" else {{}}))
-                hf_tying.assert_tied(model)
-                found[folder.name + whole.suffix] = {{"shared": shared_names(model)}}
-                models[folder.name + whole.suffix] = model
-        for name, model in models.items():
-            values[name] = logits(model)
-    except Exception as error:
-        found[folder.name] = {{"error": f"{{type(error).__name__}}: {{error}}"}}
-assert ("hf_tying" in sys.modules) == (way != {WITHOUT!r})
-save_file(values, out / "logits.safetensors")
-(out / "found.json").write_text(json.dumps(found))
+    read_all({LAST!r})
 """
 
 
@@ -87,18 +91,15 @@ def elsewhere(tmp_path_factory, worker_id):
         if not (base / "complete").exists():
             shutil.rmtree(base, ignore_errors=True)  # of a worker that failed in it
             write_folders(base / "work", base / "expected")
-            running = []
             for way in (WITHOUT, FIRST, LAST):
                 (base / way).mkdir()
-                command = [sys.executable, "-c", CHILD, way, str(base / "work"), str(base / way)]
-                environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-                running.append(subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True))
-            for done in running:
-                assert done.returncode == 0, done.stderr
+            for way in (FIRST, LAST):
+                run_python("-c", CHILD, base / "work", base, way)
             (base / "complete").touch()
     return base
 
 
+pytestmark = pytest.mark.timeout(400)  # the first test waits for all processes
 #: architecture, dtype, and what is tied how in the folder.
 FOLDERS = [
     *((arch, dtype, kind) for arch in ALL for dtype in DTYPES for kind in (*FORMATS, "untied")),

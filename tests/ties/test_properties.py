@@ -6,7 +6,7 @@ import tempfile
 
 import pytest
 import torch
-from hypothesis import assume, event, given
+from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 
 from hf_tying import TyingConfig, TyingError, assert_tied, tie, untie
@@ -23,7 +23,6 @@ from .properties import (
     names_by_shape,
     partition,
     schemes_of,
-    steady,
     untied_of,
 )
 
@@ -247,7 +246,7 @@ EVENTS = [save_and_load, deepcopy, pickled, to_dtype, to_empty, to_meta, load_st
           tie_more, tie_by_scheme, tie_weights_again, train_step]  # fmt: skip
 
 
-@steady(300)
+@settings(max_examples=300)
 @given(st.data())
 def test_the_invariants_outlive_whatever_happens_to_a_model(data):
     arch, dtype, config = data.draw(declared_ties())

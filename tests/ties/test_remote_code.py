@@ -3,8 +3,6 @@
 import ast
 import importlib
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from hf_tying import assert_tied, tie, tying_report
 from hf_tying.ties.remote_code import carried_modules
 
+from ..processes import run_python
 from ..tiny import shared_names
 
 # What a user writes in a file of their own. Two forms of the same import, and a helper module beside it.
@@ -98,12 +97,10 @@ print(json.dumps(found))
 """
 
 
-def run_without_the_package(program: str, *arguments) -> subprocess.CompletedProcess:
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    # Its own cache of remote modules: two workers would write the same files.
-    environment["HF_MODULES_CACHE"] = str(Path(arguments[0]).parent / "modules")
-    command = [sys.executable, "-c", ABSENT + program, *map(str, arguments)]
-    return subprocess.run(command, cwd=Path(arguments[0]), env=environment, capture_output=True, text=True)
+def run_without_the_package(program: str, folder: Path, *arguments) -> dict:
+    """What `program` prints as JSON in its last line."""
+    done = run_python("-c", ABSENT + program, folder, *arguments, cwd=folder, environment={"PYTHONPATH": None})
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
@@ -152,9 +149,8 @@ def published(house, tmp_path_factory):
     tensors = load_file(work / "conflict" / "model.safetensors")
     tensors["lm_head.weight"] += 1.0
     save_file(tensors, work / "conflict" / "model.safetensors", {"format": "pt"})
-    done = run_without_the_package(CHILD, work, work / "logits.safetensors")
-    assert done.returncode == 0, done.stderr
-    return work, models, json.loads(done.stdout.splitlines()[-1]), load_file(work / "logits.safetensors")
+    found = run_without_the_package(CHILD, work, work / "logits.safetensors")
+    return work, models, found, load_file(work / "logits.safetensors")
 
 
 @pytest.mark.parametrize("name", ENTRIES)
@@ -270,9 +266,7 @@ def test_the_lstm_is_published_with_its_code(tmp_path, monkeypatch):
     model = TiedLSTMForCausalLM(TiedLSTMConfig(vocab_size=30, embedding_size=6, hidden_size=6, tying=tying)).eval()
     model.save_pretrained(tmp_path / "lstm")
     ids = torch.arange(8)[None]
-    child = run_without_the_package(LSTM_CHILD, tmp_path / "lstm")
-    assert child.returncode == 0, child.stderr[-3000:]
-    found = json.loads(child.stdout.splitlines()[-1])
+    found = run_without_the_package(LSTM_CHILD, tmp_path / "lstm")
     assert found["module"].startswith("transformers_modules.")
     assert found["loss"] == pytest.approx(float(model(input_ids=ids, labels=ids).loss.detach()), rel=1e-5)
     assert found["tied"] and found["parameters"] == model.num_parameters() and found["generated"] == 12

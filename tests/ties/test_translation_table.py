@@ -5,10 +5,6 @@ each cell: gradient, step, files, other processes, resize, beams.
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +16,7 @@ from hf_tying.config import SCHEMES as MEMBERS
 from hf_tying.ties.anatomy import roles
 
 from ..forms import matrices
+from ..processes import run_python
 from ..tiny import shared_names, split
 from ..tiny_translation import (
     JOINED,
@@ -34,7 +31,6 @@ from ..tiny_translation import (
     translation_step,
 )
 
-ROOT = Path(__file__).parents[2]
 ALL = STOCK + JOINED
 #: Those that can have a vocabulary of another size on the target side.
 TWO_VOCABULARIES = ["marian_separate", "fsmt", *JOINED]
@@ -163,11 +159,9 @@ def test_marian_tied_across_both_sides_resizes_both_by_either_method(scheme, tmp
 
 # --- other processes -------------------------------------------------------------------------------------------------
 
+WAYS = ("without the package", "with the package")
 CHILD = """
 import json, pathlib, sys
-way, work, out = sys.argv[1], pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3])
-if way == "with the package":
-    import hf_tying
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForSeq2SeqLM
@@ -178,40 +172,52 @@ logging.set_verbosity_error()
 from tests.tiny import shared_names
 from tests.tiny_translation import beams, translation_logits
 
-values, told = {}, {}
-for folder in sorted(work.iterdir()):
-    model, info = AutoModelForSeq2SeqLM.from_pretrained(folder, output_loading_info=True)
-    values[f"{folder.name}.logits"], values[f"{folder.name}.beams"] = translation_logits(model), beams(model)
-    told[folder.name] = {"missing": sorted(info["missing_keys"]), "shared": shared_names(model)}
-    if way == "with the package":
-        hf_tying.assert_tied(model)
-assert ("hf_tying" in sys.modules) == (way == "with the package")
-save_file(values, out / "values.safetensors")
-(out / "told.json").write_text(json.dumps(told))
+
+def read_all(folders, out):
+    values, told = {}, {}
+    for folder in sorted(folders.iterdir()):
+        model, info = AutoModelForSeq2SeqLM.from_pretrained(folder, output_loading_info=True)
+        values[f"{folder.name}.logits"], values[f"{folder.name}.beams"] = translation_logits(model), beams(model)
+        told[folder.name] = {"missing": sorted(info["missing_keys"]), "shared": shared_names(model)}
+        if "hf_tying" in sys.modules:
+            hf_tying.assert_tied(model)
+    save_file(values, out / "values.safetensors")
+    (out / "told.json").write_text(json.dumps(told))
+
+
+folders, without, with_it = map(pathlib.Path, sys.argv[1:])
+read_all(folders, without)
+assert "hf_tying" not in sys.modules
+import hf_tying
+read_all(folders, with_it)
 """
 
 
-@pytest.mark.timeout(400)
-@pytest.mark.parametrize("way", ["with the package", "without the package"])
-def test_another_process_gives_the_same_logits_and_the_same_beams(way, tmp_path):
-    (tmp_path / "out").mkdir()
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory) -> tuple[dict, dict, dict]:
+    """What all models compute here, the names that they share, and by way the folder of what another process found."""
     expected, shared = {}, {}
+    work, *out = (tmp_path_factory.mktemp(name.replace(" ", "_")) for name in ("work", *WAYS))
     for arch in ALL:
         for scheme in SCHEMES:
             model, name = tied(arch, scheme), f"{arch}-{scheme}"
             translation_step(model)
-            model.save_pretrained(tmp_path / "work" / name)
+            model.save_pretrained(work / name)
             expected[f"{name}.logits"], expected[f"{name}.beams"] = translation_logits(model), beams(model)
             shared[name] = shared_names(model)
-    command = [sys.executable, "-c", CHILD, way, str(tmp_path / "work"), str(tmp_path / "out")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = load_file(tmp_path / "out" / "values.safetensors")
+    run_python("-c", CHILD, work, *out)
+    return expected, shared, dict(zip(WAYS, out, strict=True))
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("way", WAYS)
+def test_another_process_gives_the_same_logits_and_the_same_beams(way, elsewhere):
+    expected, shared, folders = elsewhere
+    found = load_file(folders[way] / "values.safetensors")
     assert found.keys() == expected.keys()
     assert [name for name in expected if not nearly_equal(found[name], expected[name])] == []
     if way == "with the package":
-        told = json.loads((tmp_path / "out" / "told.json").read_text())
+        told = json.loads((folders[way] / "told.json").read_text())
         assert told == {name: {"missing": [], "shared": names} for name, names in shared.items()}
 
 

@@ -1,0 +1,38 @@
+"""`from_pretrained(..., tying=...)` of any class: the declaration for this load, whatever the file's config says."""
+
+import copy
+
+from transformers.configuration_utils import PreTrainedConfig
+
+from ..config import TyingConfig
+
+# What finds the files; `from_pretrained` of a config takes these and no others.
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
+# Fields of configs that are arguments of the model's `from_pretrained` first.
+_OF_THE_MODEL = ("attn_implementation", "dtype", "name_or_path", "quantization_config", "torch_dtype", "state_dict")
+
+
+def from_pretrained(wrapped, cls, args, kwargs):
+    """In front of `PreTrainedModel.from_pretrained`.
+
+    Args:
+        kwargs: with `tying`, whatever `TyingConfig.of` takes, or `None` for no entry.
+
+    Raises:
+        TyingError: for a `tying` that cannot be read.
+    """
+    if "tying" not in kwargs:
+        return wrapped(*args, **kwargs)
+    given = dict(kwargs)
+    tying = given.pop("tying")
+    entry = None if tying is None else TyingConfig.of(tying).to_dict()
+    config = given.pop("config", None)
+    if isinstance(config, PreTrainedConfig):
+        config = copy.deepcopy(config)
+    else:
+        path = config or (args[0] if args else given.get("pretrained_model_name_or_path"))
+        config = cls.config_class.from_pretrained(path, **{k: given[k] for k in _HUB_ARGUMENTS if k in given})
+        for key in [key for key in given if hasattr(config, key) and key not in _OF_THE_MODEL]:
+            setattr(config, key, given.pop(key))
+    config.tying = entry
+    return wrapped(*args, config=config, **given)

@@ -1,0 +1,46 @@
+"""Ties of a model inside a stock model: they move up, with their record, before the outer one is saved."""
+
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
+
+from ..config import TyingConfig
+from .modeling import TiedModelMixin
+from .slots import canonical
+from .tying import tie
+
+logger = logging.get_logger(__name__)
+
+
+def adopt_inner_ties(model: PreTrainedModel) -> bool:
+    """Make the ties of the models inside `model` its own, by its own names; its config gets the record.
+
+    `tie(model.language_model, ...)` cannot know of the outer model. A stock outer model would leave names out of its
+    file that nothing tells a loader to fill.
+
+    Args:
+        model: about to be saved.
+
+    Returns:
+        Whether there were such ties; `model` is under `TiedModelMixin` then.
+
+    Raises:
+        TyingError: where a tie inside is broken, or cannot be recorded; nothing is changed.
+    """
+    if isinstance(model, TiedModelMixin):
+        return False
+    groups: dict[str, list[str]] = {}
+    known: set[str] = set()
+    for prefix, sub in model.named_modules():
+        for group in vars(sub).get("tie_groups", ()) if prefix else ():
+            names = [f"{canonical(prefix)}.{name}" for name in group.names]
+            if not known & set(names):  # the outermost model that holds a tie names it
+                known |= set(names)
+                groups[next(n for n in (group.name, *names) if n not in groups)] = names
+    if not groups:
+        return False
+    logger.warning(
+        f"{type(model).__name__} is saved with the ties of a model inside it: they are its own from now on, and its "
+        "config says so."
+    )
+    tie(model, TyingConfig(groups=groups))
+    return True
