@@ -7,15 +7,39 @@ RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 SOURCES := hf_tying tests examples
+# Two workers of one thread each: what a small CI machine has. No test may ask the Hub for anything.
+# `worksteal` gives each worker one half of the files, so that what a file prepares for its tests is made once.
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(RUN) -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-upstream quality style
+.PHONY: demo test test-fast test-random test-upstream quality style
 
 demo: $(INSTALLED)
 	$(RUN) -m hf_tying demo
 
-# Two workers of one thread each: what a small CI machine has. No test may ask the Hub for anything.
 test: $(INSTALLED)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(RUN) -m pytest -n 2
+	$(PYTEST)
+
+# In less than a minute: files of every room that go through no long list of models, start no process and train little.
+test-fast: $(INSTALLED)
+	$(PYTEST) -m "not slow" $(addprefix tests/,$(FAST))
+
+FAST := test_rooms.py cli data/test_parallel.py data/test_tokenizers.py data/test_words.py demo \
+    diagnostics/test_geometry.py examples/test_three_way.py losses/test_arithmetic.py losses/test_backends.py \
+    losses/test_backward.py losses/test_bad_input.py losses/test_chunks.py losses/test_extreme_logits.py \
+    losses/test_modules.py metrics models/test_lstm.py objectives/test_adapters.py objectives/test_declarations.py \
+    objectives/test_deferred_logits.py objectives/test_loss_functions.py objectives/test_materialized_logits.py \
+    objectives/test_objective.py objectives/test_objective_refusals.py objectives/test_outputs.py \
+    objectives/test_refusals.py peft/test_bad_input.py peft/test_merging.py peft/test_publish.py \
+    peft/test_several_adapters.py peft/test_weighted.py projection report ties/test_absent_values.py \
+    ties/test_bad_files.py ties/test_bad_input.py ties/test_class_form.py ties/test_extensions.py \
+    ties/test_flows_adapters.py ties/test_flows_declarations.py ties/test_flows_loading.py \
+    ties/test_flows_state_dicts.py ties/test_names_of.py ties/test_roles.py ties/test_state_dicts_are_plain.py \
+    training/test_arguments.py training/test_averaging.py training/test_recipes.py training/test_translation.py \
+    vocabularies
+
+# Every test in an order that is drawn, and printed as a seed: make test-random SEED=<that one> repeats it.
+test-random: $(INSTALLED)
+	$(PYTEST) -p randomly $(SEED:%=--randomly-seed=%)
 
 # The common model tests of transformers itself and PEFT's tests of LoRA, fetched from their source distributions.
 test-upstream: $(INSTALLED)

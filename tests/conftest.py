@@ -21,7 +21,6 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 torch.set_num_threads(1)
-logging.disable_progress_bar()
 
 # The same examples in every run, in whatever time: a suite that fails by chance is not believed when it fails by
 # right. `--hypothesis-profile random` draws others, and with `--hypothesis-seed N` the same others again.
@@ -55,6 +54,7 @@ def _settle() -> None:
     np.random.seed(0)
     torch.manual_seed(0)
     logging.set_verbosity_warning()
+    logging.disable_progress_bar()
 
 
 @pytest.fixture(params=FORMS)

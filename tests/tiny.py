@@ -138,6 +138,11 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
     return out
 
 
+def half_of_tiny_inputs(model: PreTrainedModel, rank: int) -> dict[str, torch.Tensor]:
+    """What each of two processes trains on where one process trains on `tiny_inputs`."""
+    return {name: value[rank : rank + 1] for name, value in tiny_inputs(model).items()}
+
+
 # --- plain torch, without the package: what the tests compare with ---------------------------------------------------
 
 

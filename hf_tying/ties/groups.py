@@ -137,6 +137,7 @@ def check_group(anatomy: Anatomy, group: TieGroup) -> None:
             raise TyingError(f"Cannot tie group {group.name!r}: {name!r} {why_no_parameter(model, name, slots)}.")
     root = slots[group.root]
     stock = {name for chain in anatomy.declared for name in chain if group.root in chain}
+    made = vars(model).get("_ties_made", True)
     for name in group.names:
         parameter = slots[name]
         module = find_slot(model, name)[0]
@@ -145,9 +146,11 @@ def check_group(anatomy: Anatomy, group: TieGroup) -> None:
                 f"Cannot tie group {group.name!r}: {name!r} is quantised or not floating point ({parameter.dtype}, "
                 f"{type(module).__name__}). Tie before quantising, or leave the name out."
             )
-        # Names that the architecture declares as tied may differ in dtype: the stock class makes them one.
+        # Names that the architecture declares as tied may differ in dtype, and in a model that is being made in rows:
+        # the stock class makes them one.
         unified = name in stock and group.root in stock
-        if parameter.shape != root.shape or parameter.dtype != root.dtype and not unified:
+        rows = 1 if unified and not made else 0
+        if parameter.shape[rows:] != root.shape[rows:] or parameter.dtype != root.dtype and not unified:
             raise TyingError(
                 f"Cannot tie group {group.name!r}: expected every name to have the root's shape and dtype, "
                 f"{group.root!r} is {tuple(root.shape)} {root.dtype}, {name!r} is {tuple(parameter.shape)} "

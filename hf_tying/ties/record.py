@@ -79,8 +79,8 @@ def _recorded_groups(anatomy: Anatomy, before: dict[str, list[str]]) -> dict[str
         together = seen if len(seen) < 2 else [name for name in seen if held and group_of.get(place[name]) == held]
         kept = [name for name in names if place[name] is None or name in together]
         if len(kept) > 1:
-            groups.pop(held, None)
-            groups[group] = kept
+            known = {place[name] for name in kept}
+            groups[group] = kept + [name for name in groups.pop(held, ()) if name not in known]
     return groups
 
 
@@ -120,13 +120,17 @@ def _flagged_configs(model: PreTrainedModel) -> list:
 
 @functools.cache
 def flag_is_forced(config_class: type) -> bool:
-    """Whether the flag says nothing about ties: its class answers the same whatever it is told, or scales by it."""
+    """Whether the flag says nothing of ties: its class does not take what it is told (T5, DBRX), or scales by it."""
     if config_class.model_type in SCALED_BY_THE_FLAG | FLAG_SET_BY_THE_CLASS:
         return True
     try:
-        return config_class(tie_word_embeddings=False).tie_word_embeddings is True
+        config_class()
     except Exception:  # a composite config that needs its parts: none of these forces the flag
         return False
+    try:
+        return any(config_class(tie_word_embeddings=told).tie_word_embeddings is not told for told in (True, False))
+    except Exception:  # a class that checks what it is told
+        return True
 
 
 def refuse_contradicting_flag(anatomy: Anatomy, config: TyingConfig, groups: list[TieGroup]) -> None:
@@ -140,7 +144,7 @@ def refuse_contradicting_flag(anatomy: Anatomy, config: TyingConfig, groups: lis
         return
     target, output = (anatomy.roles[role].name for role in ("target", "output"))
     recorded = {name for names in config.groups.values() for name in names}
-    if {target, output} <= recorded:
+    if {target, output} <= recorded and not any({target, output} <= set(chain) for chain in anatomy.declared):
         for flagged in _flagged_configs(anatomy.model):
             if not flagged.tie_word_embeddings:
                 raise TyingError(

@@ -213,6 +213,7 @@ def _resize_all(model: PreTrainedModel, new_num_tokens, pad_to_multiple_of, mean
                 fit_rows(module)
     _fit_two_sizes(model)
     model.tie_weights()
+    model.vocab_size = model.get_input_embeddings().weight.shape[0]  # as the stock resize sets it on every class
     return model.get_input_embeddings()
 
 
@@ -235,7 +236,7 @@ def _resize_parts(model: PreTrainedModel, *how) -> nn.Module:
 def _fit_two_sizes(model: PreTrainedModel) -> None:
     """Where the config states a size for each side, both are those of the matrices."""
     found = roles(model) if model.config.model_type in TWO_SIZES else {}
-    if "output" not in found:  # an encoder alone shares the config of the whole model
+    if "target" not in found:  # an encoder alone shares the config of the whole model
         return
     for role, key in zip(("source", "target"), TWO_SIZES[model.config.model_type], strict=True):
         if role in found:  # a decoder alone has no source

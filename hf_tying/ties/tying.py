@@ -14,6 +14,7 @@ from .extensions import honour_extensions, refuse_misfits
 from .groups import TieGroup, explicit_groups, make_groups, scheme_chains
 from .modeling import TiedModelMixin, set_groups
 from .record import refuse_foreign_entry, write_config
+from .resizing import fit_tied
 from .shared_configs import own_config
 from .slots import difference, find_parameter, same_values, untie_others, why_incomparable
 from .vocabulary import vocabularies_of
@@ -298,6 +299,7 @@ def _apply(anatomy: Anatomy, groups: list[TieGroup], values: dict[str, torch.Ten
         model.__class__ = with_mixin(TiedModelMixin, type(model))
     model._ties_made = True
     set_groups(model, groups)
+    fit_tied(model)
     write_config(model, anatomy, **changes)
     # A warning, so that it is seen: transformers shows nothing below that unless it is asked to.
     logger.warning(f"{type(model).__name__}: {_told(groups)}.")

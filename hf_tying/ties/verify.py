@@ -139,8 +139,9 @@ def _undeclared(groups: list[TieGroup], anatomy: Anatomy) -> Iterator[str]:
 
 
 def _config_differs(anatomy: Anatomy, groups: list[TieGroup]) -> Iterator[str]:
-    if entry_of(anatomy.model.config) is None:
-        return
+    model = anatomy.model
+    if entry_of(model.config) is None or not getattr(model, "_is_declared_class", lambda: True)():
+        return  # the record of another head has no names for what this class has besides
     record = TyingConfig.in_config(anatomy.model.config)
     located = [{locate(anatomy, name) for name in names} - {None} for names in record.groups.values()]
     if record.scheme is None:  # the embeddings are left to what the class declares

@@ -1,13 +1,12 @@
 """Parallel text: what is read, how it is refused, and the token ids that a model trains on."""
 
 import json
-import logging
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import MBartTokenizer
-from transformers.utils import logging as transformers_logging
+from transformers.utils import logging
 
 from hf_tying import TyingError
 from hf_tying.data import train_byte_level_bpe
@@ -32,14 +31,6 @@ def corpus():
 @pytest.fixture(scope="module")
 def tokenizer():
     return joint_tokenizer([*ENGLISH, *GERMAN] * 3, 330, ["en", "de"])
-
-
-@pytest.fixture
-def warnings(caplog, monkeypatch):
-    """What transformers' loggers say; they do not hand their records on by themselves."""
-    monkeypatch.setattr(transformers_logging.get_logger("hf_tying"), "propagate", True)
-    caplog.set_level(logging.WARNING)
-    return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("hf_tying")]
 
 
 def test_two_text_files_are_read_pair_by_pair(tmp_path, corpus):
@@ -169,17 +160,17 @@ def test_equal_corpora_have_equal_fingerprints_and_others_do_not(corpus):
     assert ParallelCorpus(list(ENGLISH), list(GERMAN), "en", "de").fingerprint == corpus.fingerprint
 
 
-def test_ids_decode_to_the_sentences_and_end_with_the_end_token(corpus, tokenizer, warnings):
+def test_ids_decode_to_the_sentences_and_end_with_the_end_token(corpus, tokenizer, told):
     rows = encode_parallel(corpus, tokenizer)
     assert rows.column_names == ["input_ids", "attention_mask", "labels"]
     assert [tokenizer.decode(ids) for ids in rows["input_ids"]] == [text + "</s>" for text in ENGLISH]
     assert [tokenizer.decode(ids) for ids in rows["labels"]] == [text + "</s>" for text in GERMAN]
     assert [set(mask) for mask in rows["attention_mask"]] == [{1}] * 3
     assert [len(mask) for mask in rows["attention_mask"]] == [len(ids) for ids in rows["input_ids"]]
-    assert warnings() == []
+    assert told == []
 
 
-def test_long_sentences_are_cut_before_the_end_token_with_one_warning_that_counts(corpus, tokenizer, warnings):
+def test_long_sentences_are_cut_before_the_end_token_with_one_warning_that_counts(corpus, tokenizer, told):
     whole = encode_parallel(corpus, tokenizer)
     most = {"input_ids": 5, "labels": 6}
     cut = encode_parallel(corpus, tokenizer, max_source_length=5, max_target_length=6)
@@ -188,14 +179,14 @@ def test_long_sentences_are_cut_before_the_end_token_with_one_warning_that_count
             assert after == (before if len(before) <= length else [*before[: length - 1], tokenizer.eos_token_id])
     source, target = (sum(len(ids) > most[column] for ids in whole[column]) for column in most)
     assert 0 < source and 0 < target
-    [warning] = warnings()
+    [warning] = told
     assert f"Of 3 pairs, {source} source sentences to 5 tokens and {target} target sentences to 6" in warning
 
 
-def test_a_sentence_of_just_the_most_tokens_is_not_cut(corpus, tokenizer, warnings):
+def test_a_sentence_of_just_the_most_tokens_is_not_cut(corpus, tokenizer, told):
     longest = max(len(ids) for ids in encode_parallel(corpus, tokenizer)["labels"])
     encode_parallel(corpus, tokenizer, max_target_length=longest)
-    assert warnings() == []
+    assert told == []
 
 
 def test_each_side_has_its_own_tokenizer_and_an_unclosed_target_is_closed(corpus, tokenizer):
@@ -225,9 +216,9 @@ def test_a_maximum_without_room_for_a_word_is_refused(corpus, tokenizer, lengths
 
 @pytest.mark.parametrize("progress, shown", [(True, True), (False, False)])
 def test_the_progress_bar_counts_the_sentences_of_both_sides(corpus, tokenizer, progress, shown, capsys):
-    transformers_logging.enable_progress_bar()
+    logging.enable_progress_bar()
     try:
         encode_parallel(corpus, tokenizer, progress=progress)
     finally:
-        transformers_logging.disable_progress_bar()
+        logging.disable_progress_bar()
     assert ("6/6" in capsys.readouterr().err) == shown

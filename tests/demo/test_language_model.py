@@ -49,6 +49,7 @@ def finished(text, tmp_path_factory):
     return hf_tying("demo", *flags), folder
 
 
+@pytest.mark.slow
 def test_the_exit_status_is_zero_exactly_if_every_claim_holds(finished):
     result, folder = finished
     report = json.loads((folder / "report.json").read_text())
@@ -59,6 +60,7 @@ def test_the_exit_status_is_zero_exactly_if_every_claim_holds(finished):
     assert all("perplexity" in claim for claim in failed), failed
 
 
+@pytest.mark.slow
 def test_the_report_has_what_programs_need(finished):
     _, folder = finished
     report = json.loads((folder / "report.json").read_text())
@@ -73,6 +75,7 @@ def test_the_report_has_what_programs_need(finished):
     assert any("eval_loss" in log for log in report["history"]["tied"])
 
 
+@pytest.mark.slow
 def test_the_output_is_a_table_a_sample_and_a_way_to_go_on(finished):
     result, _ = finished
     for expected in ("validation perplexity", "two_way / untied", "Sample", "holds", "--train_file"):
@@ -80,6 +83,7 @@ def test_the_output_is_a_table_a_sample_and_a_way_to_go_on(finished):
     assert "Traceback" not in result.stderr and "Warning" not in result.stderr
 
 
+@pytest.mark.slow
 def test_the_saved_models_load_and_the_picture_is_one(finished):
     _, folder = finished
     tied = AutoModelForCausalLM.from_pretrained(folder / "tied")
@@ -91,6 +95,7 @@ def test_the_saved_models_load_and_the_picture_is_one(finished):
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_file_that_is_changed_untied_or_missing_is_found_by_the_reload(finished, tmp_path):
     _, folder = finished
     model = AutoModelForCausalLM.from_pretrained(folder / "tied")

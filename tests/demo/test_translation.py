@@ -68,6 +68,7 @@ def finished(pairs, tmp_path_factory):
     return status, folder, printed.read_text()
 
 
+@pytest.mark.slow
 def test_every_claim_holds_at_any_length_and_the_exit_status_is_zero(finished):
     status, folder, printed = finished
     checks = json.loads((folder / "report.json").read_text())["checks"]
@@ -77,6 +78,7 @@ def test_every_claim_holds_at_any_length_and_the_exit_status_is_zero(finished):
     assert printed.count("holds  ") == 7
 
 
+@pytest.mark.slow
 def test_the_report_has_what_programs_need(finished):
     _, folder, _ = finished
     report = json.loads((folder / "report.json").read_text())
@@ -98,12 +100,14 @@ def test_the_report_has_what_programs_need(finished):
     assert roles == {"source", "target", "output"}
 
 
+@pytest.mark.slow
 def test_the_output_is_a_table_samples_and_a_way_to_go_on(finished):
     _, _, printed = finished
     for expected in ("exact match", "BLEU", "three_way / untied", " > ", "holds  ", "--target_lang"):
         assert expected in printed, expected
 
 
+@pytest.mark.slow
 def test_the_saved_models_load_and_translate_and_the_picture_is_one(finished):
     _, folder, _ = finished
     models = {name: AutoModelForSeq2SeqLM.from_pretrained(folder / name) for name in NAMES}
@@ -123,6 +127,7 @@ def test_the_saved_models_load_and_translate_and_the_picture_is_one(finished):
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_what_another_process_finds_otherwise_fails(finished, monkeypatch):
     _, folder, _ = finished
     folders = {name: folder / name for name in NAMES}
@@ -257,6 +262,7 @@ def test_translations_come_in_the_order_of_the_sentences():
     assert translated(Echo(), tokenizer, sentences, max_length=20, batch_size=2) == sentences
 
 
+@pytest.mark.slow
 def test_the_pairs_of_cldr_are_the_default_and_must_be_learnt(monkeypatch, tmp_path, capsys):
     def few(source_language, target_language, fraction, seed):
         sides = [[f"{word} {i}" for i in range(n)] for word, n in (("in", 64), ("out", 8))]
@@ -275,23 +281,13 @@ def test_the_pairs_of_cldr_are_the_default_and_must_be_learnt(monkeypatch, tmp_p
     assert "three_way writes at least 50% of the held-out lines letter for letter" in failed
 
 
-def test_over_long_lines_are_cut_with_one_warning_that_counts_them(tmp_path, caplog):
+def test_over_long_lines_are_cut_with_one_warning_that_counts_them(tmp_path, told):
     lines = [{"translation": {"xx": f"{i} " * (100 if i < 3 else 1), "yy": f"{i}"}} for i in range(60)]
     (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    logging.enable_propagation()
-    try:
-        prepared_corpora(
-            TranslationSettings(
-                (tmp_path / "long.jsonl",),
-                output_dir=tmp_path / "x",
-                vocab_size=262,
-                source_language="xx",
-                target_language="yy",
-            )
-        )
-    finally:
-        logging.disable_propagation()
-    warnings = [record.getMessage() for record in caplog.records if "cut" in record.getMessage()]
+    languages = {"source_language": "xx", "target_language": "yy"}
+    settings = TranslationSettings((tmp_path / "long.jsonl",), output_dir=tmp_path / "x", vocab_size=262, **languages)
+    prepared_corpora(settings)
+    warnings = [message for message in told if "cut" in message]
     assert len(warnings) == 1 and "3 source sentences to 64 tokens" in warnings[0]
 
 

@@ -11,12 +11,7 @@ from torch.distributed.fsdp import fully_shard
 
 from hf_tying import assert_tied, tie
 from tests.processes import run_cases
-from tests.tiny import logits, tiny_inputs, tiny_model, without_dropout
-
-
-def batch(model, rank: int) -> dict:
-    """Each process sees its own half of the batch."""
-    return {name: value[rank : rank + 1] for name, value in tiny_inputs(model).items()}
+from tests.tiny import half_of_tiny_inputs, logits, tiny_inputs, tiny_model, without_dropout
 
 
 def alone(arch: str, spec, **kwargs) -> torch.Tensor:
@@ -42,7 +37,7 @@ def ddp(arch: str, spec, **kwargs) -> dict:
     assert_tied(wrapped)
     for _ in range(3):
         optimizer.zero_grad()
-        accelerator.backward(wrapped(**batch(model, accelerator.process_index)).loss)
+        accelerator.backward(wrapped(**half_of_tiny_inputs(model, accelerator.process_index)).loss)
         optimizer.step()
     assert_tied(wrapped)
     return {"drift": drift(model, expected)}
@@ -56,7 +51,7 @@ def fsdp2(arch: str, spec, separately: bool = False, **kwargs) -> dict:
         try:
             fully_shard(model.transformer.wte, mesh=mesh)
             fully_shard(model.lm_head, mesh=mesh)
-            model(**batch(model, dist.get_rank()))
+            model(**half_of_tiny_inputs(model, dist.get_rank()))
         except ValueError as error:  # torch's, or a TyingError
             return {"error": str(error)}
         return {"error": None}
@@ -65,7 +60,7 @@ def fsdp2(arch: str, spec, separately: bool = False, **kwargs) -> dict:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(3):
         optimizer.zero_grad()
-        model(**batch(model, dist.get_rank())).loss.backward()
+        model(**half_of_tiny_inputs(model, dist.get_rank())).loss.backward()
         optimizer.step()
     assert_tied(model)
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

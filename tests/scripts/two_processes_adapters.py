@@ -12,16 +12,11 @@ from torch.distributed.fsdp import fully_shard
 
 from tests.processes import run_cases
 from tests.tied_lora import outputs, tied_lora
-from tests.tiny import tiny_inputs, tiny_model
+from tests.tiny import half_of_tiny_inputs, tiny_inputs, tiny_model
 
 
 def fresh(**config):
     return tied_lora(tiny_model("llama"), **config).train()
-
-
-def batch(model, rank: int) -> dict:
-    """Each process sees its own half of the batch."""
-    return {name: value[rank : rank + 1] for name, value in tiny_inputs(model).items()}
 
 
 def adapter_optimizer(model):
@@ -46,7 +41,7 @@ def ddp(**config) -> dict:
     wrapped, optimizer = accelerator.prepare(model, adapter_optimizer(model))
     for _ in range(3):
         optimizer.zero_grad()
-        accelerator.backward(wrapped(**batch(model.get_base_model(), accelerator.process_index)).loss)
+        accelerator.backward(wrapped(**half_of_tiny_inputs(model.get_base_model(), accelerator.process_index)).loss)
         optimizer.step()
     return {"drift": (outputs(model.eval()) - expected).abs().max().item()}
 
@@ -62,7 +57,7 @@ def fsdp2(**config) -> dict:
     optimizer = adapter_optimizer(model)
     for _ in range(3):
         optimizer.zero_grad()
-        model(**batch(model.get_base_model(), dist.get_rank())).loss.backward()
+        model(**half_of_tiny_inputs(model.get_base_model(), dist.get_rank())).loss.backward()
         optimizer.step()
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     result = {}

@@ -22,6 +22,8 @@ BART = {
     for size, value in {"layers": 2, "attention_heads": 4, "ffn_dim": 64}.items()
 }
 BART |= {"d_model": 32, "max_position_embeddings": 128, "vocab_size": 1024}
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 1024}
+T5 |= {"decoder_start_token_id": 0}
 
 # Written last: a model with it is whole, and made from these sizes by this transformers.
 RECIPE = "recipe.json"
@@ -40,9 +42,19 @@ MODELS = {
     ),
     "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated": (
         "T5ForConditionalGeneration",
-        {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 1024}
-        | {"decoder_start_token_id": 0},
+        T5,
     ),
+    "peft-internal-testing/tiny-random-T5ForConditionalGeneration": ("T5ForConditionalGeneration", T5),
+    "peft-internal-testing/tiny-random-t5": ("T5ForConditionalGeneration", T5),
+    "google/flan-t5-small": ("T5ForConditionalGeneration", T5),
+    "peft-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", GROUPED | {"vocab_size": 1024}),
+    "peft-internal-testing/tiny-random-BloomForCausalLM": (
+        "BloomForCausalLM",
+        {"hidden_size": 32, "n_layer": 5, "n_head": 4, "vocab_size": 1024},
+    ),
+    "gpt2": ("GPT2LMHeadModel", GPT2),
+    "hf-internal-testing/tiny-random-gpt2": ("GPT2LMHeadModel", GPT2),
+    "peft-internal-testing/tiny-random-GPTNeoXForCausalLM": ("GPTNeoXForCausalLM", SMALL | {"vocab_size": 1024}),
     "peft-internal-testing/tiny-random-BartForConditionalGeneration": ("BartForConditionalGeneration", BART),
     "peft-internal-testing/tiny-random-BertModel": ("BertModel", SMALL | {"vocab_size": 1024}),
     "peft-internal-testing/tiny-random-RobertaModel": ("RobertaModel", SMALL | {"vocab_size": 1024}),

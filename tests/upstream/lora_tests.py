@@ -17,6 +17,20 @@ from unittest.mock import patch
 
 import peft
 
+# The tests of what all of PEFT's methods share; run as they are too, with this package imported and without.
+TUNERS = "test_tuners_utils"
+TUNER_SUITE = (
+    "TestPeftCustomKwargs",
+    "TestTargetedModuleNames",
+    "TestTargetedParameterNames",
+    "TestExcludedModuleNames",
+    "TestModelAndLayerStatus",
+    "TestBaseTunerGetModelConfig",
+    "TestBaseTunerWarnForTiedEmbeddings",
+    "TestFindMinimalTargetModules",
+    "TestRankAndAlphaPattern",
+    "TestTunerStateDictKeyPrefixes",
+)
 # The classes of tests, by test module.
 SUITES = {
     "test_custom_models": (
@@ -47,6 +61,7 @@ SUITES = {
         "TestGetBaseModelStateDict",
         "TestStateDictFsdpShapeValidation",
     ),
+    TUNERS: TUNER_SUITE,
 }
 
 STUBS = {"diffusers": "StableDiffusionPipeline", "scipy": "stats"}
@@ -197,6 +212,19 @@ def collect(lora_config: type) -> dict[str, type]:
     return {name: getattr(modules[module], name) for module, names in SUITES.items() for name in names}
 
 
+def collect_tuners() -> dict[str, type]:
+    """Import PEFT's tests of what all of its methods share, as they are.
+
+    Returns:
+        The classes of tests by name, for the module that pytest collects. Their names are not those of `collect`.
+    """
+    with stubs():
+        module = importlib.import_module(f"tests.{TUNERS}")
+    importlib.import_module("tests.testing_utils")._HUB_MODEL_ACCESSES = Seen()
+    # A parametrised class keeps its tests under its own name; another one names the family in the report.
+    return {f"{name}AsItIs": getattr(module, name) for name in TUNER_SUITE}
+
+
 @contextmanager
 def stubs():
     """Stand-ins for packages that PEFT's test modules import and only tests use that are not run."""
@@ -204,6 +232,7 @@ def stubs():
     for name, part in absent.items():
         sys.modules[name] = types.ModuleType(name)
         sys.modules[name].__spec__ = ModuleSpec(name, None)
+        sys.modules[name].__version__ = "0"
         setattr(sys.modules[name], part, type(part, (), {}))
     try:
         yield

@@ -94,6 +94,8 @@ def main() -> int:
     install_upstream(upstream)
     # No configuration and no conftest: those of the repository are for its own tests.
     options = ["-c", os.devnull, "--rootdir", str(file.parent), "--import-mode=importlib", "-p", "no:cacheprovider"]
+    # In one order everywhere, whatever else is installed: the two sessions are compared.
+    options += ["-p", "no:randomly"]
     options += ["--noconftest", "--tb=short", "-rf", "-W", "ignore", str(file)]
     return pytest.main(options, plugins=[Recorder(results)])
 

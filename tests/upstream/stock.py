@@ -2,6 +2,7 @@
 
 import unittest
 
+from families import BY_CONFIG, FAMILIES
 from testers import BartTester, BertTester, CommonTests, GPT2Tester, LlamaTester, T5Tester
 from transformers import (
     BartConfig,
@@ -50,3 +51,11 @@ class Bart(CommonTests, unittest.TestCase):
 
 class BartSourceTarget(Bart):
     model_tester = BartTester(BartConfig, tie_word_embeddings=False)
+
+
+for name, family in FAMILIES.items():
+    # Tied as the tied one is, by the flag where it is not so by default.
+    tester = family.tester(family.model_class.config_class, tie_word_embeddings=True)
+    for test_name in (name, name + BY_CONFIG):
+        held = family.attributes(family.model_class, tester)
+        globals()[test_name] = type(test_name, (CommonTests, unittest.TestCase), held)

@@ -106,6 +106,85 @@ class BartTester(SequenceToSequenceTester):
     }
 
 
+class OPTTester(TinyTester):
+    sizes = {
+        "hidden_size": 32,
+        "word_embed_proj_dim": 32,
+        "ffn_dim": 37,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    }
+
+
+class GroupedTester(TinyTester):
+    """Qwen3 and Gemma3, whose heads have a size of their own."""
+
+    sizes = LlamaTester.sizes | {"head_dim": 8}
+
+
+class EncoderTester(TinyTester):
+    """A masked language model without token types: ModernBERT, XLM-R."""
+
+    sizes = BertTester.sizes | {"bos_token_id": 1, "eos_token_id": 2}
+
+
+class ModernBertTester(EncoderTester):
+    sizes = EncoderTester.sizes | {"cls_token_id": 1, "sep_token_id": 2, "global_attn_every_n_layers": 2}
+
+
+class AlbertTester(BertTester):
+    sizes = BertTester.sizes | {"embedding_size": 16}
+
+
+class WhisperTester(SequenceToSequenceTester):
+    encoder_seq_length = 20
+    sizes = {
+        **{name: value for name, value in BartTester.sizes.items() if name != "max_position_embeddings"},
+        "num_mel_bins": 16,
+        "max_source_positions": 20,
+        "max_target_positions": 64,
+        "suppress_tokens": None,
+        "begin_suppress_tokens": None,
+    }
+
+    def inputs(self):
+        sound = torch.rand(self.batch_size, self.sizes["num_mel_bins"], 2 * self.encoder_seq_length)
+        return {"input_features": sound, "decoder_input_ids": self.ids(self.seq_length)}
+
+
+class LlavaTester(TinyTester):
+    image_token = 3  # low, so that it is a word still when a test makes the vocabulary small
+    text = LlamaTester.sizes | {"model_type": "llama", "vocab_size": TinyTester.vocab_size, "pad_token_id": 0}
+    vision = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 37,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "projection_dim": 32,
+        "image_size": 8,
+        "patch_size": 4,
+    }
+
+    def get_config(self):
+        # The text config of a VLM has a flag of its own; in files of the family both say the same.
+        flags = {name: value for name, value in self.extra.items() if name == "tie_word_embeddings"}
+        return self.config_class(
+            text_config=self.text | flags,
+            vision_config=self.vision,
+            image_token_index=self.image_token,
+            vision_feature_layer=-1,
+            **self.extra,
+        )
+
+    def inputs(self):
+        ids = self.ids(self.seq_length).clamp(min=self.image_token + 1)
+        ids[:, :4] = self.image_token  # one for each patch
+        images = torch.rand(self.batch_size, 3, self.vision["image_size"], self.vision["image_size"])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": images}
+
+
 class CommonTests(upstream.ModelTesterMixin, GenerationTesterMixin):
     """`ModelTesterMixin` with repeatable inputs."""
 
@@ -133,6 +212,8 @@ def answer_to(*tied_classes: type) -> None:
 
     upstream.get_values = get_values
     upstream.MODEL_MAPPING = {
-        tied.config_class: next(stock_bases[base] for base in tied.config_class.__mro__ if base in stock_bases)
+        config: next(stock_bases[base] for base in config.__mro__ if base in stock_bases)
         for tied in tied_classes
+        for config in (tied.config_class, *tied.config_class.__mro__[1:])
+        if any(base in stock_bases for base in config.__mro__)
     }

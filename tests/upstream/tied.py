@@ -3,6 +3,7 @@
 import tempfile
 import unittest
 
+from families import BY_CONFIG, FAMILIES
 from testers import BartTester, BertTester, CommonTests, GPT2Tester, LlamaTester, T5Tester, answer_to
 from transformers import (
     BartConfig,
@@ -74,7 +75,17 @@ class TiedBart(TiedModelMixin, BartForConditionalGeneration):
     config_class = TiedBartConfig
 
 
-answer_to(TiedLlama, TiedGPT2, TiedBert, TiedT5, TiedBart)
+def class_form(stock: type) -> type:
+    """`class Tied<Stock>(TiedModelMixin, <Stock>)`, with a config class over the config mixin."""
+    config = stock.config_class
+    tied_config = type(f"Tied{config.__name__}", (TyingConfigMixin, config), {"__module__": __name__})
+    return type(
+        f"Tied{stock.__name__}", (TiedModelMixin, stock), {"config_class": tied_config, "__module__": __name__}
+    )
+
+
+FORMS = {name: class_form(family.model_class) for name, family in FAMILIES.items()}
+answer_to(TiedLlama, TiedGPT2, TiedBert, TiedT5, TiedBart, *FORMS.values())
 
 
 class TiedTests(CommonTests):
@@ -135,3 +146,10 @@ class BartSourceTarget(TiedTests, unittest.TestCase):
     model_tester = BartTester(TiedBartConfig, tying=SOURCE_TARGET, tie_word_embeddings=False)
     one_parameter = ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight")
     is_encoder_decoder = True
+
+
+for name, family in FAMILIES.items():
+    for test_name, model_class in {name: FORMS[name], name + BY_CONFIG: family.model_class}.items():
+        tester = family.tester(model_class.config_class, tying=family.entry, tie_word_embeddings=True)
+        held = family.attributes(model_class, tester) | {"one_parameter": family.names}
+        globals()[test_name] = type(test_name, (TiedTests, unittest.TestCase), held)

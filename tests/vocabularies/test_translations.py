@@ -58,6 +58,7 @@ def translated(model, tokenizer, beams: int) -> torch.Tensor:
     return model.generate(**english(tokenizer), num_beams=beams, max_new_tokens=24)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bert2gpt2", "bert2bert"])
 def test_a_trained_model_translates_as_before_and_is_tied_trained_on_and_reopened(kind, tmp_path):
     source = wordpiece(ENGLISH)
