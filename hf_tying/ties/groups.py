@@ -59,7 +59,7 @@ def resolve(
         TyingError: see `TyingConfig`; also for shapes that differ, buffers, unknown names, a scheme without its roles.
     """
     explicit = explicit_groups(anatomy, config, strict)
-    chains = list(explicit.values())
+    chains = [names for names in explicit.values() if len(names) > 1]
     if config.scheme is None:
         chains += [list(pair) for pair in anatomy.declared_pairs(checked=True)]
     else:
@@ -72,6 +72,11 @@ def resolve(
             if config.scheme != "none":
                 chains += anatomy.without_roles(anatomy.declared)
             chains += scheme
+        if not strict and config.scheme != "none":
+            # A class that has more than the one that wrote the record (an encoder): that is tied as the class ties it.
+            for chain in anatomy.declared:
+                if with_role := [name for name in chain if name in anatomy.role_of]:
+                    chains.append([with_role[0], *(name for name in chain if name not in with_role)])
     return make_groups(anatomy, [*chains, *also], explicit)
 
 
@@ -159,7 +164,10 @@ def check_group(anatomy: Anatomy, group: TieGroup) -> None:
 
 
 def explicit_groups(anatomy: Anatomy, config: TyingConfig, strict: bool = True) -> dict[str, list[str]]:
-    """`config.groups` in the names of this model: module names spelled out, prefixes of the base model put right."""
+    """`config.groups` in the names of this model: module names spelled out, prefixes of the base model put right.
+
+    Of a group of another head there may be one name alone, which then is the root of whatever it is tied to here.
+    """
     slots = anatomy.slots
     groups: dict[str, list[str]] = {}
     for group, names in config.groups.items():
@@ -173,7 +181,7 @@ def explicit_groups(anatomy: Anatomy, config: TyingConfig, strict: bool = True) 
         present = [place for place in located if place is not None]
         if len(set(present)) < len(present):
             raise TyingError(f"Cannot tie group {group!r}: two of its names {names} mean the same parameter.")
-        if len(present) < 2:
+        if not present:
             continue
         if all(place in slots for place in present):
             groups[group] = present

@@ -72,12 +72,13 @@ def drift(found: dict, expected: dict) -> float:
 def compared(scheme: str, train) -> dict:
     """`train` of a model against one process on the whole batch with the stock loss."""
     model = gpt2(scheme)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
     alone = copy.deepcopy(model)
     trained(alone, slice(None))
     blocks.clear(), told.clear(), logging.Logger.warning_once.cache_clear()
     without_logits, model, found = train(model)
     assert_tied(model)
-    moved = drift(found, {name: p.detach() for name, p in gpt2(scheme).named_parameters()})
+    moved = drift(found, start)
     apart = drift(found, {name: p.detach() for name, p in alone.named_parameters()})
     return {
         "drift": apart, "moved": moved, "blocks": len(blocks), "without logits": without_logits, "told": told[:],
