@@ -41,9 +41,13 @@ FAST := test_rooms.py cli data/test_parallel.py data/test_tokenizers.py data/tes
 test-random: $(INSTALLED)
 	$(PYTEST) -p randomly $(SEED:%=--randomly-seed=%)
 
-# The common model tests of transformers itself and PEFT's tests of LoRA, fetched from their source distributions.
+# Long: transformers' common model tests and PEFT's tests of LoRA, from their source distributions; then every class of
+# transformers, its roles, its life beside an untouched model's, and what importing the package alone does to it.
 test-upstream: $(INSTALLED)
 	$(RUN) -m tests.upstream
+	ZOO=1 $(PYTEST) tests/test_zoo.py --timeout 1800
+	$(RUN) -m tests.upstream.import_alone
+	$(RUN) -m tests.upstream.sweep
 
 quality: $(INSTALLED_DEV)
 	$(RUN) -m ruff check $(SOURCES)
