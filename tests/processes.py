@@ -12,8 +12,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -102,6 +102,26 @@ def run_cases(cases: dict[str, Callable[[], dict]]) -> NoReturn:
     finally:
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(status)
+
+
+class TooSlow(BaseException):
+    """The time of `at_most` is over. No `Exception`, so that nothing on the way takes it for its own."""
+
+
+@contextmanager
+def at_most(seconds: int) -> Iterator[None]:
+    """End what runs inside, in the main thread of this process, after `seconds` by `TooSlow`."""
+
+    def stop(*_):
+        raise TooSlow(f"longer than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _environment(changes: dict) -> dict[str, str]:

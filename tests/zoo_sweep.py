@@ -2,11 +2,8 @@
 
 import argparse
 import json
-import signal
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 
 import torch
@@ -14,6 +11,7 @@ import transformers
 
 from hf_tying.ties.anatomy import Anatomy
 
+from .processes import TooSlow, at_most
 from .zoo import CannotBuild, build, classes
 from .zoo_configs import vocabulary_sizes
 from .zoo_inputs import inputs
@@ -22,16 +20,12 @@ from .zoo_use import is_over, used
 SECONDS = 8
 
 
-class TooSlow(BaseException):
-    """A class took longer than `SECONDS`. No `Exception`, so that no model's own handlers take it."""
-
-
 def row(name: str) -> dict:
     """Facts about one class: `built`, `ran`, `error`, `seconds`, `over` (names over a vocabulary), `use`, `roles`."""
     found = {"class": name, "type": getattr(transformers, name).config_class.model_type, "built": False, "ran": False}
     start = time.monotonic()
     try:
-        with _limit(SECONDS), warnings.catch_warnings():
+        with at_most(SECONDS), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             _fill(found)
     except (Exception, TooSlow) as error:
@@ -67,20 +61,6 @@ def misread(found: dict) -> list[str]:
             problems.append(f"{role} {name} is not used as one")
         problems += [f"{name} is used, and counts as a carrier" for name in carriers if name in lookups | products]
     return problems
-
-
-@contextmanager
-def _limit(seconds: int) -> Iterator[None]:
-    def stop(*_):
-        raise TooSlow(f"longer than {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def line(found: dict) -> str:

@@ -1,14 +1,12 @@
 """The tied softmax under `torch.compile`."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch.nn import functional as F
 
 from hf_tying.losses import reference_cross_entropy, tied_cross_entropy, tied_embedding
 
+from ..processes import run_python
 from .helpers import error, leaf, watched
 
 pytestmark = pytest.mark.usefixtures("slow_half")
@@ -53,5 +51,4 @@ print("torch._dynamo" in sys.modules)
 found = torch.compile(lambda *tensors: tied_cross_entropy(*tensors) * 2, backend="eager")(*tensors)
 print(torch.equal(found, expected * 2))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "False", "False", "True"]
+    assert run_python("-c", code).stdout.split() == ["False", "False", "False", "True"]

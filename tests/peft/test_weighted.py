@@ -109,7 +109,8 @@ class TestFitted:
         expected = weighted(model, {"first": 1, "second": 1})
         assert len(expected) == 8
         model.add_weighted_adapter(["first", "second"], [1, 1], "both", r=4)
-        assert distance(expected, of(model, "both")) < 1e-5
+        # Of its norm. A missing term is a good part of 1; rounding was 2.6e-5 on the slowest instruction set.
+        assert distance(expected, of(model, "both")) < 1e-3
 
 
 class TestRefused:

@@ -137,8 +137,9 @@ OF_LORA_ALONE = {
     r"\blora_[AB]\b|\blora_embedding_|\blora\.|\.lora_alpha|LoraModel|LoraLayer": "reads LoRA's own parts",
     "|".join(rf"{name}=" for name in DEFAULTS if name not in SETTINGS): "a setting of LoRA alone",
     r"pissa|olora|\bmica\b|_mica_|orthogonal|[Mm]amba": "an initialisation, or a model, that only LoRA treats apart",
-    "conv2d|mha_cls|multihead_attention|ModelMha": "layers that Tied-LoRA does not adapt",
+    'conv2d|"conv1"|mha_cls|multihead_attention|ModelMha': "layers that Tied-LoRA does not adapt",
 }
+COUNTS = "states the name or the number of LoRA's own parameters"
 # Single tests, or all whose names begin so, and why they are left out for both.
 DESELECTED = {
     "test_weighted_combination_of_adapters": WEIGHTED,
@@ -149,6 +150,9 @@ DESELECTED = {
     "test_mixed_model_": MIXED,
     "test_no_infinite_recursion[PeftMixedModel]": MIXED,
     "test_add_adapter_rejects_duplicate_name_without_mutation[True]": MIXED,
+    "test_peft_types_small": COUNTS,
+    "test_nb_params_small": COUNTS,
+    "test_no_rank_nor_alpha_pattern": "adapts a layer of rank 1 with a rank of 2, which Tied-LoRA refuses",
     "test_inject_from_state_dict_stable_diffusion": "needs diffusers and one of its models",
     "test_inject_from_state_dict_extra_keys_warning": "compares the names of modules in the file with the config's; "
     "a file of Tied-LoRA names no modules",

@@ -3,11 +3,9 @@
 import json
 import logging
 import re
-import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -19,16 +17,13 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import zoo
+from ..processes import TooSlow, at_most
 from .examine import Examination, Finding, examine
 from .stock_worker import StockWorker
 
-LONGEST = 90  # seconds for one class; most take two to ten
+LONGEST = 300  # seconds for one class; most take two to ten
 
 console = Console()
-
-
-class TooSlow(BaseException):
-    """A class took longer than `LONGEST`. No `Exception`, so that nothing on the way takes it for its own."""
 
 
 def main(
@@ -68,7 +63,7 @@ def sweep(names: list[str]) -> Iterator[Examination]:
     try:
         for name in names:
             try:
-                with _limit(LONGEST):
+                with at_most(LONGEST):
                     examination = examine(name, worker)
             except (Exception, TooSlow) as error:
                 worker.close()  # it may be in the middle of an answer
@@ -77,20 +72,6 @@ def sweep(names: list[str]) -> Iterator[Examination]:
             yield examination
     finally:
         worker.close()
-
-
-@contextmanager
-def _limit(seconds: int) -> Iterator[None]:
-    def stop(*_):
-        raise TooSlow(f"longer than {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def causes(findings: list[Finding]) -> dict[tuple[str, str], list[Finding]]:

@@ -3,15 +3,19 @@
 import io
 import json
 import tarfile
+import time
 from types import SimpleNamespace
 
 import peft
 import pytest
 from transformers import AutoModelForCausalLM
+from typer import Typer
+from typer.testing import CliRunner
 
 from hf_tying.peft import TiedLoraConfig
 
-from . import lora_models
+from . import lora_models, sweep
+from .examine import Examination, Finding
 from .lora_tests import of_lora_alone, of_tied_lora, why_not
 from .report import Session, findings, joined
 from .sdist import SdistError, _unpack_tests, fetch_tests
@@ -158,3 +162,28 @@ def test_models_are_made_once_and_found_without_a_network(tmp_path, monkeypatch)
     monkeypatch.setitem(lora_models.MODELS[name][1], "vocab_size", 8)
     lora_models.make_models(tmp_path)
     assert vocabulary() == 8
+
+
+def test_a_class_that_fails_or_hangs_ends_only_itself(monkeypatch):
+    def examine(name, worker):
+        if name == "Hangs":
+            time.sleep(60)
+        return Examination(name) if name == "Lives" else {}[name]
+
+    monkeypatch.setattr(sweep, "LONGEST", 1)
+    monkeypatch.setattr(sweep, "examine", examine)
+    told = {one.name: [f.what for f in one.findings] for one in sweep.sweep(["Fails", "Hangs", "Lives"])}
+    assert told == {"Fails": ["KeyError('Fails')"], "Hangs": ["TooSlow('longer than 1 s')"], "Lives": []}
+
+
+@pytest.mark.parametrize(("what", "code"), [(["lost"], 1), ([], 0)])
+def test_the_sweep_ends_with_1_when_something_is_found_and_writes_it(monkeypatch, tmp_path, what, code):
+    found = [Finding("A", "two_way", "file", text) for text in what]
+    monkeypatch.setattr(sweep, "sweep", lambda names: [Examination(name, findings=found) for name in names])
+    monkeypatch.setattr(sweep, "quiet", lambda: None)
+    app = Typer()
+    app.command()(sweep.main)
+    answer = CliRunner().invoke(app, ["--only", "A", "--json", str(tmp_path / "found.json")])
+    assert answer.exit_code == code
+    [written] = json.loads((tmp_path / "found.json").read_text())
+    assert [finding["what"] for finding in written["findings"]] == what
