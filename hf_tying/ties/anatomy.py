@@ -90,6 +90,14 @@ class Anatomy:
         """Those of `chains` that have nothing to do with the embeddings."""
         return [chain for chain in chains if not any(name in self.role_of for name in chain)]
 
+    def beside_roles(self, chains: list[list[str]]) -> list[list[str]]:
+        """Those of `chains` that have to do with an embedding: the names without a role, after one that has one.
+
+        A further use of a matrix (a second decoder, a head of another kind) stays with it, whatever the scheme.
+        """
+        with_role = [(next((name for name in chain if name in self.role_of), None), chain) for chain in chains]
+        return [[first, *(name for name in chain if name not in self.role_of)] for first, chain in with_role if first]
+
 
 def roles(model: PreTrainedModel) -> dict[str, Role]:
     """The roles that `model` has: `Anatomy(model).roles`."""

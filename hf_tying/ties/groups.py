@@ -66,17 +66,16 @@ def resolve(
         scheme = scheme_chains(anatomy, config.scheme, strict)
         held = {name for chain in chains for name in chain}
         tied = [anatomy.roles[role].name for role in SCHEMES[config.scheme] if role in anatomy.roles]
-        if config.save_format is None or not held.issuperset(tied):
-            # A bare scheme, not the record of a model: what the architecture ties besides its embeddings (BERT's
-            # output bias) stays tied, and a carrier goes with its role. A record says all of that itself.
-            if config.scheme != "none":
-                chains += anatomy.without_roles(anatomy.declared)
+        # A bare scheme, not the record of a model: what the architecture ties besides its embeddings (BERT's output
+        # bias) stays tied, and a carrier goes with its role. A record says all of that itself.
+        bare = config.save_format is None or not held.issuperset(tied)
+        if bare and config.scheme != "none":
+            chains += anatomy.without_roles(anatomy.declared)
+        if (bare or not strict) and config.scheme != "none":
+            # Also where a class has more than the one that wrote the record (an encoder).
+            chains += anatomy.beside_roles(anatomy.declared)
+        if bare:
             chains += scheme
-        if not strict and config.scheme != "none":
-            # A class that has more than the one that wrote the record (an encoder): that is tied as the class ties it.
-            for chain in anatomy.declared:
-                if with_role := [name for name in chain if name in anatomy.role_of]:
-                    chains.append([with_role[0], *(name for name in chain if name not in with_role)])
     return make_groups(anatomy, [*chains, *also], explicit)
 
 

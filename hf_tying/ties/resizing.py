@@ -98,11 +98,19 @@ def resize(
     Matrices are resized in place (`parameter.data`), so that a tie survives by itself and the optimizer keeps it.
 
     Raises:
-        TyingError: when an embedding is tied to something that has no row for each word, or the model has two
-            vocabularies.
+        TyingError: when an embedding is tied to something that has no row for each word, the model has two
+            vocabularies, or its input embedding is a list of several (Bark).
     """
+    embeddings = model.get_input_embeddings()
+    if not isinstance(getattr(embeddings, "weight", None), torch.Tensor):
+        if not model.tie_groups:
+            return _narrowed(stock_resize)(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        raise TyingError(
+            f"Cannot resize {type(model).__name__}: its input embedding is a {type(embeddings).__name__}, not one "
+            "matrix. Resize it before it is tied: from_pretrained(..., tying=None), resize, then tie(model, ...)."
+        )
     own_resize = _own_resize(model)
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = embeddings.weight.shape[0]
     changes = new_num_tokens is not None or pad_to_multiple_of is not None
     if changes:
         _refuse_other_rows(model)
@@ -158,10 +166,11 @@ def fit_tied(model: PreTrainedModel) -> None:
 
 
 def _refuse_other_rows(model: PreTrainedModel) -> None:
-    role_of = Anatomy(model).role_of
+    anatomy = Anatomy(model)
+    vocabulary = {*anatomy.role_of, *(name for chain in anatomy.beside_roles(anatomy.declarable) for name in chain)}
     for group in model.tie_groups:
-        words = [name for name in group.names if name in role_of]
-        others = [name for name in group.names if name not in role_of]
+        words = [name for name in group.names if name in anatomy.role_of]
+        others = [name for name in group.names if name not in vocabulary]
         if words and others:
             raise TyingError(
                 f"Cannot resize: {others[0]!r} is tied to the embedding {words[0]!r} (group {group.name!r}), and is "

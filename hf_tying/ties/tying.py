@@ -143,8 +143,11 @@ def _plan_tie(anatomy: Anatomy, config: TyingConfig) -> list[TieGroup]:
         # The names that a user gave to groups survive. Those that were made for embeddings follow the new scheme.
         named = {group: names for group, names in named.items() if group in explicit or not _is_made(group)}
         chains += scheme_chains(anatomy, config.scheme)
-        chains += [[name for name in chain if name not in anatomy.role_of] for chain in anatomy.tied]
-        if config.scheme != "none":  # what the architecture ties besides, where that overwrites nothing
+        if config.scheme == "none":
+            chains += [[name for name in chain if name not in anatomy.role_of] for chain in anatomy.tied]
+        else:
+            chains += [*anatomy.without_roles(anatomy.tied), *anatomy.beside_roles(anatomy.tied)]
+            # What the architecture ties besides, where that overwrites nothing.
             others = anatomy.without_roles(anatomy.declarable)
             chains += [chain for chain in others if _equal([anatomy.slots[name] for name in chain])]
     return make_groups(anatomy, [chain for chain in chains if len(chain) > 1], named)

@@ -4,13 +4,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import BarkFineConfig, BarkFineModel
 
 from hf_tying import TyingError, assert_tied, tie, untie
 from hf_tying.ties.anatomy import roles
 from hf_tying.ties.slots import find_slot
 
 from ..forms import matrix, reload, tied_model
-from ..tiny import logits, tiny_model
+from ..tiny import logits, shared_names, tiny_model
 
 
 def rows(model):
@@ -151,3 +152,19 @@ class TestReplacedEmbeddings:
             model.tie_weights()
         tie(model, "two_way", init_from="target")
         model(input_ids=torch.arange(4)[None])
+
+
+def test_a_list_of_embeddings_is_resized_before_it_is_tied_and_refused_after(tmp_path):
+    sizes = {"input_vocab_size": 20, "output_vocab_size": 20, "num_layers": 1, "num_heads": 2, "hidden_size": 16}
+    model = BarkFineModel(BarkFineConfig(**sizes, n_codes_total=3, n_codes_given=1, block_size=8))
+    groups = dict(zip(["first", "second"], shared_names(model), strict=True))
+    tie(model, groups)
+    before = shared_names(model)
+    with pytest.raises(TyingError, match=r"ModuleList, not one matrix.*tying=None"):
+        model.resize_token_embeddings(24)
+    assert shared_names(model) == before and model.input_embeds_layers[1].weight.shape[0] == 20
+    model.save_pretrained(tmp_path)
+    model = BarkFineModel.from_pretrained(tmp_path, tying=None)
+    model.resize_token_embeddings(24)
+    assert shared_names(tie(model, groups)) == before and model.lm_heads[1].weight.shape[0] == 24
+    assert_tied(model)

@@ -11,6 +11,8 @@ from transformers import (
     IBertForMaskedLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaModel,
+    LlamaPreTrainedModel,
     MarianConfig,
     MarianForCausalLM,
     MarianMTModel,
@@ -130,6 +132,33 @@ def test_a_further_head_keeps_its_trained_values():
     assert torch.equal(model.mtp_head.weight, values) and shared_names(model) == [
         ["model.embed_tokens.weight", "lm_head.weight"]
     ]
+
+
+class WholeMTPLlama(LlamaForCausalLM):
+    """The same, made in one `__init__`, as the stock loader needs it where the flag is on."""
+
+    _tied_weights_keys = MTPLlama._tied_weights_keys
+
+    def __init__(self, config):
+        LlamaPreTrainedModel.__init__(self, config)
+        self.model = LlamaModel(config)
+        self.lm_head, self.mtp_head = (nn.Linear(config.hidden_size, config.vocab_size, bias=False) for _ in range(2))
+        self.post_init()
+
+
+def test_a_scheme_on_a_stock_tied_model_leaves_a_further_head_where_it_is(tmp_path):
+    model = WholeMTPLlama(llama_config(tie_word_embeddings=True))
+    before = shared_names(model)
+    assert before == [["model.embed_tokens.weight", "lm_head.weight", "mtp_head.weight"]]
+    tie(model, "two_way")
+    assert shared_names(model) == before
+    model.resize_token_embeddings(103)
+    assert shared_names(model) == before and model.mtp_head.out_features == 103
+    model.save_pretrained(tmp_path)
+    loaded = WholeMTPLlama.from_pretrained(tmp_path)
+    assert_tied(loaded)
+    assert shared_names(loaded) == before and torch.equal(loaded.mtp_head.weight, model.mtp_head.weight)
+    assert shared_names(tie(loaded, "none")) == []
 
 
 # --- one module in two roles -----------------------------------------------------------------------------------------
