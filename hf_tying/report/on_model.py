@@ -36,6 +36,7 @@ def report_on_model(model: nn.Module) -> TyingReport:
         held = [find_parameter(model, name) for name in group.names]
         some = next((parameter for parameter in held if parameter is not None), None)
         distinct = len({id(parameter) for parameter in held})
+        used = [name for name in group.names if name not in anatomy.carriers] or group.names
         rows.append(
             group_report(
                 group.name,
@@ -46,7 +47,7 @@ def report_on_model(model: nn.Module) -> TyingReport:
                 some.element_size() if some is not None else 0,
                 declared=group in declared,
                 actual=distinct == 1 and some is not None,
-                copies=distinct,
+                copies=len({id(find_parameter(model, name)) for name in used}),
                 carriers=anatomy.carriers,
             )
         )

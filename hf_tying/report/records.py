@@ -151,7 +151,7 @@ def group_report(
     Args:
         role_of: from names to roles; it may have other names too.
         size: bytes of one element.
-        copies: how many different parameters the names are. Default 1, as in a tie that holds.
+        copies: how many different parameters the names beside the carriers are. Default 1, as in a tie that holds.
         carriers: names that hold a role's matrix without using it; it may have others too.
 
     The other arguments are those of `GroupReport`. The defaults are those of a report on files.

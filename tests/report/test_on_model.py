@@ -72,6 +72,14 @@ def test_a_tie_that_is_partly_broken_saves_what_is_still_shared():
     assert group.parameters_saved == model.lm_head.weight.numel()
 
 
+def test_a_carrier_that_is_apart_costs_no_saving():
+    model = tied("bart")
+    split(model, ["model.shared.weight"])
+    (group,) = tying_report(model).groups
+    assert group.actual is False
+    assert group.parameters_saved == 2 * model.lm_head.weight.numel()  # the three roles share still
+
+
 def test_a_tie_that_nobody_declared_is_shown_as_such():
     model = tied("llama")
     first, second = layer_pair(model)
