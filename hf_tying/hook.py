@@ -48,7 +48,7 @@ _MODELS = "transformers.modeling_utils"
 _CONFIGS, _TOKENIZERS = (f"transformers.models.auto.{name}_auto" for name in ("configuration", "tokenization"))
 _TUNERS, _MAPPING, _PEFT_MODEL = "peft.tuners.tuners_utils", "peft.mapping", "peft.peft_model"
 _HERE, _MERGING = __name__, "hf_tying.peft.merging"
-_REGISTRATION, _PUBLISH = "hf_tying.peft.registration", "hf_tying.peft.publish"
+_REGISTRATION, _PUBLISH, _STATUS = (f"hf_tying.peft.{name}" for name in ("registration", "publish", "status"))
 
 #: Ties, and the classes of this package.
 TIES = (
@@ -93,6 +93,8 @@ TIED_LORA = (
     Change(_PEFT_MODEL, "PeftModel.push_to_hub", f"{_PUBLISH}:push_to_hub",
            "both forms are pushed, unless `also_lora=False`",
            without="only the Tied-LoRA form is pushed"),
+    Change(_PEFT_MODEL, "get_layer_status", f"{_STATUS}:layer_status", "the status of a model counts its layers"),
+    Change("peft", "get_layer_status", f"{_STATUS}:layer_status", "the status of its layers is the same by this name"),
     Change("peft.mixed_model", "_check_config_compatible", f"{_REGISTRATION}:refuse_mixed_model",
            "the refusal of a PeftMixedModel names the way out",
            without="the refusal is PEFT's own"),

@@ -69,7 +69,6 @@ class TiedLoraLayer(BaseTunerLayer):
         trained = frozenset(kind for kind in "ABu" if getattr(config, f"train_{kind}"))
         self.uses[adapter_name] = LayerFactors(names, slot=slot, scaling=config.scaling, trained=trained, **factors)
         self._matrices = [matrices]
-        matrices.quantization_backend = self.quantization_backend  # a model's status then names one backend
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 

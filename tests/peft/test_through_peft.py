@@ -1,8 +1,10 @@
 """What else a user of PEFT does with an adapter: precision, torch's own tools, trainers, status and conversion."""
 
 import copy
+import dataclasses
 import pickle
 
+import peft
 import pytest
 import torch
 from datasets import Dataset
@@ -130,6 +132,36 @@ class TestTrainers:
 
 
 class TestStatusAndConversion:
+    def states(self, config):
+        """What PEFT says of a model with two adapters: at first, with the second, merged, unmerged, disabled, frozen."""
+        model = get_peft_model(tiny_model("llama"), config)
+        model.add_adapter("second", config)
+        yield model.get_model_status(), model.get_layer_status()
+        for change in (
+            lambda: model.set_adapter("second"),
+            model.merge_adapter,
+            model.unmerge_adapter,
+            model.base_model.disable_adapter_layers,
+            model.base_model.enable_adapter_layers,
+            lambda: model.set_requires_grad("default", True),
+            lambda: model.delete_adapter("default"),
+        ):
+            change()
+            yield peft.get_model_status(model.base_model.model), peft.get_layer_status(model)
+
+    @pytest.mark.parametrize("settings", [{}, {"variant": "TL5"}, {"train_A": False, "train_B": False}], ids=str)
+    def test_the_status_is_that_of_lora(self, settings):
+        lora = self.states(LoraConfig(target_modules=QKV["llama"]))
+        ours = self.states(TiedLoraConfig(r=4, target_modules=QKV["llama"], **settings))
+        for (of_model, of_layers), (model, layers) in zip(lora, ours, strict=True):
+            of_models = [dataclasses.asdict(one) for one in (of_model, model)]
+            for one in of_models:
+                for key in ("adapter_model_type", "peft_types", "trainable_params", "total_params"):
+                    del one[key]
+            assert of_models[0] == of_models[1]
+            renamed = [dataclasses.replace(row, module_type="tied_" + row.module_type) for row in of_layers]
+            assert renamed == layers
+
     def test_peft_converts_an_adapter_to_lora_in_its_own_way_too(self, model):
         from peft import convert_to_lora
 
