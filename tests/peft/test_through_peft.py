@@ -133,7 +133,7 @@ class TestTrainers:
 
 class TestStatusAndConversion:
     def states(self, config):
-        """What PEFT says of a model with two adapters: at first, with the second, merged, unmerged, disabled, frozen."""
+        """What PEFT says of a model with two adapters: at first, and after each change."""
         model = get_peft_model(tiny_model("llama"), config)
         model.add_adapter("second", config)
         yield model.get_model_status(), model.get_layer_status()
