@@ -86,6 +86,14 @@ class Anatomy:
         """What the classes declare as tied, read anew (see `declared.declared_pairs`)."""
         return declared_pairs(self.places, self.slots, gated, checked)
 
+    def root_declared(self, names: list[str]) -> list[str]:
+        """The name that stock files keep of `names`, in a list; an empty one where the classes tie other names."""
+        if not any(set(chain) == set(names) for chain in self.declarable):
+            return []
+        pairs = self.declared_pairs(gated=False)
+        sources, targets = {source for source, _ in pairs}, {target for _, target in pairs}
+        return [name for name in names if name in sources and name not in targets]
+
     def without_roles(self, chains: list[list[str]]) -> list[list[str]]:
         """Those of `chains` that have nothing to do with the embeddings."""
         return [chain for chain in chains if not any(name in self.role_of for name in chain)]

@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from ..config import TyingConfig, TyingError
 from .anatomy import Anatomy
-from .groups import TieGroup, locate
+from .groups import TieGroup, locate, make_groups
 from .slots import difference, find_parameter, same_values, set_parameter, share_parameter, state_key
 
 logger = logging.get_logger(__name__)
@@ -33,7 +33,7 @@ def tie_loaded(model: PreTrainedModel, missing: set[str]) -> list[TieGroup]:
     anatomy = Anatomy(model)
     _refuse_out_of_reach(anatomy, config, missing)
     kept: list[TieGroup] = []
-    for group in model.tie_groups:
+    for group in _with_new_ones(anatomy, missing):
         # Names of another shape in the file (ignore_mismatched_sizes) are still on the meta device, alone.
         blank = [name for name in group.names if find_parameter(model, name).is_meta]
         unfilled = missing | set(blank if len(blank) < len(group.names) else [])
@@ -191,6 +191,18 @@ def _settle(config: TyingConfig, group: TieGroup, parts: list[list[str]], value_
         f"from_pretrained(..., tying={{**entry, 'on_conflict': ...}}): 'use:{parts[0][0]}' or 'use:{parts[1][0]}' "
         "takes one for all, 'keep_untied' keeps both and corrects the config."
     )
+
+
+def _with_new_ones(anatomy: Anatomy, missing: set[str]) -> list[TieGroup]:
+    """The groups of the model; in a wider class than the file's also those that it declares of names that are new."""
+    model = anatomy.model
+    new = [chain for chain in anatomy.declared if missing.issuperset(chain)]
+    if not new or model._is_declared_class():
+        return model.tie_groups
+    named = {group.name: list(group.names) for group in model.tie_groups}
+    held = {name for names in named.values() for name in names}
+    new = [chain for chain in new if not held & set(chain)]
+    return make_groups(anatomy, [*named.values(), *new], named)
 
 
 def _refuse_out_of_reach(anatomy: Anatomy, config: TyingConfig, missing: set[str]) -> None:

@@ -68,13 +68,11 @@ def resolve(
         tied = [anatomy.roles[role].name for role in SCHEMES[config.scheme] if role in anatomy.roles]
         # A bare scheme, not the record of a model: what the architecture ties besides its embeddings (BERT's output
         # bias) stays tied, and a carrier goes with its role. A record says all of that itself.
-        bare = config.save_format is None or not held.issuperset(tied)
+        bare = config.save_format is None or len(tied) > 1 and not held.issuperset(tied)
         if bare and config.scheme != "none":
             chains += anatomy.without_roles(anatomy.declared)
-        if (bare or not strict) and config.scheme != "none":
-            # Also where a class has more than the one that wrote the record (an encoder).
-            chains += anatomy.beside_roles(anatomy.declared)
-        if bare:
+        if bare or not strict:  # also where a class has more than the one that wrote the record (an encoder)
+            chains += anatomy.beside_roles(anatomy.declared) if config.scheme != "none" else []
             chains += scheme
     return make_groups(anatomy, [*chains, *also], explicit)
 
@@ -121,9 +119,9 @@ def make_groups(anatomy: Anatomy, chains: list[list[str]], named: dict[str, list
     for names in join_chains(chains):
         held = [role for role, place in anatomy.roles.items() if set(place.names) & set(names)]
         given = next((group for group, members in named.items() if set(members) & set(names)), None)
-        # Carriers and roles in their order, source first, unless the user named another root.
-        first = [n for n in (named[given] if given else with_role) if n in names]
-        ordered = [*first, *(n for n in names if n not in first)]
+        # Carriers and roles in their order, source first, unless the user or the architecture has named the root.
+        first = [n for n in (named[given] if given else [*anatomy.root_declared(names), *with_role]) if n in names]
+        ordered = list(dict.fromkeys([*first, *names]))
         base = given or ("embeddings" if len(held) > 1 else held[0] if held else ordered[0].rsplit(".", 1)[-1])
         name = next(n for n in [base, *(f"{base}_{i}" for i in range(2, 10_000))] if n not in taken)
         taken.add(name)

@@ -73,9 +73,12 @@ class TiedModelMixin:
     def _post_init_tied(self, stock_post_init: Callable[[], None]) -> None:
         self._ties_made = False  # until then `tie_weights` takes values that are just initialised for what they are
         config = TyingConfig.in_config(self.config)
-        strict = self._is_declared_class()
+        making = _models_being_made()
+        parts = [model for model in making if model is not self and type(model.config) is type(self.config)]
+        strict = not parts and self._is_declared_class()  # a part has the record of the whole, in the whole's names
         honour_extensions(self, config, strict)
-        whole = _is_whole(self)
+        # A subclass may add modules after `super().__init__()`: then two `__init__` of this one object are running.
+        whole = sum(model is self for model in making) < 2
         if not whole:
             self._made_in_part = True
         anatomy = Anatomy(self)
@@ -338,18 +341,16 @@ def _ties_wait() -> bool:
     return PreTrainedModel.tie_weights.__module__ != PreTrainedModel.__module__
 
 
-def _is_whole(model: PreTrainedModel) -> bool:
-    """Whether all modules of `model` are there in `post_init`: a subclass may add some after `super().__init__()`.
-
-    There are then two `__init__` of the one object on the stack: the one that calls `post_init`, and the subclass's.
-    """
-    running, frame = 0, sys._getframe(1)
-    while frame is not None and running < 2:
+def _models_being_made() -> list[PreTrainedModel]:
+    """The models whose `__init__` is running, the innermost first; one is there once for each of its `__init__`."""
+    making, frame = [], sys._getframe(1)
+    while frame is not None:
         code = frame.f_code
-        own = code.co_argcount and frame.f_locals.get(code.co_varnames[0]) is model
-        running += bool(own and code.co_name == "__init__")
+        if code.co_name == "__init__" and code.co_argcount:
+            owner = frame.f_locals.get(code.co_varnames[0])
+            making += [owner] if isinstance(owner, PreTrainedModel) and hasattr(owner, "config") else []
         frame = frame.f_back
-    return running < 2
+    return making
 
 
 def set_groups(model: PreTrainedModel, groups: list[TieGroup]) -> None:
@@ -394,14 +395,13 @@ def declare(model: PreTrainedModel, groups: list[TieGroup]) -> None:
 
 
 def _source(model: PreTrainedModel, group: TieGroup) -> str:
-    """The name that a class would declare as the source of `group`: its input embedding's, else the root.
+    """The name that a class would declare as the source of `group`: its root; the embedding where that is the head.
 
     PEFT looks there for what is tied with the input embedding, whichever name is kept in a file.
     """
-    embedding = ask(model, "get_input_embeddings")
-    if isinstance(embedding, nn.Module):
-        embedding = unwrap(embedding)
-        for name in group.names:
-            if (slot := find_slot(model, name)) is not None and slot[0] is embedding:
-                return name
-    return group.root
+    head, embedding = (ask(model, f"get_{side}_embeddings") for side in ("output", "input"))
+    slots = {name: find_slot(model, name) for name in group.names}
+    if not isinstance(head, nn.Module) or slots[group.root] != (unwrap(head), "weight"):
+        return group.root
+    lookups = (name for name, slot in slots.items() if slot and embedding is not None and slot[0] is unwrap(embedding))
+    return next(lookups, group.root)

@@ -94,6 +94,7 @@ def default_save_format(anatomy: Anatomy) -> str:
     reachable = all(
         group.root.startswith(f"{base}.") or not any(n.startswith(f"{base}.") for n in group.names)
         for group in model.tie_groups
+        if any(name in anatomy.role_of for name in group.names)  # a base model has its words, not a head's layers
     )
     return "dedup" if own == stock and reachable else "portable"
 

@@ -98,17 +98,15 @@ def resize(
     Matrices are resized in place (`parameter.data`), so that a tie survives by itself and the optimizer keeps it.
 
     Raises:
-        TyingError: when an embedding is tied to something that has no row for each word, the model has two
-            vocabularies, or its input embedding is a list of several (Bark).
+        TyingError: when an embedding is tied to something that has no row for each word, or the model has two
+            vocabularies.
     """
     embeddings = model.get_input_embeddings()
     if not isinstance(getattr(embeddings, "weight", None), torch.Tensor):
-        if not model.tie_groups:
-            return _narrowed(stock_resize)(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        raise TyingError(
-            f"Cannot resize {type(model).__name__}: its input embedding is a {type(embeddings).__name__}, not one "
-            "matrix. Resize it before it is tied: from_pretrained(..., tying=None), resize, then tie(model, ...)."
-        )
+        # A list of them (Bark), which its class resizes in place: names that are one matrix stay one.
+        embeddings = _narrowed(stock_resize)(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        fit_tied(model)
+        return embeddings
     own_resize = _own_resize(model)
     rows = embeddings.weight.shape[0]
     changes = new_num_tokens is not None or pad_to_multiple_of is not None

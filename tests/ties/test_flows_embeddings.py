@@ -1,5 +1,7 @@
 """f12, f25: embeddings that are resized or replaced stay tied, and an untied matrix is not lost."""
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -154,17 +156,19 @@ class TestReplacedEmbeddings:
         model(input_ids=torch.arange(4)[None])
 
 
-def test_a_list_of_embeddings_is_resized_before_it_is_tied_and_refused_after(tmp_path):
+def test_a_list_of_embeddings_is_resized_as_an_untouched_one(tmp_path):
     sizes = {"input_vocab_size": 20, "output_vocab_size": 20, "num_layers": 1, "num_heads": 2, "hidden_size": 16}
-    model = BarkFineModel(BarkFineConfig(**sizes, n_codes_total=3, n_codes_given=1, block_size=8))
-    groups = dict(zip(["first", "second"], shared_names(model), strict=True))
-    tie(model, groups)
-    before = shared_names(model)
-    with pytest.raises(TyingError, match=r"ModuleList, not one matrix.*tying=None"):
-        model.resize_token_embeddings(24)
-    assert shared_names(model) == before and model.input_embeds_layers[1].weight.shape[0] == 20
+    stock = BarkFineModel(BarkFineConfig(**sizes, n_codes_total=3, n_codes_given=1, block_size=8))
+    before = shared_names(stock)
+    model = tie(copy.deepcopy(stock), dict(zip(["first", "second"], before, strict=True)))
+    for rows in (24, 16):
+        for resized in (stock, model):
+            torch.manual_seed(0)
+            resized.resize_token_embeddings(rows)
+        assert_tied(model)
+        assert shared_names(model) == before == shared_names(stock)
+        assert model.lm_heads[1].out_features == model.lm_heads[1].weight.shape[0] == rows
+        expected = stock.state_dict()
+        assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
     model.save_pretrained(tmp_path)
-    model = BarkFineModel.from_pretrained(tmp_path, tying=None)
-    model.resize_token_embeddings(24)
-    assert shared_names(tie(model, groups)) == before and model.lm_heads[1].weight.shape[0] == 24
-    assert_tied(model)
+    assert shared_names(BarkFineModel.from_pretrained(tmp_path)) == before

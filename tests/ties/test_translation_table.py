@@ -269,7 +269,7 @@ def test_one_tokenizer_that_holds_two_vocabularies_is_compared_in_itself():
 def test_vocabularies_of_two_sizes_can_have_what_lies_on_one_side(arch, scheme, tmp_path):
     model = untied(arch, target_vocab=80)
     if {"source", "target"} <= set(MEMBERS[scheme]):
-        with pytest.raises(TyingError, match=r"\(64, 16\).*\(80, 16\)"):
+        with pytest.raises(TyingError, match=r"\((64|80), 16\).*\((64|80), 16\)"):
             tie(model, scheme, init_from="source")
         assert len({id(p) for p in matrices(model).values()}) == 3
         return

@@ -126,8 +126,15 @@ def resized(model: PreTrainedModel, folder: Path, by: int) -> Facts:
     """The model with more or fewer words, and what its file gives then."""
     torch.manual_seed(3)  # for the new rows
     # New rows by the default: some classes do not take another way.
-    model.resize_token_embeddings(words_of(model.config) + by)
-    facts = {"sharing": sharing(model), "sizes": sizes(model), "shapes": shapes(model), "resized": values(model)}
+    words = words_of(model.config) + by
+    model.resize_token_embeddings(words)
+    facts = {
+        "sharing": sharing(model),
+        "words": words,
+        "sizes": sizes(model),
+        "shapes": shapes(model),
+        "resized": values(model),
+    }
     facts["config"] = config_of(model)
     model.save_pretrained(folder)
     again = loaded(type(model).__name__, folder, forward=False)
