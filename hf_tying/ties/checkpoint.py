@@ -208,6 +208,8 @@ def _with_new_ones(anatomy: Anatomy, missing: set[str]) -> list[TieGroup]:
 def _refuse_out_of_reach(anatomy: Anatomy, config: TyingConfig, missing: set[str]) -> None:
     """A base model opened from a file that keeps the shared matrix under a name of the head only."""
     model = anatomy.model
+    if missing.issuperset(anatomy.slots):
+        return  # nothing in the file is for this class, as transformers reports
     for group, names in config.groups.items():
         places = {name: locate(anatomy, name) for name in names}
         inside = [place for place in places.values() if place in anatomy.slots]

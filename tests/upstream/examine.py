@@ -193,7 +193,7 @@ class _Life:
                 self._end(held)
 
     def _from_birth(self, held: PreTrainedModel) -> None:
-        born = self.control if self.exact else held
+        born = copy.deepcopy(self.control) if self.exact else held
         self.truth = {"values": lives.values(born), "outputs": lives.outputs(born), "sharing": sharing(born)}
         self._compare("as it is", lives.now)
         self._compare("file", lives.file)
@@ -350,7 +350,11 @@ class _Life:
             elif kind in NO_MORE and step != "task change":  # a softmax of its own is lost with the head
                 ours[fact], theirs[fact] = sorted(set(found) - set(stock[fact])), []
             elif kind == "sharing" and self.truth["sharing"] and "stock" not in step and "dict" not in step:
-                ours[fact], theirs[fact] = found, self.truth["sharing"]
+                new = set(facts.get("missing", ()))  # which are tied as the class says
+                ours[fact], theirs[fact] = (
+                    [names for names in found if not new.issuperset(names)],
+                    self.truth["sharing"],
+                )
             elif kind == "values":
                 # Nor what a class keeps out of its files, as the positions of Marian, which are computed.
                 missing = {*facts.get("missing", ()), *stock.get("missing", ()), *self._not_saved()}
