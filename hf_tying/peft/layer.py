@@ -157,15 +157,19 @@ class TiedLoraLayer(BaseTunerLayer):
         return delta if device is None or device.type == "meta" else delta.to(device)
 
     def _low(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
-        """`x A^T`, `(..., r)`; computed once for the modules that share A and x."""
+        """`x A^T`, `(..., r)`; computed once for the modules that share A and x.
+
+        Under dropout each module has a mask of its own, as in LoRA, and computes its own.
+        """
         used = self.uses[adapter_name]
-        shared = len(used.slot.members) > 1 and not torch.compiler.is_compiling()
-        kept = used.slot.take(self.module_name, x) if shared else None
+        random = self.training and isinstance(self.tied_lora_dropout[adapter_name], nn.Dropout)
+        shared = len(used.slot.members) > 1 and not random and not torch.compiler.is_compiling()
+        kept = used.slot.take(self.module_name, x, used.A.weight) if shared else None
         if kept is not None:
             return kept
         low = self._down(adapter_name, x, used.A(columns=self.in_features, device=x.device))
         if shared:
-            used.slot.put(self.module_name, x, low)
+            used.slot.put(self.module_name, x, used.A.weight, low)
         return low
 
     def _down(self, adapter_name: str, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:

@@ -133,24 +133,30 @@ class InputSlot:
         self.members: set[str] = set()
         self._kept: tuple | None = None
 
-    def take(self, member: str, x: torch.Tensor) -> torch.Tensor | None:
-        """The value for the input `x` if another module has just computed it, else `None`."""
+    def take(self, member: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
+        """The value for the input `x` and the matrix A, if another module has just computed it, else `None`."""
         if self._kept is None:
             return None
         source, state, waiting, value = self._kept
-        if source() is not x or state != _state(x) or member not in waiting:
+        if source() is not x or state != _state(x, weight) or member not in waiting:
             return None
         waiting.discard(member)
         if not waiting:
             self._kept = None
         return value()
 
-    def put(self, member: str, x: torch.Tensor, value: torch.Tensor) -> None:
-        """Keep a value for the other members."""
+    def put(self, member: str, x: torch.Tensor, weight: torch.Tensor, value: torch.Tensor) -> None:
+        """Keep a value for the other members, for as long as there is `x`."""
         waiting = self.members - {member}
-        # In training the graph keeps the value alive. A strong reference here would keep the whole graph alive.
-        value = weakref.ref(value) if value.requires_grad else partial(_same, value)
-        self._kept = (weakref.ref(x), _state(x), waiting, value) if waiting else None
+        # In training the graph keeps the value alive, and a strong reference here would keep the whole graph alive. It
+        # does not where saved tensors are packed (checkpointing, offloading), and then does not keep `x` alive either.
+        weak = value.requires_grad and not _saved_tensors_are_packed()
+        value = weakref.ref(value) if weak else partial(_same, value)
+        self._kept = (weakref.ref(x, self._forget), _state(x, weight), waiting, value) if waiting else None
+
+    def _forget(self, source) -> None:
+        if self._kept is not None and self._kept[0] is source:
+            self._kept = None
 
     # A copy starts empty: what an unfinished pass has left cannot be copied.
 
@@ -191,11 +197,21 @@ def _same(value):
     return value
 
 
-def _state(x: torch.Tensor) -> tuple:
-    """What must be unchanged, besides the object `x` itself, for a kept value to be valid: version and modes."""
+def _state(x: torch.Tensor, weight: torch.Tensor) -> tuple:
+    """What must be unchanged, besides the object `x` itself, for a kept value to be valid: A, versions and modes."""
     kind = x.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return None if x.is_inference() else x._version, torch.is_grad_enabled(), autocast
+    versions = [None if tensor.is_inference() else tensor._version for tensor in (x, weight)]
+    return *versions, id(weight), torch.is_grad_enabled(), autocast
+
+
+def _saved_tensors_are_packed() -> bool:
+    """Whether autograd saves tensors in another form: `torch.autograd.graph.saved_tensors_hooks` is in force.
+
+    Torch has no public way to ask. A version without the private one computes anew where it could have shared.
+    """
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is not None and top(True) is not None
 
 
 @torch.no_grad()
