@@ -1,5 +1,6 @@
 """`TiedLoraConfig`: which factors are trained, which are tied, and which modules share them."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -113,7 +114,8 @@ class TiedLoraConfig(PeftConfig):
         default=None, metadata={"help": "Indices of the layers to adapt. Default: all of them."}
     )
     layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the model's list of layers, if PEFT does not know it."}
+        default=None,
+        metadata={"help": "Name of the list of layers, or several such names. Default: the model's repeated part."},
     )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names of modules not to adapt, or a regular expression."}
@@ -168,21 +170,21 @@ class TiedLoraConfig(PeftConfig):
             raise ValueError(f"share_by={self.share_by!r}: expected one of {', '.join(map(repr, SHARE_BY))}.")
         if self.bias not in ("none", "all", "tied_lora_only"):
             raise ValueError(f"bias={self.bias!r}: expected 'none', 'all' or 'tied_lora_only'.")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern says where layers_to_transform counts: give both, or neither.")
         if isinstance(self.target_modules, str) and None not in (self.layers_to_transform, self.target_modules):
             if self.target_modules != "all-linear":
                 raise ValueError(
                     "layers_to_transform goes with a list of target_modules; a regular expression can name the layers "
                     "itself."
                 )
-        for group in self.layer_groups or ():
-            if isinstance(group, int) or not all(isinstance(index, int) for index in group):
-                raise ValueError(f"layer_groups={self.layer_groups!r}: expected lists of indices, [[0, 1], [2, 3]].")
-        indices = [index for group in self.layer_groups or () for index in group]
-        twice = sorted({index for index in indices if indices.count(index) > 1})
+        groups = self.layer_groups or []
+        if not isinstance(groups, list | tuple) or not all(
+            isinstance(group, list | tuple) and all(type(index) is int for index in group) for group in groups
+        ):
+            raise ValueError(f"layer_groups={groups!r:.120}: expected lists of indices, [[0, 1], [2, 3]].")
+        times = Counter(index for group in groups for index in group)
+        twice = sorted(index for index, count in times.items() if count > 1)
         if twice:
-            raise ValueError(f"layer_groups={self.layer_groups!r}: layer {twice[0]} stands in more than one group.")
+            raise ValueError(f"layer_groups={groups!r:.120}: layer {twice[0]} stands in more than one group.")
 
     def _settle_switches(self) -> None:
         """Give every switch its value. `variant` becomes the name of the preset that these values are, or `None`."""

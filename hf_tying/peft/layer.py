@@ -278,24 +278,30 @@ class Linear(TiedLoraLayer, nn.Module):
 
 
 class Embedding(TiedLoraLayer, nn.Module):
-    """An adapted `nn.Embedding`. A has one column for each row of the embedding. There is no dropout."""
+    """An adapted `nn.Embedding`. A has one column for each row of the embedding. There is no dropout.
+
+    The padding row keeps what the base has: it has no update, as it gets no gradient.
+    """
 
     def __init__(self, base_layer: nn.Module, module_name: str, **kwargs):
         nn.Module.__init__(self)
         TiedLoraLayer.__init__(self, base_layer, module_name, **kwargs)
         self.fan_in_fan_out = False
 
-    def update_layer(self, adapter_name, matrices, planned, config):
-        super().update_layer(adapter_name, matrices, planned, config)
+    def get_lora_factors(self, adapter_name):
+        a, b = super().get_lora_factors(adapter_name)
         padding = self.get_base_layer().padding_idx
-        if padding is not None:
-            with torch.no_grad():
-                self.uses[adapter_name].A.weight[:, padding] = 0  # and stays 0: it gets no gradient
+        if padding is not None:  # its row has no update, also where A is that of an embedding without padding
+            a = a.index_fill(1, torch.tensor(padding, device=a.device), 0)
+        return a, b
 
     def _down(self, adapter_name, x, matrix):
         return F.embedding(x, matrix.T, padding_idx=self.get_base_layer().padding_idx)
 
     def _update(self, adapter_name, x):
         update = super()._update(adapter_name, x)
+        padding = self.get_base_layer().padding_idx
+        if padding is not None:
+            update = update.masked_fill((x == padding).unsqueeze(-1), 0)
         scale = self._get_embed_scale()
         return update if scale is None else update * scale.to(update.dtype)
