@@ -1,7 +1,7 @@
 """`TiedLoraConfig`: which factors are trained, which are tied, and which modules share them."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from enum import Enum
 
 from peft import PeftConfig
@@ -144,8 +144,28 @@ class TiedLoraConfig(PeftConfig):
         },
     )
 
-    def __post_init__(self):
+    # Names as PEFT's own methods have them; `alpha` and `dropout` are saved.
+    tied_lora_alpha: InitVar[float | None] = None
+    tied_lora_dropout: InitVar[float | None] = None
+    # Settings of LoRA that have no meaning where layers share a matrix.
+    rank_pattern: InitVar[dict | None] = None
+    alpha_pattern: InitVar[dict | None] = None
+
+    def __post_init__(self, tied_lora_alpha, tied_lora_dropout, rank_pattern, alpha_pattern):
         super().__post_init__()
+        for name, given in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
+            if given:
+                raise ValueError(
+                    f"{name}={given!r:.80}: the layers of a Tied-LoRA share their matrices, and so have one r and one "
+                    "alpha. Give another adapter, with its own target_modules, to modules of another rank."
+                )
+        for name, default, given in (("alpha", None, tied_lora_alpha), ("dropout", 0.0, tied_lora_dropout)):
+            if given is not None and getattr(self, name) not in (default, given):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} and tied_lora_{name}={given!r}: two names of one setting. Give "
+                    "one, and None for the other."
+                )
+            setattr(self, name, getattr(self, name) if given is None else given)
         self.peft_type = TiedPeftType.TIED_LORA
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
@@ -155,6 +175,7 @@ class TiedLoraConfig(PeftConfig):
         self._settle_switches()
         if self.alpha is None:
             self.alpha = self.r
+        self.tied_lora_alpha, self.tied_lora_dropout = self.alpha, self.dropout
 
     @property
     def scaling(self) -> float:

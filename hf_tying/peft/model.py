@@ -18,9 +18,11 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_q
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from ..ties.anatomy import Anatomy
 from .config import TiedLoraConfig
 from .layer import Embedding, Linear, TiedLoraLayer
 from .layers import COMPILED
@@ -162,6 +164,9 @@ class TiedLoraModel(BaseTuner):
         if isinstance(child, TiedMatrices):  # the adapters are being unloaded
             delattr(parent, child_name)
             return
+        if isinstance(child, AuxiliaryTrainingWrapper):  # a module that was trained whole, such as a classifier
+            setattr(parent, child_name, new_module)
+            return
         super()._replace_module(parent, child_name, new_module, child)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -237,7 +242,11 @@ class TiedLoraModel(BaseTuner):
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
         owners: dict[int, set[str]] = {}
+        known = isinstance(self.model, PreTrainedModel)
+        idle = {name.rpartition(".")[0] for name in Anatomy(self.model).carriers} if known else set()
         for name, module in self.model.named_modules():
+            if name in idle:  # it holds a matrix for the modules that use it
+                continue
             for parameter in module.parameters(recurse=False):
                 owners.setdefault(id(parameter), set()).add(name)
         for name, layer in self.model.named_modules():

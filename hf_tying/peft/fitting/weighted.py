@@ -141,4 +141,4 @@ def _fit(configs, layers: dict[str, TiedLoraLayer], adapters, weights, r, iterat
 
 def _changed(config: TiedLoraConfig, r: int) -> TiedLoraConfig:
     # Biases belong to the model, not to one adapter.
-    return replace(config, r=r, alpha=r, bias="none", modules_to_save=None, adapted_modules=None)
+    return replace(config, r=r, alpha=r, tied_lora_alpha=None, bias="none", modules_to_save=None, adapted_modules=None)
