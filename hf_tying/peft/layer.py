@@ -54,11 +54,12 @@ class TiedLoraLayer(BaseTunerLayer):
         shapes = {"A": (config.r, planned.a_columns), "B": (planned.b_rows, config.r)}
         if config.train_u:
             shapes["u"] = (config.r,)
-        new, factors = {}, {"u": None}
+        new, places = {}, {}
         for kind, shape in shapes.items():
-            factors[kind], made = matrices.factor(kind, adapter_name, getattr(names, kind), shape)
+            factor, made = matrices.factor(kind, adapter_name, getattr(names, kind), shape)
+            places[kind] = getattr(matrices, f"tied_lora_{kind}")[adapter_name], getattr(names, kind)
             if made:
-                new[kind] = factors[kind].weight
+                new[kind] = factor.weight
         if config.train_v:
             self.tied_lora_v[adapter_name] = Factor(self.out_features)
             new["v"] = self.tied_lora_v[adapter_name].weight
@@ -67,7 +68,7 @@ class TiedLoraLayer(BaseTunerLayer):
         slot = matrices.slots.setdefault((adapter_name, names.A, names.u), InputSlot())
         slot.members.add(self.module_name)
         trained = frozenset(kind for kind in "ABu" if getattr(config, f"train_{kind}"))
-        self.uses[adapter_name] = LayerFactors(names, slot=slot, scaling=config.scaling, trained=trained, **factors)
+        self.uses[adapter_name] = LayerFactors(names, places, slot, config.scaling, trained)
         self._matrices = [matrices]
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -77,7 +78,7 @@ class TiedLoraLayer(BaseTunerLayer):
     def factors(self, adapter_name: str) -> dict[str, Factor]:
         """The shared factors that this module uses, by "A", "B" and "u"; none if the adapter is not on it."""
         used = self.uses.get(adapter_name)
-        found = {kind: getattr(used, kind) for kind in "ABu"} if used else {}
+        found = {kind: used.factor(kind) for kind in "ABu"} if used else {}
         return {kind: factor for kind, factor in found.items() if factor is not None}
 
     def _get_available_adapters(self) -> set[str]:

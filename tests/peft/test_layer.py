@@ -207,7 +207,7 @@ class TestTheGradient:
             }
             for factor in factors.values():
                 parts = {
-                    id(theirs.uses["default"].__dict__[kind]): theirs.uses["default"].__dict__[kind].weight.grad
+                    id(theirs.uses["default"].factor(kind)): theirs.uses["default"].factor(kind).weight.grad
                     for mine, theirs in zip(layers_of(tied).values(), layers_of(untied).values(), strict=True)
                     if getattr(mine.uses["default"], kind) is factor
                 }
@@ -301,10 +301,10 @@ class TestTheSharedInput:
         x = torch.randn(3, 16, requires_grad=True) * 2
         q(x)  # k and v, which would take the value, do not come
         gc.collect()
-        assert slot._kept[3]() is None
+        assert slot._kept[4]() is None
         with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda packed: packed):
             q(x)
-        assert slot._kept[3]() is not None
+        assert slot._kept[4]() is not None
         del x
         gc.collect()
         assert slot._kept is None

@@ -109,13 +109,10 @@ class TestModels:
         assert {name.split(".")[4] for name in layers_of(adapted(Held(), layers_to_transform=2))} == {"2"}
 
     def test_a_module_that_is_named_whole_is_meant_whatever_its_layer(self):
-        model = adapted(
-            Held(), layers_to_transform=[0], target_modules=["models.0.model.layers.3.mlp.up_proj", "q_proj"]
-        )
-        assert sorted(layers_of(model)) == [
-            "models.0.model.layers.0.self_attn.q_proj",
-            "models.0.model.layers.3.mlp.up_proj",
-        ]
+        layers = "models.0.model.layers"
+        targets = [f"{layers}.3.mlp.up_proj", "q_proj"]
+        model = adapted(Held(), layers_to_transform=[0], target_modules=targets)
+        assert sorted(layers_of(model)) == [f"{layers}.0.self_attn.q_proj", f"{layers}.3.mlp.up_proj"]
 
     @pytest.mark.parametrize(
         ("model", "config", "told"),
