@@ -11,6 +11,7 @@ import functools
 import inspect
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from operator import attrgetter
 from pkgutil import resolve_name
 
@@ -71,6 +72,9 @@ TIES = (
     Change(_TUNERS, "BaseTuner._unload_and_optionally_merge", f"{_MERGING}:guard_merges",
            "a delta is merged into a tie once, or refused",
            without="merge_and_unload is PEFT's own"),
+    Change("transformers.integrations.peft", "PeftAdapterMixin.load_adapter", f"{_HERE}:load_adapter",
+           "transformers loads an adapter's file by its names in the model, or refuses it",
+           without="only PEFT loads a Tied-LoRA adapter"),
 )  # fmt: skip
 
 #: Tied-LoRA. These changes wait until PEFT has been imported whole, because what is ours in them builds on it.
@@ -101,9 +105,6 @@ TIED_LORA = (
     Change("peft.utils.hotswap", "check_hotswap_configs_compatible", f"{_REGISTRATION}:refuse_hotswap",
            "the refusal of a hotswap names the way out",
            without="the refusal is PEFT's own"),
-    Change("transformers.integrations.peft", "PeftAdapterMixin.load_adapter", f"{_REGISTRATION}:load_natively",
-           "transformers loads an adapter's file by its names in the model, or refuses it",
-           without="only PEFT loads a Tied-LoRA adapter"),
 )  # fmt: skip
 
 #: The whole table.
@@ -211,6 +212,18 @@ def check_checkpoint(wrapped, instance, args, kwargs):
         refuse_split(groups, getattr(given["load_config"], "device_map", None))
         refuse_broken(given["checkpoint_files"])
     return wrapped(*args, **kwargs)
+
+
+def load_adapter(wrapped, model, args, kwargs):
+    """Around `PeftAdapterMixin.load_adapter`: the method imports PEFT itself, which may be the first to do so."""
+    if find_spec("peft") is None:
+        return wrapped(*args, **kwargs)
+    import_module("peft")
+    try:
+        ours = import_module("hf_tying.peft.registration").load_natively
+    except ImportError:  # a PEFT outside the tested range, of which `_add_tied_lora` has told
+        return wrapped(*args, **kwargs)
+    return ours(wrapped, model, args, kwargs)
 
 
 # Our classes are registered with the Auto classes at first use. While those are being imported, the stock modules that

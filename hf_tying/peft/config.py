@@ -1,6 +1,7 @@
 """`TiedLoraConfig`: which factors are trained, which are tied, and which modules share them."""
 
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import InitVar, dataclass, field
 from enum import Enum
 
 from peft import PeftConfig
@@ -113,7 +114,8 @@ class TiedLoraConfig(PeftConfig):
         default=None, metadata={"help": "Indices of the layers to adapt. Default: all of them."}
     )
     layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the model's list of layers, if PEFT does not know it."}
+        default=None,
+        metadata={"help": "Name of the list of layers, or several such names. Default: the model's repeated part."},
     )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names of modules not to adapt, or a regular expression."}
@@ -142,8 +144,28 @@ class TiedLoraConfig(PeftConfig):
         },
     )
 
-    def __post_init__(self):
+    # Names as PEFT's own methods have them; `alpha` and `dropout` are saved.
+    tied_lora_alpha: InitVar[float | None] = None
+    tied_lora_dropout: InitVar[float | None] = None
+    # Settings of LoRA that have no meaning where layers share a matrix.
+    rank_pattern: InitVar[dict | None] = None
+    alpha_pattern: InitVar[dict | None] = None
+
+    def __post_init__(self, tied_lora_alpha, tied_lora_dropout, rank_pattern, alpha_pattern):
         super().__post_init__()
+        for name, given in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
+            if given:
+                raise ValueError(
+                    f"{name}={given!r:.80}: the layers of a Tied-LoRA share their matrices, and so have one r and one "
+                    "alpha. Give another adapter, with its own target_modules, to modules of another rank."
+                )
+        for name, default, given in (("alpha", None, tied_lora_alpha), ("dropout", 0.0, tied_lora_dropout)):
+            if given is not None and getattr(self, name) not in (default, given):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} and tied_lora_{name}={given!r}: two names of one setting. Give "
+                    "one, and None for the other."
+                )
+            setattr(self, name, getattr(self, name) if given is None else given)
         self.peft_type = TiedPeftType.TIED_LORA
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
@@ -153,6 +175,7 @@ class TiedLoraConfig(PeftConfig):
         self._settle_switches()
         if self.alpha is None:
             self.alpha = self.r
+        self.tied_lora_alpha, self.tied_lora_dropout = self.alpha, self.dropout
 
     @property
     def scaling(self) -> float:
@@ -168,21 +191,21 @@ class TiedLoraConfig(PeftConfig):
             raise ValueError(f"share_by={self.share_by!r}: expected one of {', '.join(map(repr, SHARE_BY))}.")
         if self.bias not in ("none", "all", "tied_lora_only"):
             raise ValueError(f"bias={self.bias!r}: expected 'none', 'all' or 'tied_lora_only'.")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern says where layers_to_transform counts: give both, or neither.")
         if isinstance(self.target_modules, str) and None not in (self.layers_to_transform, self.target_modules):
             if self.target_modules != "all-linear":
                 raise ValueError(
                     "layers_to_transform goes with a list of target_modules; a regular expression can name the layers "
                     "itself."
                 )
-        for group in self.layer_groups or ():
-            if isinstance(group, int) or not all(isinstance(index, int) for index in group):
-                raise ValueError(f"layer_groups={self.layer_groups!r}: expected lists of indices, [[0, 1], [2, 3]].")
-        indices = [index for group in self.layer_groups or () for index in group]
-        twice = sorted({index for index in indices if indices.count(index) > 1})
+        groups = self.layer_groups or []
+        if not isinstance(groups, list | tuple) or not all(
+            isinstance(group, list | tuple) and all(type(index) is int for index in group) for group in groups
+        ):
+            raise ValueError(f"layer_groups={groups!r:.120}: expected lists of indices, [[0, 1], [2, 3]].")
+        times = Counter(index for group in groups for index in group)
+        twice = sorted(index for index, count in times.items() if count > 1)
         if twice:
-            raise ValueError(f"layer_groups={self.layer_groups!r}: layer {twice[0]} stands in more than one group.")
+            raise ValueError(f"layer_groups={groups!r:.120}: layer {twice[0]} stands in more than one group.")
 
     def _settle_switches(self) -> None:
         """Give every switch its value. `variant` becomes the name of the preset that these values are, or `None`."""

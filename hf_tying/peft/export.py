@@ -86,13 +86,7 @@ def read_tied_adapter(
     config, saved = read_adapter(path, subfolder, **hub)
     place = os.path.join(os.fspath(path), subfolder or "")
     _check_type(config, place)
-    try:
-        return config, state_from_file(saved, config)
-    except (TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{place}: the adapted_modules of its settings are not as they were saved ({error}). Save the adapter "
-            "again."
-        ) from error
+    return config, state_from_file(saved, config)
 
 
 def lora_config(config: TiedLoraConfig) -> LoraConfig:
@@ -130,6 +124,8 @@ def lora_tensors(state: dict[str, torch.Tensor], config: TiedLoraConfig) -> dict
         factors = {kind: state[name] for kind, name in names.items()}
         sizes = FactorNames(**config.adapted_modules[module])
         a, b = factors["A"][:, : sizes.in_features], factors["B"][: sizes.out_features]
+        if sizes.padding is not None:
+            a = a.index_fill(1, torch.tensor(sizes.padding, device=a.device), 0)
         low, high = ("embedding_A", "embedding_B") if sizes.kind == "embedding" else ("A.weight", "B.weight")
         lora[f"{BASE_PREFIX}{module}.lora_{low}"] = (_scaled(a, factors.get("u")) * config.scaling).to(a.dtype)
         lora[f"{BASE_PREFIX}{module}.lora_{high}"] = _scaled(b, factors.get("v")).to(b.dtype)

@@ -54,11 +54,12 @@ class TiedLoraLayer(BaseTunerLayer):
         shapes = {"A": (config.r, planned.a_columns), "B": (planned.b_rows, config.r)}
         if config.train_u:
             shapes["u"] = (config.r,)
-        new, factors = {}, {"u": None}
+        new, places = {}, {}
         for kind, shape in shapes.items():
-            factors[kind], made = matrices.factor(kind, adapter_name, getattr(names, kind), shape)
+            factor, made = matrices.factor(kind, adapter_name, getattr(names, kind), shape)
+            places[kind] = getattr(matrices, f"tied_lora_{kind}")[adapter_name], getattr(names, kind)
             if made:
-                new[kind] = factors[kind].weight
+                new[kind] = factor.weight
         if config.train_v:
             self.tied_lora_v[adapter_name] = Factor(self.out_features)
             new["v"] = self.tied_lora_v[adapter_name].weight
@@ -67,7 +68,7 @@ class TiedLoraLayer(BaseTunerLayer):
         slot = matrices.slots.setdefault((adapter_name, names.A, names.u), InputSlot())
         slot.members.add(self.module_name)
         trained = frozenset(kind for kind in "ABu" if getattr(config, f"train_{kind}"))
-        self.uses[adapter_name] = LayerFactors(names, slot=slot, scaling=config.scaling, trained=trained, **factors)
+        self.uses[adapter_name] = LayerFactors(names, places, slot, config.scaling, trained)
         self._matrices = [matrices]
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -77,7 +78,7 @@ class TiedLoraLayer(BaseTunerLayer):
     def factors(self, adapter_name: str) -> dict[str, Factor]:
         """The shared factors that this module uses, by "A", "B" and "u"; none if the adapter is not on it."""
         used = self.uses.get(adapter_name)
-        found = {kind: getattr(used, kind) for kind in "ABu"} if used else {}
+        found = {kind: used.factor(kind) for kind in "ABu"} if used else {}
         return {kind: factor for kind, factor in found.items() if factor is not None}
 
     def _get_available_adapters(self) -> set[str]:
@@ -157,15 +158,19 @@ class TiedLoraLayer(BaseTunerLayer):
         return delta if device is None or device.type == "meta" else delta.to(device)
 
     def _low(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
-        """`x A^T`, `(..., r)`; computed once for the modules that share A and x."""
+        """`x A^T`, `(..., r)`; computed once for the modules that share A and x.
+
+        Under dropout each module has a mask of its own, as in LoRA, and computes its own.
+        """
         used = self.uses[adapter_name]
-        shared = len(used.slot.members) > 1 and not torch.compiler.is_compiling()
-        kept = used.slot.take(self.module_name, x) if shared else None
+        random = self.training and isinstance(self.tied_lora_dropout[adapter_name], nn.Dropout)
+        shared = len(used.slot.members) > 1 and not random and not torch.compiler.is_compiling()
+        kept = used.slot.take(self.module_name, x, used.A.weight) if shared else None
         if kept is not None:
             return kept
         low = self._down(adapter_name, x, used.A(columns=self.in_features, device=x.device))
         if shared:
-            used.slot.put(self.module_name, x, low)
+            used.slot.put(self.module_name, x, used.A.weight, low)
         return low
 
     def _down(self, adapter_name: str, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
@@ -274,24 +279,30 @@ class Linear(TiedLoraLayer, nn.Module):
 
 
 class Embedding(TiedLoraLayer, nn.Module):
-    """An adapted `nn.Embedding`. A has one column for each row of the embedding. There is no dropout."""
+    """An adapted `nn.Embedding`. A has one column for each row of the embedding. There is no dropout.
+
+    The padding row keeps what the base has: it has no update, as it gets no gradient.
+    """
 
     def __init__(self, base_layer: nn.Module, module_name: str, **kwargs):
         nn.Module.__init__(self)
         TiedLoraLayer.__init__(self, base_layer, module_name, **kwargs)
         self.fan_in_fan_out = False
 
-    def update_layer(self, adapter_name, matrices, planned, config):
-        super().update_layer(adapter_name, matrices, planned, config)
+    def get_lora_factors(self, adapter_name):
+        a, b = super().get_lora_factors(adapter_name)
         padding = self.get_base_layer().padding_idx
-        if padding is not None:
-            with torch.no_grad():
-                self.uses[adapter_name].A.weight[:, padding] = 0  # and stays 0: it gets no gradient
+        if padding is not None:  # its row has no update, also where A is that of an embedding without padding
+            a = a.index_fill(1, torch.tensor(padding, device=a.device), 0)
+        return a, b
 
     def _down(self, adapter_name, x, matrix):
         return F.embedding(x, matrix.T, padding_idx=self.get_base_layer().padding_idx)
 
     def _update(self, adapter_name, x):
         update = super()._update(adapter_name, x)
+        padding = self.get_base_layer().padding_idx
+        if padding is not None:
+            update = update.masked_fill((x == padding).unsqueeze(-1), 0)
         scale = self._get_embed_scale()
         return update if scale is None else update * scale.to(update.dtype)

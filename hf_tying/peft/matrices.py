@@ -34,7 +34,12 @@ class Factor(nn.Module):
 
     def forward(self, rows: int | None = None, columns: int | None = None, device=None) -> torch.Tensor:
         """The weight, or its first `rows` and `columns`, which a smaller module uses."""
-        weight = self.weight[:rows, :columns] if rows or columns else self.weight
+        weight = self.weight
+        if type(self) is not Factor or not isinstance(weight, nn.Parameter):
+            # FSDP has gathered it for this call alone, and takes it away after that (FSDP2 gives the module a class of
+            # its own, FSDP1 a view in the place of the parameter).
+            weight = weight.clone()
+        weight = weight[:rows, :columns] if rows or columns else weight
         return weight if device is None else weight.to(device)
 
 
@@ -133,24 +138,32 @@ class InputSlot:
         self.members: set[str] = set()
         self._kept: tuple | None = None
 
-    def take(self, member: str, x: torch.Tensor) -> torch.Tensor | None:
-        """The value for the input `x` if another module has just computed it, else `None`."""
+    def take(self, member: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
+        """The value for the input `x` and the matrix A, if another module has just computed it, else `None`."""
         if self._kept is None:
             return None
-        source, state, waiting, value = self._kept
-        if source() is not x or state != _state(x) or member not in waiting:
+        source, matrix, state, waiting, value = self._kept
+        same = source() is x and matrix() is weight and state == _state(x, weight)
+        if not same or member not in waiting:
             return None
         waiting.discard(member)
         if not waiting:
             self._kept = None
         return value()
 
-    def put(self, member: str, x: torch.Tensor, value: torch.Tensor) -> None:
-        """Keep a value for the other members."""
+    def put(self, member: str, x: torch.Tensor, weight: torch.Tensor, value: torch.Tensor) -> None:
+        """Keep a value for the other members, for as long as there is `x`."""
         waiting = self.members - {member}
-        # In training the graph keeps the value alive. A strong reference here would keep the whole graph alive.
-        value = weakref.ref(value) if value.requires_grad else partial(_same, value)
-        self._kept = (weakref.ref(x), _state(x), waiting, value) if waiting else None
+        # In training the graph keeps the value alive, and a strong reference here would keep the whole graph alive. It
+        # does not where saved tensors are packed (checkpointing, offloading), and then does not keep `x` alive either.
+        weak = value.requires_grad and not _saved_tensors_are_packed()
+        value = weakref.ref(value) if weak else partial(_same, value)
+        source, matrix = weakref.ref(x, self._forget), weakref.ref(weight)
+        self._kept = (source, matrix, _state(x, weight), waiting, value) if waiting else None
+
+    def _forget(self, source) -> None:
+        if self._kept is not None and self._kept[0] is source:
+            self._kept = None
 
     # A copy starts empty: what an unfinished pass has left cannot be copied.
 
@@ -167,35 +180,56 @@ class InputSlot:
 class LayerFactors:
     """What one layer uses of the shared factors, for one adapter.
 
-    It refers to modules, never to their parameters: PEFT replaces parameters when it casts them and when it loads them
-    with `low_cpu_mem_usage`.
+    It refers to the places of modules, never to the modules or their parameters: FSDP1 puts another module into a
+    place, and PEFT replaces parameters when it casts them and when it loads them with `low_cpu_mem_usage`.
 
     Args:
         names: names of the factors.
-        A, B, u: the factors. Without a u, it is `None`, for 1.
+        places: by "A", "B" and, where there is a u, "u": the dict that holds the factor, and its name there.
         slot: the place for `x A^T`, which the layer has in common with the layers of the same A and u.
         scaling: `alpha / r`.
         trained: the kinds of factors that the adapter trains, of "A", "B" and "u".
     """
 
     names: FactorNames
-    A: Factor
-    B: Factor
-    u: Factor | None
+    places: dict[str, tuple[nn.ModuleDict, str]]
     slot: InputSlot
     scaling: float
     trained: frozenset[str]
+
+    def factor(self, kind: str) -> Factor | None:
+        """The factor A, B or u; `None` for a u of 1."""
+        holder, name = self.places.get(kind, (None, ""))
+        return None if holder is None else holder[name]
+
+    A, B, u = (property(lambda self, kind=kind: self.factor(kind)) for kind in "ABu")
+
+    def __setstate__(self, state):
+        if "places" not in state:  # a pickle of 0.1, which has the factors themselves
+            found = {kind: state.pop(kind) for kind in "ABu"}
+            state["places"] = {kind: ({"": factor}, "") for kind, factor in found.items() if factor is not None}
+        self.__dict__.update(state)
 
 
 def _same(value):
     return value
 
 
-def _state(x: torch.Tensor) -> tuple:
-    """What must be unchanged, besides the object `x` itself, for a kept value to be valid: version and modes."""
+def _state(x: torch.Tensor, weight: torch.Tensor) -> tuple:
+    """What must be unchanged, besides the object `x` itself, for a kept value to be valid: versions and modes."""
     kind = x.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return None if x.is_inference() else x._version, torch.is_grad_enabled(), autocast
+    versions = [None if tensor.is_inference() else tensor._version for tensor in (x, weight)]
+    return *versions, torch.is_grad_enabled(), autocast
+
+
+def _saved_tensors_are_packed() -> bool:
+    """Whether autograd saves tensors in another form: `torch.autograd.graph.saved_tensors_hooks` is in force.
+
+    Torch has no public way to ask. A version without the private one computes anew where it could have shared.
+    """
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is not None and top(True) is not None
 
 
 @torch.no_grad()

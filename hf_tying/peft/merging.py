@@ -8,6 +8,8 @@ from torch import nn
 
 from ..config import TyingError
 from ..projection.head import ProjectedLinear
+from ..ties.anatomy import Anatomy
+from ..ties.groups import TieGroup
 from ..ties.slots import find_parameter, find_slot, fit_rows, set_parameter, state_key
 
 
@@ -54,12 +56,13 @@ def refuse_uneven(model: nn.Module, adapters: list[str]) -> None:
     Raises:
         TyingError: merging would change a name by a delta that its adapter does not have.
     """
+    carriers = Anatomy(model).carriers
     for group in model.tie_groups:
-        deltas = {name: _delta(model, name, adapters) for name in group.names}
+        deltas = {name: _delta(model, name, adapters) for name in _used(group, carriers)}
         adapted = [name for name, delta in deltas.items() if delta is not None]
         if not adapted:
             continue
-        free = [name for name in group.names if deltas[name] is None]
+        free = [name for name, delta in deltas.items() if delta is None]
         first = deltas[adapted[0]]
         if free or not all(torch.equal(first, deltas[name]) for name in adapted):
             other = f"{free[0]!r} has none" if free else f"{adapted[1]!r} has a different one"
@@ -68,6 +71,11 @@ def refuse_uneven(model: nn.Module, adapters: list[str]) -> None:
                 f"{group.name!r}); the merged delta would change every use of it. Keep the adapter unmerged, or "
                 "untie first: base = model.unload(); untie(base); then load the adapter on it and merge."
             )
+
+
+def _used(group: TieGroup, carriers: set[str]) -> list[str]:
+    """The names of a tie that are in use. A carrier holds the matrix for them (the `shared` of BART and T5)."""
+    return [name for name in group.names if name not in carriers] or list(group.names)
 
 
 def _delta(model: nn.Module, name: str, adapters: list[str]) -> torch.Tensor | None:
@@ -93,18 +101,19 @@ def untied_while_merging(model: nn.Module):
 
     A delta that PEFT writes to every name is then added to the one matrix once.
     """
-    groups = list(model.tie_groups)
-    for group in groups:
-        root = find_parameter(model, group.root)
-        for name in group.aliases:
+    carriers = Anatomy(model).carriers  # they keep the matrix of the first name that is used
+    groups = [_used(group, carriers) for group in model.tie_groups]
+    for first, *others in groups:
+        root = find_parameter(model, first)
+        for name in others:
             if find_parameter(model, name) is root:
                 set_parameter(model, name, nn.Parameter(root.detach().clone(), requires_grad=root.requires_grad))
     try:
         yield
     finally:
-        for group in groups:
-            root = find_parameter(model, group.root)
-            for name in group.aliases:
+        for first, *others in groups:
+            root = find_parameter(model, first)
+            for name in others:
                 own = find_parameter(model, name)
                 if root is not None and own is not None and torch.equal(own, root):
                     set_parameter(model, name, root)

@@ -1,11 +1,14 @@
 """`TiedLoraModel`: the tuner of Tied-LoRA, which puts adapters into a model, runs, merges and saves them."""
 
+import copy
 import warnings
+from collections import Counter
 from contextlib import contextmanager
-from dataclasses import asdict
 from difflib import get_close_matches
 from functools import partial
 
+from peft import LoraConfig
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -15,14 +18,20 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_q
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
+from ..ties.anatomy import Anatomy
 from .config import TiedLoraConfig
 from .layer import Embedding, Linear, TiedLoraLayer
+from .layers import COMPILED
 from .matrices import CONTAINER, TiedMatrices
-from .plan import features_of, modules_outside_adapters, plan_adapter
-from .sharing import COMPILED, FUSED_QKV, QKV, refuse_rank
+from .plan import features_of, modules_outside_adapters, of_all_layers, plan_adapter
+from .sharing import FUSED_QKV, QKV, FactorNames, refuse_rank
 from .tensor_names import BASE_PREFIX, file_from_state, state_from_file
+
+logger = logging.get_logger(__name__)
 
 #: The start of the names of all factors in a model, by which PEFT knows them.
 FACTOR_PREFIX = "tied_lora_"
@@ -37,10 +46,10 @@ class TiedLoraModel(BaseTuner):
     them and has its own v. One parameter serves all layers, so its gradient is the sum over the layers.
 
     An adapter on an embedding that is tied to the softmax is trained as PEFT trains it, at that one use. Its merge is
-    refused, because the one matrix would change for the other use too. `ensure_weight_tying=True` is refused as well:
-    the adapter of the softmax would be the transpose of the embedding's, with A and B exchanged, which is not a
-    Tied-LoRA of its layer. To adapt both sides, untie the base (`hf_tying.untie`), or put the embedding into
-    `modules_to_save`.
+    refused, because the one matrix would change for the other use too. `ensure_weight_tying=True` is for
+    `modules_to_save`, as in LoRA. With such an adapter it is refused: the one of the softmax would be the transpose of
+    the embedding's, with A and B exchanged, which is not a Tied-LoRA of its layer. To adapt both sides, untie the base
+    (`hf_tying.untie`), or put the embedding into `modules_to_save`.
 
     Args:
         model (`torch.nn.Module`): the model to adapt, in place.
@@ -65,18 +74,33 @@ class TiedLoraModel(BaseTuner):
 
     def _prepare_model(self, peft_config: TiedLoraConfig, model: nn.Module) -> None:
         """Plan the adapter, and refuse what cannot be adapted before the model is changed."""
-        if peft_config.ensure_weight_tying:
-            raise ValueError(
-                "ensure_weight_tying=True: Tied-LoRA has no adapter for two tied embeddings, as that of the softmax "
-                "would be the transpose of the other one's. Untie the base first (hf_tying.untie), or put the "
-                "embedding into modules_to_save."
-            )
+        self._planned_of = peft_config
         self._planned = plan_adapter(_maybe_include_all_linear_layers(peft_config, model), model)
-        refuse_rank(peft_config.r, {name: planned.names for name, planned in self._planned.items()})
+        for name in self._planned:
+            self._refuse_where_weights_are_read(model, name.rpartition(".")[2])
+        names = {name: planned.names for name, planned in self._planned.items()}
+        refuse_rank(peft_config.r, names)
+        _refuse_idle_setting(peft_config, names)
+        _tell_of_nothing_shared(peft_config, names)
+
+    def _refuse_where_weights_are_read(self, model: nn.Module, target_name: str) -> None:
+        """Refuse what PEFT refuses for LoRA: Mamba's kernels read the weight of `out_proj`, not the module."""
+        super()._check_target_module_compatiblity(LoraConfig(), model, target_name)
+
+    _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
+
+    def _add_targets_to_tie(self, peft_config: TiedLoraConfig, tied_weight_keys: list[str]) -> None:
+        raise ValueError(
+            "ensure_weight_tying=True: Tied-LoRA has no adapter for two tied embeddings, as that of the softmax would "
+            "be the transpose of the other one's. Untie the base first (hf_tying.untie), or put the embedding into "
+            "modules_to_save."
+        )
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         # The config says which modules are adapted. The names in a file of Tied-LoRA do not.
         kwargs.pop("state_dict", None)
+        # What an injection finds out is written into a config of its own: the caller's may serve other models.
+        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
@@ -84,15 +108,17 @@ class TiedLoraModel(BaseTuner):
             raise NoMatchingPeftModuleError(f"{error} {near}".strip()) from None
         config = self.peft_config[adapter_name]
         config.adapted_modules = {
-            layer.module_name.replace(COMPILED, ""): asdict(layer.uses[adapter_name].names)
+            layer.module_name.replace(COMPILED, ""): layer.uses[adapter_name].names.entry
             for layer in model.modules()
             if isinstance(layer, TiedLoraLayer) and adapter_name in layer.uses
         }
 
-    @staticmethod
-    def _check_target_module_exists(peft_config, key):
-        # The container's modules have the names of adapted modules in theirs, which a pattern may match.
-        return CONTAINER not in key.split(".") and BaseTuner._check_target_module_exists(peft_config, key)
+    def _check_target_module_exists(self, peft_config, key):
+        found = BaseTuner._check_target_module_exists(of_all_layers(peft_config), key)
+        if not found:
+            return found
+        planned = self._planned if peft_config is self._planned_of else plan_adapter(peft_config, self.model)
+        return key in planned
 
     # Injection.
 
@@ -137,6 +163,9 @@ class TiedLoraModel(BaseTuner):
     def _replace_module(self, parent, child_name, new_module, child):
         if isinstance(child, TiedMatrices):  # the adapters are being unloaded
             delattr(parent, child_name)
+            return
+        if isinstance(child, AuxiliaryTrainingWrapper):  # a module that was trained whole, such as a classifier
+            setattr(parent, child_name, new_module)
             return
         super()._replace_module(parent, child_name, new_module, child)
 
@@ -213,7 +242,11 @@ class TiedLoraModel(BaseTuner):
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
         owners: dict[int, set[str]] = {}
+        known = isinstance(self.model, PreTrainedModel)
+        idle = {name.rpartition(".")[0] for name in Anatomy(self.model).carriers} if known else set()
         for name, module in self.model.named_modules():
+            if name in idle:  # it holds a matrix for the modules that use it
+                continue
             for parameter in module.parameters(recurse=False):
                 owners.setdefault(id(parameter), set()).add(name)
         for name, layer in self.model.named_modules():
@@ -258,12 +291,34 @@ class TiedLoraModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         names = {}
         for key in model.state_dict():
-            _, container, inside = key.rpartition(f"{CONTAINER}.")
-            saved = cls._remove_adapter_name_from_key(inside, adapter_name)
-            if saved != inside and (container or COMPILED in saved):
-                names[BASE_PREFIX + container + saved.removeprefix(BASE_PREFIX).replace(COMPILED, "")] = key
+            saved = cls._remove_adapter_name_from_key(key, adapter_name)
+            _, container, inside = saved.rpartition(f"{CONTAINER}.")
+            if saved != key and (container or COMPILED in inside):
+                names[BASE_PREFIX + container + inside.removeprefix(BASE_PREFIX).replace(COMPILED, "")] = key
         state = {names.get(key, key): value for key, value in state_from_file(state_dict, config).items()}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state)
+
+
+def _refuse_idle_setting(config: TiedLoraConfig, names: dict[str, FactorNames]) -> None:
+    last = {name.rpartition(".")[2] for name in names}
+    if config.tie_qkv and config.qkv_modules and names and last.isdisjoint(config.qkv_modules):
+        raise ValueError(
+            f"qkv_modules={config.qkv_modules!r}: none of the adapted modules has such a name. Expected names of "
+            f"theirs ({', '.join(sorted(last)[:12])}); or leave qkv_modules out, or set tie_qkv=False."
+        )
+
+
+def _tell_of_nothing_shared(config: TiedLoraConfig, names: dict[str, FactorNames]) -> None:
+    """Warn if the adapter is to share A or B, and no two layers have one in common."""
+    tied = [kind for kind in "AB" if getattr(config, f"tie_{kind}")]
+    used = Counter((kind, getattr(of, kind), of.u) for of in names.values() for kind in tied)
+    layers = Counter((kind, name) for kind, name, _ in used)
+    if tied and len(names) > 1 and max(layers.values()) == 1:
+        logger.warning(
+            f"Tied-LoRA: no two layers share a factor, of {len(names)} adapted modules ({', '.join(list(names)[:3])}, "
+            "...). Say where the layers are by layers_pattern='name of the list of layers', or share by "
+            "share_by='shape'; tie_A=False, tie_B=False says that it is meant."
+        )
 
 
 def _nearest(targets, model: nn.Module) -> str:

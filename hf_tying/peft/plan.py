@@ -1,7 +1,9 @@
 """The modules that an adapter will be put on, and what they will share: planned before the model is changed."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_target_module_exists
@@ -9,9 +11,11 @@ from peft.utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..report.layer_order import in_layer_order
 from .config import TiedLoraConfig
+from .layers import COMPILED, find_layers
 from .matrices import CONTAINER, TiedMatrices
-from .sharing import COMPILED, FactorNames, name_factors, split_module_name
+from .sharing import FactorNames, name_factors, recorded_names, sizes_of
 from .tensor_names import BASE_PREFIX, is_factor_name, refuse_misfit, size_mismatches
 
 
@@ -40,23 +44,42 @@ def plan_adapter(config: TiedLoraConfig, model: nn.Module) -> dict[str, PlannedM
     Raises:
         ValueError: a target module cannot be adapted, or `layer_groups` leaves out its layer.
     """
-    found: dict[str, FactorNames] = {}
-    widths: dict[tuple[str, str], int] = {}
-    for name, module in modules_outside_adapters(model):
-        if not check_target_module_exists(config, name):
-            continue
-        features = features_of(module)
-        if features is None:
+    targets = _targets(config, model)
+    for name, module in targets.items():
+        if features_of(module) is None:
             raise ValueError(
                 f"Target module {name!r}, {module}, is not supported: Tied-LoRA adapts torch.nn.Linear (also "
                 "quantised), transformers' Conv1D and torch.nn.Embedding. Take it out of target_modules, or put it "
                 "into exclude_modules."
             )
-        kind, in_features, out_features = features
-        names = found[name] = name_factors(config, name, in_features, out_features, kind)
-        for factor, size in ((("A", names.A), in_features), (("B", names.B), out_features)):
+    found = name_factors(config, {name: features_of(module) for name, module in targets.items()})
+    found = {name: replace(names, padding=_padding(targets[name])) for name, names in found.items()}
+    widths: dict[tuple[str, str], int] = {}
+    for names in found.values():
+        for factor, size in ((("A", names.A), names.in_features), (("B", names.B), names.out_features)):
             widths[factor] = max(size, widths.get(factor, 0))
     return {name: PlannedModule(names, widths["A", names.A], widths["B", names.B]) for name, names in found.items()}
+
+
+def of_all_layers(config: TiedLoraConfig) -> TiedLoraConfig:
+    """`config` without its choice of layers, for PEFT, which counts layers by the names of modules alone."""
+    config = copy.copy(config)
+    config.layers_to_transform = config.layers_pattern = None
+    return config
+
+
+def _targets(config: TiedLoraConfig, model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that the config means, those of the layers that it chooses."""
+    free = of_all_layers(config)
+    found = {name: m for name, m in modules_outside_adapters(model) if check_target_module_exists(free, name)}
+    chosen = config.layers_to_transform
+    if chosen is None or chosen == [] or isinstance(config.target_modules, str):
+        return found
+    indices = {chosen} if isinstance(chosen, int) else set(chosen)
+    sizes = {name: features_of(module) or (type(module).__name__, 0, 0) for name, module in found.items()}
+    places = find_layers(sizes, config.layers_pattern)
+    named = config.target_modules or ()  # by its whole name: meant, whatever its layer
+    return {name: module for name, module in found.items() if name in named or places[name].index in indices}
 
 
 def modules_outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -69,6 +92,11 @@ def modules_outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]
             inside += (name + ".",)
         if not isinstance(module, TiedMatrices):
             yield name, module
+
+
+def _padding(module: nn.Module) -> int | None:
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return base.padding_idx if isinstance(base, nn.Embedding) else None
 
 
 def features_of(module: nn.Module) -> tuple[str, int, int] | None:
@@ -85,8 +113,19 @@ def features_of(module: nn.Module) -> tuple[str, int, int] | None:
     return None
 
 
-def check_adapter_file(config: TiedLoraConfig, model: nn.Module, saved: dict[str, torch.Tensor]) -> None:
+def check_adapter_file(
+    config: TiedLoraConfig,
+    model: nn.Module,
+    saved: dict[str, torch.Tensor],
+    renamed: Mapping[str, str] | None = None,
+) -> None:
     """Compare the tensors of an adapter's file with the model that they are to be loaded into.
+
+    Args:
+        config: that was saved with the file; or that of an adapter which the model has.
+        model: without adapters, or with others.
+        saved: the tensors by their names in the file.
+        renamed: regular expressions of old names of modules, and what is new in them: PEFT's `key_mapping`.
 
     Raises:
         RuntimeError: a tensor is missing, has no place in the model, or has another shape.
@@ -115,22 +154,35 @@ def check_adapter_file(config: TiedLoraConfig, model: nn.Module, saved: dict[str
         for name, shape in sorted(shapes.items())
         if found.get(name, shape) != shape
     ]
-    refuse_misfit(
-        problems or _unknown_order(set(config.adapted_modules or ()), {name.replace(COMPILED, "") for name in planned})
-    )
+    recorded = recorded_names(config)
+    saved_for = {_new_name(name, renamed or {}): recorded[name] for name in in_layer_order(recorded)}
+    if saved_for and len(saved_for) != len(planned):
+        problems.append(f"it was saved for {len(saved_for)} modules, and the model has {len(planned)} of that name")
+    names = {name.replace(COMPILED, ""): module.names for name, module in planned.items()}
+    problems += [
+        f"adapted_modules of {name!r} are not what the settings make of it"
+        for name, of in names.items()
+        if not saved_for.get(name, of).is_like(of)
+    ][:1]
+    refuse_misfit(problems or _unknown_order(saved_for, names))
 
 
-def _unknown_order(saved: set[str], planned: set[str]) -> list[str]:
+def _new_name(name: str, renamed: Mapping[str, str]) -> str:
+    found = (re.subn(pattern, replacement, name) for pattern, replacement in renamed.items())
+    return next((new for new, times in found if times), name)
+
+
+def _unknown_order(saved: Mapping[str, FactorNames], planned: Mapping[str, FactorNames]) -> list[str]:
     """The problem of a file whose rows cannot be matched with modules; none where they can.
 
     The rows of a file are in the order of the modules' names. If the modules have been renamed since the file was
     saved, the order is still the same within one list of layers, and is unknown across several lists.
     """
     lists = [
-        {split_module_name(name)[0].rpartition(".")[0] for name in names if split_module_name(name)[0]}
-        for names in (saved, planned)
+        {place.layer.rpartition(".")[0] for place in find_layers(sizes_of(of)).values() if place.layer}
+        for of in (saved, planned)
     ]
-    if not saved or saved == planned or all(len(of_layers) < 2 for of_layers in lists):
+    if not saved or list(saved) == in_layer_order(planned) or all(len(of_layers) < 2 for of_layers in lists):
         return []
     was, now = (", ".join(map(repr, sorted(of_layers))) for of_layers in lists)
     return [

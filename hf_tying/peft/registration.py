@@ -26,11 +26,13 @@ def from_pretrained(wrapped, cls, args, kwargs):
 
 
 def load_adapter(wrapped, model, args, kwargs):
-    """Around `PeftModel.load_adapter`: check the file of a new adapter against the base model first."""
+    """Around `PeftModel.load_adapter`: check the file against the base model first, under the settings that will hold.
+
+    Those of an adapter that the model has stay, whatever the file's config says.
+    """
     given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
-    if given.get("adapter_name") not in model.peft_config:
-        base, hub = model.get_base_model(), given.get("kwargs", {})
-        _check(base, given.get("model_id"), None, given.get("key_mapping"), hub)
+    base, hub = model.get_base_model(), given.get("kwargs", {})
+    _check(base, given.get("model_id"), model.peft_config.get(given["adapter_name"]), given.get("key_mapping"), hub)
     return wrapped(*args, **kwargs)
 
 
@@ -38,7 +40,8 @@ def _check(model, path, config, key_mapping, kwargs: dict) -> None:
     hub = {name: value for name, value in kwargs.items() if name in _HUB_ARGUMENTS}
     config = config or _config_at(path, hub)
     if is_tied_lora(config) and isinstance(model, torch.nn.Module) and not kwargs.get("ignore_mismatched_sizes"):
-        check_adapter_file(config, model, load_peft_weights(path, device="cpu", key_mapping=key_mapping, **hub))
+        renamed = getattr(model, "_checkpoint_conversion_mapping", {}) if key_mapping is None else key_mapping
+        check_adapter_file(config, model, load_peft_weights(path, device="cpu", **hub), renamed)
 
 
 def _config_at(path, hub: dict) -> PeftConfig | None:

@@ -11,6 +11,7 @@ def scaled_linear(
 
     u and v are multiplied into B, `(out_features, r)`, which is smaller than a tensor with a row for each token.
     Autograd would keep the product W of every module for the backward pass; this function computes it again instead.
+    It can be derived as `F.linear` can: twice, forwards, under `torch.func`.
 
     Args:
         low: `x A^T`, `(..., r)`.
@@ -24,7 +25,8 @@ def scaled_linear(
     """
     if u is None and v is None and scaling == 1:
         return F.linear(low, b)
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler decides by itself what to keep
+    # A compiler decides by itself what to keep, and a trace has no place for a function of Python.
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return F.linear(low, _weight(b, u, v, scaling))
     return _ScaledLinear.apply(low, b, u, v, scaling)
 
@@ -36,15 +38,22 @@ def _weight(b, u, v, scaling):
 
 
 class _ScaledLinear(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, low, b, u, v, scaling):
-        ctx.save_for_backward(low, b, u, v)
-        ctx.scaling = scaling
+    def forward(low, b, u, v, scaling):
         return F.linear(low, _weight(b, u, v, scaling))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def setup_context(ctx, inputs, output):
+        *factors, ctx.scaling = inputs
+        ctx.save_for_backward(*factors)
+        ctx.save_for_forward(*factors)
+        ctx.dtype = output.dtype
+
+    @staticmethod
     def backward(ctx, grad):
+        # Of operations that autograd knows, on the inputs themselves: so it has a derivative too.
         low, b, u, v = ctx.saved_tensors
         of_low = of_b = of_u = of_v = None
         if ctx.needs_input_grad[0]:
@@ -52,7 +61,8 @@ class _ScaledLinear(torch.autograd.Function):
         if any(ctx.needs_input_grad[1:4]):
             # The gradient of W gives those of its factors; nothing here is larger than B. The sum over the tokens is
             # in the dtype of grad, as it is for the weight of a linear layer.
-            of_weight = grad.flatten(0, -2).t() @ low.flatten(0, -2).to(grad.dtype)
+            rows = grad.reshape(-1, grad.shape[-1])
+            of_weight = rows.t() @ low.reshape(-1, low.shape[-1]).to(grad.dtype)
             of_weight = of_weight.to(b.dtype) * ctx.scaling
             if ctx.needs_input_grad[1]:
                 of_b = _weight(of_weight, u, v, 1.0)
@@ -61,3 +71,13 @@ class _ScaledLinear(torch.autograd.Function):
             if ctx.needs_input_grad[3]:
                 of_v = (of_weight * b if u is None else of_weight * b * u).sum(1)
         return of_low, of_b, of_u, of_v, None
+
+    @staticmethod
+    def jvp(ctx, low_t, b_t, u_t, v_t, _):
+        low, b, u, v = ctx.saved_tensors
+        # The output is linear in each factor: its derivative is the sum with one of them replaced by its own.
+        terms = [] if low_t is None else [(low_t, b, u, v)]
+        terms += [] if b_t is None else [(low, b_t, u, v)]
+        terms += [] if u_t is None else [(low, b, u_t, v)]
+        terms += [] if v_t is None else [(low, b, u, v_t)]
+        return sum(F.linear(x.to(ctx.dtype), _weight(*w, ctx.scaling).to(ctx.dtype)) for x, *w in terms)

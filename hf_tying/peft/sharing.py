@@ -1,12 +1,13 @@
 """Which modules share which factor: from a `TiedLoraConfig` and a module's name to the names of its A, B and u."""
 
-import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+
+from torch import nn
 
 from .config import TiedLoraConfig
+from .layers import Features, Place, find_layers
 
-#: The part that torch.compile adds to the names of modules. The names in a file are without it.
-COMPILED = "_orig_mod."
 #: The query, key and value projections of one layer, by the names that they have in transformers' models.
 QKV = (
     ("q_proj", "k_proj", "v_proj"),
@@ -38,6 +39,7 @@ class FactorNames:
         kind: `"linear"` or `"embedding"`.
         in_features: number of the module's inputs; for an embedding, `num_embeddings`.
         out_features: number of the module's outputs; for an embedding, `embedding_dim`.
+        padding: of an embedding, the id whose row has no update. It is recorded where there is one.
     """
 
     A: str
@@ -49,6 +51,16 @@ class FactorNames:
     kind: str
     in_features: int
     out_features: int
+    padding: int | None = None
+
+    @property
+    def entry(self) -> dict[str, str | int]:
+        """The module's entry in `adapted_modules`."""
+        return {part: value for part, value in asdict(self).items() if value is not None}
+
+    def is_like(self, other: "FactorNames") -> bool:
+        """Whether both name the same factors for modules of the same size."""
+        return replace(self, padding=None) == replace(other, padding=None)
 
     @property
     def largest_rank(self) -> int:
@@ -60,10 +72,8 @@ class FactorNames:
 Sharing = FactorNames
 
 
-def name_factors(
-    config: TiedLoraConfig, module_name: str, in_features: int, out_features: int, kind: str
-) -> FactorNames:
-    """Name the factors of one module.
+def name_factors(config: TiedLoraConfig, modules: Mapping[str, Features]) -> dict[str, FactorNames]:
+    """Name the factors of the modules of an adapter.
 
     A name says what shares the factor, so it is the same in every process and for every part of a model:
     `self_attn-qkv-4096` is the A of q, k and v in the `self_attn` of all layers, and `model-layers-3-...` is the A of
@@ -71,15 +81,18 @@ def name_factors(
 
     Args:
         config: the adapter's settings.
-        module_name: full name of the module in the model.
-        in_features: number of the module's inputs; for an embedding, `num_embeddings`.
-        out_features: number of the module's outputs; for an embedding, `embedding_dim`.
-        kind: `"linear"` or `"embedding"`. Modules of different kinds never share.
+        modules: by the full name of each module, `"linear"` or `"embedding"` (modules of different kinds never share),
+            the number of its inputs (for an embedding, `num_embeddings`) and of its outputs (`embedding_dim`).
 
     Raises:
-        ValueError: `layer_groups` leaves out the module's layer.
+        ValueError: `layer_groups` leaves out the layer of a module.
     """
-    layer, index, inside = split_module_name(module_name.replace(COMPILED, ""))
+    places = find_layers(modules, config.layers_pattern)
+    return {name: _names_of_one(config, places[name], *features) for name, features in modules.items()}
+
+
+def _names_of_one(config: TiedLoraConfig, place: Place, kind: str, in_features: int, out_features: int) -> FactorNames:
+    layer, index, inside = place.layer, place.index, place.inside
     own = f"{layer}-" if layer else ""
     together = _layer_group(config, index) if layer else ""
     # A and u belong to the input, which query, key and value have in common. B and v belong to the output.
@@ -92,21 +105,43 @@ def name_factors(
         a = b = f"{kind}-all"
     a = (together if config.tie_A else own) + a
     b = (together if config.tie_B else own) + b
-    names = a, b, own + of_input, f"{of_input}-{config.r}", f"{inside}-{out_features}"
+    u = own + of_input
+    u += "-" * hasattr(nn.ModuleDict, u)  # such as `keys`, which cannot be the name of a module in it
+    names = a, b, u, f"{of_input}-{config.r}", f"{inside}-{out_features}"
     # The names become names of modules, which cannot contain dots.
     return FactorNames(*(name.replace(".", "-") for name in names), kind, in_features, out_features)
 
 
-def split_module_name(module_name: str) -> tuple[str | None, int | None, str]:
-    """Split a module's name into its layer, the layer's index, and the module's name inside the layer.
+def recorded_names(config: TiedLoraConfig) -> dict[str, FactorNames]:
+    """What the config says of the modules that it was injected into: `adapted_modules`. Empty before that.
 
-    `model.layers.3.self_attn.q_proj` gives `("model.layers.3", 3, "self_attn.q_proj")`: the layer ends with the first
-    number in the name. A module outside all layers gives `(None, None, <its full name>)`.
+    Raises:
+        ValueError: it is not of the form that an injection writes, or not what its own settings make of the modules.
+            A tied form and an exported one would then be different functions.
     """
-    found = re.fullmatch(r"(?P<layer>(?:[^.]*\.)*?(?P<index>\d+))\.(?P<inside>.+)", module_name)
-    if found is None:
-        return None, None, module_name
-    return found["layer"], int(found["index"]), found["inside"]
+    wrong = "The adapted_modules of this Tied-LoRA config are not as they were saved"
+    advice = "Expected the adapter_config.json that was saved with the adapter."
+    recorded = config.adapted_modules or {}
+    if not isinstance(recorded, dict) or not all(isinstance(of, dict) for of in recorded.values()):
+        raise ValueError(f"{wrong}: expected a dict of dicts, found {recorded!r:.80}. {advice}")
+    kinds = {part.name: str if part.type is str else int for part in fields(FactorNames)}
+    for module, of in recorded.items():
+        known = of.keys() | {"padding"} == kinds.keys()
+        if not known or not all(type(value) is kinds[part] for part, value in of.items()):
+            raise ValueError(f"{wrong}: expected {', '.join(kinds)} of {module!r}, found {of!r:.120}. {advice}")
+    names = {module: FactorNames(**of) for module, of in recorded.items()}
+    expected = name_factors(config, sizes_of(names))
+    for module, of in names.items():
+        if not of.is_like(expected[module]):
+            raise ValueError(
+                f"{wrong}: the other settings make {expected[module].entry} of {module!r}, found {of.entry}. {advice}"
+            )
+    return names
+
+
+def sizes_of(modules: Mapping[str, FactorNames]) -> dict[str, Features]:
+    """What `name_factors` is to be told of modules that have been named before."""
+    return {name: (of.kind, of.in_features, of.out_features) for name, of in modules.items()}
 
 
 def refuse_rank(r: int, modules: dict[str, FactorNames]) -> None:

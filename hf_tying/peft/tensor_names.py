@@ -17,7 +17,7 @@ import torch
 from ..report.layer_order import in_layer_order
 from .config import TiedLoraConfig
 from .matrices import CONTAINER
-from .sharing import FactorNames
+from .sharing import FactorNames, recorded_names
 
 #: The start of every name in the file of an adapter.
 BASE_PREFIX = "base_model.model."
@@ -37,24 +37,23 @@ def names_in_file(config: TiedLoraConfig) -> dict[str, str | list[str]]:
         config: with `adapted_modules`, as it is after injection and in a saved `adapter_config.json`.
 
     Raises:
-        ValueError: the config does not say which modules are adapted.
+        ValueError: the config does not say which modules are adapted, or says what its settings do not make of them.
     """
     if not config.adapted_modules:
         raise ValueError(
             "This Tied-LoRA config has no adapted_modules. Expected the adapter_config.json that was saved with the "
             "adapter; it is written when the adapter is put into a model."
         )
-    found: dict[str, str | list[str]] = {}
-    for module in in_layer_order(config.adapted_modules):
-        names, in_model = FactorNames(**config.adapted_modules[module]), names_in_model(config, module)
+    found: dict[str, str | dict[str, None]] = {}
+    recorded = recorded_names(config)
+    for module in in_layer_order(recorded):
+        names, in_model = recorded[module], names_in_model(config, module)
         for kind in "AB":
             found[in_model[kind].removesuffix(".weight")] = in_model[kind]
         for kind, rows in (("u", names.u_rows), ("v", names.v_rows)):
             if kind in in_model:
-                rows = found.setdefault(f"{CONTAINER}.tied_lora_{kind}.{rows}", [])
-                if in_model[kind] not in rows:
-                    rows.append(in_model[kind])
-    return found
+                found.setdefault(f"{CONTAINER}.tied_lora_{kind}.{rows}", {})[in_model[kind]] = None
+    return {name: rows if isinstance(rows, str) else list(rows) for name, rows in found.items()}
 
 
 def names_in_model(config: TiedLoraConfig, module: str) -> dict[str, str]:

@@ -28,7 +28,8 @@ from ..tiny import tiny_model
         (dict(bias="lora_only"), "bias='lora_only': expected 'none', 'all' or 'tied_lora_only'"),
         (dict(layer_groups=[0, 1]), "expected lists of indices"),
         (dict(layer_groups=[[0, 1], [1]]), "layer 1 stands in more than one group"),
-        (dict(layers_pattern="layers"), "layers_pattern.*layers_to_transform"),
+        (dict(layer_groups=7), "layer_groups=7: expected lists of indices"),
+        (dict(layer_groups=[["0"], [1]]), "expected lists of indices"),
         (dict(target_modules=".*q_proj", layers_to_transform=[0]), "regular expression can name the layers"),
     ],
 )
@@ -45,7 +46,7 @@ def test_settings_that_cannot_be_meant_are_refused(config, message):
         (dict(target_modules=["q_proj", "input_layernorm"]), "'model.layers.0.input_layernorm'.*is not supported"),
         (dict(target_modules=["q_proj"], r=17), "r=17 is more than any adapted module has.*q_proj.*has rank 16"),
         (dict(target_modules=["q_proj"], layer_groups=[[0]]), "does not say with which layers layer 1 shares"),
-        (dict(target_modules=["q_proj"], ensure_weight_tying=True), "no adapter for two tied embeddings.*untie"),
+        (dict(target_modules=["q_proj"], qkv_modules=["query"]), "none of the adapted modules.*q_proj.*leave qkv_mod"),
     ],
 )
 def test_what_does_not_fit_the_model_is_refused_before_it_is_touched(config, message):

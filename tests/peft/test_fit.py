@@ -109,12 +109,13 @@ class TestAnyOther:
             return torch.randn(shape, generator=generator, dtype=torch.float64)
 
         widths = {"q_proj": (12, 10), "k_proj": (6, 10), "v_proj": (6, 7)}
-        updates, names = {}, {}
+        updates, sizes = {}, {}
         for layer in range(3):
             for name, (rows, columns) in widths.items():
                 module = f"layers.{layer}.{name}"
                 updates[module] = Update(draw(rows, 3), draw(3, columns))
-                names[module] = name_factors(config, module, columns, rows, "linear")
+                sizes[module] = "linear", columns, rows
+        names = name_factors(config, sizes)
         problem = Problem(updates, names, r, config.train_u, config.train_v)
         for start in starting_factors(problem, 1):
             problem.factors = start

@@ -207,7 +207,7 @@ class TestTheGradient:
             }
             for factor in factors.values():
                 parts = {
-                    id(theirs.uses["default"].__dict__[kind]): theirs.uses["default"].__dict__[kind].weight.grad
+                    id(theirs.uses["default"].factor(kind)): theirs.uses["default"].factor(kind).weight.grad
                     for mine, theirs in zip(layers_of(tied).values(), layers_of(untied).values(), strict=True)
                     if getattr(mine.uses["default"], kind) is factor
                 }
@@ -276,11 +276,14 @@ class TestTheSharedInput:
             assert torch.allclose(
                 k(first), k.base_layer(first) + first @ dense_updates(model)[k.module_name].T, atol=1e-5
             )
-            q(first)
-            q.uses["default"].A.weight.mul_(3)
-            assert torch.allclose(
-                q(first), q.base_layer(first) + first @ dense_updates(model)[q.module_name].T, atol=1e-4
-            )
+            for module in (q, k):
+                q(first)
+                q.uses["default"].A.weight.mul_(3)
+                assert torch.allclose(
+                    module(first),
+                    module.base_layer(first) + first @ dense_updates(model)[module.module_name].T,
+                    atol=1e-4,
+                )
 
     def test_a_product_computed_without_a_gradient_does_not_serve_where_one_is_wanted(self):
         model = tied_lora(tiny_model("llama"))
@@ -294,6 +297,14 @@ class TestTheSharedInput:
     def test_a_product_that_nobody_takes_keeps_no_graph_alive(self):
         model = tied_lora(tiny_model("llama")).train()
         q = layers_of(model)["model.layers.0.self_attn.q_proj"]
-        q(torch.randn(3, 16, requires_grad=True) * 2)  # k and v, which would take the value, do not come
+        slot = q.uses["default"].slot
+        x = torch.randn(3, 16, requires_grad=True) * 2
+        q(x)  # k and v, which would take the value, do not come
         gc.collect()
-        assert q.uses["default"].slot._kept[3]() is None
+        assert slot._kept[4]() is None
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda packed: packed):
+            q(x)
+        assert slot._kept[4]() is not None
+        del x
+        gc.collect()
+        assert slot._kept is None

@@ -12,8 +12,9 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from hf_tying.peft import TiedLoraConfig
+from hf_tying.peft.matrices import LayerFactors
 
-from ..tied_lora import QKV, dense_updates, outputs, shares_its_factors, tied_lora
+from ..tied_lora import QKV, dense_updates, layers_of, outputs, shares_its_factors, tied_lora
 from ..tiny import tiny_inputs, tiny_model
 
 
@@ -58,6 +59,16 @@ class TestTorch:
             assert new in text
             text = text.replace(new, old)
         assert torch.equal(outputs(pickle.loads(text)), outputs(model))
+
+    def test_the_factors_of_a_layer_that_0_1_pickled_are_found(self, model):
+        for layer in layers_of(model).values():
+            of_0_1 = dict(vars(layer.uses["default"]))
+            of_0_1 |= {kind: layer.uses["default"].factor(kind) for kind in "ABu"}
+            del of_0_1["places"]
+            old = LayerFactors.__new__(LayerFactors)
+            old.__setstate__(of_0_1)
+            assert all(old.factor(kind) is layer.uses["default"].factor(kind) is not None for kind in "ABu")
+            assert old.A is old.factor("A") and vars(old).keys() == vars(layer.uses["default"]).keys()
 
     @pytest.mark.parametrize("use_reentrant", [False, True])
     def test_gradient_checkpointing_changes_no_gradient(self, use_reentrant):

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
 
@@ -153,12 +153,10 @@ def fit_updates(
     Raises:
         ValueError: no module has the rank r.
     """
-    names = {
-        module: name_factors(config, module, update.right.shape[1], len(update.left), kinds[module])
-        for module, update in updates.items()
-    }
+    sizes = {module: (kinds[module], update.right.shape[1], len(update.left)) for module, update in updates.items()}
+    names = name_factors(config, sizes)
     refuse_rank(config.r, names)
-    config.adapted_modules = {module: asdict(of) for module, of in names.items()}
+    config.adapted_modules = {module: of.entry for module, of in names.items()}
     parts = len(_independent_modules(names))
     with logging.tqdm(total=parts * iterations, desc="Fitting the tied factors", delay=2) as progress:
         factors, errors, count = _alternate(

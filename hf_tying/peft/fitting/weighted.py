@@ -123,9 +123,7 @@ def _fit(configs, layers: dict[str, TiedLoraLayer], adapters, weights, r, iterat
             ]
             updates[module] = Update(torch.cat([b for _, b in parts], 1), torch.cat([a for a, _ in parts]))
     config = _changed(configs[adapters[0]], r or max(configs[name].r for name in adapters))
-    config = replace(
-        config, target_modules=list(layers), exclude_modules=None, layers_to_transform=None, layers_pattern=None
-    )
+    config = replace(config, target_modules=list(layers), exclude_modules=None, layers_to_transform=None)
     state, errors, _ = fit_updates(
         config, updates, {module: layer.kind for module, layer in layers.items()}, iterations=iterations
     )
@@ -143,4 +141,4 @@ def _fit(configs, layers: dict[str, TiedLoraLayer], adapters, weights, r, iterat
 
 def _changed(config: TiedLoraConfig, r: int) -> TiedLoraConfig:
     # Biases belong to the model, not to one adapter.
-    return replace(config, r=r, alpha=r, bias="none", modules_to_save=None, adapted_modules=None)
+    return replace(config, r=r, alpha=r, tied_lora_alpha=None, bias="none", modules_to_save=None, adapted_modules=None)
