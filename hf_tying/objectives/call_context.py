@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..losses.gradient import is_plain
+
 
 @dataclass(frozen=True)
 class CallContext:
@@ -54,8 +56,27 @@ class CallContext:
             yield
 
 
-def version(tensor: torch.Tensor) -> int:
-    """How often `tensor` was written to, as autograd counts it for what it has saved; 0 in inference mode."""
+class Operands:
+    """Tensors that are read later, and how often each was written to until now, as autograd counts it.
+
+    Args:
+        values: the tensors; anything else among them is left out.
+    """
+
+    def __init__(self, values: tuple):
+        self._seen = [(value, _version(value)) for value in values if isinstance(value, torch.Tensor)]
+
+    def include(self, tensors: list[torch.Tensor]) -> bool:
+        """Whether one of `tensors` is among them, or a view of the same memory."""
+        memory = {tensor.untyped_storage()._cdata for tensor, _ in self._seen if is_plain(tensor)}
+        return any(is_plain(tensor) and tensor.untyped_storage()._cdata in memory for tensor in tensors)
+
+    def changed(self) -> list[torch.Tensor]:
+        """Those that were written to since."""
+        return [tensor for tensor, before in self._seen if _version(tensor) != before]
+
+
+def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
@@ -74,8 +95,3 @@ def written_to(function, args: tuple, kwargs: dict) -> list[torch.Tensor]:
         written += [*args[:1], kwargs.get("input")]
     flat = [part for each in written for part in (each if isinstance(each, tuple | list) else (each,))]
     return [tensor for tensor in flat if isinstance(tensor, torch.Tensor)]
-
-
-def share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether both are views of one storage."""
-    return a is b or a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from ..config import TyingError
 from ..losses.options import CrossEntropyOptions
-from .call_context import CallContext, share_memory, version
+from .call_context import CallContext, Operands
 from .lazy_tensor import LazyTensor, materialized
 from .step_loss import StepLoss, needs_deferred
 
@@ -47,9 +47,7 @@ class DeferredLogits(LazyTensor):
         self._loss, self._context = loss, context
         self.hidden, self.weight, self.bias, self.dtype = hidden, weight, bias, dtype
         self.pending_ops: tuple[float | None, ...] = pending_ops
-        # Tensors that are read only when the logits are computed, and how often each was written to until now.
-        self._operands = tuple((tensor, version(tensor)) for tensor in operands if isinstance(tensor, torch.Tensor))
-        self._is_stale = False
+        self._operands = Operands(operands)  # what is read only when the logits are computed
 
     @classmethod
     def of(cls, loss: StepLoss, input, weight, bias=None) -> DeferredLogits:
@@ -265,15 +263,12 @@ class DeferredLogits(LazyTensor):
 
         With an objective nothing is computed; a later use is an error.
         """
-        members = [] if self._siblings.materialized else list(self._siblings.members)
-        read = [operand for member in members for operand, _ in member._operands]
-        if not any(share_memory(tensor, operand) for tensor in tensors for operand in read):
+        siblings = self._siblings
+        if siblings.materialized or not any(member._operands.include(tensors) for member in siblings.members):
             return
         if self._loss.settings.objective is None:
             self.materialize("hidden states or matrix are written to")
-        else:
-            for member in members:
-                member._is_stale = True
+        siblings.stale = not siblings.materialized
 
     def _check_operands(self) -> None:
         """Refuse to compute from other values than the model had.
@@ -281,15 +276,14 @@ class DeferredLogits(LazyTensor):
         Raises:
             TyingError: where a tensor that is read was written to.
         """
-        for member in list(self._siblings.members):
-            changed = [tuple(operand.shape) for operand, before in member._operands if version(operand) != before]
-            if changed or member._is_stale:
-                what = f"a tensor of shape {changed[0]}" if changed else "hidden states or matrix"
-                raise TyingError(
-                    f"The logits of this training step are not computed yet, and {what}, of which they are made, was "
-                    "written to since the model made them: expected no write between the head and the loss. Write "
-                    "after the loss or to a copy, or train with logits: use_tied_loss(model, False)."
-                )
+        changed = [operand for member in list(self._siblings.members) for operand in member._operands.changed()]
+        if changed or self._siblings.stale:
+            what = f"a tensor of shape {tuple(changed[0].shape)}" if changed else "a tensor"
+            raise TyingError(
+                f"The logits of this training step are not computed yet, and {what} of which they are made was "
+                "written to since the model made them: expected no write between the head and the loss. Write after the loss, "
+                "or to a copy, or train with logits: use_tied_loss(model, False)."
+            )
 
     @classmethod
     def __torch_function__(cls, function: Callable, types, args=(), kwargs=None):

@@ -11,10 +11,10 @@ import torch
 
 class _Siblings:
     """All lazy tensors derived from one. Materializing one materializes all, before anybody can write to it in
-    place."""
+    place. `stale`: what they are made of has other values now."""
 
     def __init__(self):
-        self.materialized = False
+        self.materialized = self.stale = False
         self.members: WeakSet[LazyTensor] = WeakSet()
 
 

@@ -82,6 +82,7 @@ HOOKS = (
 HEADS = [("gpt2", "lm_head"), ("bert", "cls.predictions.decoder"), ("bert", "cls"), ("mixtral", "lm_head")]
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize("arch, name", HEADS)
 def test_a_hook_sees_and_does_what_it_does_in_a_stock_step(arch, name, hook, seen):
