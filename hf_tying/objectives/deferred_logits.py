@@ -281,8 +281,8 @@ class DeferredLogits(LazyTensor):
             what = f"a tensor of shape {tuple(changed[0].shape)}" if changed else "a tensor"
             raise TyingError(
                 f"The logits of this training step are not computed yet, and {what} of which they are made was "
-                "written to since the model made them: expected no write between the head and the loss. Write after the loss, "
-                "or to a copy, or train with logits: use_tied_loss(model, False)."
+                "written to since the model made them: expected no write between the head and the loss. Write after "
+                "the loss, or to a copy, or train with logits: use_tied_loss(model, False)."
             )
 
     @classmethod

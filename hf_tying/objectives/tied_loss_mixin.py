@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules import module as module_hooks
 from transformers.utils import ModelOutput, logging
 
-from ..losses.gradient import is_plain
+from ..losses.gradient import is_plain, is_transformed
 from ..ties.slots import find_parameter
 from .deferred_logits import DeferredLogits
 from .step_loss import LossSettings, needs_deferred
@@ -44,22 +44,10 @@ class TiedLossMixin:
         matrix = embedding = find_parameter(self, self._softmax_name)
         if objective is not None:
             embedding = find_parameter(self, self._embedding_name)
-        if not is_plain(matrix) or not is_plain(embedding):
-            if objective is not None:
-                raise needs_deferred(
-                    "the softmax matrix or the embedding is sharded, or quantised, or transformed by torch.func or a "
-                    "trace",
-                    settings,
-                )
-            logger.warning_once(
-                f"The softmax matrix of {type(self).__name__} is a {type(matrix).__name__} (sharded over processes, "
-                "or quantised), or transformed (torch.func, a trace): its loss is computed by the usual path."
-            )
-            return forward(*args, **kwargs)
-        hooked = _hooked(self, self._softmax_name)
-        if hooked and objective is not None:
-            raise needs_deferred(f"a hook is given the output of {hooked!r}", settings)
-        softmax = TiedSoftmax(matrix, settings, kwargs.get("num_items_in_batch"), embedding, defers=not hooked)
+        whole = self._why_whole(matrix, embedding)
+        if whole is not None and objective is not None:
+            raise needs_deferred(whole, settings)
+        softmax = TiedSoftmax(matrix, settings, kwargs.get("num_items_in_batch"), embedding, defers=whole is None)
         with softmax:
             outputs = forward(*args, **kwargs)
         if objective is not None:
@@ -71,14 +59,23 @@ class TiedLossMixin:
             others = {k: v for k, v in vars(self).get("loss_parts", {}).items() if k != "cross_entropy"}
             self.loss_parts = {**softmax.loss.parts, **others}  # `others`: penalties that the model has added itself
         elif not softmax.deferred and not torch.compiler.is_compiling():
-            reason = f"a hook reads the output of {hooked!r}"
-            if not hooked:
-                reason = (
-                    f"its forward does not multiply by {self._softmax_name!r} itself (it makes another matrix of it, "
-                    "or an adapter stands in for it)"
-                )
-            logger.warning_once(f"{type(self).__name__}: {reason}, so its loss is computed by the usual path.")
+            whole = whole or (
+                f"its forward does not multiply by {self._softmax_name!r} itself: it makes another matrix of it, or "
+                "an adapter stands in for it"
+            )
+            logger.warning_once(f"The loss of {type(self).__name__} is computed by the usual path: {whole}.")
         return _without_logits(outputs)
+
+    def _why_whole(self, matrix: torch.Tensor, embedding: torch.Tensor) -> str | None:
+        """What stands in the way of deferred logits in this step; `None`: nothing."""
+        for parameter in (matrix, embedding):
+            if not is_plain(parameter):
+                if is_transformed():
+                    return "the step is transformed (by torch.func, forward-mode AD or a trace)"
+                kind = type(parameter).__name__
+                return f"the softmax matrix or the embedding is a {kind} (sharded over processes, or quantised)"
+        hooked = _hooked(self, self._softmax_name)
+        return None if hooked is None else f"a hook reads the output of {hooked!r}"
 
 
 @cache

@@ -110,7 +110,7 @@ def test_a_step_with_an_objective_and_a_hook_that_reads_logits_is_refused(hook, 
     model = use_tied_loss(pair(tiny_model("gpt2"))[1], objective=objective)
     handle = hook(model.lm_head, [])
     try:
-        with pytest.raises(TyingError, match="a hook is given the output of 'lm_head'"):
+        with pytest.raises(TyingError, match="a hook reads the output of 'lm_head'"):
             model(**batch(model))
     finally:
         handle.remove()
@@ -125,6 +125,19 @@ def test_hooks_that_look_at_no_logits_leave_a_step_by_blocks(seen):
     with measured_roles(tied), FlopCounterMode(display=False):
         assert_same_step(tied, stock, batch(stock))
     assert seen.taken() == BY_BLOCKS
+
+
+def test_the_usual_path_smooths_labels_as_the_blocks_do():
+    stock = model_with(lambda model, hidden, labels: cross_entropy(model.lm_head(hidden), labels))
+    model = use_tied_loss(stock, label_smoothing=0.3)
+    inputs = batch(model)
+    expected = step(model, inputs).loss.item()
+    unsmoothed = use_tied_loss(copy.deepcopy(model))(**inputs).loss.item()
+    assert expected != pytest.approx(unsmoothed, rel=1e-3)
+    with torch.autograd.forward_ad.dual_level():
+        assert model(**inputs).loss.item() == pytest.approx(expected, rel=1e-6)
+    model.lm_head.register_full_backward_hook(lambda module, inputs, outputs: None)
+    assert step(model, inputs).loss.item() == pytest.approx(expected, rel=1e-6)
 
 
 # --- what leaves a step ----------------------------------------------------------------------------------------------
