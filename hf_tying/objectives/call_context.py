@@ -84,13 +84,15 @@ _IN_PLACE = {
     f"__{name}__"
     for name in ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
 }
+# Whoever is given the memory itself may write to it.
+_GIVES_MEMORY = {"numpy", "__array__", "__dlpack__", "data_ptr"}
 
 
 def written_to(function, args: tuple, kwargs: dict) -> list[torch.Tensor]:
     """The tensors that a call of a torch function changes in place, as far as its name and arguments tell."""
     name = getattr(function, "__name__", "")
     written = [kwargs.get("out")]
-    by_name = name.endswith("_") and not name.endswith("__") or name in _IN_PLACE
+    by_name = name.endswith("_") and not name.endswith("__") or name in _IN_PLACE or name in _GIVES_MEMORY
     if by_name or kwargs.get("inplace") or function == torch.Tensor.data.__set__:
         written += [*args[:1], kwargs.get("input")]
     flat = [part for each in written for part in (each if isinstance(each, tuple | list) else (each,))]

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from hf_tying import use_tied_loss
 
@@ -58,6 +59,34 @@ def a_head_with_gradients_within_none(model, hidden, labels):
     return cross_entropy(logits, labels)
 
 
+def a_head_frozen_for_the_loss(model, hidden, labels):
+    logits = model.lm_head(hidden)
+    model.lm_head.weight.requires_grad_(False)
+    loss = cross_entropy(logits, labels)
+    model.lm_head.weight.requires_grad_(True)
+    return loss
+
+
+def a_head_under_vmap(model, hidden, labels):
+    return cross_entropy(torch.func.vmap(model.lm_head)(hidden), labels)
+
+
+def a_learned_temperature(model, hidden, labels):
+    return cross_entropy(model.lm_head(hidden) / hidden.mean().exp(), labels)
+
+
+def recomputed(reentrant, with_loss):
+    """The head, or the head and its loss, under gradient checkpointing."""
+
+    def loss(model, hidden, labels):
+        if with_loss:
+            head_and_loss = lambda hidden: cross_entropy(model.lm_head(hidden), labels)  # noqa: E731
+            return checkpoint(head_and_loss, hidden, use_reentrant=reentrant)
+        return cross_entropy(checkpoint(model.lm_head, hidden, use_reentrant=reentrant), labels)
+
+    return loss
+
+
 def accuracy(logits, labels):
     return (logits[:, :-1].argmax(-1) == labels[:, 1:]).float().mean()
 
@@ -79,7 +108,17 @@ MODES = {
         a_copy_made_without_gradients,
         a_loss_without_gradients_beside,
         a_head_with_gradients_within_none,
+        a_head_frozen_for_the_loss,
+        a_head_under_vmap,
+        a_learned_temperature,
     )
+}
+MODES |= {
+    f"{'head and loss' if with_loss else 'head'} recomputed, {'old' if reentrant else 'new'}": recomputed(
+        reentrant, with_loss
+    )
+    for reentrant in (True, False)
+    for with_loss in (True, False)
 }
 
 

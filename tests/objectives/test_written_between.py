@@ -69,7 +69,11 @@ def by_data(model, hidden):
     hidden.data.mul_(0.5)
 
 
-HIDDEN = (by_method, by_operator, by_item, by_a_view, by_out, by_an_argument, by_foreach, by_data)
+def by_numpy(model, hidden):
+    hidden.detach().numpy()[:] = 0.0
+
+
+HIDDEN = (by_method, by_operator, by_item, by_a_view, by_out, by_an_argument, by_foreach, by_data, by_numpy)
 
 
 @pytest.mark.parametrize("of_copy", [False, True])
