@@ -9,7 +9,13 @@ from .augmented_autograd import augmented_path
 from .compilation import untraced
 from .gradient import is_plain
 from .modules import LossModule
-from .options import AugmentedSettings, CrossEntropyOptions, check_operands
+from .options import (
+    AugmentedSettings,
+    CrossEntropyOptions,
+    check_operands,
+    refuse_learned,
+    with_learned_scale,
+)
 from .reference import reference_cross_entropy
 
 
@@ -28,7 +34,7 @@ def augmented_loss(
     reduction: str = "mean",
     num_items_in_batch: int | torch.Tensor | None = None,
     cross_entropy_weight: float = 1.0,
-    logit_scale: float | None = None,
+    logit_scale: float | torch.Tensor | None = None,
     memory_budget: int | None = None,
 ) -> torch.Tensor:
     """`cross_entropy_weight * CE + alpha * KL(t || q)`, the augmented loss, without an (N, V) matrix.
@@ -63,7 +69,8 @@ def augmented_loss(
         num_items_in_batch: with `"mean"`, what to divide the sum by in place of the labels that count here, as
             `Trainer` does.
         cross_entropy_weight: a factor of the cross entropy. Default 1; 0 leaves the divergence alone.
-        logit_scale: a factor of the model's logits, in both parts. Default 1.
+        logit_scale: a factor of the model's logits, in both parts. Default 1. It may be learned: a tensor of one
+            element gets its gradient.
         memory_budget: bytes for blocks at work and kept products, beside the gradients. Default: as many as the
             gradient of `weight` has, from 16 to 64 MiB, or an eighth of it if that is more. A block is never narrower
             than 128 words.
@@ -73,7 +80,8 @@ def augmented_loss(
 
     Raises:
         ValueError: for a temperature not above 0, a negative alpha or gamma, both of them, a reduction other than the
-            two, an embedding of another number of rows, labels of another shape.
+            two, an embedding of another number of rows, labels of another shape, and any other option that requires
+            a gradient.
         IndexError: for a label outside the vocabulary.
         RuntimeError: for mixed dtypes or devices, a bias of another length, `hidden` and `weight` of different width,
             and in the backward pass for a second one, or `create_graph=True`.
@@ -131,12 +139,14 @@ def augmented_parts(
         raise ValueError(f"{options.reduction!r} is not a valid value for reduction: expected 'mean' or 'sum'.")
     if options.label_smoothing or options.logit_softcap is not None or options.class_weight is not None:
         raise ValueError("The augmented loss has no label_smoothing, logit_softcap or class_weight: expected none.")
+    refuse_learned(". hf_tying.losses.augmented.reference_augmented_loss gives it one", **vars(settings))
     check_operands(hidden, weight, labels, bias, options)
     if embedding is weight:
         embedding = None
     if embedding is not None:
         _check_embedding(embedding, weight)
         embedding = embedding.detach() if settings.detach_target else embedding
+    hidden, bias, options = with_learned_scale(hidden, bias, options)
     if all(is_plain(tensor) for tensor in (hidden, weight, embedding) if tensor is not None):
         return augmented_path(hidden, weight, labels, bias, embedding, settings, options, memory_budget)
     keywords = options.keywords()

@@ -35,7 +35,7 @@ class _TiedAugmentedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream, _):
-        refuse_double_backward("augmented_loss", "hf_tying.losses.augmented.reference_augmented_loss")
+        refuse_double_backward("augmented_loss", "hf_tying.losses.augmented.reference_augmented_loss", upstream)
         pending, ctx.pending = ctx.pending, None
         if pending is None:
             raise second_backward("augmented_loss")

@@ -1,6 +1,6 @@
 """The tied softmax for autograd: gradients are made in the forward pass, and returned once in the backward pass."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -29,6 +29,17 @@ class _Call:
     labels: torch.Tensor
     differentiable: bool
 
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """What is read of it that somebody may write to: labels, class weights, and a number of items on a device."""
+        items = self.options.num_items_in_batch
+        return self.labels, self.options.class_weight, items if isinstance(items, torch.Tensor) else None
+
+    def with_tensors(self, labels, class_weight, items) -> "_Call":
+        """The same with these in their places."""
+        items = self.options.num_items_in_batch if items is None else items
+        options = replace(self.options, class_weight=class_weight, num_items_in_batch=items)
+        return replace(self, labels=labels, options=options)
+
 
 class _TiedCrossEntropy(torch.autograd.Function):
     @staticmethod
@@ -39,7 +50,7 @@ class _TiedCrossEntropy(torch.autograd.Function):
         # it would have overflowed, or be 0.
         ctx.in_backward = call.options.reduction == "none" or wanted[1] and weight.dtype == torch.float16
         if ctx.in_backward:
-            ctx.save_for_backward(hidden, weight, bias)
+            ctx.save_for_backward(hidden, weight, bias, *call.tensors())
             wanted = (False, False, False)
         loss, pending = _compute(hidden, weight, bias, call, wanted)
         if any(wanted):
@@ -48,10 +59,11 @@ class _TiedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        refuse_double_backward("tied_cross_entropy", "hf_tying.losses.reference_cross_entropy")
+        refuse_double_backward("tied_cross_entropy", "hf_tying.losses.reference_cross_entropy", upstream)
         tolerance = 2 * torch.finfo(upstream.dtype).eps
         if ctx.in_backward:
-            _, pending = _compute(*ctx.saved_tensors, ctx.call, ctx.wanted, upstream=upstream)
+            hidden, weight, bias, *read = ctx.saved_tensors
+            _, pending = _compute(hidden, weight, bias, ctx.call.with_tensors(*read), ctx.wanted, upstream=upstream)
             upstream = None
         else:
             pending, ctx.pending = ctx.pending, None

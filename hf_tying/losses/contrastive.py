@@ -23,7 +23,7 @@ def contrastive_weight_tying_loss(
     *,
     negatives: str = "batch",
     num_sampled: int | None = None,
-    temperature: float = 1.0,
+    temperature: float | torch.Tensor = 1.0,
     stop_gradient: bool = False,
     gather: bool = False,
     ignore_index: int = -100,
@@ -51,7 +51,8 @@ def contrastive_weight_tying_loss(
             `"sampled"`: each different word of the batch once, and `num_sampled` more, drawn uniformly and without
             replacement among the words that are not in the batch. No word is its own negative.
         num_sampled: how many, for `"sampled"` only; fewer where the vocabulary has not so many others.
-        temperature: products are divided by it. Default 1.
+        temperature: products are divided by it. Default 1. It may be learned: a tensor of one element gets its
+            gradient.
         stop_gradient: no gradient into the rows of `weight` from here: they learn as inputs alone. Default `False`.
         gather: the words of all processes are candidates. Only their ids are exchanged: `weight` is the same in all
             processes, as it is under DistributedDataParallel, and each adds its own positions' gradient to every row.
@@ -95,12 +96,13 @@ def contrastive_weight_tying_loss(
         )
     if len(own) == 0:
         exact = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
-        return (hidden.reshape(-1)[:0].sum() + weight.reshape(-1)[:0].sum()).to(exact)
+        nothing = sum(torch.as_tensor(x).reshape(-1)[:0].sum() for x in (hidden, weight, temperature))
+        return nothing.to(exact)
     rows = tied_embedding(candidates.words, weight.detach() if stop_gradient else weight)
     targets = torch.searchsorted(candidates.words[: candidates.of_batch], own)
     items = num_items_in_batch
     if reduction == "mean" and items is None:
-        items = len(batch) / processes
+        items = batch.shape[0] / processes  # a number that torch.jit.trace does not take for a constant, as of `len`
     options = CrossEntropyOptions(reduction=reduction, num_items_in_batch=items, logit_scale=1 / temperature)
     log_counts = bias = None
     if negatives == "batch":  # each as often as it is there; the bias is divided by the temperature too
@@ -177,7 +179,7 @@ class _Candidates(NamedTuple):
 
 def _candidates(batch: torch.Tensor, vocabulary: int, negatives: str, num_sampled: int, generator) -> _Candidates:
     words, counts = batch.unique(return_counts=True)
-    of_batch = len(words)
+    of_batch = words.shape[0]
     if negatives == "sampled":
         outside = torch.ones(vocabulary, dtype=torch.bool, device=words.device)
         outside[words] = False

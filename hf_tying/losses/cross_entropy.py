@@ -6,7 +6,7 @@ from .backends import choose_backend
 from .compilation import untraced
 from .gradient import is_plain
 from .modules import LossModule
-from .options import CrossEntropyOptions, check_operands
+from .options import CrossEntropyOptions, check_operands, with_learned_scale
 from .reference import reference_cross_entropy
 
 
@@ -20,7 +20,7 @@ def tied_cross_entropy(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     num_items_in_batch: int | torch.Tensor | None = None,
-    logit_scale: float | None = None,
+    logit_scale: float | torch.Tensor | None = None,
     logit_softcap: float | None = None,
     class_weight: torch.Tensor | None = None,
     memory_budget: int | None = None,
@@ -45,7 +45,8 @@ def tied_cross_entropy(
             token. The last one makes its gradients in the backward pass, and its logits twice.
         num_items_in_batch: with `"mean"`, what to divide the sum by in place of the labels that count here: how
             `Trainer` takes a mean over accumulated steps and over processes.
-        logit_scale: a factor of the logits (Cohere; 1 / logits_scaling in Granite). Default 1.
+        logit_scale: a factor of the logits (Cohere; 1 / logits_scaling in Granite). Default 1. It may be learned: a
+            tensor of one element gets its gradient.
         logit_softcap: logits are `cap * tanh(logits / cap)`, after the scale (Gemma 2, equation in section 2).
         class_weight: (V,), a weight for each label, as in torch.
         memory_budget: bytes for blocks at work and values kept from the first products to the last, beside the
@@ -59,7 +60,8 @@ def tied_cross_entropy(
 
     Raises:
         IndexError: for a label outside the vocabulary.
-        ValueError: for labels of another shape, an unknown reduction or backend.
+        ValueError: for labels of another shape, an unknown reduction or backend, and a soft cap, class weights,
+            a label smoothing or a number of items that requires a gradient.
         RuntimeError: for mixed dtypes or devices, a bias or class weights of another length, `hidden` and `weight` of
             different width, a label smoothing outside [0, 1), and in the backward pass for a second one, or
             `create_graph=True`.
@@ -80,6 +82,7 @@ def cross_entropy(
 ) -> torch.Tensor:
     """`tied_cross_entropy` with its options in one."""
     check_operands(hidden, weight, labels, bias, options)
+    hidden, bias, options = with_learned_scale(hidden, bias, options)
     compute = choose_backend(backend, hidden, weight, bias, options)
     if not (is_plain(hidden) and is_plain(weight)):
         return reference_cross_entropy(hidden, weight, labels, bias=bias, **options.keywords())

@@ -35,7 +35,7 @@ def tied_embedding(input_ids: torch.Tensor, weight: torch.Tensor, padding_idx: i
         >>> torch.nn.functional.embedding(input_ids, weight, padding_idx)
     """
     trained = weight.requires_grad and torch.is_grad_enabled()
-    if not trained or not is_plain(weight) or torch.compiler.is_compiling():
+    if not trained or torch.compiler.is_compiling() or not is_plain(weight):
         return F.embedding(input_ids, weight, padding_idx)
     return _TiedEmbedding.apply(input_ids, weight, padding_idx)
 
@@ -69,7 +69,7 @@ class _TiedEmbedding(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        refuse_double_backward("tied_embedding", "torch.nn.functional.embedding")
+        refuse_double_backward("tied_embedding", "torch.nn.functional.embedding", upstream)
         (input_ids,), weight = ctx.saved_tensors, ctx.weight
         ids, rows = input_ids.reshape(-1).long(), upstream.reshape(-1, weight.shape[1])
         if ctx.padding_idx is not None:

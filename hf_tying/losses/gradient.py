@@ -21,6 +21,7 @@ from functools import cache
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.weak import WeakIdKeyDictionary
 
 # Private names of torch (2.6 to 2.13, at least), the only ones used here. Without them each use has its own gradient,
@@ -41,8 +42,18 @@ _claims: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether `tensor` is torch's own kind, not sharded over processes, quantised or traced."""
-    return type(tensor) in (torch.Tensor, nn.Parameter)
+    """Whether `tensor` is torch's own kind, not sharded over processes, quantised, traced or transformed."""
+    return type(tensor) in (torch.Tensor, nn.Parameter) and not is_transformed()
+
+
+def is_transformed() -> bool:
+    """Whether a transform is at work for which the backward functions of this package have no rule.
+
+    These are `vmap`, `grad`, `jvp` and the others of `torch.func`, forward-mode AD, and `torch.jit.trace`. Plain torch
+    operations have rules for all of them.
+    """
+    functional = torch._C._are_functorch_transforms_active()
+    return functional or forward_ad._current_level >= 0 or torch.jit.is_tracing()
 
 
 def claim(weight: torch.Tensor, gradient: torch.Tensor) -> None:
@@ -122,14 +133,19 @@ def _stream(weight: torch.Tensor) -> object:
     return torch.cuda.current_stream(weight.device) if weight.is_cuda else None
 
 
-def refuse_double_backward(name: str, instead: str) -> None:
-    """In a backward function of `name`: refuse to be differentiated.
+def refuse_double_backward(name: str, instead: str, upstream: torch.Tensor) -> None:
+    """In a backward function of `name`: refuse to be differentiated, and to be run for many upstreams at once.
 
     Raises:
-        RuntimeError: for `create_graph=True`.
+        RuntimeError: for `create_graph=True`, and for `is_grads_batched=True`.
     """
     if torch.is_grad_enabled():
         raise RuntimeError(f"{name} has no gradient of its gradient (create_graph=True): use {instead} for that.")
+    if "Batched" in repr(torch._C._dispatch_keys(upstream)):
+        raise RuntimeError(
+            f"{name} makes its gradients for one upstream at a time, and got a batch (is_grads_batched=True): use "
+            f"{instead} for that, which takes one."
+        )
 
 
 def second_backward(name: str, otherwise: str = "") -> RuntimeError:

@@ -90,7 +90,7 @@ def with_backward_guard(loss: torch.Tensor, backend: str, once: bool) -> torch.T
     name, passes = f"tied_cross_entropy with backend={backend!r}", []
 
     def check(upstream: torch.Tensor) -> None:
-        refuse_double_backward(name, "hf_tying.losses.reference_cross_entropy")
+        refuse_double_backward(name, "hf_tying.losses.reference_cross_entropy", upstream)
         if once and passes:
             raise second_backward(name)
         passes.append(True)

@@ -1,8 +1,10 @@
 """What a loss computes, and what it refuses."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
+
+from .gradient import is_transformed
 
 REDUCTIONS = ("mean", "sum", "none")
 #: alpha = GAMMA * temperature unless one of them is given.
@@ -61,9 +63,43 @@ class AugmentedSettings:
     @property
     def divergence_weight(self) -> float:
         """alpha, whether it is given or follows from gamma."""
-        if self.alpha is not None:
-            return float(self.alpha)
-        return float((GAMMA if self.gamma is None else self.gamma) * self.temperature)
+        gamma = GAMMA if self.gamma is None else self.gamma
+        weight = gamma * self.temperature if self.alpha is None else self.alpha
+        return weight if is_learned(weight) else float(weight)
+
+
+def is_learned(value) -> bool:
+    """Whether `value` is a tensor for which a gradient is expected."""
+    return isinstance(value, torch.Tensor) and value.requires_grad and torch.is_grad_enabled()
+
+
+def refuse_learned(otherwise: str, **options) -> None:
+    """Refuse options that are learned: what reads them reads numbers, and they would get no gradient.
+
+    Args:
+        otherwise: the end of the message, after the first way out.
+        options: by name.
+
+    Raises:
+        ValueError: for a tensor that requires a gradient, unless gradients are off.
+    """
+    for name, value in options.items():
+        if is_learned(value):
+            raise ValueError(
+                f"{name} is a tensor that requires a gradient, and would get none from this loss: expected a number, "
+                f"or {name}.detach(){otherwise}."
+            )
+
+
+def with_learned_scale(
+    hidden: torch.Tensor, bias: torch.Tensor | None, options: CrossEntropyOptions
+) -> tuple[torch.Tensor, torch.Tensor | None, CrossEntropyOptions]:
+    """The same logits, a scale that is learned multiplied into hidden states and bias, as autograd knows it."""
+    scale = options.logit_scale
+    if not is_learned(scale):
+        return hidden, bias, options
+    scale = scale.reshape(())
+    return hidden * scale, None if bias is None else bias * scale, replace(options, logit_scale=None)
 
 
 def check_operands(hidden, weight, labels, bias, options: CrossEntropyOptions) -> None:
@@ -113,7 +149,17 @@ def check_operands(hidden, weight, labels, bias, options: CrossEntropyOptions) -
         raise RuntimeError(f"label_smoothing must be at least 0 and below 1, got {options.label_smoothing}.")
     if options.logit_softcap is not None and not options.logit_softcap > 0:
         raise ValueError(f"logit_softcap must be above 0, got {options.logit_softcap}.")
-    if labels.numel() and not labels.is_meta:
+    refuse_learned(
+        "",
+        label_smoothing=options.label_smoothing,
+        class_weight=options.class_weight,
+        num_items_in_batch=options.num_items_in_batch,
+    )
+    refuse_learned(
+        ". hf_tying.losses.reference_cross_entropy gives it one, with all logits at once",
+        logit_softcap=options.logit_softcap,
+    )
+    if labels.numel() and not labels.is_meta and not is_transformed():
         wrong = labels[(labels != options.ignore_index) & ((labels < 0) | (labels >= len(weight)))]
         if len(wrong):
             raise IndexError(

@@ -44,7 +44,7 @@ def reference_cross_entropy(
     counted = labels.reshape(-1) != ignore_index
     items = counted.sum()
     if class_weight is not None:
-        items = class_weight.to(exact)[labels.reshape(-1)[counted]].sum()
+        items = (class_weight.to(exact)[labels.reshape(-1).masked_fill(~counted, 0)] * counted).sum()
     if num_items_in_batch is not None:
         items = torch.as_tensor(num_items_in_batch, device=losses.device)
     return losses.sum() / items.masked_fill(items == 0, 1)

@@ -16,6 +16,8 @@ from .arithmetic import LOG2_E, exp_of_difference
 
 # An exponential or a sum of them beyond this is taken for an overflow.
 _LARGE = 1e30
+# Of the sum of a token's shares, which is 0 with class weights of 0.
+_SMALLEST_SHARE = 1e-3
 
 
 @dataclass
@@ -91,7 +93,11 @@ class Exponentials:
         return _capped(block, self.softmax.softcap).sub_(self.target).mul_(LOG2_E)
 
     def finish(self) -> bool:
-        """The losses; whether nothing has overflowed. A NaN is no overflow but the answer."""
+        """The losses; whether these values can hold the logits. A NaN is no overflow but the answer.
+
+        They cannot hold a forbidden target, which is no reference for the others, and what is left of a token's shares
+        where they cancel, by which they divide.
+        """
         self.others += _nan_where_infinite(self.target)
         surprise, normaliser = self.others.log1p(), 1 + self.others
         total, share, at_target = 0.0, self.true_share, -self.others
@@ -107,7 +113,10 @@ class Exponentials:
         self.at_target = at_target
         if (cap := self.softmax.softcap) is not None:
             self.at_target = at_target * (1 - (self.target / cap).square())
-        return not (self.others > _LARGE).any()
+        unfit = (self.others > _LARGE) | (self.target == -torch.inf)
+        if smoothing is not None:
+            unfit |= share.abs() <= _SMALLEST_SHARE * (self.true_share.abs() + total.abs())
+        return not unfit.any()
 
     def differentiate(self, block: torch.Tensor, words: slice, at: At) -> None:
         """From values to the gradient of the logits, each token's yet to be multiplied by its `factor`."""
@@ -172,7 +181,8 @@ class Logits:
         self.share, self.last = self.true_share, self.upstream * self.softmax.scale
         if (smoothing := self.softmax.smoothing) is not None:
             total = smoothing.sum()
-            self.losses = self.losses + total * (self.target + surprise) - self.smoothed
+            # Not of the target and its surprise: a forbidden one is at minus infinity.
+            self.losses = self.losses + total * (self.base + normaliser.log()) - self.smoothed
             self.at_target = self.at_target + total * (-surprise).exp() - smoothing[self.labels]
             self.share = self.share + total
         else:  # one factor in place of two

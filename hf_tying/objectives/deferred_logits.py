@@ -4,6 +4,10 @@ On the way to the loss a forward does little with its logits: casts, a bias, a s
 `DeferredLogits` records these operations, and its `cross_entropy` is computed from the hidden states by blocks. So no
 architecture's forward has to be rewritten. For any other operation it materializes: the logits are computed, and the
 operation is applied to them. The result is right, but it is not computed by blocks; the log says so once.
+
+Deferred logits are what the model's own would have been at the moment it made them. So they are computed in the modes
+of that moment (`CallContext`), whoever looks at them first, and from the values of that moment: before hidden states
+or matrix are written to, they materialize (`before_write`), and a write that was not seen to come is an error.
 """
 
 from __future__ import annotations
@@ -15,7 +19,9 @@ import torch
 from torch.nn import functional as F
 from transformers.utils import logging
 
+from ..config import TyingError
 from ..losses.options import CrossEntropyOptions
+from .call_context import CallContext, Operands
 from .lazy_tensor import LazyTensor, materialized
 from .step_loss import StepLoss, needs_deferred
 
@@ -33,22 +39,26 @@ class DeferredLogits(LazyTensor):
         pending_ops: operations that are not applied yet, in their order: a float is a factor, `None` is a tanh.
     """
 
-    def __init__(self, loss: StepLoss, hidden, weight, bias, dtype, compute: Callable, pending_ops=(), siblings=None):
+    def __init__(
+        self, loss: StepLoss, context: CallContext, hidden, weight, bias, dtype, compute: Callable, operands: tuple,
+        pending_ops=(), siblings=None,
+    ):  # fmt: skip
         super().__init__(compute, siblings)
-        self._loss, self.hidden, self.weight, self.bias, self.dtype = loss, hidden, weight, bias, dtype
+        self._loss, self._context = loss, context
+        self.hidden, self.weight, self.bias, self.dtype = hidden, weight, bias, dtype
         self.pending_ops: tuple[float | None, ...] = pending_ops
+        self._operands = Operands(operands)  # what is read only when the logits are computed
 
     @classmethod
     def of(cls, loss: StepLoss, input, weight, bias=None) -> DeferredLogits:
         """The deferred result of `torch.nn.functional.linear(input, weight, bias)`, for the loss of this step."""
-        device = input.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+        context = CallContext.now(input.device.type)
+        dtype = context.dtype if context.autocast and input.dtype != torch.float64 else input.dtype
 
         def product():
-            products = input @ weight.t()  # not F.linear, which would be deferred again
-            return products if bias is None else products + bias
+            return torch.ops.aten.linear.default(input, weight, bias)  # F.linear, which would be deferred again
 
-        return cls(loss, input, weight, bias, dtype, product)
+        return cls(loss, context, input, weight, bias, dtype, product, (input, weight, bias))
 
     # --- properties of a tensor --------------------------------------------------------------------------------------
 
@@ -66,7 +76,8 @@ class DeferredLogits(LazyTensor):
 
     @property
     def requires_grad(self) -> bool:
-        return self.hidden.requires_grad or self.weight.requires_grad
+        tensors = (self.hidden, self.weight, self.bias)
+        return self._context.grad and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
     def dim(self) -> int:
         return self.hidden.ndim
@@ -86,13 +97,26 @@ class DeferredLogits(LazyTensor):
 
     # --- operations that are recorded --------------------------------------------------------------------------------
 
-    def _derive(self, operation: Callable[[torch.Tensor], torch.Tensor], **changes) -> DeferredLogits | torch.Tensor:
-        """The result of `operation`: deferred logits with `changes`; a tensor once these logits are materialized."""
+    def _derive(
+        self, operation: Callable[[torch.Tensor], torch.Tensor], operands: tuple = (), **changes
+    ) -> DeferredLogits | torch.Tensor:
+        """The result of `operation`: deferred logits with `changes`; a tensor once these logits are materialized.
+
+        Args:
+            operation: of the logits.
+            operands: what it reads beside them.
+            changes: of the attributes.
+        """
+        if torch.is_grad_enabled() != self._context.grad:  # a copy made under no_grad has no gradient
+            return operation(self.materialize("an operation with gradients switched off, or on again"))
         if self._siblings.materialized:
             return operation(self._tensor())
+        self._check_operands()
         state = {name: getattr(self, name) for name in ("hidden", "weight", "bias", "dtype", "pending_ops")}
         compute = lambda: operation(self._tensor())  # noqa: E731
-        return DeferredLogits(self._loss, **state | changes, compute=compute, siblings=self._siblings)
+        return DeferredLogits(
+            self._loss, self._context, **state | changes, compute=compute, operands=operands, siblings=self._siblings
+        )
 
     def float(self):
         return self._derive(lambda logits: logits.float(), dtype=torch.float32)
@@ -129,7 +153,7 @@ class DeferredLogits(LazyTensor):
         parts = index if isinstance(index, tuple) else (index,)
         if not self._keeps_words(parts):
             return self.materialize("an index into the words")[index]
-        return self._derive(lambda logits: logits[index], hidden=self.hidden[index])
+        return self._derive(lambda logits: logits[index], parts, hidden=self.hidden[index])
 
     def _keeps_words(self, parts: tuple) -> bool:
         """Whether an index selects positions only, so that it can be applied to the hidden states instead."""
@@ -146,23 +170,22 @@ class DeferredLogits(LazyTensor):
         if not is_bias or other.numel() != words[0] or self.pending_ops:
             return self.materialize("a sum") + other
         bias = other.reshape(-1) if self.bias is None else self.bias + other.reshape(-1)
-        return self._derive(
-            lambda logits: logits + other, bias=bias, dtype=torch.promote_types(self.dtype, other.dtype)
-        )
+        dtype = torch.promote_types(self.dtype, other.dtype)
+        return self._derive(lambda logits: logits + other, (other,), bias=bias, dtype=dtype)
 
     __radd__ = __add__
 
     def __mul__(self, factor):
         if (number := _as_number(factor)) is None:
             return self.materialize("a product") * factor
-        return self._derive(lambda logits: logits * factor, pending_ops=(*self.pending_ops, number))
+        return self._derive(lambda logits: logits * factor, (factor,), pending_ops=(*self.pending_ops, number))
 
     __rmul__ = mul = __mul__
 
     def __truediv__(self, divisor):
         if not (number := _as_number(divisor)):
             return self.materialize("a quotient") / divisor
-        return self._derive(lambda logits: logits / divisor, pending_ops=(*self.pending_ops, 1 / number))
+        return self._derive(lambda logits: logits / divisor, (divisor,), pending_ops=(*self.pending_ops, 1 / number))
 
     def div(self, divisor, **kwargs):
         return self.materialize("a quotient").div(divisor, **kwargs) if kwargs else self / divisor
@@ -197,8 +220,11 @@ class DeferredLogits(LazyTensor):
             class_weight=weight,
             upstream=self._loss.expected_upstream(reduction, self.device),
         )
-        is_scaled = bool(self.pending_ops)
-        return self._loss.compute(self.hidden, self.weight, target, self.bias, options, is_scaled)
+        self._check_operands()
+        with self._context.restored(grad=False):
+            return self._loss.compute(
+                self.hidden, self.weight, target, self.bias, options, is_scaled=bool(self.pending_ops)
+            )
 
     def _scale_and_cap(self) -> tuple[float | None, float | None]:
         """The pending operations as a scale and a soft cap, where `cap * tanh(a * x)` is a soft cap of `a * cap * x`.
@@ -219,14 +245,45 @@ class DeferredLogits(LazyTensor):
             why: the operation that needs them, for the log.
 
         Raises:
-            TyingError: for a model with an objective.
+            TyingError: for a model with an objective, and where what the logits are made of was written to since.
         """
+        if self._siblings.materialized:
+            return super().materialize(why)
         if self._loss.settings.objective is not None:
             raise needs_deferred(why, self._loss.settings)
         logger.warning_once(
             f"The logits are needed whole ({why}), so this loss is not computed by blocks; it is right all the same."
         )
-        return super().materialize(why)
+        self._check_operands()
+        with self._context.restored():
+            return super().materialize(why)
+
+    def before_write(self, tensors: list[torch.Tensor]) -> None:
+        """Take notice that `tensors` are about to be written to: what is made of one of them is computed now.
+
+        With an objective nothing is computed; a later use is an error.
+        """
+        siblings = self._siblings
+        if siblings.materialized or not any(member._operands.include(tensors) for member in siblings.members):
+            return
+        if self._loss.settings.objective is None:
+            self.materialize("hidden states or matrix are written to")
+        siblings.stale = not siblings.materialized
+
+    def _check_operands(self) -> None:
+        """Refuse to compute from other values than the model had.
+
+        Raises:
+            TyingError: where a tensor that is read was written to.
+        """
+        changed = [operand for member in list(self._siblings.members) for operand in member._operands.changed()]
+        if changed or self._siblings.stale:
+            what = f"a tensor of shape {tuple(changed[0].shape)}" if changed else "a tensor"
+            raise TyingError(
+                f"The logits of this training step are not computed yet, and {what} of which they are made was "
+                "written to since the model made them: expected no write between the head and the loss. Write after "
+                "the loss, or to a copy, or train with logits: use_tied_loss(model, False)."
+            )
 
     @classmethod
     def __torch_function__(cls, function: Callable, types, args=(), kwargs=None):

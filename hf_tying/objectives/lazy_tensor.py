@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from weakref import WeakSet
 
 import torch
@@ -10,10 +11,10 @@ import torch
 
 class _Siblings:
     """All lazy tensors derived from one. Materializing one materializes all, before anybody can write to it in
-    place."""
+    place. `stale`: what they are made of has other values now."""
 
     def __init__(self):
-        self.materialized = False
+        self.materialized = self.stale = False
         self.members: WeakSet[LazyTensor] = WeakSet()
 
 
@@ -51,6 +52,18 @@ class LazyTensor:
             raise AttributeError(name)
         return getattr(self.materialize(name), name)
 
+    def __setattr__(self, name: str, value):
+        if name in ("data", "grad", "requires_grad"):
+            setattr(self.materialize(name), name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __reduce_ex__(self, protocol):  # a copy, or a file, is of the tensor
+        return self.materialize("a copy").__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo):
+        return deepcopy(self.materialize("a copy"), memo)
+
 
 def _operator(name: str) -> Callable:
     return lambda self, *args: getattr(self.materialize(name), name)(*args)
@@ -61,6 +74,7 @@ for _name in (
     *("sub", "rsub", "rtruediv", "floordiv", "rfloordiv", "mod", "rmod", "pow", "rpow", "matmul", "rmatmul"),
     *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "neg", "pos", "abs", "invert"),
     *("and", "or", "xor", "lt", "le", "gt", "ge", "eq", "ne", "bool", "int", "float", "contains", "setitem"),
+    *("array", "dlpack", "dlpack_device", "complex", "index", "reversed"),
 ):
     setattr(LazyTensor, f"__{_name}__", _operator(f"__{_name}__"))
 

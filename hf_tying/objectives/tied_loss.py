@@ -39,7 +39,8 @@ def use_tied_loss(
 
     **In a training step `outputs.logits` is `None`**, since they are not computed. Everything else is as before:
     evaluation, generation, a forward pass without labels, and saved files. A step that needs all its logits (an
-    adapter on the head, a loss of another kind) computes them as before; the log says so once.
+    adapter on the head, a hook on it, a loss of another kind, hidden states written to before the loss) computes them
+    as before; the log says so once. Logits that the model makes under `no_grad` in its step are its own too.
 
     Nothing is recorded in the config. `TyingConfig(loss="tied")` declares the same, and is kept in the file. The model
     may be tied or not.

@@ -4,15 +4,18 @@ import inspect
 from functools import cache
 
 import torch
+from torch import nn
+from torch.nn.modules import module as module_hooks
 from transformers.utils import ModelOutput, logging
 
-from ..losses.gradient import is_plain
+from ..losses.gradient import is_plain, is_transformed
 from ..ties.slots import find_parameter
 from .deferred_logits import DeferredLogits
 from .step_loss import LossSettings, needs_deferred
 from .tied_softmax import TiedSoftmax
 
 logger = logging.get_logger(__name__)
+_HOOKS = ("forward", "backward", "backward_pre")
 
 
 class TiedLossMixin:
@@ -41,15 +44,10 @@ class TiedLossMixin:
         matrix = embedding = find_parameter(self, self._softmax_name)
         if objective is not None:
             embedding = find_parameter(self, self._embedding_name)
-        if not is_plain(matrix) or not is_plain(embedding):
-            if objective is not None:
-                raise needs_deferred("the softmax matrix or the embedding is sharded, or quantised", settings)
-            logger.warning_once(
-                f"The softmax matrix of {type(self).__name__} is a {type(matrix).__name__} (sharded over processes, "
-                "or quantised): its loss is computed by the usual path."
-            )
-            return forward(*args, **kwargs)
-        softmax = TiedSoftmax(matrix, settings, kwargs.get("num_items_in_batch"), embedding)
+        whole = self._why_whole(matrix, embedding)
+        if whole is not None and objective is not None:
+            raise needs_deferred(whole, settings)
+        softmax = TiedSoftmax(matrix, settings, kwargs.get("num_items_in_batch"), embedding, defers=whole is None)
         with softmax:
             outputs = forward(*args, **kwargs)
         if objective is not None:
@@ -61,11 +59,23 @@ class TiedLossMixin:
             others = {k: v for k, v in vars(self).get("loss_parts", {}).items() if k != "cross_entropy"}
             self.loss_parts = {**softmax.loss.parts, **others}  # `others`: penalties that the model has added itself
         elif not softmax.deferred and not torch.compiler.is_compiling():
-            logger.warning_once(
-                f"{type(self).__name__} does not multiply by {self._softmax_name!r} itself (it makes another matrix "
-                "of it, or an adapter stands in for it): its loss is computed by the usual path."
+            whole = whole or (
+                f"its forward does not multiply by {self._softmax_name!r} itself: it makes another matrix of it, or "
+                "an adapter stands in for it"
             )
+            logger.warning_once(f"The loss of {type(self).__name__} is computed by the usual path: {whole}.")
         return _without_logits(outputs)
+
+    def _why_whole(self, matrix: torch.Tensor, embedding: torch.Tensor) -> str | None:
+        """What stands in the way of deferred logits in this step; `None`: nothing."""
+        for parameter in (matrix, embedding):
+            if not is_plain(parameter):
+                if is_transformed():
+                    return "the step is transformed (by torch.func, forward-mode AD or a trace)"
+                kind = type(parameter).__name__
+                return f"the softmax matrix or the embedding is a {kind} (sharded over processes, or quantised)"
+        hooked = _hooked(self, self._softmax_name)
+        return None if hooked is None else f"a hook reads the output of {hooked!r}"
 
 
 @cache
@@ -83,10 +93,49 @@ def _has_labels(cls: type, args: tuple, kwargs: dict) -> bool:
     return dict(zip(names, args, strict=False)).get("labels") is not None
 
 
-def _without_logits(outputs):
-    """`outputs` with `None` in place of deferred logits."""
-    if isinstance(outputs, ModelOutput):
-        return type(outputs)(**{k: None if isinstance(v, DeferredLogits) else v for k, v in outputs.items()})
-    if isinstance(outputs, tuple):
-        return tuple(None if isinstance(value, DeferredLogits) else value for value in outputs)
-    return outputs
+def _hooked(model: nn.Module, name: str) -> str | None:
+    """The module with a hook that is given logits, or their gradient: the head, or one around it in the model.
+
+    A hook asks whether its output is a tensor, or changes it, and a backward hook is called for tensors alone. One
+    that looks at no output says so by an attribute `reads_no_output`.
+
+    Args:
+        model: the model.
+        name: of the softmax matrix.
+
+    Returns:
+        A name; `None` where there is none, and where the matrix is that of an embedding, whose hooks see no logits.
+    """
+    path = name.split(".")[:-1]
+    names = [".".join(path[: depth + 1]) for depth in range(len(path))]
+    if not names or isinstance(model.get_submodule(names[-1]), nn.Embedding):
+        return None
+    everywhere = [hook for kind in _HOOKS for hook in getattr(module_hooks, f"_global_{kind}_hooks", {}).values()]
+    if any(map(_reads_output, everywhere)):
+        return names[-1]
+    for each in names:
+        module = model.get_submodule(each)
+        if any(_reads_output(hook) for kind in _HOOKS for hook in getattr(module, f"_{kind}_hooks", {}).values()):
+            return each
+    return None
+
+
+def _reads_output(hook) -> bool:
+    """Whether a hook may look at its module's output. Torch's own tracker (of `FlopCounterMode`) does not."""
+    return (
+        not getattr(hook, "reads_no_output", False)
+        and getattr(hook, "__module__", None) != "torch.utils.module_tracker"
+    )
+
+
+def _without_logits(value):
+    """`value` with `None` in place of deferred logits, also in the outputs of a part of the model."""
+    if isinstance(value, DeferredLogits):
+        return None
+    if isinstance(value, ModelOutput):
+        return type(value)(**{name: _without_logits(part) for name, part in value.items()})
+    if type(value) is dict:
+        return {name: _without_logits(part) for name, part in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_without_logits, value))
+    return type(value)(map(_without_logits, value)) if type(value) in (tuple, list) else value

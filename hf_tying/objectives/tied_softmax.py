@@ -1,11 +1,15 @@
 """The torch function mode of a training step: it replaces the product with the softmax matrix by deferred logits."""
 
+from weakref import WeakSet
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..losses.embedding import tied_embedding
+from ..losses.gradient import is_plain
+from .call_context import written_to
 from .deferred_logits import DeferredLogits
 from .step_loss import LossSettings, StepLoss, needs_deferred
 
@@ -18,24 +22,32 @@ class TiedSoftmax(TorchFunctionMode):
         settings: how the loss is computed.
         num_items_in_batch: number by which the model will divide a sum of losses. Default `None`: the model has none.
         embedding: the input embedding, which an objective needs. Default `None`: `matrix`.
+        defers: `False` leaves the products as they are. Default `True`.
 
     Attributes:
         loss: the loss of the step.
         deferred: whether a product was deferred.
     """
 
-    def __init__(self, matrix: nn.Parameter, settings: LossSettings, num_items_in_batch=None, embedding=None):
+    def __init__(
+        self, matrix: nn.Parameter, settings: LossSettings, num_items_in_batch=None, embedding=None, defers=True
+    ):
         super().__init__()
         self.matrix = matrix
         self.embedding = matrix if embedding is None else embedding
         self.loss = StepLoss(settings, num_items_in_batch, None if self.embedding is matrix else embedding)
-        self.deferred = False
+        self.defers, self.deferred = defers, False
+        self.grad, self._products = torch.is_grad_enabled(), WeakSet()
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function is F.linear and self._is_matrix(_argument(args, kwargs, 1, "weight")):
+        if self._products and (written := written_to(function, args, kwargs)):
+            for product in list(self._products):
+                product.before_write(written)
+        if function is F.linear and self._is_matrix(_argument(args, kwargs, 1, "weight")) and self._is_of_step(args):
             self.deferred = True
-            return DeferredLogits.of(self.loss, *args, **kwargs)
+            self._products.add(product := DeferredLogits.of(self.loss, *args, **kwargs))
+            return product
         if function is F.embedding and self._is_embedding(_argument(args, kwargs, 1, "weight")):
             return _embedding(*args, **kwargs)
         if function is F.cross_entropy and self._are_logits(args[0]):
@@ -45,6 +57,13 @@ class TiedSoftmax(TorchFunctionMode):
             if not kwargs.get("label_smoothing"):
                 kwargs = {**kwargs, "label_smoothing": settings.label_smoothing}
         return function(*args, **kwargs)
+
+    def _is_of_step(self, args: tuple) -> bool:
+        """Whether a product is to be deferred: of a plain tensor, in the mode of the step.
+
+        A teacher's logits under `no_grad` are made at once.
+        """
+        return self.defers and torch.is_grad_enabled() == self.grad and (not args or is_plain(args[0]))
 
     def _are_logits(self, input) -> bool:
         """Whether the input of a cross entropy is logits that could not be deferred: an adapter has added to them."""

@@ -111,6 +111,7 @@ class RoleMeter:
             if parameters:
                 module._parameters["weight"] = parameters.pop()
 
+        after.reads_no_output = True  # so that a loss by blocks stays one
         self._handles += [
             module.register_forward_pre_hook(before),
             module.register_forward_hook(after, always_call=True),

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.modeling_outputs import CausalLMOutput
 
 from hf_tying import TiedModelMixin, TyingConfig, TyingConfigMixin, use_tied_loss
 from hf_tying.models import TiedEncoderDecoderModel
@@ -67,6 +68,29 @@ def a_tied_gpt2(**entry) -> TiedGPT2:
     fields = {k: v for k, v in tiny_model("gpt2").config.to_dict().items() if k != "model_type"}
     torch.manual_seed(0)
     return shake(TiedGPT2(TiedGPT2Config(**fields, tying={"version": 1, "scheme": "two_way", **entry})))
+
+
+class HeadAndLoss(GPT2LMHeadModel):
+    """Its loss is `of(self, hidden, labels)`, which calls the head."""
+
+    of = None
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+        hidden = self.transformer(input_ids=input_ids).last_hidden_state * 1.0
+        return CausalLMOutput(loss=type(self).of(self, hidden, labels))
+
+
+def model_with(loss, dtype=torch.float64, frozen_head=False) -> HeadAndLoss:
+    """A model with this loss. With a frozen head, untied, plain torch saves no hidden states for it."""
+    stock = tiny_model("gpt2", tie_word_embeddings=not frozen_head)
+    model = type("Made", (HeadAndLoss,), {"of": loss})(stock.config)
+    model.load_state_dict(stock.state_dict())
+    model.lm_head.weight.requires_grad_(not frozen_head)
+    return without_dropout(model.to(dtype))
+
+
+def cross_entropy(logits, labels):
+    return F.cross_entropy(logits[:, :-1].reshape(-1, logits.size(-1)), labels[:, 1:].reshape(-1))
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------

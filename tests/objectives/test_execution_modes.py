@@ -12,7 +12,19 @@ from hf_tying import TyingError, use_tied_loss
 from hf_tying.objectives.step_loss import LossSettings
 
 from ..tiny import WIDTH, tiny_model
-from .helpers import BY_BLOCKS, Seen, assert_same_gradients, assert_same_step, batch, gpt2, gradients, pair, step
+from .helpers import (
+    AL,
+    BY_BLOCKS,
+    CWT,
+    Seen,
+    assert_same_gradients,
+    assert_same_step,
+    batch,
+    gpt2,
+    gradients,
+    pair,
+    step,
+)
 
 
 @pytest.fixture
@@ -76,6 +88,63 @@ def test_functional_call_gives_its_gradients_to_the_tensors_that_are_given(seen)
     assert outputs.logits is None and seen.taken() == BY_BLOCKS
     assert_same_gradients({name: p.grad for name, p in given.items()}, gradients(stock))
     assert all(g is None for g in gradients(tied).values())
+
+
+def func_grad(model, parameters, inputs):
+    def loss(parameters):
+        return torch.func.functional_call(model, parameters, (), inputs).loss
+
+    return torch.func.grad(loss)(parameters)
+
+
+def func_jvp(model, parameters, inputs):
+    def loss(parameters):
+        return torch.func.functional_call(model, parameters, (), inputs).loss
+
+    return torch.func.jvp(loss, (parameters,), ({name: p.cos() for name, p in parameters.items()},))
+
+
+class Loss(torch.nn.Module):
+    """A model's loss of ids and labels: what a trace needs."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, labels):
+        return self.model(input_ids=input_ids, labels=labels, use_cache=False).loss
+
+
+def traced(model, parameters, inputs):
+    """Traced with other labels."""
+    example = inputs["input_ids"], inputs["labels"].roll(1, 0)
+    return torch.jit.trace(Loss(model), example, check_trace=False)(inputs["input_ids"], inputs["labels"])
+
+
+def offloaded(model, parameters, inputs):
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.detach().numpy().copy(), torch.from_numpy):
+        loss = torch.func.functional_call(model, parameters, (), inputs).loss
+    return torch.autograd.grad(loss, list(parameters.values()))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("transform", [func_grad, func_jvp, traced, offloaded])
+def test_a_transform_of_the_step_gives_what_it_gives_of_the_stock_step(transform):
+    results = []
+    for model in pair(tiny_model("gpt2", attn_implementation="eager", dtype=torch.float64)):
+        parameters = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+        results.append(transform(model, parameters, batch(model)))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("objective", [AL, CWT], ids=str)
+@pytest.mark.parametrize("transform", [func_grad, func_jvp, traced])
+def test_a_transform_of_a_step_with_an_objective_is_refused(transform, objective):
+    model = use_tied_loss(gpt2(), objective=objective)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    with pytest.raises(TyingError, match="the step is transformed .by torch.func, forward-mode AD or a trace"):
+        transform(model, parameters, batch(model))
 
 
 def test_a_frozen_matrix_and_a_frozen_body_give_the_stock_step(seen):

@@ -1,0 +1,99 @@
+"""What an operation finds when it is called: modes and values, for one that is carried out later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from ..losses.gradient import is_plain
+
+
+@dataclass(frozen=True)
+class CallContext:
+    """Whether gradients are recorded, inference mode, and autocast.
+
+    Attributes:
+        device: type of the device whose autocast is meant.
+        grad, inference: the modes of autograd.
+        autocast, dtype: whether autocast is enabled, and its dtype.
+    """
+
+    device: str
+    grad: bool
+    inference: bool
+    autocast: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def now(cls, device: str) -> CallContext:
+        """The context at this moment."""
+        return cls(
+            device,
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            torch.is_autocast_enabled(device),
+            torch.get_autocast_dtype(device),
+        )
+
+    @contextmanager
+    def restored(self, grad: bool = True) -> Iterator[None]:
+        """Inside this context it is as it was then.
+
+        Args:
+            grad: `False` leaves the modes of autograd as they are now. Default `True`.
+        """
+        now = CallContext.now(self.device)
+        with ExitStack() as stack:
+            if grad and self.inference != now.inference:
+                stack.enter_context(torch.inference_mode(self.inference))
+            if grad and self.grad != torch.is_grad_enabled():
+                stack.enter_context(torch.set_grad_enabled(self.grad))
+            if (self.autocast, self.dtype) != (now.autocast, now.dtype):
+                stack.enter_context(torch.autocast(self.device, dtype=self.dtype, enabled=self.autocast))
+            yield
+
+
+class Operands:
+    """Tensors that are read later, and how often each was written to until now, as autograd counts it.
+
+    Args:
+        values: the tensors; anything else among them is left out.
+    """
+
+    def __init__(self, values: tuple):
+        self._seen = [(value, _version(value)) for value in values if isinstance(value, torch.Tensor)]
+
+    def include(self, tensors: list[torch.Tensor]) -> bool:
+        """Whether one of `tensors` is among them, or a view of the same memory."""
+        memory = {tensor.untyped_storage()._cdata for tensor, _ in self._seen if is_plain(tensor)}
+        return any(is_plain(tensor) and tensor.untyped_storage()._cdata in memory for tensor in tensors)
+
+    def changed(self) -> list[torch.Tensor]:
+        """Those that were written to since."""
+        return [tensor for tensor, before in self._seen if _version(tensor) != before]
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+_IN_PLACE = {
+    f"__{name}__"
+    for name in ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
+}
+# Whoever is given the memory itself may write to it.
+_GIVES_MEMORY = {"numpy", "__array__", "__dlpack__", "data_ptr"}
+
+
+def written_to(function, args: tuple, kwargs: dict) -> list[torch.Tensor]:
+    """The tensors that a call of a torch function changes in place, as far as its name and arguments tell."""
+    name = getattr(function, "__name__", "")
+    written = [kwargs.get("out")]
+    by_name = name.endswith("_") and not name.endswith("__") or name in _IN_PLACE or name in _GIVES_MEMORY
+    if by_name or kwargs.get("inplace") or function == torch.Tensor.data.__set__:
+        written += [*args[:1], kwargs.get("input")]
+    flat = [part for each in written for part in (each if isinstance(each, tuple | list) else (each,))]
+    return [tensor for tensor in flat if isinstance(tensor, torch.Tensor)]
