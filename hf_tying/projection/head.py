@@ -10,6 +10,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from ..config import ProjectionConfig, TyingError
+from ..ties.participation import Participation
 from ..ties.slots import replace_module
 
 
@@ -17,16 +18,21 @@ class ProjectedLinear(nn.Linear):
     """A head whose input goes through `projection` first; its `weight` and `bias` are those of the one it replaces."""
 
     projection: nn.Linear
+    participation: Participation | None = None
 
     @classmethod
-    def around(cls, head: nn.Linear, projection: nn.Linear) -> "ProjectedLinear":
+    def around(
+        cls, head: nn.Linear, projection: nn.Linear, participation: Participation | None = None
+    ) -> "ProjectedLinear":
         new = cls(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
         new.weight, new.bias = head.weight, head.bias
-        new.projection = projection
+        new.projection, new.participation = projection, participation
         return new.train(head.training)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """From (..., H) to (..., V)."""
+        if self.participation is not None:
+            self.participation.took_part()
         return nn.functional.linear(self.projection(hidden), self.weight, self.bias)
 
 

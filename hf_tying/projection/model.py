@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 from ..config import ProjectionConfig, TyingConfig, TyingError
 from ..ties.anatomy import roles
 from ..ties.classes import mixins_of, with_mixin, without_mixin
+from ..ties.participation import Participation
 from ..ties.slots import replace_module
 from ..ties.tying import tie, untie
 from .head import ProjectedLinear, linear_head, project
@@ -81,6 +82,8 @@ def merge_projection(model: PreTrainedModel) -> PreTrainedModel:
     plain = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
     plain.weight, plain.bias = nn.Parameter(merged, requires_grad=head.weight.requires_grad), head.bias
     replace_module(model, head, plain.train(head.training))
+    if head.participation is not None:
+        head.participation.unwatch(model)
     if ProjectedModelMixin in mixins_of(type(model)):
         model.__class__ = without_mixin(ProjectedModelMixin, type(model))
     vars(model).pop("loss_parts", None)
@@ -103,7 +106,7 @@ class ProjectedModelMixin:
         """Replace the output embedding; the projection stays before it."""
         old = self.get_output_embeddings()
         if isinstance(old, ProjectedLinear) and type(new_embeddings) is nn.Linear:
-            new_embeddings = ProjectedLinear.around(new_embeddings, old.projection)
+            new_embeddings = ProjectedLinear.around(new_embeddings, old.projection, old.participation)
         super().set_output_embeddings(new_embeddings)
 
 
@@ -130,8 +133,18 @@ def honour(model: PreTrainedModel, value: Any, strict: bool = True) -> None:
         TyingError: for a head that is no `nn.Linear`.
     """
     project(model, ProjectionConfig.of(value))
-    if isinstance(model.get_output_embeddings(), ProjectedLinear) and not isinstance(model, ProjectedModelMixin):
+    head = model.get_output_embeddings()
+    if not isinstance(head, ProjectedLinear):
+        return
+    if not isinstance(model, ProjectedModelMixin):
         model.__class__ = with_mixin(ProjectedModelMixin, type(model))
+    if head.participation is None:
+        head.participation = Participation(
+            "The projection (PR) before the softmax matrix",
+            "Train with transformers' Trainer, which runs the model's own forward; or without one: "
+            "merge_projection(model).",
+        )
+        head.participation.watch(model)
 
 
 def _with_penalty(model: PreTrainedModel, outputs, args: tuple, kwargs: dict):

@@ -1,0 +1,88 @@
+"""Whether what a config declares takes part in a training step: some trainers compute the loss around the model.
+
+TRL's trainers and Liger's kernels take the hidden states of the base model and the softmax matrix, and multiply them
+by themselves. What a model puts between the two, or in the place of its loss, is then silently left out.
+"""
+
+import sys
+
+import torch
+from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+
+from ..config import TyingError
+from .roles import ask
+
+
+class Participation:
+    """Raises in the backward pass of a training step in which something that is declared took no part.
+
+    The base model's hidden states have been made, and their gradient comes: in between, it must have been used.
+
+    Args:
+        what: a name for the message, such as `"The projection (PR)"`.
+        way_out: a sentence for the end of the message.
+    """
+
+    def __init__(self, what: str, way_out: str):
+        self.what, self.way_out, self.times = what, way_out, 0
+
+    def took_part(self) -> None:
+        """To be called whenever it is used."""
+        if not torch.compiler.is_compiling():
+            self.times += 1
+
+    def watch(self, model: PreTrainedModel) -> None:
+        """Watch the training steps of `model`. One without a module for its hidden states has nothing to go around."""
+        if (base := _makes_hidden_states(model)) is not None:
+            base.register_forward_hook(self)
+
+    def unwatch(self, model: PreTrainedModel) -> None:
+        base = _makes_hidden_states(model)
+        hooks = {} if base is None else base._forward_hooks
+        for key in [key for key, hook in hooks.items() if hook is self]:
+            del hooks[key]
+
+    def __call__(self, base: nn.Module, args: tuple, output) -> None:
+        """The forward hook of the base model."""
+        if not base.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        hidden = output[0] if isinstance(output, tuple | dict) else output
+        if not isinstance(hidden, torch.Tensor) or not hidden.requires_grad:
+            return
+        before, caller = self.times, _caller()
+
+        def check(gradient: torch.Tensor) -> None:
+            if self.times == before:
+                raise TyingError(
+                    f"{self.what} took no part in this training step: {caller} computes the loss from the hidden "
+                    f"states and the softmax matrix by itself. {self.way_out}"
+                )
+
+        hidden.register_hook(check)
+
+    def __deepcopy__(self, memo):
+        return self  # a copy of a head (PEFT's modules_to_save) is used in the place of that head
+
+
+def _makes_hidden_states(model: PreTrainedModel) -> nn.Module | None:
+    """The base model; the decoder of a model that is its own base (T5)."""
+    found = model.base_model if model.base_model is not model else ask(model, "get_decoder")
+    return found if isinstance(found, nn.Module) and found is not model else None
+
+
+def _caller() -> str:
+    """The module of the code that has called the base model."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if name.partition(".")[0] not in ("torch", "accelerate", __name__.partition(".")[0]):
+            return name
+        frame = frame.f_back
+    return "the trainer"
+
+
+def module_of(forward) -> str:
+    """The module in which a forward was written, whatever it has been wrapped to look like."""
+    function = getattr(forward, "__func__", getattr(forward, "func", forward))
+    return getattr(function, "__globals__", {}).get("__name__", getattr(function, "__module__", "other code"))
