@@ -207,6 +207,7 @@ class DeferredLogits(LazyTensor):
         by_word = target.ndim == self.ndim - 1 and self.ndim <= 2 and target.dtype == torch.int64
         fits = by_word and size_average is None and reduce is None and scale is not None
         if not fits or self._siblings.materialized:
+            self._loss.was_asked = True
             return F.cross_entropy(
                 self.materialize("this kind of loss"), target, weight, size_average, ignore_index, reduce, reduction,
                 label_smoothing,

@@ -36,11 +36,13 @@ class StepLoss:
     Attributes:
         parts: parts of the objective's loss by name, each a detached scalar, divided as the model will divide the
             loss. Empty until the model has asked for its loss, and with cross entropy.
+        was_asked: whether the model has asked for a cross entropy, and got it with these settings.
     """
 
     def __init__(self, settings: LossSettings, num_items_in_batch=None, embedding: torch.Tensor | None = None):
         self.settings, self.num_items_in_batch, self.embedding = settings, num_items_in_batch, embedding
         self.parts: dict[str, torch.Tensor] = {}
+        self.was_asked = False
 
     def compute(self, hidden, weight, target, bias, options: CrossEntropyOptions, is_scaled: bool) -> torch.Tensor:
         """The loss in place of the cross entropy that the model asks for.
@@ -59,6 +61,7 @@ class StepLoss:
         Raises:
             TyingError: see `AugmentedObjective.loss` and `ContrastiveObjective.loss`.
         """
+        self.was_asked = True
         settings, objective = self.settings, self.settings.objective
         if objective is None:
             return cross_entropy(hidden, weight, target, bias, options, settings.memory_budget, settings.backend)

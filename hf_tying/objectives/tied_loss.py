@@ -12,6 +12,7 @@ from ..config import TyingConfig, TyingError
 from ..losses.backends import BACKENDS
 from ..ties.anatomy import roles
 from ..ties.classes import mixins_of, with_mixin, without_mixin
+from ..ties.participation import Participation, module_of
 from ..ties.slots import find_parameter, why_no_parameter
 from ..ties.verify import unwrapped
 from .objective import Objective, freeze_unused, refuse_unfit_objective, unfreeze_unused, unused_parameters
@@ -55,6 +56,9 @@ def use_tied_loss(
     and `"augmented"` (AL), or `"contrastive"` (CWT). A step that cannot have the objective (it needs all its logits,
     or has no labels) raises; it is never trained by cross entropy instead. Evaluation is by cross entropy as before.
 
+    A training step in which the objective, or a label smoothing, took no part raises too, and says who computed the
+    loss around the model (TRL's trainers, Liger's kernels).
+
     A contrastive objective gives no gradient to the biases of the head and, in an untied model, to the softmax matrix.
     They are frozen until the objective is removed: DistributedDataParallel would wait for their gradients, and weight
     decay would shrink them. `hf_tying.training.headless` trains with it and recovers the head.
@@ -86,6 +90,7 @@ def use_tied_loss(
     inner = unwrapped(model)
     if not enabled:
         unfreeze_unused(inner)
+        _stop_watching(inner)
         if TiedLossMixin in mixins_of(type(inner)):
             inner.__class__ = without_mixin(TiedLossMixin, type(inner))
             del inner._tied_loss, inner._softmax_name
@@ -110,6 +115,15 @@ def use_tied_loss(
                 "DistributedDataParallel would wait. Call use_tied_loss before the model is wrapped."
             )
     unfreeze_unused(inner)
+    _stop_watching(inner)
+    if objective is not None or label_smoothing:
+        what = type(objective).__name__ if objective is not None else f"label_smoothing={label_smoothing}"
+        inner._participation = Participation(
+            f"{what} of use_tied_loss",
+            "Train with transformers' Trainer, which runs the model's own forward; or by plain cross entropy: "
+            "use_tied_loss(model).",
+        )
+        inner._participation.watch(inner)
     if not isinstance(inner, TiedLossMixin):
         inner.__class__ = with_mixin(TiedLossMixin, type(inner))
     inner._tied_loss = LossSettings(label_smoothing, memory_budget, backend, objective)
@@ -122,6 +136,11 @@ def use_tied_loss(
         return model
     logger.info(f"{type(inner).__name__}: training steps compute their loss by blocks; their logits are None.")
     return model
+
+
+def _stop_watching(model: PreTrainedModel) -> None:
+    if (participation := vars(model).pop("_participation", None)) is not None:
+        participation.unwatch(model)
 
 
 def objective_of(model: nn.Module) -> Objective | None:
@@ -158,8 +177,8 @@ def refuse_misfit(model: PreTrainedModel, value: str) -> None:
     name = type(model).__name__
     if "forward" in vars(model) and not isinstance(model, TiedLossMixin):
         raise TyingError(
-            f"The forward of this {name} is wrapped already (by Accelerate's prepare or dispatch_model): what is put "
-            "in front of its class would not be run. Call use_tied_loss(model) before."
+            f"The forward of this {name} is wrapped already (by {module_of(vars(model)['forward'])}): what is put in "
+            "front of its class would not be run. Call use_tied_loss(model) before."
         )
     if "labels" not in forward_parameters(type(model)):
         raise TyingError(

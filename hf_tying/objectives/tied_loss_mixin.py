@@ -9,6 +9,7 @@ from torch.nn.modules import module as module_hooks
 from transformers.utils import ModelOutput, logging
 
 from ..losses.gradient import is_plain, is_transformed
+from ..ties.participation import Participation
 from ..ties.slots import find_parameter
 from .deferred_logits import DeferredLogits
 from .step_loss import LossSettings, needs_deferred
@@ -25,6 +26,7 @@ class TiedLossMixin:
     _softmax_name: str
     _embedding_name: str  # only with an objective
     _also_in_evaluation = False
+    _participation: Participation | None = None  # where a step without this class would have another loss
 
     def forward(self, *args, **kwargs):
         forward, settings = super().forward, self._tied_loss
@@ -50,6 +52,8 @@ class TiedLossMixin:
         softmax = TiedSoftmax(matrix, settings, kwargs.get("num_items_in_batch"), embedding, defers=whole is None)
         with softmax:
             outputs = forward(*args, **kwargs)
+        if self._participation is not None and softmax.loss.was_asked:
+            self._participation.took_part()
         if objective is not None:
             if not softmax.loss.parts:
                 raise needs_deferred(

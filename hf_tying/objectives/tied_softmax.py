@@ -54,6 +54,7 @@ class TiedSoftmax(TorchFunctionMode):
             settings = self.loss.settings
             if settings.objective is not None:
                 raise needs_deferred("an adapter on the head adds to them, or they are of another matrix", settings)
+            self.loss.was_asked = True
             if not kwargs.get("label_smoothing"):
                 kwargs = {**kwargs, "label_smoothing": settings.label_smoothing}
         return function(*args, **kwargs)

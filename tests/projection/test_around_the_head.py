@@ -1,4 +1,4 @@
-"""Trainers and kernels that multiply by the softmax matrix themselves leave a projection out: a step of them raises."""
+"""Trainers and kernels that multiply by the softmax matrix themselves leave a projection out: such a step raises."""
 
 import copy
 import pickle
