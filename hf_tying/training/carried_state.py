@@ -89,6 +89,8 @@ class CarriedStateTrainer(Trainer):
                 )
         kwargs.setdefault("data_collator", default_data_collator)
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
+        if self.args.label_names is None:
+            self.label_names = ["shift_labels"]  # of a ContiguousText; Trainer drops what the model has not by name
         self._epoch = _Epoch()
         self._resumed: Path | None = None
         patience = self.args.average_after
