@@ -15,6 +15,7 @@ from ..ties.classes import mixins_of, with_mixin, without_mixin
 from ..ties.slots import find_parameter, why_no_parameter
 from ..ties.verify import unwrapped
 from .objective import Objective, freeze_unused, refuse_unfit_objective, unfreeze_unused, unused_parameters
+from .own_loss import set_accepts_loss_kwargs
 from .step_loss import LossSettings
 from .tied_loss_mixin import TiedLossMixin, forward_parameters
 
@@ -40,6 +41,9 @@ def use_tied_loss(
     **In a training step `outputs.logits` is `None`**, since they are not computed. Everything else is as before:
     evaluation, generation, a forward pass without labels, and saved files. A step that needs all its logits (an
     adapter on the head, a loss of another kind) computes them as before; the log says so once.
+
+    `Trainer` is told where the model gives the mean of its losses (`set_accepts_loss_kwargs`); that stays, undone or
+    not.
 
     Nothing is recorded in the config. `TyingConfig(loss="tied")` declares the same, and is kept in the file. The model
     may be tied or not.
@@ -109,6 +113,7 @@ def use_tied_loss(
                 "DistributedDataParallel would wait. Call use_tied_loss before the model is wrapped."
             )
     unfreeze_unused(inner)
+    set_accepts_loss_kwargs(inner)
     if not isinstance(inner, TiedLossMixin):
         inner.__class__ = with_mixin(TiedLossMixin, type(inner))
     inner._tied_loss = LossSettings(label_smoothing, memory_budget, backend, objective)

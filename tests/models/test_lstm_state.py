@@ -1,4 +1,4 @@
-"""The LSTM's state wherever one comes in, through `generate`, and the model in a stock `Trainer` beside a stock one."""
+"""The LSTM's state wherever one comes in, in `generate` too, and the model in a stock `Trainer` beside a stock one."""
 
 import pytest
 import torch

@@ -44,7 +44,7 @@ class LSTMLayer(nn.LSTM):
         """
         if inputs.ndim != 3 or inputs.shape[-1] != self.input_size:
             raise TyingError(
-                f"The inputs of an LSTM layer (inputs_embeds, for the first one) have the shape {tuple(inputs.shape)}: "
+                f"The inputs of an LSTM layer (of the first: inputs_embeds) have the shape {tuple(inputs.shape)}: "
                 f"expected (batch, time, {self.input_size})."
             )
         check_state((state,), len(inputs), [self.hidden_size])
