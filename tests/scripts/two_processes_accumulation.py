@@ -13,7 +13,8 @@ from transformers import (
     default_data_collator,
 )
 
-from hf_tying import use_tied_loss
+from hf_tying import use_projection, use_tied_loss
+from hf_tying.models import TiedLSTMConfig, TiedLSTMForCausalLM
 from hf_tying.objectives.objective import AugmentedObjective, ContrastiveObjective
 from hf_tying.training import HeadlessTrainer, set_accepts_loss_kwargs
 from tests.processes import run_cases
@@ -28,6 +29,7 @@ HOW = {
     "augmented": lambda model: use_tied_loss(model, objective=AugmentedObjective(alpha=0.5)),
     "contrastive": lambda model: use_tied_loss(model, objective=ContrastiveObjective()),
     "headless": lambda model: model,
+    "projection": lambda model: use_projection(model, strength=50.0),
 }
 ROWS = 4
 
@@ -37,6 +39,11 @@ def make(arch: str):
     if arch in ALL:
         return tiny_model(arch)
     torch.manual_seed(0)
+    if arch == "tied_lstm":
+        scales = {"initializer_range": 1.0, "recurrent_initializer_range": 1.0}
+        penalties = {"activation_regularization": 2.0, "temporal_activation_regularization": 1.0}
+        sizes = {"vocab_size": 64, "embedding_size": 8, "hidden_size": 8}
+        return TiedLSTMForCausalLM(TiedLSTMConfig(**sizes, **scales, **penalties))
     return AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(arch, **_SEQ2SEQ))
 
 
@@ -67,8 +74,11 @@ def compared(arch: str, how: str, processes: int = 1, accumulated: int = 1, **ar
         trainer.train()
     assert args.world_size == processes
     model.zero_grad()
-    for piece in ids.split(size):
-        (model(input_ids=piece, labels=piece).loss * size / ROWS).backward()
+    if how == "projection" or arch == "tied_lstm":  # penalties are of the whole update
+        model(input_ids=ids, labels=ids, num_items_in_batch=ids[:, 1:].numel()).loss.backward()
+    else:
+        for piece in ids.split(size):
+            (model(input_ids=piece, labels=piece).loss * size / ROWS).backward()
     expected = gradients(model)
     times = float(keep.found @ expected / (expected @ expected))
     return {"times": times, "apart": float((keep.found - times * expected).abs().max() / expected.abs().max())}
@@ -80,6 +90,9 @@ CASES = {
         *((arch, how) for arch in ("llama", "bart", "t5", "bert") for how in ("stock", "told", "tied loss")),
         *((arch, "augmented") for arch in ("llama", "bert", "bart")),
         ("bert", "headless"),
+        ("llama", "projection"),
+        ("tied_lstm", "stock"),
+        ("tied_lstm", "projection"),
     ]
 }
 

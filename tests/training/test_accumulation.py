@@ -30,10 +30,18 @@ def test_trainer_steps_by_the_mean_gradient_where_it_is_told_what_the_loss_is(ar
     assert compared(arch, "stock", accumulated=accumulated) == (ONCE if arch == "llama" or accumulated == 1 else TWICE)
 
 
-@pytest.mark.parametrize("how", [how for how in HOW if how not in ("stock", "told")])
+@pytest.mark.parametrize("how", ["tied loss", "augmented", "contrastive", "headless"])
 @pytest.mark.parametrize("arch", ["llama", "bert", "bart"])
 def test_the_tied_loss_and_the_objectives_tell_it_by_themselves(arch, how):
     assert compared(arch, how, accumulated=2) == ONCE
+
+
+@pytest.mark.parametrize("accumulated", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("arch", "how"), [("llama", "projection"), ("tied_lstm", "projection"), ("tied_lstm", "stock")]
+)
+def test_a_penalty_counts_once_for_an_update(arch, how, accumulated):
+    assert compared(arch, how, accumulated=accumulated) == ONCE
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +51,9 @@ def of_two():
 
 def test_two_processes_step_by_the_mean_gradient(of_two):
     stock = {case: found for case, found in of_two.items() if case.endswith("stock")}
-    assert stock == {"llama stock": ONCE} | {f"{arch} stock": TWICE for arch in ("bart", "t5", "bert")}
+    assert stock == dict.fromkeys(("llama stock", "tied_lstm stock"), ONCE) | {
+        f"{arch} stock": TWICE for arch in ("bart", "t5", "bert")
+    }
     assert {case: found for case, found in of_two.items() if case not in stock} == {
         case: ONCE for case in of_two if case not in stock
     }

@@ -9,6 +9,7 @@ from transformers.generation import GenerationMixin, utils
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from hf_tying.projection.penalty import share_of_update
 from hf_tying.ties.modeling import TiedModelMixin
 
 from .configuration_lstm import TiedLSTMConfig
@@ -198,6 +199,7 @@ class TiedLSTMForCausalLM(TiedLSTMPreTrainedModel, GenerationMixin):
             kwargs: `shift_labels`, (batch, time), the word after each position, in place of `labels`; -100 is left
                 out. No argument by name, as in transformers' own models: `Trainer` evaluates a batch only if it has
                 all arguments that are named like labels. `num_items_in_batch`: what to divide the sum of losses by.
+                `penalty_share`: the share of this pass in an update, by which penalties count (`share_of_update`).
             The rest: see `TiedLSTMModel`.
         """
         vars(self).pop("loss_parts", None)  # of the step before
@@ -226,7 +228,9 @@ class TiedLSTMForCausalLM(TiedLSTMPreTrainedModel, GenerationMixin):
                 num_items_in_batch=kwargs.get("num_items_in_batch"),
             )
             if self.training and regularised:
+                predicted = labels[:, 1:] if shift_labels is None else shift_labels
                 penalty = self._activation_penalty(hidden, outputs.hidden_states[-1])
+                penalty = penalty * share_of_update(predicted, kwargs)
                 self.loss_parts = {"cross_entropy": loss.detach(), "activation": penalty.detach()}
                 loss = loss + penalty
         output = TiedLSTMOutput(
