@@ -37,7 +37,7 @@ from transformers import (
 from hf_tying import TyingError, tie, use_tied_loss
 from hf_tying.data import train_byte_level_bpe
 from hf_tying.metrics import perplexity_of, sequence_scores
-from hf_tying.training import ObjectiveArguments, TyingArguments, config_with_overrides
+from hf_tying.training import ObjectiveArguments, TyingArguments, config_with_overrides, set_accepts_loss_kwargs
 
 
 @dataclass
@@ -160,6 +160,7 @@ def main():
     model, tokenizer = make_model_and_tokenizer(model_args, tying_args, data["train"][column])
     if (objective := objective_args.to_objective()) is not None:
         use_tied_loss(model, objective=objective)
+    set_accepts_loss_kwargs(model)
     with training_args.main_process_first(desc="tokenizing"):
         blocks = cut_into_blocks(data, column, tokenizer, data_args)
 

@@ -40,7 +40,7 @@ from hf_tying import TyingError, tie
 from hf_tying.data.parallel import ParallelCorpus, encode_parallel, read_parallel_text, read_translation_json
 from hf_tying.data.tokenizers import joint_tokenizer
 from hf_tying.metrics import Bleu, ChrF, generated_text, translation_metrics
-from hf_tying.training import TyingArguments, config_with_overrides
+from hf_tying.training import TyingArguments, config_with_overrides, set_accepts_loss_kwargs
 from hf_tying.training.translation import (
     TwoTokenizersCallback,
     check_fit,
@@ -233,7 +233,7 @@ def main():
     if target is not tokenizer:
         callbacks.append(TwoTokenizersCallback(tokenizer, target))
     trainer = Seq2SeqTrainer(
-        model=model,
+        model=set_accepts_loss_kwargs(model),
         args=args,
         train_dataset=encoded[0],
         eval_dataset=encoded[1],

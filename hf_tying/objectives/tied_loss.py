@@ -16,6 +16,7 @@ from ..ties.participation import Participation, module_of
 from ..ties.slots import find_parameter, why_no_parameter
 from ..ties.verify import unwrapped
 from .objective import Objective, freeze_unused, refuse_unfit_objective, unfreeze_unused, unused_parameters
+from .own_loss import set_accepts_loss_kwargs
 from .step_loss import LossSettings
 from .tied_loss_mixin import TiedLossMixin, forward_parameters
 
@@ -42,6 +43,9 @@ def use_tied_loss(
     evaluation, generation, a forward pass without labels, and saved files. A step that needs all its logits (an
     adapter on the head, a hook on it, a loss of another kind, hidden states written to before the loss) computes them
     as before; the log says so once. Logits that the model makes under `no_grad` in its step are its own too.
+
+    `Trainer` is told where the model gives the mean of its losses (`set_accepts_loss_kwargs`); that stays, undone or
+    not.
 
     Nothing is recorded in the config. `TyingConfig(loss="tied")` declares the same, and is kept in the file. The model
     may be tied or not.
@@ -124,6 +128,7 @@ def use_tied_loss(
             "use_tied_loss(model).",
         )
         inner._participation.watch(inner)
+    set_accepts_loss_kwargs(inner)
     if not isinstance(inner, TiedLossMixin):
         inner.__class__ = with_mixin(TiedLossMixin, type(inner))
     inner._tied_loss = LossSettings(label_smoothing, memory_budget, backend, objective)

@@ -19,7 +19,7 @@ from ..ties.participation import Participation
 from ..ties.slots import replace_module
 from ..ties.tying import tie, untie
 from .head import ProjectedLinear, linear_head, project
-from .penalty import projection_penalty
+from .penalty import projection_penalty, share_of_update
 
 
 def use_projection(
@@ -148,10 +148,10 @@ def honour(model: PreTrainedModel, value: Any, strict: bool = True) -> None:
 
 
 def _with_penalty(model: PreTrainedModel, outputs, args: tuple, kwargs: dict):
-    """`outputs` of a training step, with the penalty in their loss, once for each forward pass.
+    """`outputs` of a training step, with the penalty in their loss: once for each update (`share_of_update`).
 
-    It is divided by what the sum of the losses is divided by, and by the number of processes: their gradients are
-    averaged after `Trainer` has multiplied each one's share of the loss by that number.
+    It is divided by what the sum of the losses is divided by. Where each process has the mean of its own words, it is
+    divided by the number of processes too, since their gradients are averaged.
     """
     head = model.get_output_embeddings()
     loss = outputs.get("loss") if isinstance(outputs, ModelOutput) else outputs[0] if outputs else None
@@ -162,16 +162,18 @@ def _with_penalty(model: PreTrainedModel, outputs, args: tuple, kwargs: dict):
     labels = given.get("shift_labels")
     if labels is None and (labels := given.get("labels")) is None:
         return outputs
+    if given.get("shift_labels") is None and _shifts_labels(model):
+        labels = labels[..., 1:]
     divisor = given.get("num_items_in_batch")
     if divisor is None:
-        shifted = given.get("shift_labels") is None and _shifts_labels(model)
-        divisor = ((labels[..., 1:] if shifted else labels) != -100).sum().clamp(min=1)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        divisor = divisor * torch.distributed.get_world_size()
+        divisor = (labels != -100).sum().clamp(min=1)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            divisor = divisor * torch.distributed.get_world_size()
     settings = TyingConfig.in_config(model.config).projection
     penalty = projection_penalty(
         head.projection.weight, norm=settings.norm, strength=settings.strength, divisor=divisor
-    ).to(loss.device)
+    )
+    penalty = (penalty * share_of_update(labels, given)).to(loss.device)
     parts = vars(model).get("loss_parts") or {"cross_entropy": loss.detach()}
     model.loss_parts = {**parts, "projection": penalty.detach()}
     total = loss + penalty

@@ -1,5 +1,7 @@
 """`projection_penalty`: what keeps the projection of PR small (Press & Wolf 2016, section 3.2)."""
 
+from typing import Any
+
 import torch
 
 from ..losses.modules import LossModule
@@ -46,6 +48,25 @@ def projection_penalty(
     else:
         value = exact.square().sum() / 2
     return strength * value / divisor
+
+
+def share_of_update(labels: torch.Tensor, given: dict[str, Any]) -> float | torch.Tensor:
+    """The share of a forward pass in an update: a penalty of the whole update is multiplied by it, so that it counts
+    once over all steps of accumulation and all processes.
+
+    `num_items_in_batch` is the number of words of the update, and the share that of the words of this pass. It is 1
+    where that is less than those words (a sum by time steps), and where there is none: `Trainer` divides then.
+
+    Args:
+        labels: of this pass, as they are predicted; -100 is left out.
+        given: keywords of the pass: `num_items_in_batch`, or the share itself as `penalty_share`.
+    """
+    if given.get("penalty_share") is not None:
+        return given["penalty_share"]
+    items = given.get("num_items_in_batch")
+    if items is None:
+        return 1.0
+    return ((labels != -100).sum() / torch.as_tensor(items, device=labels.device)).clamp(max=1)
 
 
 class ProjectionPenalty(LossModule):

@@ -19,6 +19,7 @@ _HOME = {
     "TyingConfigMixin": "config",
     "TyingError": "config",
     "TiedModelMixin": "ties.modeling",
+    "share_of_update": "projection.penalty",
 }
 _USERS_IMPORT = re.compile(r"^from hf_tying(?:\.\w+)* import (?:\(([^)]*)\)|(.+))$", re.MULTILINE)
 _RELATIVE_IMPORT = re.compile(r"from (\.+)([\w.]+) import")

@@ -13,6 +13,7 @@ _HOME = {
     "average_into": "averaging",
     "config_with_overrides": "arguments",
     "recover_lm_head": "headless",
+    "set_accepts_loss_kwargs": "callbacks",
 }
 
 __all__ = [*_HOME]

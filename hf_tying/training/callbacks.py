@@ -9,12 +9,13 @@ from transformers.utils import logging
 
 from ..config import TyingError
 from ..diagnostics.diagnosis import diagnose
+from ..objectives.own_loss import averages_own_loss, set_accepts_loss_kwargs
 from ..ties.anatomy import Anatomy
 from ..ties.verify import assert_tied, groups_of, unwrapped
 from .roles import ROLES, RoleMeter, measured_roles, scale_input_gradient
 from .schedules import check_when, freeze_role, guard, refuse_unheld, step_of, untie_trained
 
-__all__ = ["RoleMeter", "TyingCallback", "assert_optimized", "measured_roles"]
+__all__ = ["RoleMeter", "TyingCallback", "assert_optimized", "measured_roles", "set_accepts_loss_kwargs"]
 
 logger = logging.get_logger(__name__)
 
@@ -26,6 +27,8 @@ class TyingCallback(TrainerCallback):
     A "moment" is a fraction of all steps (a float above 0, up to 1.0) or a number of steps (an int from 1).
 
     The optimizer is compared with the model too (`assert_optimized`): it may have been made before a `tie` or `untie`.
+    A warning tells of a model whose gradient `Trainer` multiplies by the processes and the steps of accumulation
+    (`set_accepts_loss_kwargs`).
     What is not seen: a recipe that looks for `lm_head` in `named_parameters()`, which lists a tied matrix under the
     first of its names (ask `hf_tying.names_of`), and an average that has moved a tied matrix once for each name in a
     state dict (use torch's `AveragedModel`, or `hf_tying.training.average_into`).
@@ -113,6 +116,7 @@ class TyingCallback(TrainerCallback):
         if self.untie_at is not None or self.freeze is not None:
             _refuse_processes(args)
         inner = unwrapped(model)
+        _warn_of_multiplied_gradient(args, inner)
         if self.untie_at is not None:
             self._plan_untying(args, state, inner, optimizer)
         if self.freeze is not None and not self._is_past(state, self.freeze_until):
@@ -213,6 +217,20 @@ class TyingCallback(TrainerCallback):
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._frozen = []
+
+
+def _warn_of_multiplied_gradient(args, model: PreTrainedModel) -> None:
+    times = args.world_size * args.gradient_accumulation_steps
+    # With label smoothing the loss is Trainer's own.
+    if times == 1 or args.label_smoothing_factor or not getattr(model, "accepts_loss_kwargs", True):
+        return
+    if averages_own_loss(model):
+        logger.warning(
+            f"{type(model).__name__} gives the mean of its losses, and Trainer takes it for a sum over the items of a "
+            f"whole update: its gradient is multiplied by {times} ({args.world_size} processes x "
+            f"{args.gradient_accumulation_steps} accumulation steps). Before Trainer is made: "
+            "hf_tying.training.set_accepts_loss_kwargs(model). A compute_loss_func is not concerned."
+        )
 
 
 def _refuse_processes(args) -> None:

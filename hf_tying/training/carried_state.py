@@ -89,6 +89,8 @@ class CarriedStateTrainer(Trainer):
                 )
         kwargs.setdefault("data_collator", default_data_collator)
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
+        if self.args.label_names is None:
+            self.label_names = ["shift_labels"]  # of a ContiguousText; Trainer drops what the model has not by name
         self._epoch = _Epoch()
         self._resumed: Path | None = None
         patience = self.args.average_after
@@ -134,6 +136,9 @@ class CarriedStateTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As in `Trainer`, from the state that the batch before has left, which is no part of the gradient."""
         inputs = {**inputs, "state": self._epoch.state, "use_cache": True}
+        if num_items_in_batch is not None:
+            steps = self.current_gradient_accumulation_steps * self.accelerator.num_processes
+            inputs["penalty_share"] = 1 / steps
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         self._epoch.state = _detached(outputs.state)
         parts = getattr(unwrapped(model), "loss_parts", {})

@@ -71,6 +71,14 @@ def test_it_trains_a_tied_model_and_measures_perplexity(uninterrupted):
     assert (folder / "tokenizer.json").exists()
 
 
+def test_an_lstm_is_trained_and_measured_as_well(flags, tmp_path):
+    lstm = {"model_type": "tied_lstm", "config_overrides": "embedding_size=16,hidden_size=16"}
+    (tmp_path / "flags.json").write_text(json.dumps(flags | lstm | {"output_dir": str(tmp_path / "out")}))
+    result = run_clm(tmp_path / "flags.json")
+    assert result.returncode == 0, result.stderr
+    assert 1 < results(tmp_path / "out")["eval_perplexity"] < 320  # words
+
+
 def test_resuming_ends_where_the_uninterrupted_run_ends(uninterrupted, flags, tmp_path):
     _, folder = uninterrupted
     resumed = flags | {

@@ -369,3 +369,18 @@ def test_a_tie_undone_and_a_matrix_freed_on_the_way_are_averaged_from_then_on(te
     torch.testing.assert_close(averaging.mean["lm_head.weight"], first + 1.0)
     assert "lm_head.bias" in averaging.mean
     torch.testing.assert_close(averaging.mean["lstm.embed_tokens.weight"], first)
+
+
+@pytest.mark.parametrize("summed", [True, False])
+def test_the_penalties_of_the_steps_of_an_update_add_up_to_one(text, tmp_path, summed):
+    model, parts = make_model(text, tying={"version": 1, "scheme": "two_way", "projection": {}}), []
+    how = {"sum_over_time": summed, "max_steps": 1, "learning_rate": 0.0}
+    for accumulated in (1, 3):
+        trainer = make_trainer(model, text, tmp_path, gradient_accumulation_steps=accumulated, **how)
+        model.register_forward_hook(
+            lambda m, args, kwargs, output: parts.append(kwargs["penalty_share"]), with_kwargs=True
+        )
+        trainer.train()
+        assert len(parts) == accumulated and sum(parts) == pytest.approx(1)
+        model._forward_hooks.clear()
+        parts.clear()

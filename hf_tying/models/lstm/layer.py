@@ -4,8 +4,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-#: A layer's last output and its cell, each (batch, width).
-LayerState = tuple[torch.Tensor, torch.Tensor]
+from hf_tying.config import TyingError
+
+from .state import LayerState, check_state
 
 
 class LSTMLayer(nn.LSTM):
@@ -37,7 +38,16 @@ class LSTMLayer(nn.LSTM):
 
         Returns:
             The outputs (batch, time, width), and the state after the last step.
+
+        Raises:
+            TyingError: for inputs or a state of another shape, which `torch.lstm` takes and reads beyond their memory.
         """
+        if inputs.ndim != 3 or inputs.shape[-1] != self.input_size:
+            raise TyingError(
+                f"The inputs of an LSTM layer (of the first: inputs_embeds) have the shape {tuple(inputs.shape)}: "
+                f"expected (batch, time, {self.input_size})."
+            )
+        check_state((state,), len(inputs), [self.hidden_size])
         recurrent = F.dropout(self.weight_hh_l0, weight_dropout) if weight_dropout else self.weight_hh_l0
         if recurrent_mask is None and attended is None:
             weights = [self.weight_ih_l0, recurrent, self.bias_ih_l0, self.bias_hh_l0]

@@ -5,15 +5,17 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationMixin, utils
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from hf_tying.projection.penalty import share_of_update
 from hf_tying.ties.modeling import TiedModelMixin
 
 from .configuration_lstm import TiedLSTMConfig
 from .dropout import drop, drop_words, locked_mask
-from .layer import LayerState, LSTMLayer
+from .layer import LSTMLayer
+from .state import LayerState, check_state, state_rows
 
 
 @dataclass
@@ -101,6 +103,10 @@ class TiedLSTMModel(TiedLSTMPreTrainedModel):
                 the whole of a text of which this is the end.
             state: of the piece of the same texts before this one; zeros if there is none. It is not detached.
             use_cache: whether the state is given out. Default `config.use_cache`.
+
+        Raises:
+            ValueError: for both or neither of `input_ids` and `inputs_embeds`.
+            TyingError: for a state of another batch size, or of another model.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Expected either input_ids or inputs_embeds.")
@@ -112,6 +118,7 @@ class TiedLSTMModel(TiedLSTMPreTrainedModel):
             hidden = drop_words(hidden, input_ids, len(self.embed_tokens.weight), rate("embedding_dropout"))
         if state is None:
             state = self.initial_state(len(hidden), hidden)
+        check_state(state, len(hidden), self.config.layer_widths)
         attended = None
         if attention_mask is not None and not (attention_mask := attention_mask[:, -hidden.shape[1] :]).all():
             attended = attention_mask.bool()
@@ -179,7 +186,6 @@ class TiedLSTMForCausalLM(TiedLSTMPreTrainedModel, GenerationMixin):
         inputs_embeds: torch.FloatTensor | None = None,
         state: tuple[LayerState, ...] | None = None,
         labels: torch.LongTensor | None = None,
-        shift_labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -189,9 +195,11 @@ class TiedLSTMForCausalLM(TiedLSTMPreTrainedModel, GenerationMixin):
         """
         Args:
             labels: (batch, time); position t is predicted from what comes before it; -100 is left out.
-            shift_labels: (batch, time); the word after each position; -100 is left out. In place of `labels`.
             logits_to_keep: how many of the last logits to compute; 0 for all.
-            kwargs: `num_items_in_batch`, what to divide the sum of losses by.
+            kwargs: `shift_labels`, (batch, time), the word after each position, in place of `labels`; -100 is left
+                out. No argument by name, as in transformers' own models: `Trainer` evaluates a batch only if it has
+                all arguments that are named like labels. `num_items_in_batch`: what to divide the sum of losses by.
+                `penalty_share`: the share of this pass in an update, by which penalties count (`share_of_update`).
             The rest: see `TiedLSTMModel`.
         """
         vars(self).pop("loss_parts", None)  # of the step before
@@ -207,7 +215,7 @@ class TiedLSTMForCausalLM(TiedLSTMPreTrainedModel, GenerationMixin):
             output_hidden_states=show or bool(self.training and regularised),
             return_dict=True,
         )
-        hidden = outputs.last_hidden_state
+        hidden, shift_labels = outputs.last_hidden_state, kwargs.get("shift_labels")
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, kept, :])
         loss = None
@@ -220,7 +228,9 @@ class TiedLSTMForCausalLM(TiedLSTMPreTrainedModel, GenerationMixin):
                 num_items_in_batch=kwargs.get("num_items_in_batch"),
             )
             if self.training and regularised:
+                predicted = labels[:, 1:] if shift_labels is None else shift_labels
                 penalty = self._activation_penalty(hidden, outputs.hidden_states[-1])
+                penalty = penalty * share_of_update(predicted, kwargs)
                 self.loss_parts = {"cross_entropy": loss.detach(), "activation": penalty.detach()}
                 loss = loss + penalty
         output = TiedLSTMOutput(
@@ -245,16 +255,45 @@ class TiedLSTMForCausalLM(TiedLSTMPreTrainedModel, GenerationMixin):
         return False
 
     def prepare_inputs_for_generation(
-        self, input_ids, attention_mask=None, inputs_embeds=None, state=None, use_cache=None, **kwargs
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        state: tuple[LayerState, ...] | None = None,
+        cache: tuple[LayerState, ...] | None = None,
+        is_first_iteration: bool = False,
+        use_cache: bool | None = None,
+        **kwargs,
     ) -> dict:
-        """One word for a model that has read the ones before it; the whole prompt at first."""
-        inputs = {"attention_mask": attention_mask, "state": state, "use_cache": use_cache}
-        if state is not None:
-            return inputs | {"input_ids": input_ids[:, -1:]}
-        if inputs_embeds is not None:
+        """The whole prompt at first, which follows what a given `state` has read; then the words that are new.
+
+        `cache` is the state under the one name that later versions of transformers carry.
+        """
+        inputs = {"attention_mask": attention_mask, "state": state if cache is None else cache, "use_cache": use_cache}
+        if is_first_iteration and inputs_embeds is not None:
             return inputs | {"inputs_embeds": inputs_embeds}
-        return inputs | {"input_ids": input_ids}
+        if is_first_iteration or next_sequence_length is None:
+            return inputs | {"input_ids": input_ids}
+        return inputs | {"input_ids": input_ids[:, -next_sequence_length:]}
+
+    def _update_model_kwargs_for_generation(self, outputs: ModelOutput, model_kwargs: dict, *args, **kwargs) -> dict:
+        """Private: the state goes on under the name that this version of transformers carries and reorders."""
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        if outputs.get("state") is not None:
+            model_kwargs.pop("state", None)
+            model_kwargs["state" if "state" in utils.ALL_CACHE_NAMES else "cache"] = outputs.state
+        return model_kwargs
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, *args, state=None, **kwargs) -> tuple:
+        """Private: a state that is given has a row for each beam, or for each sequence that is returned."""
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size, *args, **kwargs)
+        if state is not None:
+            check_state(state, len(input_ids) // expand_size, self.config.layer_widths)
+            rows = torch.arange(len(state[0][0])).repeat_interleave(expand_size)
+            model_kwargs["state"] = state_rows(state, rows)
+        return input_ids, model_kwargs
 
     @staticmethod
     def _reorder_cache(state: tuple[LayerState, ...], beam_idx: torch.LongTensor) -> tuple[LayerState, ...]:
-        return tuple(tuple(part.index_select(0, beam_idx.to(part.device)) for part in layer) for layer in state)
+        return state_rows(state, beam_idx)
