@@ -97,7 +97,14 @@ OF_0_1 = {f"hf_tying.{home}": f"hf_tying.{old}" for old, homes in _moved.MOVED.i
 
 
 def as_0_1_wrote_it(model) -> bytes:
-    """The pickle of a model with the module names of 0.1, in the protocol that spells them out line by line."""
+    """The pickle of a model with the module names of 0.1, in the protocol that spells them out line by line.
+
+    0.1 did not watch whether what is declared takes part in a step.
+    """
+    for owner in (model, model.get_output_embeddings()):
+        for name in ("participation", "_participation"):
+            if (participation := vars(owner).pop(name, None)) is not None:
+                participation.unwatch(model)
     text = pickle.dumps(model, protocol=0)
     for new, old in OF_0_1.items():
         text = text.replace(f"c{new}\n".encode(), f"c{old}\n".encode())
@@ -126,3 +133,4 @@ def test_its_projection_is_in_force_though_0_1_put_nothing_in_front_for_it():
     model.__class__ = type(model)._stock_class  # the class that 0.1 gave it
     again = pickle.loads(as_0_1_wrote_it(model)).train()
     assert again(**tiny_inputs(again)).loss is not None and "projection" in again.loss_parts
+    assert again.get_output_embeddings().participation is not None

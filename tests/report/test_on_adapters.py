@@ -28,7 +28,7 @@ class TestTheReport:
 
     def test_the_report_on_a_model_says_that_a_factor_is_no_longer_one(self, model):
         layer = layers_of(model)["model.layers.1.self_attn.k_proj"]
-        layer.uses["default"].B = copy.deepcopy(layer.uses["default"].B)
+        layer.uses["default"].places["B"] = {"own": copy.deepcopy(layer.uses["default"].B)}, "own"
         groups = {group.name: group for group in tying_report(model).groups}
         assert not groups["default: B self_attn-k_proj-16"].actual
         assert groups["default: B self_attn-q_proj-16"].actual
