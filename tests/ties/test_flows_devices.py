@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from hf_tying import TyingConfig, TyingError, assert_tied, tie
 
 from ..forms import reload, tied_model
-from ..tiny import logits, without_dropout
+from ..tiny import logits, tiny_model, without_dropout
 
 WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
 MAP = {"transformer.wpe": "cpu", "transformer.drop": "cpu", "transformer.h": "cpu", "transformer.ln_f": "cpu"}
@@ -128,3 +128,32 @@ class TestCompiledAndTraced:
         ids = torch.arange(8)[None]
         program = torch.export.export(model, (ids,), kwargs={"use_cache": False}, strict=False)
         assert torch.allclose(program.module()(ids, use_cache=False).logits, model(ids).logits, atol=1e-6)
+
+
+class TestConversion:
+    def convert(self, model, replacing: bool):
+        """`.to(float64)`; `replacing`: torch puts a new parameter into each slot."""
+        before = torch.__future__.get_overwrite_module_params_on_conversion()
+        torch.__future__.set_overwrite_module_params_on_conversion(replacing)
+        try:
+            return model.to(torch.float64)
+        finally:
+            torch.__future__.set_overwrite_module_params_on_conversion(before)
+
+    @pytest.mark.parametrize("replacing", [False, True])
+    def test_what_is_one_stays_one(self, replacing):
+        model = self.convert(tie(tiny_model("llama", tie_word_embeddings=True), "two_way"), replacing)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert model.lm_head.weight.dtype == torch.float64
+        assert_tied(model)
+
+    @pytest.mark.parametrize("replacing", [False, True])
+    def test_what_has_come_apart_is_not_made_one_in_passing(self, replacing):
+        model = tie(tiny_model("llama", tie_word_embeddings=True), "two_way")
+        trained = torch.nn.Parameter(model.lm_head.weight.detach() + 1)
+        model.lm_head.weight = trained
+        model = self.convert(model, replacing)
+        assert torch.equal(model.lm_head.weight, trained.double())
+        assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+        with pytest.raises(TyingError, match="lm_head.weight"):
+            assert_tied(model)
