@@ -1,14 +1,12 @@
 """`TiedLoraModel`: the tuner of Tied-LoRA, which puts adapters into a model, runs, merges and saves them."""
 
-import copy
 import warnings
 from collections import Counter
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
 
-from peft import LoraConfig
-from peft.tuners.lora import LoraModel
+from peft.tuners.lora import LoraConfig, LoraModel
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -99,19 +97,12 @@ class TiedLoraModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         # The config says which modules are adapted. The names in a file of Tied-LoRA do not.
         kwargs.pop("state_dict", None)
-        # What an injection finds out is written into a config of its own: the caller's may serve other models.
-        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
             near = _nearest(self.peft_config[adapter_name].target_modules, model)
             raise NoMatchingPeftModuleError(f"{error} {near}".strip()) from None
-        config = self.peft_config[adapter_name]
-        config.adapted_modules = {
-            layer.module_name.replace(COMPILED, ""): layer.uses[adapter_name].names.entry
-            for layer in model.modules()
-            if isinstance(layer, TiedLoraLayer) and adapter_name in layer.uses
-        }
+        self.peft_config[adapter_name].adapted_modules = _adapted_modules(model, adapter_name)
 
     def _check_target_module_exists(self, peft_config, key):
         found = BaseTuner._check_target_module_exists(of_all_layers(peft_config), key)
@@ -265,6 +256,8 @@ class TiedLoraModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        # The caller's config may serve other models too: what it says is written anew for the file of each.
+        config.adapted_modules = _adapted_modules(model, adapter_name)
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         found |= {key: value for key, value in state_dict.items() if f"{CONTAINER}.{FACTOR_PREFIX}" in key}
         # Names have this prefix in a PeftModel, and not in a model that adapters were put into directly.
@@ -289,6 +282,7 @@ class TiedLoraModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        config.adapted_modules = _adapted_modules(model, adapter_name)
         names = {}
         for key in model.state_dict():
             saved = cls._remove_adapter_name_from_key(key, adapter_name)
@@ -297,6 +291,15 @@ class TiedLoraModel(BaseTuner):
                 names[BASE_PREFIX + container + inside.removeprefix(BASE_PREFIX).replace(COMPILED, "")] = key
         state = {names.get(key, key): value for key, value in state_from_file(state_dict, config).items()}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state)
+
+
+def _adapted_modules(model: nn.Module, adapter_name: str) -> dict[str, dict[str, str | int]]:
+    """The modules that an adapter is on, by their names, each with the names of its factors."""
+    return {
+        layer.module_name.replace(COMPILED, ""): layer.uses[adapter_name].names.entry
+        for layer in model.modules()
+        if isinstance(layer, TiedLoraLayer) and adapter_name in layer.uses
+    }
 
 
 def _refuse_idle_setting(config: TiedLoraConfig, names: dict[str, FactorNames]) -> None:

@@ -162,7 +162,7 @@ def check_adapter_file(
     problems += [
         f"adapted_modules of {name!r} are not what the settings make of it"
         for name, of in names.items()
-        if not saved_for.get(name, of).is_like(of)
+        if name in recorded and not recorded[name].is_like(of)  # under another name the layer has another one too
     ][:1]
     refuse_misfit(problems or _unknown_order(saved_for, names))
 

@@ -42,11 +42,9 @@ def adapted(model, config_class, **config):
 @pytest.mark.parametrize("counts", [(4, 2), (2, 4)])
 def test_one_config_serves_two_models(config_class, counts, tmp_path):
     config = config_class(r=4, target_modules=["q_proj", "v_proj"])
-    before = copy.deepcopy(config)
     first, second = (get_peft_model(tiny_model("llama", num_hidden_layers=n), config) for n in counts)
     if config_class is TiedLoraConfig:
         shake(first), shake(second, seed=2)
-        assert config.to_dict() | {"base_model_name_or_path": None} == before.to_dict()
     for model, count in ((first, counts[0]), (second, counts[1])):
         model.save_pretrained(tmp_path / str(count))
         loaded = PeftModel.from_pretrained(tiny_model("llama", num_hidden_layers=count), tmp_path / str(count))
