@@ -11,7 +11,9 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from ..config import TyingError
+from .anatomy import roles
 from .roles import ask
+from .slots import find_slot
 
 
 class Participation:
@@ -38,10 +40,9 @@ class Participation:
             base.register_forward_hook(self)
 
     def unwatch(self, model: PreTrainedModel) -> None:
-        base = _makes_hidden_states(model)
-        hooks = {} if base is None else base._forward_hooks
-        for key in [key for key, hook in hooks.items() if hook is self]:
-            del hooks[key]
+        for module in model.modules():
+            for key in [key for key, hook in module._forward_hooks.items() if hook is self]:
+                del module._forward_hooks[key]
 
     def __call__(self, base: nn.Module, args: tuple, output) -> None:
         """The forward hook of the base model."""
@@ -66,9 +67,22 @@ class Participation:
 
 
 def _makes_hidden_states(model: PreTrainedModel) -> nn.Module | None:
-    """The base model; the decoder of a model that is its own base (T5)."""
-    found = model.base_model if model.base_model is not model else ask(model, "get_decoder")
-    return found if isinstance(found, nn.Module) and found is not model else None
+    """The part of `model` whose output its softmax matrix is multiplied with: the base model, or that of the decoder.
+
+    The head lies outside of it: what a whole language model inside another one (EncoderDecoderModel, BLIP-2) puts out
+    is logits.
+    """
+    output = roles(model).get("output")
+    head = None if output is None else find_slot(model, output.name)[0]
+    found = model
+    while isinstance(found, PreTrainedModel):
+        inner = found.base_model if found.base_model is not found else ask(found, "get_decoder")
+        if not isinstance(inner, nn.Module) or inner is found:
+            return None
+        found = inner
+        if all(module is not head for module in found.modules()):
+            return found
+    return None
 
 
 def _caller() -> str:

@@ -10,8 +10,11 @@ from transformers import Trainer, TrainingArguments
 
 from hf_tying import TyingError, use_tied_loss
 from hf_tying.objectives import AugmentedObjective, ContrastiveObjective
+from hf_tying.ties.anatomy import roles
 from hf_tying.ties.participation import Participation
+from hf_tying.ties.slots import find_slot
 
+from .. import zoo
 from ..tiny import tiny_inputs, tiny_model
 
 SETTINGS = {
@@ -89,6 +92,42 @@ class TestAStep:
         arguments = TrainingArguments(tmp_path, max_steps=2, use_cpu=True, report_to=[], disable_tqdm=True)
         Trainer(model, arguments, train_dataset=rows * 4).train()
         assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "EncoderDecoderModel",
+        "VisionEncoderDecoderModel",
+        "Blip2ForConditionalGeneration",
+        "Llama4ForConditionalGeneration",
+        "BlipForConditionalGeneration",
+        "LlavaForConditionalGeneration",
+        "T5ForConditionalGeneration",
+    ],
+)
+class TestModelsInsideModels:
+    """The part that is watched has no head: hooks around a head are what an objective cannot be trained under."""
+
+    def step(self, model):
+        inputs = zoo.inputs(model)
+        words = inputs.get("decoder_input_ids", inputs.get("input_ids"))
+        return model(**inputs | {"labels": words}).loss
+
+    def test_an_objective_is_trained_where_stock_trains(self, name):
+        stock = zoo.build(name).train()
+        self.step(stock).backward()
+        model = use_tied_loss(zoo.build(name).train(), objective=AugmentedObjective(temperature=2.0))
+        self.step(model).backward()
+        assert set(model.loss_parts) == {"cross_entropy", "augmented"}
+
+    def test_what_is_watched_makes_hidden_states(self, name):
+        model = use_tied_loss(zoo.build(name), label_smoothing=0.1)
+        watched = [m for m in model.modules() if model._participation in m._forward_hooks.values()]
+        head = find_slot(model, roles(model)["output"].name)[0]
+        # Llama4ForCausalLM names no part of its own that makes hidden states: there is none to watch.
+        assert len(watched) == (0 if name.startswith("Llama4") else 1)
+        assert all(module is not head for each in watched for module in each.modules())
 
 
 class TestTRL:
