@@ -11,7 +11,6 @@ import functools
 import inspect
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from operator import attrgetter
 from pkgutil import resolve_name
 
@@ -216,7 +215,9 @@ def check_checkpoint(wrapped, instance, args, kwargs):
 
 def load_adapter(wrapped, model, args, kwargs):
     """Around `PeftAdapterMixin.load_adapter`: the method imports PEFT itself, which may be the first to do so."""
-    if find_spec("peft") is None:
+    from transformers.utils import is_peft_available
+
+    if not is_peft_available():
         return wrapped(*args, **kwargs)
     import_module("peft")
     try:
