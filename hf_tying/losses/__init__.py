@@ -3,6 +3,8 @@
 Nothing here needs more than torch. What a training step of a whole model makes of them is in `hf_tying.objectives`.
 """
 
+from typing import TYPE_CHECKING
+
 from .._lazy import lazy_names
 
 _HOME = {
@@ -19,6 +21,26 @@ _HOME = {
     "ProjectionPenalty": ".projection.penalty",
 }
 
-__all__ = [*_HOME]
+__all__ = [
+    "tied_embedding",
+    "TiedEmbedding",
+    "tied_cross_entropy",
+    "TiedCrossEntropy",
+    "reference_cross_entropy",
+    "augmented_loss",
+    "AugmentedLoss",
+    "contrastive_weight_tying_loss",
+    "ContrastiveWeightTyingLoss",
+    "projection_penalty",
+    "ProjectionPenalty",
+]
 
-__getattr__, __dir__ = lazy_names(globals(), _HOME)
+if TYPE_CHECKING:
+    from ..projection.penalty import ProjectionPenalty, projection_penalty
+    from .augmented import AugmentedLoss, augmented_loss
+    from .contrastive import ContrastiveWeightTyingLoss, contrastive_weight_tying_loss
+    from .cross_entropy import TiedCrossEntropy, tied_cross_entropy
+    from .embedding import TiedEmbedding, tied_embedding
+    from .reference import reference_cross_entropy
+else:
+    __getattr__, __dir__ = lazy_names(globals(), _HOME)

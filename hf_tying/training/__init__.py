@@ -1,5 +1,7 @@
 """What training needs beside `Trainer`: flags that declare ties and objectives, the callback, the papers' trainers."""
 
+from typing import TYPE_CHECKING
+
 from .._lazy import lazy_names
 
 _HOME = {
@@ -16,6 +18,26 @@ _HOME = {
     "set_accepts_loss_kwargs": "callbacks",
 }
 
-__all__ = [*_HOME]
+__all__ = [
+    "CarriedStateArguments",
+    "CarriedStateTrainer",
+    "HeadlessTrainer",
+    "ObjectiveArguments",
+    "RECIPES",
+    "TyingArguments",
+    "TyingCallback",
+    "average_into",
+    "config_with_overrides",
+    "recover_lm_head",
+    "set_accepts_loss_kwargs",
+]
 
-__getattr__, __dir__ = lazy_names(globals(), _HOME)
+if TYPE_CHECKING:
+    from .arguments import ObjectiveArguments, TyingArguments, config_with_overrides
+    from .averaging import average_into
+    from .callbacks import TyingCallback, set_accepts_loss_kwargs
+    from .carried_state import CarriedStateArguments, CarriedStateTrainer
+    from .headless import HeadlessTrainer, recover_lm_head
+    from .recipes import RECIPES
+else:
+    __getattr__, __dir__ = lazy_names(globals(), _HOME)
