@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from importlib import import_module
+from typing import Any
 
 
 def lazy_names(names: dict, home: dict[str, str]) -> tuple[Callable, Callable]:
@@ -13,13 +14,13 @@ def lazy_names(names: dict, home: dict[str, str]) -> tuple[Callable, Callable]:
             beside the package.
     """
 
-    def __getattr__(name: str):
+    def __getattr__(name: str) -> Any:
         if name not in home:
             raise AttributeError(f"module {names['__name__']!r} has no attribute {name!r}")
         value = names[name] = getattr(import_module(f".{home[name]}", names["__name__"]), name)
         return value
 
-    def __dir__():
+    def __dir__() -> list[str]:
         return sorted({*names, *home})
 
     return __getattr__, __dir__

@@ -5,10 +5,12 @@ and answers with what its new places have. Nothing is imported before somebody a
 """
 
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 #: From each old name below the package to where its contents are now.
 MOVED: dict[str, tuple[str, ...]] = {
@@ -42,17 +44,19 @@ _PACKAGE = __name__.rpartition(".")[0]
 
 
 class _Finder(MetaPathFinder, Loader):
-    def find_spec(self, fullname, path=None, target=None):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         old = fullname.removeprefix(f"{_PACKAGE}.")
         return ModuleSpec(fullname, self) if old != fullname and old in MOVED else None
 
-    def create_module(self, spec):
+    def create_module(self, spec: ModuleSpec) -> None:
         return None
 
     def exec_module(self, module: ModuleType) -> None:
         homes = MOVED[module.__name__.removeprefix(f"{_PACKAGE}.")]
 
-        def __getattr__(name: str):
+        def __getattr__(name: str) -> Any:
             if name.startswith("__"):  # asked by `inspect` of every module, also while the homes are half imported
                 raise AttributeError(name)
             for home in homes:

@@ -8,7 +8,13 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+# The base of `TyingConfigMixin`: a type checker sees the methods of the config class behind it.
+if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig as _ConfigBase
+else:
+    _ConfigBase = object
 
 VERSION = 1
 
@@ -81,7 +87,7 @@ class ProjectionConfig:
     norm: str = "fro_squared_half"
     strength: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.norm not in ("fro_squared_half", "fro"):
             raise TyingError(f"Unknown norm {_short(self.norm)}: expected 'fro_squared_half' or 'fro'.")
         number = isinstance(self.strength, int | float) and not isinstance(self.strength, bool)
@@ -152,7 +158,7 @@ class TyingConfig:
     projection: ProjectionConfig | None = None
     extensions: dict[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.scheme is not None and not (isinstance(self.scheme, str) and self.scheme in SCHEMES):
             hint = nearest(self.scheme, SCHEMES) if isinstance(self.scheme, str) else ""
             raise TyingError(
@@ -178,7 +184,7 @@ class TyingConfig:
                 )
 
     @classmethod
-    def from_dict(cls, entry: "dict[str, Any] | TyingConfig | None") -> "TyingConfig":
+    def from_dict(cls, entry: object) -> "TyingConfig":
         """Read the `tying` entry of a config (`None`, an absent entry, gives the empty declaration).
 
         Raises:
@@ -228,7 +234,7 @@ class TyingConfig:
         return cls.from_dict(entry_of(config))
 
     @classmethod
-    def of(cls, scheme_or_groups: "str | list[str] | dict[str, list[str]] | TyingConfig") -> "TyingConfig":
+    def of(cls, scheme_or_groups: "str | list[str] | tuple[str, ...] | dict[str, Any] | TyingConfig") -> "TyingConfig":
         """What `tie(model, ...)` accepts: a scheme's name, one group, a dict of named groups, a dict from tied name to
         source as in transformers' `_tied_weights_keys`, or a `TyingConfig`.
 
@@ -273,7 +279,7 @@ class TyingConfig:
         entry = self.to_dict()
         return {key: entry[key] for key in EXTENSIONS if key in entry}
 
-    def replace(self, **changes) -> "TyingConfig":
+    def replace(self, **changes: Any) -> "TyingConfig":
         """A copy with some fields changed; also an extension by its key, which `None` takes away."""
         further = {key: changes.pop(key) for key in [*changes] if key in EXTENSIONS and key not in _FIELDS}
         if further:
@@ -299,12 +305,12 @@ def entry_of(config: Any) -> dict[str, Any] | None:
     if isinstance(value, TyingConfig):
         return value.to_dict()
     if isinstance(value, str) and value in SCHEMES:
-        return TyingConfig.from_dict(value)  # refuses it, with the form that is expected
+        return TyingConfig.from_dict(value).to_dict()  # refuses it, with the form that is expected
     ours = _FIELDS | EXTENSIONS.keys() | {"version"}
     return value if isinstance(value, dict) and (not value or value.keys() & ours) else None
 
 
-class TyingConfigMixin:
+class TyingConfigMixin(_ConfigBase):
     """Give a config class the keyword `tying`, checked when the config is made.
 
     The live value is the same plain dict as in `config.json`; `tying_config` reads it as a `TyingConfig`.
@@ -318,7 +324,7 @@ class TyingConfigMixin:
 
     tying: dict[str, Any] | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         tying = kwargs.pop("tying", self.tying)
         super().__post_init__(**kwargs)
         # Always on the instance: `to_dict` writes what instances carry, and a class default would be shared.

@@ -9,14 +9,20 @@ A change is made when its module is imported, before or after this package, so `
 
 import functools
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from operator import attrgetter
 from pkgutil import resolve_name
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from wrapt import when_imported, wrap_function_wrapper
 
 from .config import entry_of
+
+if TYPE_CHECKING:
+    from transformers.modeling_utils import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,7 @@ def install() -> None:
     when_imported("peft")(_add_tied_lora)
 
 
-def apply_change(change: Change, module) -> None:
+def apply_change(change: Change, module: ModuleType) -> None:
     """Make one change. A missing name is skipped where the table says what that means.
 
     Args:
@@ -141,7 +147,7 @@ def apply_change(change: Change, module) -> None:
         wrap_function_wrapper(module, change.name, resolve_name(change.ours))
 
 
-def _add_tied_lora(peft) -> None:
+def _add_tied_lora(peft: ModuleType) -> None:
     try:
         for change in TIED_LORA:
             resolve_name(change.ours)
@@ -157,7 +163,9 @@ def _add_tied_lora(peft) -> None:
 # Wrappers around functions of transformers.
 
 
-def honour_entry(wrapped, model, args, kwargs):
+def honour_entry(
+    wrapped: Callable[..., Any], model: "PreTrainedModel", args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
     """Around `PreTrainedModel.post_init`: give the model's class the mixin of ties if the config declares any."""
     from .ties.shared_configs import remember_config
 
@@ -170,19 +178,22 @@ def honour_entry(wrapped, model, args, kwargs):
     if isinstance(model, TiedModelMixin):
         return wrapped(*args, **kwargs)
     model.__class__ = with_mixin(TiedModelMixin, type(model))
+    assert isinstance(model, TiedModelMixin)  # for type checkers
     model._post_init_tied(wrapped)
 
 
-def _declares_ties(model) -> bool:
+def _declares_ties(model: "PreTrainedModel") -> bool:
     """Whether the config has a `tying` entry, or a model inside has the mixin by an entry of its own config."""
     return entry_of(model.config) is not None or _holds_ties(model)
 
 
-def _holds_ties(model) -> bool:
+def _holds_ties(model: "PreTrainedModel") -> bool:
     return any("tie_groups" in vars(module) for module in model.modules())
 
 
-def take_tying(wrapped, cls, args, kwargs):
+def take_tying(
+    wrapped: Callable[..., Any], cls: "type[PreTrainedModel]", args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> "PreTrainedModel":
     """Around `PreTrainedModel.from_pretrained`: `tying=` is the declaration for this load."""
     if "tying" not in kwargs:
         return wrapped(*args, **kwargs)
@@ -191,7 +202,9 @@ def take_tying(wrapped, cls, args, kwargs):
     return from_pretrained(wrapped, cls, args, kwargs)
 
 
-def adopt_ties(wrapped, model, args, kwargs):
+def adopt_ties(
+    wrapped: Callable[..., Any], model: "PreTrainedModel", args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """Around `PreTrainedModel.save_pretrained`: a tie that was made on a model inside is the outer one's too."""
     if _holds_ties(model):
         from .ties.inner import adopt_inner_ties
@@ -201,7 +214,9 @@ def adopt_ties(wrapped, model, args, kwargs):
     return wrapped(*args, **kwargs)
 
 
-def check_checkpoint(wrapped, instance, args, kwargs):
+def check_checkpoint(
+    wrapped: Callable[..., Any], instance: object, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """Around `PreTrainedModel._load_pretrained_model`: refuse what would break a tie before weights are read."""
     given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
     groups = getattr(given["model"], "tie_groups", None)
@@ -213,7 +228,9 @@ def check_checkpoint(wrapped, instance, args, kwargs):
     return wrapped(*args, **kwargs)
 
 
-def load_adapter(wrapped, model, args, kwargs):
+def load_adapter(
+    wrapped: Callable[..., Any], model: "PreTrainedModel", args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """Around `PeftAdapterMixin.load_adapter`: the method imports PEFT itself, which may be the first to do so."""
     from transformers.utils import is_peft_available
 
@@ -231,7 +248,7 @@ def load_adapter(wrapped, model, args, kwargs):
 # our classes build on may be incomplete.
 
 
-def register_models(wrapped, cls, args, kwargs):
+def register_models(wrapped: Callable[..., Any], cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around `AutoConfig.from_pretrained` and `for_model`: register the model types of this package."""
     from . import models
 
@@ -240,7 +257,7 @@ def register_models(wrapped, cls, args, kwargs):
     return wrapped(*args, **kwargs)
 
 
-def register_tokenizer(wrapped, cls, args, kwargs):
+def register_tokenizer(wrapped: Callable[..., Any], cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around `AutoTokenizer.from_pretrained`: register `JointTokenizer`."""
     from .vocabularies import tokenizer
 

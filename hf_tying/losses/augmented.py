@@ -1,6 +1,7 @@
 """`augmented_loss`: cross entropy plus the divergence from a target made of word vectors (Inan et al. 2017)."""
 
 from dataclasses import fields
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -32,7 +33,7 @@ def augmented_loss(
     detach_target: bool = False,
     ignore_index: int = -100,
     reduction: str = "mean",
-    num_items_in_batch: int | torch.Tensor | None = None,
+    num_items_in_batch: float | torch.Tensor | None = None,
     cross_entropy_weight: float = 1.0,
     logit_scale: float | torch.Tensor | None = None,
     memory_budget: int | None = None,
@@ -158,28 +159,39 @@ def augmented_parts(
 
 
 def reference_augmented_loss(
-    hidden, weight, labels, *, embedding=None, bias=None, ignore_index=-100, reduction="mean", num_items_in_batch=None,
-    logit_scale=None, **settings,
-) -> torch.Tensor:  # fmt: skip
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    embedding: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items_in_batch: float | torch.Tensor | None = None,
+    logit_scale: float | torch.Tensor | None = None,
+    **settings: Any,
+) -> torch.Tensor:
     """`augmented_loss` in plain torch, all matrices whole: what it is tested against.
 
     Arguments, shapes and result as for `augmented_loss`; `settings` are the keywords of `AugmentedSettings`.
     """
-    settings = AugmentedSettings(**settings)
+    chosen = AugmentedSettings(**settings)
     exact = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
     counted = labels != ignore_index
-    reduced = dict(ignore_index=ignore_index, reduction=reduction, num_items_in_batch=num_items_in_batch)
+    reduced: dict[str, Any] = dict(
+        ignore_index=ignore_index, reduction=reduction, num_items_in_batch=num_items_in_batch
+    )
     cross_entropy = reference_cross_entropy(hidden, weight, labels, bias=bias, logit_scale=logit_scale, **reduced)
     matrix = (weight if embedding is None else embedding).to(exact)
-    target = F.log_softmax(matrix[labels[counted]] @ matrix.t() / settings.temperature, -1)
-    if settings.detach_target:
+    target = F.log_softmax(matrix[labels[counted]] @ matrix.t() / chosen.temperature, -1)
+    if chosen.detach_target:
         target = target.detach()
     logits = hidden[counted].to(exact) @ weight.to(exact).t() * (1.0 if logit_scale is None else logit_scale)
-    divergence = F.kl_div(F.log_softmax(logits / settings.temperature, -1), target, reduction="sum", log_target=True)
+    divergence = F.kl_div(F.log_softmax(logits / chosen.temperature, -1), target, reduction="sum", log_target=True)
     items = 1 if reduction == "sum" else counted.sum() if num_items_in_batch is None else num_items_in_batch
     items = torch.as_tensor(items, device=hidden.device)
-    divergence = settings.divergence_weight * divergence / items.masked_fill(items == 0, 1)
-    return settings.cross_entropy_weight * cross_entropy + divergence
+    divergence = chosen.divergence_weight * divergence / items.masked_fill(items == 0, 1)
+    return chosen.cross_entropy_weight * cross_entropy + divergence
 
 
 class AugmentedLoss(LossModule):
@@ -198,7 +210,7 @@ class AugmentedLoss(LossModule):
     function = staticmethod(augmented_loss)
     at_call = ("embedding", "bias", "num_items_in_batch")
 
-    def __init__(self, *args, **options):
+    def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         settings = AugmentedSettings(**{field.name: self.options[field.name] for field in fields(AugmentedSettings)})
         self.options |= {"alpha": settings.divergence_weight, "gamma": None}

@@ -64,9 +64,9 @@ def augmented_sums(
     itemsize, exact = problem.weight.element_size(), problem.exact
     blocks = plan_chunks(
         *problem.hidden.shape,
-        len(problem.weight),
-        itemsize,
-        exact.itemsize,
+        vocabulary=len(problem.weight),
+        itemsize=itemsize,
+        exact_itemsize=exact.itemsize,
         budget=2 * budget // _BLOCKS,
         gradients=False,
         matrix_gradient=False,
@@ -84,7 +84,7 @@ def augmented_sums(
 class _LogSumExp:
     """The log-sum-exp of each column of a matrix that comes in blocks of rows, and means under its softmax."""
 
-    def __init__(self, columns: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, columns: int, dtype: torch.dtype, device: torch.device) -> None:
         self.largest = torch.full((columns,), -torch.inf, dtype=dtype, device=device)
         self.sum, self.weighted = torch.zeros_like(self.largest), torch.zeros_like(self.largest)
 
@@ -117,10 +117,12 @@ class _LogSumExp:
 class _Products:
     """Matrix products of blocks of rows with a few columns, in the exact dtype; kept while there is room for them."""
 
-    def __init__(self, exact: torch.dtype, room: int):
+    def __init__(self, exact: torch.dtype, room: int) -> None:
         self.exact, self.room, self.kept = exact, room, {}
 
-    def __call__(self, name: str, words: slice, matrix: torch.Tensor, columns: torch.Tensor, again: bool = True):
+    def __call__(
+        self, name: str, words: slice, matrix: torch.Tensor, columns: torch.Tensor, again: bool = True
+    ) -> torch.Tensor:
         """`matrix @ columns.T`, not to be written to. `again`: whether the second pass will ask for it."""
         key = name, words.start
         if key in self.kept:
@@ -167,7 +169,7 @@ class _Walk:
 
     def __init__(
         self, problem: AugmentedSoftmax, gradients: Gradients, blocks: tuple[slice, ...], products: _Products
-    ):
+    ) -> None:
         self.problem, self.gradients, self.blocks, self.products = problem, gradients, blocks, products
         self.scale, self.temperature = problem.scale, problem.settings.temperature
         self.alpha = problem.settings.divergence_weight

@@ -39,7 +39,7 @@ _LIBRARIES = {library.backend: library for library in (LIGER, CCE)}
 
 
 def choose_backend(
-    backend: str, hidden: torch.Tensor, weight: torch.Tensor, bias, options: CrossEntropyOptions
+    backend: str, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, options: CrossEntropyOptions
 ) -> Callable:
     """What computes this loss: a function of (hidden, weight, labels, bias, options, memory_budget).
 
@@ -60,7 +60,13 @@ def choose_backend(
     return _library_path(_LIBRARIES[backend], hidden, weight, bias, options)
 
 
-def _library_path(library: KernelLibrary, hidden, weight, bias, options: CrossEntropyOptions) -> Callable:
+def _library_path(
+    library: KernelLibrary,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    options: CrossEntropyOptions,
+) -> Callable:
     backend = library.backend
     if find_spec(library.module.partition(".")[0]) is None:
         raise ImportError(

@@ -21,7 +21,12 @@ _MOST_WORDS = 256
 
 
 def _compute(
-    hidden, weight, labels, bias, options: CrossEntropyOptions, memory_budget: int | None = None
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None,
+    options: CrossEntropyOptions,
+    memory_budget: int | None = None,
 ) -> torch.Tensor:
     if not any_label_counts(labels, options):
         return tied_path(hidden, weight, labels, bias, options, memory_budget)
@@ -48,7 +53,9 @@ def _compute(
     return mean_of_sum(loss, labels, options) if options.reduction == "mean" else loss
 
 
-def _refusals(hidden, weight, bias, options: CrossEntropyOptions) -> Iterator[str]:
+def _refusals(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, options: CrossEntropyOptions
+) -> Iterator[str]:
     yield from float64_refusal(hidden, weight)
     if bias is not None:
         yield "bias (25.6.4 counts it once for every 256 columns of the matrix)"

@@ -5,6 +5,7 @@ and written: a few rows at a time are several times slower than some hundred. Th
 the work on logits stays in the cache. Both follow from the shape, the dtype and a budget of bytes.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -125,5 +126,5 @@ def _columns(rows: int, vocabulary: int, values: int) -> int:
     return min(max(values // max(rows, 1), _NARROWEST), _WIDEST, vocabulary)
 
 
-def _longest(slices) -> int:
+def _longest(slices: Iterable[slice]) -> int:
     return max((part.stop - part.start for part in slices), default=0)

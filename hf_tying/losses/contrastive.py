@@ -1,7 +1,7 @@
 """`contrastive_weight_tying_loss` (CWT): the words of the batch stand in for the vocabulary."""
 
 import logging
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,7 @@ def contrastive_weight_tying_loss(
     gather: bool = False,
     ignore_index: int = -100,
     reduction: str = "mean",
-    num_items_in_batch: int | torch.Tensor | None = None,
+    num_items_in_batch: float | torch.Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
     """Tell each position's word from the other words of the batch, by the input embeddings; no vocabulary projection.
@@ -96,11 +96,11 @@ def contrastive_weight_tying_loss(
         )
     if len(own) == 0:
         exact = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
-        nothing = sum(torch.as_tensor(x).reshape(-1)[:0].sum() for x in (hidden, weight, temperature))
-        return nothing.to(exact)
+        nothing = (torch.as_tensor(x).reshape(-1)[:0].sum() for x in (hidden, weight, temperature))
+        return sum(nothing, torch.zeros((), dtype=exact, device=hidden.device)).to(exact)
     rows = tied_embedding(candidates.words, weight.detach() if stop_gradient else weight)
     targets = torch.searchsorted(candidates.words[: candidates.of_batch], own)
-    items = num_items_in_batch
+    items: float | torch.Tensor | None = num_items_in_batch
     if reduction == "mean" and items is None:
         items = batch.shape[0] / processes  # a number that torch.jit.trace does not take for a constant, as of `len`
     options = CrossEntropyOptions(reduction=reduction, num_items_in_batch=items, logit_scale=1 / temperature)
@@ -132,12 +132,12 @@ class ContrastiveWeightTyingLoss(LossModule):
     function = staticmethod(contrastive_weight_tying_loss)
     at_call = ("num_items_in_batch", "generator")
 
-    def __init__(self, *args, **options):
+    def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         check_options(*(self.options[name] for name in ("negatives", "num_sampled", "temperature")))
 
 
-def check_options(negatives: str, num_sampled: int | None, temperature: float) -> None:
+def check_options(negatives: str, num_sampled: int | None, temperature: float | torch.Tensor) -> None:
     """Refuse what is wrong without any tensor being seen.
 
     Raises:
@@ -177,7 +177,9 @@ class _Candidates(NamedTuple):
     counts: torch.Tensor
 
 
-def _candidates(batch: torch.Tensor, vocabulary: int, negatives: str, num_sampled: int, generator) -> _Candidates:
+def _candidates(
+    batch: torch.Tensor, vocabulary: int, negatives: str, num_sampled: int, generator: torch.Generator | None
+) -> _Candidates:
     words, counts = batch.unique(return_counts=True)
     of_batch = words.shape[0]
     if negatives == "sampled":
@@ -205,7 +207,15 @@ def _of_all_processes(words: torch.Tensor) -> torch.Tensor:
 
 
 def _check(
-    hidden, weight, labels, negatives, num_sampled, temperature, ignore_index, reduction, num_items_in_batch
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    negatives: str,
+    num_sampled: int | None,
+    temperature: float | torch.Tensor,
+    ignore_index: int,
+    reduction: str,
+    num_items_in_batch: float | torch.Tensor | None,
 ) -> None:
     check_options(negatives, num_sampled, temperature)
     if reduction not in ("mean", "sum"):

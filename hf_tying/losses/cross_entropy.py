@@ -19,7 +19,7 @@ def tied_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
-    num_items_in_batch: int | torch.Tensor | None = None,
+    num_items_in_batch: float | torch.Tensor | None = None,
     logit_scale: float | torch.Tensor | None = None,
     logit_softcap: float | None = None,
     class_weight: torch.Tensor | None = None,
@@ -78,7 +78,13 @@ def tied_cross_entropy(
 
 @untraced
 def cross_entropy(
-    hidden, weight, labels, bias, options: CrossEntropyOptions, memory_budget: int | None = None, backend: str = "auto"
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None,
+    options: CrossEntropyOptions,
+    memory_budget: int | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """`tied_cross_entropy` with its options in one."""
     check_operands(hidden, weight, labels, bias, options)

@@ -1,5 +1,7 @@
 """`tied_embedding`: rows of a matrix whose gradient goes into the one buffer that the softmax has made."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -49,7 +51,7 @@ class TiedEmbedding(nn.Embedding):
         ValueError: for one of these three.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for option in ("max_norm", "scale_grad_by_freq", "sparse"):
             if getattr(self, option):
@@ -61,14 +63,14 @@ class TiedEmbedding(nn.Embedding):
 
 class _TiedEmbedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input_ids, weight, padding_idx):
+    def forward(ctx: Any, input_ids: torch.Tensor, weight: torch.Tensor, padding_idx: int | None) -> torch.Tensor:
         expected_refcounts()  # measured here, so that no backward pass has to run another for it
         ctx.save_for_backward(input_ids)
         ctx.weight, ctx.padding_idx = weight, padding_idx
         return F.embedding(input_ids, weight, padding_idx)
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[None, torch.Tensor | None, None]:
         refuse_double_backward("tied_embedding", "torch.nn.functional.embedding", upstream)
         (input_ids,), weight = ctx.saved_tensors, ctx.weight
         ids, rows = input_ids.reshape(-1).long(), upstream.reshape(-1, weight.shape[1])

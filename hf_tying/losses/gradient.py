@@ -18,6 +18,7 @@ import sys
 import weakref
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -107,12 +108,14 @@ class _Probe(torch.autograd.Function):
     """A use of a matrix: the first in a backward pass claims its gradient, the second counts the references to it."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, seen):
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, seen: list[tuple[int, int, int]]
+    ) -> torch.Tensor:
         ctx.weight, ctx.seen = weight, seen
         return hidden + weight
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         entry = _claims.get(ctx.weight)
         if entry is None:
             gradient = torch.ones_like(ctx.weight)

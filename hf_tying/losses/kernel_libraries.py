@@ -56,7 +56,7 @@ def library_function(library: KernelLibrary) -> Callable:
     return getattr(importlib.import_module(library.module), library.function)
 
 
-def float64_refusal(hidden, weight) -> Iterator[str]:
+def float64_refusal(hidden: torch.Tensor, weight: torch.Tensor) -> Iterator[str]:
     """The refusal of float64 tensors, if one of both is one."""
     if torch.float64 in (hidden.dtype, weight.dtype):
         yield "float64 tensors (its losses are in float32)"
@@ -68,7 +68,7 @@ def any_label_counts(labels: torch.Tensor, options: CrossEntropyOptions) -> bool
 
 
 def kernel_operands(
-    hidden, weight, bias, options: CrossEntropyOptions
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, options: CrossEntropyOptions
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(N, D), (V, D) and (V,) in the dtype of the products, the scale of the logits multiplied in."""
     device, products = hidden.device.type, hidden.dtype

@@ -16,7 +16,12 @@ from .options import CrossEntropyOptions
 
 
 def _compute(
-    hidden, weight, labels, bias, options: CrossEntropyOptions, memory_budget: int | None = None
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None,
+    options: CrossEntropyOptions,
+    memory_budget: int | None = None,
 ) -> torch.Tensor:
     if not any_label_counts(labels, options):
         return tied_path(hidden, weight, labels, bias, options, memory_budget)

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ class LossModule(nn.Module):
     function: Callable[..., torch.Tensor]
     at_call: tuple[str, ...] = ()
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         parameters = inspect.signature(cls.function).parameters
         tensors = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -32,13 +33,13 @@ class LossModule(nn.Module):
             [p.replace(kind=p.POSITIONAL_OR_KEYWORD) for name, p in parameters.items() if name not in cls._arguments]
         )
 
-    def __init__(self, *args, **options):
+    def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__()
         given = type(self).__signature__.bind(*args, **options)
         given.apply_defaults()
         self.options = given.arguments
 
-    def forward(self, *arguments, **keywords) -> torch.Tensor:
+    def forward(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
         """Shapes and result as for the function. Its tensors come first, then those of `at_call`, in that order."""
         if len(arguments) > len(self._arguments):
             raise TypeError(f"Expected at most {len(self._arguments)} arguments, {self._arguments}: got more.")

@@ -1,6 +1,7 @@
 """What a loss computes, and what it refuses."""
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -22,13 +23,13 @@ class CrossEntropyOptions:
     ignore_index: int = -100
     label_smoothing: float = 0.0
     reduction: str = "mean"
-    num_items_in_batch: int | torch.Tensor | None = None
-    logit_scale: float | None = None
+    num_items_in_batch: float | torch.Tensor | None = None
+    logit_scale: float | torch.Tensor | None = None
     logit_softcap: float | None = None
     class_weight: torch.Tensor | None = None
-    upstream: float = 1.0
+    upstream: float | torch.Tensor = 1.0
 
-    def keywords(self) -> dict:
+    def keywords(self) -> dict[str, Any]:
         """As `reference_cross_entropy` takes them."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "upstream"}
 
@@ -47,7 +48,7 @@ class AugmentedSettings:
     detach_target: bool = False
     cross_entropy_weight: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature}: expected a number above 0.")
         if self.alpha is not None and self.gamma is not None:
@@ -68,12 +69,12 @@ class AugmentedSettings:
         return weight if is_learned(weight) else float(weight)
 
 
-def is_learned(value) -> bool:
+def is_learned(value: object) -> bool:
     """Whether `value` is a tensor for which a gradient is expected."""
     return isinstance(value, torch.Tensor) and value.requires_grad and torch.is_grad_enabled()
 
 
-def refuse_learned(otherwise: str, **options) -> None:
+def refuse_learned(otherwise: str, **options: object) -> None:
     """Refuse options that are learned: what reads them reads numbers, and they would get no gradient.
 
     Args:
@@ -96,13 +97,19 @@ def with_learned_scale(
 ) -> tuple[torch.Tensor, torch.Tensor | None, CrossEntropyOptions]:
     """The same logits, a scale that is learned multiplied into hidden states and bias, as autograd knows it."""
     scale = options.logit_scale
-    if not is_learned(scale):
+    if not isinstance(scale, torch.Tensor) or not is_learned(scale):
         return hidden, bias, options
     scale = scale.reshape(())
     return hidden * scale, None if bias is None else bias * scale, replace(options, logit_scale=None)
 
 
-def check_operands(hidden, weight, labels, bias, options: CrossEntropyOptions) -> None:
+def check_operands(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None,
+    options: CrossEntropyOptions,
+) -> None:
     """Refuse what torch refuses in `linear` and `cross_entropy`, by the same exceptions, before any work.
 
     Args:

@@ -13,8 +13,8 @@ def reference_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
-    num_items_in_batch: int | torch.Tensor | None = None,
-    logit_scale: float | None = None,
+    num_items_in_batch: float | torch.Tensor | None = None,
+    logit_scale: float | torch.Tensor | None = None,
     logit_softcap: float | None = None,
     class_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:

@@ -59,7 +59,7 @@ class Exponentials:
 
     keeps_products = False
 
-    def __init__(self, softmax: Softmax, rows: slice, target: torch.Tensor):
+    def __init__(self, softmax: Softmax, rows: slice, target: torch.Tensor) -> None:
         self.softmax = softmax
         self.true_share, self.upstream = softmax.true_share[rows], softmax.factor[rows]
         # A soft cap is applied in base e, and everything else in base 2, by one factor of the products.
@@ -115,7 +115,7 @@ class Exponentials:
             self.at_target = at_target * (1 - (self.target / cap).square())
         unfit = (self.others > _LARGE) | (self.target == -torch.inf)
         if smoothing is not None:
-            unfit |= share.abs() <= _SMALLEST_SHARE * (self.true_share.abs() + total.abs())
+            unfit |= share.abs() <= _SMALLEST_SHARE * (self.true_share.abs() + abs(total))
         return not unfit.any()
 
     def differentiate(self, block: torch.Tensor, words: slice, at: At) -> None:
@@ -141,7 +141,7 @@ class Logits:
     scale = 1.0
     factor = None
 
-    def __init__(self, softmax: Softmax, rows: slice, target: torch.Tensor):
+    def __init__(self, softmax: Softmax, rows: slice, target: torch.Tensor) -> None:
         self.softmax, self.labels = softmax, softmax.labels[rows]
         self.true_share, self.upstream = softmax.true_share[rows], softmax.factor[rows]
         self.target = _capped(target * softmax.scale, softmax.softcap)

@@ -39,7 +39,7 @@ def cross_entropy(softmax: Softmax, plan: ChunkPlan, gradients: Gradients) -> to
 class _Memory:
     """Memory that all chunks of tokens use in turn: the block at work, and room for kept values."""
 
-    def __init__(self, softmax: Softmax, plan: ChunkPlan, gradients: Gradients):
+    def __init__(self, softmax: Softmax, plan: ChunkPlan, gradients: Gradients) -> None:
         device, kept_as = softmax.weight.device, _KEPT_AS.get(softmax.weight.dtype, softmax.weight.dtype)
         self.block = torch.empty(plan.longest_block, dtype=softmax.exact, device=device)
         self.buffer = torch.empty(plan.buffer, dtype=kept_as, device=device)
@@ -72,7 +72,7 @@ class _Memory:
 class _Walk:
     """The two passes over one chunk of tokens, block by block: for the losses, and for the gradients."""
 
-    def __init__(self, softmax: Softmax, plan: ChunkPlan, gradients: Gradients, memory: _Memory, rows: slice):
+    def __init__(self, softmax: Softmax, plan: ChunkPlan, gradients: Gradients, memory: _Memory, rows: slice) -> None:
         self.softmax, self.gradients, self.memory, self.rows = softmax, gradients, memory, rows
         self.labels, self.hidden = softmax.labels[rows], softmax.hidden[rows]
         self.blocks = plan.blocks

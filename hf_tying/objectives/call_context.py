@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -63,7 +64,7 @@ class Operands:
         values: the tensors; anything else among them is left out.
     """
 
-    def __init__(self, values: tuple):
+    def __init__(self, values: tuple) -> None:
         self._seen = [(value, _version(value)) for value in values if isinstance(value, torch.Tensor)]
 
     def include(self, tensors: list[torch.Tensor]) -> bool:
@@ -86,14 +87,15 @@ _IN_PLACE = {
 }
 # Whoever is given the memory itself may write to it.
 _GIVES_MEMORY = {"numpy", "__array__", "__dlpack__", "data_ptr"}
+_SET_DATA = torch.Tensor.data.__set__  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def written_to(function, args: tuple, kwargs: dict) -> list[torch.Tensor]:
+def written_to(function: Callable[..., Any], args: tuple, kwargs: dict) -> list[torch.Tensor]:
     """The tensors that a call of a torch function changes in place, as far as its name and arguments tell."""
     name = getattr(function, "__name__", "")
     written = [kwargs.get("out")]
     by_name = name.endswith("_") and not name.endswith("__") or name in _IN_PLACE or name in _GIVES_MEMORY
-    if by_name or kwargs.get("inplace") or function == torch.Tensor.data.__set__:
+    if by_name or kwargs.get("inplace") or function == _SET_DATA:
         written += [*args[:1], kwargs.get("input")]
     flat = [part for each in written for part in (each if isinstance(each, tuple | list) else (each,))]
     return [tensor for tensor in flat if isinstance(tensor, torch.Tensor)]

@@ -12,8 +12,10 @@ or matrix are written to, they materialize (`before_write`), and a write that wa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import builtins
+from collections.abc import Callable, Iterable, Iterator
 from math import prod
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -22,7 +24,7 @@ from transformers.utils import logging
 from ..config import TyingError
 from ..losses.options import CrossEntropyOptions
 from .call_context import CallContext, Operands
-from .lazy_tensor import LazyTensor, materialized
+from .lazy_tensor import LazyTensor, Siblings, materialized
 from .step_loss import StepLoss, needs_deferred
 
 logger = logging.get_logger(__name__)
@@ -40,22 +42,33 @@ class DeferredLogits(LazyTensor):
     """
 
     def __init__(
-        self, loss: StepLoss, context: CallContext, hidden, weight, bias, dtype, compute: Callable, operands: tuple,
-        pending_ops=(), siblings=None,
-    ):  # fmt: skip
+        self,
+        loss: StepLoss,
+        context: CallContext,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+        compute: Callable,
+        operands: tuple,
+        pending_ops: tuple[builtins.float | None, ...] = (),
+        siblings: Siblings | None = None,
+    ) -> None:
         super().__init__(compute, siblings)
         self._loss, self._context = loss, context
         self.hidden, self.weight, self.bias, self.dtype = hidden, weight, bias, dtype
-        self.pending_ops: tuple[float | None, ...] = pending_ops
+        self.pending_ops = pending_ops
         self._operands = Operands(operands)  # what is read only when the logits are computed
 
     @classmethod
-    def of(cls, loss: StepLoss, input, weight, bias=None) -> DeferredLogits:
+    def of(
+        cls, loss: StepLoss, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> DeferredLogits:
         """The deferred result of `torch.nn.functional.linear(input, weight, bias)`, for the loss of this step."""
         context = CallContext.now(input.device.type)
         dtype = context.dtype if context.autocast and input.dtype != torch.float64 else input.dtype
 
-        def product():
+        def product() -> torch.Tensor:
             return torch.ops.aten.linear.default(input, weight, bias)  # F.linear, which would be deferred again
 
         return cls(loss, context, input, weight, bias, dtype, product, (input, weight, bias))
@@ -82,13 +95,13 @@ class DeferredLogits(LazyTensor):
     def dim(self) -> int:
         return self.hidden.ndim
 
-    def size(self, dim: int | None = None):
+    def size(self, dim: int | None = None) -> torch.Size | int:
         return self.shape if dim is None else self.shape[dim]
 
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[torch.Tensor]:
         # transformers' ModelOutput tries this on its first field, where FSMT's decoder puts logits.
         raise TypeError(
             "Logits that are deferred (use_tied_loss) are not iterable. For a model that iterates over its logits in "
@@ -98,7 +111,7 @@ class DeferredLogits(LazyTensor):
     # --- operations that are recorded --------------------------------------------------------------------------------
 
     def _derive(
-        self, operation: Callable[[torch.Tensor], torch.Tensor], operands: tuple = (), **changes
+        self, operation: Callable[[torch.Tensor], torch.Tensor], operands: tuple = (), **changes: Any
     ) -> DeferredLogits | torch.Tensor:
         """The result of `operation`: deferred logits with `changes`; a tensor once these logits are materialized.
 
@@ -118,25 +131,25 @@ class DeferredLogits(LazyTensor):
             self._loss, self._context, **state | changes, compute=compute, operands=operands, siblings=self._siblings
         )
 
-    def float(self):
+    def float(self) -> DeferredLogits | torch.Tensor:
         return self._derive(lambda logits: logits.float(), dtype=torch.float32)
 
-    def to(self, *args, **kwargs):
-        dtype, device = torch._C._nn._parse_to(*_without_tensor(args), **kwargs)[1::-1]
+    def to(self, *args: Any, **kwargs: Any) -> DeferredLogits | torch.Tensor:
+        dtype, device = torch._C._nn._parse_to(*_without_tensor(args), **kwargs)[1::-1]  # pyright: ignore[reportAttributeAccessIssue]
         if device is not None and torch.empty(0, device=device).device != self.device:
             return self.materialize("to another device").to(*args, **kwargs)
         return self._derive(lambda logits: logits.to(*args, **kwargs), dtype=dtype or self.dtype)
 
-    def contiguous(self, *args, **kwargs):
+    def contiguous(self, *args: Any, **kwargs: Any) -> DeferredLogits | torch.Tensor:
         return self._derive(lambda logits: logits.contiguous(*args, **kwargs))
 
-    def view(self, *shape, **kwargs):
+    def view(self, *shape: Any, **kwargs: Any) -> DeferredLogits | torch.Tensor:
         return self._reshaped("view", shape, kwargs)
 
-    def reshape(self, *shape, **kwargs):
+    def reshape(self, *shape: Any, **kwargs: Any) -> DeferredLogits | torch.Tensor:
         return self._reshaped("reshape", shape, kwargs)
 
-    def _reshaped(self, name: str, args: tuple, kwargs: dict):
+    def _reshaped(self, name: str, args: tuple, kwargs: dict) -> DeferredLogits | torch.Tensor:
         shape = tuple(args[0]) if len(args) == 1 and isinstance(args[0], tuple | list) else args
         known = [size for size in shape[:-1] if size != -1]
         keeps_words = bool(shape) and not kwargs and all(isinstance(size, int) for size in shape)
@@ -149,7 +162,7 @@ class DeferredLogits(LazyTensor):
         hidden = self.hidden.reshape(*shape[:-1], self.hidden.shape[-1])
         return self._derive(lambda logits: getattr(logits, name)(*args), hidden=hidden)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> DeferredLogits | torch.Tensor:
         parts = index if isinstance(index, tuple) else (index,)
         if not self._keeps_words(parts):
             return self.materialize("an index into the words")[index]
@@ -164,7 +177,7 @@ class DeferredLogits(LazyTensor):
         masks = [part.ndim for part in parts if isinstance(part, torch.Tensor) and part.dtype == torch.bool]
         return all(part is not Ellipsis for part in parts) and len(parts) - len(masks) + sum(masks) < self.ndim
 
-    def __add__(self, other):
+    def __add__(self, other: Any) -> DeferredLogits | torch.Tensor:
         words = (len(self.weight),)
         is_bias = isinstance(other, torch.Tensor) and other.ndim <= self.ndim and other.shape[-1:] == words
         if not is_bias or other.numel() != words[0] or self.pending_ops:
@@ -175,22 +188,22 @@ class DeferredLogits(LazyTensor):
 
     __radd__ = __add__
 
-    def __mul__(self, factor):
+    def __mul__(self, factor: Any) -> DeferredLogits | torch.Tensor:
         if (number := _as_number(factor)) is None:
             return self.materialize("a product") * factor
         return self._derive(lambda logits: logits * factor, (factor,), pending_ops=(*self.pending_ops, number))
 
     __rmul__ = mul = __mul__
 
-    def __truediv__(self, divisor):
+    def __truediv__(self, divisor: Any) -> DeferredLogits | torch.Tensor:
         if not (number := _as_number(divisor)):
             return self.materialize("a quotient") / divisor
         return self._derive(lambda logits: logits / divisor, (divisor,), pending_ops=(*self.pending_ops, 1 / number))
 
-    def div(self, divisor, **kwargs):
+    def div(self, divisor: Any, **kwargs: Any) -> DeferredLogits | torch.Tensor:
         return self.materialize("a quotient").div(divisor, **kwargs) if kwargs else self / divisor
 
-    def tanh(self):
+    def tanh(self) -> DeferredLogits | torch.Tensor:
         if None in self.pending_ops:
             return self.materialize("a second tanh").tanh()
         return self._derive(torch.tanh, pending_ops=(*self.pending_ops, None))
@@ -198,9 +211,15 @@ class DeferredLogits(LazyTensor):
     # --- the loss ----------------------------------------------------------------------------------------------------
 
     def cross_entropy(
-        self, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean",
-        label_smoothing=0.0,
-    ) -> torch.Tensor:  # fmt: skip
+        self,
+        target: torch.Tensor,
+        weight: torch.Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: builtins.float = 0.0,
+    ) -> torch.Tensor:
         """`torch.nn.functional.cross_entropy` of these logits, with its arguments; or the objective in its place."""
         label_smoothing = label_smoothing or self._loss.settings.label_smoothing
         scale, cap = self._scale_and_cap()
@@ -227,12 +246,12 @@ class DeferredLogits(LazyTensor):
                 self.hidden, self.weight, target, self.bias, options, is_scaled=bool(self.pending_ops)
             )
 
-    def _scale_and_cap(self) -> tuple[float | None, float | None]:
+    def _scale_and_cap(self) -> tuple[builtins.float | None, builtins.float | None]:
         """The pending operations as a scale and a soft cap, where `cap * tanh(a * x)` is a soft cap of `a * cap * x`.
         A scale of `None`: they are neither."""
         ops = self.pending_ops
         at = ops.index(None) if None in ops else len(ops)
-        before, after = prod(ops[:at]), prod(ops[at + 1 :])
+        before, after = (prod(op for op in part if op is not None) for part in (ops[:at], ops[at + 1 :]))
         if at == len(ops):
             return before, None
         return (before * after, after) if after > 0 else (None, None)
@@ -287,7 +306,13 @@ class DeferredLogits(LazyTensor):
             )
 
     @classmethod
-    def __torch_function__(cls, function: Callable, types, args=(), kwargs=None):
+    def __torch_function__(
+        cls,
+        function: Callable,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         if function is F.cross_entropy and isinstance(args[0], cls):
             return args[0].cross_entropy(*args[1:], **kwargs)
@@ -300,7 +325,7 @@ class DeferredLogits(LazyTensor):
         return function(*materialized(args, name), **materialized(kwargs, name))
 
 
-def _as_number(value) -> float | None:
+def _as_number(value: object) -> float | None:
     """`value` as a float if it is a number or a one-element tensor without gradient; otherwise None."""
     if isinstance(value, torch.Tensor):
         return None if value.requires_grad or value.numel() != 1 else float(value)

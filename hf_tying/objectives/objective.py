@@ -45,7 +45,7 @@ class AugmentedObjective:
 
     needs_softmax = True  # the loss is computed with the softmax matrix
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         try:
             settings = self.settings
         except ValueError as error:
@@ -59,7 +59,16 @@ class AugmentedObjective:
         """The options as `augmented_parts` takes them."""
         return AugmentedSettings(self.temperature, self.alpha, self.gamma, self.detach_target)
 
-    def loss(self, hidden, weight, labels, bias, options: CrossEntropyOptions, embedding, memory_budget) -> tuple:
+    def loss(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        bias: torch.Tensor | None,
+        options: CrossEntropyOptions,
+        embedding: torch.Tensor,
+        memory_budget: int | None,
+    ) -> tuple:
         """The loss in place of the model's cross entropy; the arguments are those of `ContrastiveObjective.loss`.
 
         Returns:
@@ -104,13 +113,22 @@ class ContrastiveObjective:
 
     needs_softmax = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         try:
             check_options(self.negatives, self.num_sampled, self.temperature)
         except ValueError as error:
             raise TyingError(f"A contrastive objective cannot be made: {error}") from None
 
-    def loss(self, hidden, weight, labels, bias, options: CrossEntropyOptions, embedding, memory_budget) -> tuple:
+    def loss(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        bias: torch.Tensor | None,
+        options: CrossEntropyOptions,
+        embedding: torch.Tensor,
+        memory_budget: int | None,
+    ) -> tuple:
         """The loss in place of the model's cross entropy.
 
         Args:
@@ -148,7 +166,7 @@ class ContrastiveObjective:
 Objective = AugmentedObjective | ContrastiveObjective
 
 
-def _refuse_options(options: CrossEntropyOptions, what: str, **expected) -> None:
+def _refuse_options(options: CrossEntropyOptions, what: str, **expected: object) -> None:
     if options.reduction == "none":
         raise TyingError(
             f"{what} has one loss for a batch, and this model asks for each token's (reduction='none'). Train it by "
@@ -219,7 +237,7 @@ def freeze_unused(model: PreTrainedModel, names: list[str]) -> None:
         find_parameter(model, name).requires_grad_(False)
     if not names:
         return
-    model._frozen_names = tuple(names)
+    vars(model)["_frozen_names"] = tuple(names)
     frozen = f"{type(model).__name__}: {', '.join(names)}: no gradient by this objective, so frozen until it is gone."
     if roles(model)["output"].name in names:
         logger.warning(

@@ -1,10 +1,13 @@
 """Models that compute the mean of their losses themselves, and what `Trainer` takes them for."""
 
 import inspect
+from typing import TypeVar
 
 from torch import nn
 
 from ..ties.verify import unwrapped
+
+Model = TypeVar("Model", bound=nn.Module)
 
 #: Names in a `forward` that computes a cross entropy itself.
 _OWN = ("CrossEntropyLoss", "cross_entropy", "loss_fct")
@@ -40,7 +43,7 @@ def averages_own_loss(model: nn.Module) -> bool:
     return any(own in name for own in _OWN for name in names)
 
 
-def set_accepts_loss_kwargs(model: nn.Module) -> nn.Module:
+def set_accepts_loss_kwargs(model: Model) -> Model:
     """Tell `Trainer` that `model` gives the mean of its losses, where it does (`averages_own_loss`).
 
     `Trainer` takes any model with `**kwargs` for one that divides its loss by the items of a whole update, over all
@@ -56,5 +59,5 @@ def set_accepts_loss_kwargs(model: nn.Module) -> nn.Module:
     """
     inner = unwrapped(model)
     if not hasattr(inner, "accepts_loss_kwargs") and averages_own_loss(inner):
-        inner.accepts_loss_kwargs = False
+        vars(inner)["accepts_loss_kwargs"] = False
     return model

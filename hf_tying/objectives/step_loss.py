@@ -39,12 +39,25 @@ class StepLoss:
         was_asked: whether the model has asked for a cross entropy, and got it with these settings.
     """
 
-    def __init__(self, settings: LossSettings, num_items_in_batch=None, embedding: torch.Tensor | None = None):
+    def __init__(
+        self,
+        settings: LossSettings,
+        num_items_in_batch: float | torch.Tensor | None = None,
+        embedding: torch.Tensor | None = None,
+    ) -> None:
         self.settings, self.num_items_in_batch, self.embedding = settings, num_items_in_batch, embedding
         self.parts: dict[str, torch.Tensor] = {}
         self.was_asked = False
 
-    def compute(self, hidden, weight, target, bias, options: CrossEntropyOptions, is_scaled: bool) -> torch.Tensor:
+    def compute(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        target: torch.Tensor,
+        bias: torch.Tensor | None,
+        options: CrossEntropyOptions,
+        is_scaled: bool,
+    ) -> torch.Tensor:
         """The loss in place of the cross entropy that the model asks for.
 
         Args:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -21,17 +22,18 @@ from .step_loss import LossSettings
 from .tied_loss_mixin import TiedLossMixin, forward_parameters
 
 logger = logging.get_logger(__name__)
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def use_tied_loss(
-    model: nn.Module,
+    model: Model,
     enabled: bool = True,
     *,
     objective: Objective | None = None,
     label_smoothing: float = 0.0,
     memory_budget: int | None = None,
     backend: str = "auto",
-) -> nn.Module:
+) -> Model:
     """Let `model` train through `tied_cross_entropy`, in place: same loss, same gradients, no logits.
 
     A training step is a forward pass in training mode, with gradients and with `labels`. In it, the product with the
@@ -122,15 +124,17 @@ def use_tied_loss(
     _stop_watching(inner)
     if objective is not None or label_smoothing:
         what = type(objective).__name__ if objective is not None else f"label_smoothing={label_smoothing}"
-        inner._participation = Participation(
+        participation = Participation(
             f"{what} of use_tied_loss",
             "Train with transformers' Trainer, which runs the model's own forward; or by plain cross entropy: "
             "use_tied_loss(model).",
         )
-        inner._participation.watch(inner)
+        participation.watch(inner)
+        vars(inner)["_participation"] = participation
     set_accepts_loss_kwargs(inner)
     if not isinstance(inner, TiedLossMixin):
         inner.__class__ = with_mixin(TiedLossMixin, type(inner))
+    assert isinstance(inner, TiedLossMixin)  # for type checkers
     inner._tied_loss = LossSettings(label_smoothing, memory_budget, backend, objective)
     found = roles(inner)
     inner._softmax_name = found["output"].name
@@ -158,7 +162,7 @@ def objective_of(model: nn.Module) -> Objective | None:
 def evaluated_by_objective(model: nn.Module) -> Iterator[None]:
     """Inside this context `model` computes the loss of its objective in evaluation too, and has no logits."""
     inner = unwrapped(model)
-    inner._also_in_evaluation = True
+    vars(inner)["_also_in_evaluation"] = True
     try:
         yield
     finally:

@@ -1,7 +1,9 @@
 """The forward pass of a model under `use_tied_loss`: `TiedLossMixin`, which is put in front of the model's class."""
 
 import inspect
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,8 +11,9 @@ from torch.nn.modules import module as module_hooks
 from transformers.utils import ModelOutput, logging
 
 from ..losses.gradient import is_plain, is_transformed
+from ..ties.classes import MixinBase
 from ..ties.participation import Participation
-from ..ties.slots import find_parameter
+from ..ties.slots import parameter_of
 from .deferred_logits import DeferredLogits
 from .step_loss import LossSettings, needs_deferred
 from .tied_softmax import TiedSoftmax
@@ -19,7 +22,7 @@ logger = logging.get_logger(__name__)
 _HOOKS = ("forward", "backward", "backward_pre")
 
 
-class TiedLossMixin:
+class TiedLossMixin(MixinBase):
     """Runs a training step of the model inside `TiedSoftmax`. Any other forward pass is the model's own."""
 
     _tied_loss: LossSettings | None
@@ -28,14 +31,14 @@ class TiedLossMixin:
     _also_in_evaluation = False
     _participation: Participation | None = None  # where a step without this class would have another loss
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         forward, settings = super().forward, self._tied_loss
         vars(self).pop("loss_parts", None)  # those of the last step
         objective = None if settings is None else settings.objective
         in_step = settings is not None and (
             self.training and torch.is_grad_enabled() or objective is not None and self._also_in_evaluation
         )
-        if not in_step:
+        if settings is None or not in_step:
             return forward(*args, **kwargs)
         if not _has_labels(type(self), args, kwargs):
             if objective is not None:
@@ -43,9 +46,9 @@ class TiedLossMixin:
                     "it has no labels; Trainer's label_smoothing_factor and compute_loss_func take them away", settings
                 )
             return forward(*args, **kwargs)
-        matrix = embedding = find_parameter(self, self._softmax_name)
+        matrix = embedding = parameter_of(self, self._softmax_name)
         if objective is not None:
-            embedding = find_parameter(self, self._embedding_name)
+            embedding = parameter_of(self, self._embedding_name)
         whole = self._why_whole(matrix, embedding)
         if whole is not None and objective is not None:
             raise needs_deferred(whole, settings)
@@ -124,7 +127,7 @@ def _hooked(model: nn.Module, name: str) -> str | None:
     return None
 
 
-def _reads_output(hook) -> bool:
+def _reads_output(hook: Callable[..., Any]) -> bool:
     """Whether a hook may look at its module's output. Torch's own tracker (of `FlopCounterMode`) does not."""
     return (
         not getattr(hook, "reads_no_output", False)
@@ -132,7 +135,7 @@ def _reads_output(hook) -> bool:
     )
 
 
-def _without_logits(value):
+def _without_logits(value: Any) -> Any:
     """`value` with `None` in place of deferred logits, also in the outputs of a part of the model."""
     if isinstance(value, DeferredLogits):
         return None

@@ -1,5 +1,7 @@
 """The torch function mode of a training step: it replaces the product with the softmax matrix by deferred logits."""
 
+from collections.abc import Callable, Iterable
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -30,8 +32,13 @@ class TiedSoftmax(TorchFunctionMode):
     """
 
     def __init__(
-        self, matrix: nn.Parameter, settings: LossSettings, num_items_in_batch=None, embedding=None, defers=True
-    ):
+        self,
+        matrix: nn.Parameter,
+        settings: LossSettings,
+        num_items_in_batch: float | torch.Tensor | None = None,
+        embedding: torch.Tensor | None = None,
+        defers: bool = True,
+    ) -> None:
         super().__init__()
         self.matrix = matrix
         self.embedding = matrix if embedding is None else embedding
@@ -39,7 +46,13 @@ class TiedSoftmax(TorchFunctionMode):
         self.defers, self.deferred = defers, False
         self.grad, self._products = torch.is_grad_enabled(), WeakSet()
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         if self._products and (written := written_to(function, args, kwargs)):
             for product in list(self._products):
@@ -66,23 +79,31 @@ class TiedSoftmax(TorchFunctionMode):
         """
         return self.defers and torch.is_grad_enabled() == self.grad and (not args or is_plain(args[0]))
 
-    def _are_logits(self, input) -> bool:
+    def _are_logits(self, input: object) -> bool:
         """Whether the input of a cross entropy is logits that could not be deferred: an adapter has added to them."""
         return isinstance(input, torch.Tensor) and input.ndim > 1 and input.shape[1] == len(self.matrix)
 
-    def _is_matrix(self, weight) -> bool:
+    def _is_matrix(self, weight: object) -> bool:
         """Whether `weight` is the parameter itself, or the view of it that a `RoleMeter` puts in its place."""
         return weight is self.matrix or getattr(weight, "_base", None) is self.matrix
 
-    def _is_embedding(self, weight) -> bool:
+    def _is_embedding(self, weight: object) -> bool:
         return weight is self.embedding or self._is_matrix(weight)
 
 
-def _argument(args: tuple, kwargs: dict, position: int, name: str):
+def _argument(args: tuple, kwargs: dict, position: int, name: str) -> Any:
     return args[position] if len(args) > position else kwargs.get(name)
 
 
-def _embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False):
+def _embedding(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> torch.Tensor:
     if max_norm is not None or scale_grad_by_freq or sparse:
         return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     return tied_embedding(input, weight, padding_idx)

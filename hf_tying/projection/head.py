@@ -67,7 +67,10 @@ def linear_head(model: PreTrainedModel) -> nn.Linear:
         TyingError: for a model that has none, or another kind.
     """
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    if type(head) not in (nn.Linear, ProjectedLinear):  # a subclass computes something else: Idefics adds words to it
+    if not isinstance(head, nn.Linear) or type(head) not in (
+        nn.Linear,
+        ProjectedLinear,
+    ):  # a subclass computes something else: Idefics adds words to it
         found = "has none" if head is None else f"has a {type(head).__name__}"
         raise TyingError(
             f"A projection (PR) goes before the softmax matrix: expected a model with an nn.Linear as its output "

@@ -5,7 +5,7 @@ it is made, and `ProjectedModelMixin` in front of its class.
 """
 
 import inspect
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,17 +14,19 @@ from transformers.utils import ModelOutput
 
 from ..config import ProjectionConfig, TyingConfig, TyingError
 from ..ties.anatomy import roles
-from ..ties.classes import mixins_of, with_mixin, without_mixin
+from ..ties.classes import MixinBase, mixins_of, with_mixin, without_mixin
 from ..ties.participation import Participation
 from ..ties.slots import replace_module
 from ..ties.tying import tie, untie
 from .head import ProjectedLinear, linear_head, project
 from .penalty import projection_penalty, share_of_update
 
+Model = TypeVar("Model", bound=PreTrainedModel)
+
 
 def use_projection(
-    model: PreTrainedModel, *, bias: bool = True, norm: str = "fro_squared_half", strength: float | None = None
-) -> PreTrainedModel:
+    model: Model, *, bias: bool = True, norm: str = "fro_squared_half", strength: float | None = None
+) -> Model:
     """Give a live model's head a projection, in place; the config's `tying` entry says so.
 
     It starts as the identity, so that the model computes what it did. A model that is not trained yet is better made
@@ -52,7 +54,7 @@ def use_projection(
     return tie(model, TyingConfig(projection=settings))
 
 
-def merge_projection(model: PreTrainedModel) -> PreTrainedModel:
+def merge_projection(model: Model) -> Model:
     """Fold the projection into the softmax matrix, in place: `W P` and `W b_P + b`. The logits stay the same.
 
     A tied model is untied by that, since the product is no embedding any more; the config says so, and any loader
@@ -94,10 +96,10 @@ def merge_projection(model: PreTrainedModel) -> PreTrainedModel:
 # --- the extension ---------------------------------------------------------------------------------------------------
 
 
-class ProjectedModelMixin:
+class ProjectedModelMixin(MixinBase):
     """What a projection puts in front of a model's class: the penalty in its training steps, the head kept."""
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         vars(self).pop("loss_parts", None)  # of the step before
         outputs = super().__call__(*args, **kwargs)
         return _with_penalty(self, outputs, args, kwargs) if self.training else outputs
@@ -132,7 +134,9 @@ def honour(model: PreTrainedModel, value: Any, strict: bool = True) -> None:
     Raises:
         TyingError: for a head that is no `nn.Linear`.
     """
-    project(model, ProjectionConfig.of(value))
+    if (settings := ProjectionConfig.of(value)) is None:
+        return
+    project(model, settings)
     head = model.get_output_embeddings()
     if not isinstance(head, ProjectedLinear):
         return
@@ -147,7 +151,7 @@ def honour(model: PreTrainedModel, value: Any, strict: bool = True) -> None:
         head.participation.watch(model)
 
 
-def _with_penalty(model: PreTrainedModel, outputs, args: tuple, kwargs: dict):
+def _with_penalty(model: PreTrainedModel, outputs: Any, args: tuple, kwargs: dict) -> Any:
     """`outputs` of a training step, with the penalty in their loss: once for each update (`share_of_update`).
 
     It is divided by what the sum of the losses is divided by. Where each process has the mean of its own words, it is
@@ -175,7 +179,7 @@ def _with_penalty(model: PreTrainedModel, outputs, args: tuple, kwargs: dict):
     )
     penalty = (penalty * share_of_update(labels, given)).to(loss.device)
     parts = vars(model).get("loss_parts") or {"cross_entropy": loss.detach()}
-    model.loss_parts = {**parts, "projection": penalty.detach()}
+    vars(model)["loss_parts"] = {**parts, "projection": penalty.detach()}
     total = loss + penalty
     if not isinstance(outputs, ModelOutput):
         return (total, *outputs[1:])

@@ -12,7 +12,11 @@ STRENGTHS = {"fro_squared_half": 1 / 6.5, "fro": 0.15}
 
 
 def projection_penalty(
-    projection: torch.Tensor, *, norm: str = "fro_squared_half", strength: float | None = None, divisor=1.0
+    projection: torch.Tensor,
+    *,
+    norm: str = "fro_squared_half",
+    strength: float | None = None,
+    divisor: float | torch.Tensor = 1.0,
 ) -> torch.Tensor:
     """The term that projection regularisation adds to the loss: `strength * norm(P) / divisor`.
 
@@ -81,7 +85,7 @@ class ProjectionPenalty(LossModule):
     function = staticmethod(projection_penalty)
     at_call = ("divisor",)
 
-    def __init__(self, *args, **options):
+    def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         projection_penalty(torch.zeros(1, 1), **self.options)
 

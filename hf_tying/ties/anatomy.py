@@ -24,7 +24,7 @@ class Anatomy:
         Role(name='model.encoder.embed_tokens.weight', carriers=('model.shared.weight',))
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 
     @cached_property

@@ -1,7 +1,7 @@
 """Reconcile tie groups with a checkpoint or state dict: fill in missing names, refuse conflicting values."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -10,8 +10,16 @@ from transformers.utils import logging
 
 from ..config import TyingConfig, TyingError
 from .anatomy import Anatomy
-from .groups import TieGroup, locate, make_groups
-from .slots import difference, find_parameter, same_values, set_parameter, share_parameter, state_key
+from .groups import TieGroup, groups_held, locate, make_groups
+from .slots import (
+    difference,
+    find_parameter,
+    parameter_of,
+    same_values,
+    set_parameter,
+    share_parameter,
+    state_key,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -35,7 +43,7 @@ def tie_loaded(model: PreTrainedModel, missing: set[str]) -> list[TieGroup]:
     kept: list[TieGroup] = []
     for group in _with_new_ones(anatomy, missing):
         # Names of another shape in the file (ignore_mismatched_sizes) are still on the meta device, alone.
-        blank = [name for name in group.names if find_parameter(model, name).is_meta]
+        blank = [name for name in group.names if parameter_of(model, name).is_meta]
         unfilled = missing | set(blank if len(blank) < len(group.names) else [])
         present = [name for name in group.names if name not in unfilled]
         if not present:
@@ -44,13 +52,13 @@ def tie_loaded(model: PreTrainedModel, missing: set[str]) -> list[TieGroup]:
             )
             parts, filled = [list(group.names)], []
         else:
-            parts = _parts(present, lambda name: find_parameter(model, name))
+            parts = _parts(present, lambda name: parameter_of(model, name))
             if len(parts) > 1:
-                parts = _settle(config, group, parts, lambda name: find_parameter(model, name))
+                parts = _settle(config, group, parts, lambda name: parameter_of(model, name))
             filled = [name for name in group.names if name in unfilled]
         for i, part in enumerate(parts):
             names = [name for name in group.names if name in part or i == 0 and name in filled]
-            source = find_parameter(model, part[0])
+            source = parameter_of(model, part[0])
             for name in names:
                 set_parameter(model, name, source)
             if len(names) > 1:
@@ -68,7 +76,7 @@ def initial_parameter(model: PreTrainedModel, group: TieGroup) -> nn.Parameter:
     Raises:
         TyingError: when two of them were loaded and differ; a config cannot say whose values to take.
     """
-    held = [(name, find_parameter(model, name)) for name in group.names]
+    held = [(name, parameter_of(model, name)) for name in group.names]
     loaded = [(name, p) for name, p in held if getattr(p, "_is_hf_initialized", False) and not p.is_meta]
     for name, parameter in loaded[1:]:
         if not same_values(parameter, loaded[0][1]):
@@ -77,7 +85,7 @@ def initial_parameter(model: PreTrainedModel, group: TieGroup) -> nn.Parameter:
                 f"values of their own ({difference(loaded[0][1], parameter)}), and tying keeps one. Put the model "
                 "together without the `tying` entry, then tie(model, ..., init_from=...)."
             )
-    return loaded[0][1] if loaded else find_parameter(model, group.root)
+    return loaded[0][1] if loaded else parameter_of(model, group.root)
 
 
 def check_loaded_state(model: PreTrainedModel, state: dict, prefix: str, action: str = "load") -> dict[str, str]:
@@ -99,7 +107,7 @@ def check_loaded_state(model: PreTrainedModel, state: dict, prefix: str, action:
     """
     config = TyingConfig.in_config(model.config)
     brought = {}
-    for group in model.tie_groups:
+    for group in groups_held(model):
         keys = {name: key for name in group.names if (key := prefix + state_key(model, name)) in state}
         if action == "load":
             live = find_parameter(model, group.root)
@@ -126,9 +134,9 @@ def check_loaded_state(model: PreTrainedModel, state: dict, prefix: str, action:
 def with_all_names(model: PreTrainedModel, state: Mapping) -> dict:
     """`state`, with an entry for every name of a group of which it has one."""
     filled = OrderedDict(state)
-    if hasattr(state, "_metadata"):
-        filled._metadata = state._metadata
-    for group in model.tie_groups:
+    if (metadata := getattr(state, "_metadata", None)) is not None:
+        vars(filled)["_metadata"] = metadata
+    for group in groups_held(model):
         keys = [state_key(model, name) for name in group.names]
         present = next((key for key in keys if key in state), None)
         for key in keys if present is not None else ():
@@ -136,15 +144,15 @@ def with_all_names(model: PreTrainedModel, state: Mapping) -> dict:
     return filled
 
 
-def tie_assigned(model: PreTrainedModel, incompatible_keys) -> None:
+def tie_assigned(model: PreTrainedModel, incompatible_keys: object) -> None:
     """After `load_state_dict(assign=True)` has put new parameters into the slots of a group: make them one again."""
     names = vars(model).pop("_assigned_names", {})
     for group in getattr(model, "tie_groups", ()):  # a model inside that has been untied has the hook still
         if group.root in names:
-            share_parameter(model, group.names, find_parameter(model, names[group.root]))
+            share_parameter(model, group.names, parameter_of(model, names[group.root]))
 
 
-def _is_memory_of(parameter: nn.Parameter | None, value) -> bool:
+def _is_memory_of(parameter: nn.Parameter | None, value: object) -> bool:
     """Whether `value` lies in the memory of a plain parameter."""
     if parameter is None or not isinstance(value, torch.Tensor) or parameter.is_meta or value.is_meta:
         return False
@@ -154,7 +162,7 @@ def _is_memory_of(parameter: nn.Parameter | None, value) -> bool:
         return False
 
 
-def _parts(names: list[str], value_of) -> list[list[str]]:
+def _parts(names: list[str], value_of: Callable[[str], torch.Tensor]) -> list[list[str]]:
     """`names` by equal values. Two tensors on the meta device are offloaded to disk together, and not compared."""
     parts: list[list[str]] = []
     for name in names:
@@ -169,7 +177,9 @@ def _parts(names: list[str], value_of) -> list[list[str]]:
     return parts
 
 
-def _settle(config: TyingConfig, group: TieGroup, parts: list[list[str]], value_of) -> list[list[str]]:
+def _settle(
+    config: TyingConfig, group: TieGroup, parts: list[list[str]], value_of: Callable[[str], torch.Tensor]
+) -> list[list[str]]:
     """The parts to keep apart, after `on_conflict`."""
     names = [name for part in parts for name in part]
     if config.on_conflict == "keep_untied":
@@ -197,9 +207,9 @@ def _with_new_ones(anatomy: Anatomy, missing: set[str]) -> list[TieGroup]:
     """The groups of the model; in a wider class than the file's also those that it declares of names that are new."""
     model = anatomy.model
     new = [chain for chain in anatomy.declared if missing.issuperset(chain)]
-    if not new or model._is_declared_class():
-        return model.tie_groups
-    named = {group.name: list(group.names) for group in model.tie_groups}
+    if not new or getattr(model, "_is_declared_class", lambda: True)():
+        return groups_held(model)
+    named = {group.name: list(group.names) for group in groups_held(model)}
     held = {name for names in named.values() for name in names}
     new = [chain for chain in new if not held & set(chain)]
     return make_groups(anatomy, [*named.values(), *new], named)
@@ -229,12 +239,12 @@ def _fill_untied(anatomy: Anatomy, missing: set[str]) -> None:
     They remain missing in the report of the load, for the file did not have them.
     """
     model = anatomy.model
-    held = {name: group for group in model.tie_groups for name in group.names}
+    held = {name: group for group in groups_held(model) for name in group.names}
     for names in anatomy.declarable:
         present = [name for name in names if name not in missing]
         for name in names:
             if name in missing and name not in held and present:
-                value = find_parameter(model, present[0])
+                value = parameter_of(model, present[0])
                 set_parameter(model, name, nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad))
                 logger.warning(
                     f"The file has no {name!r}, untied in the config: it starts as a copy of {present[0]!r}."

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from itertools import cycle
 from re import search
+from typing import Any
 
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
@@ -11,7 +12,7 @@ from ..config import TyingError
 from .slots import why_no_parameter
 
 
-def stock_keys(model: PreTrainedModel):
+def stock_keys(model: PreTrainedModel) -> Any:
     """`_tied_weights_keys` as the architecture declares it, before this package put its own on the instance."""
     return vars(model).get("_stock_tied_weights_keys", model._tied_weights_keys)
 

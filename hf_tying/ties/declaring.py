@@ -1,10 +1,15 @@
 """`from_pretrained(..., tying=...)` of any class: the declaration for this load, whatever the file's config says."""
 
 import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..config import TyingConfig
+
+if TYPE_CHECKING:
+    from transformers.modeling_utils import PreTrainedModel
 
 # What finds the files; `from_pretrained` of a config takes these and no others.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
@@ -12,7 +17,9 @@ _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "r
 _OF_THE_MODEL = ("attn_implementation", "dtype", "name_or_path", "quantization_config", "torch_dtype", "state_dict")
 
 
-def from_pretrained(wrapped, cls, args, kwargs):
+def from_pretrained(
+    wrapped: Callable[..., Any], cls: type[PreTrainedModel], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> PreTrainedModel:
     """In front of `PreTrainedModel.from_pretrained`.
 
     Args:
@@ -30,7 +37,7 @@ def from_pretrained(wrapped, cls, args, kwargs):
     if isinstance(config, PreTrainedConfig):
         config = copy.deepcopy(config)
     else:
-        path = config or (args[0] if args else given.get("pretrained_model_name_or_path"))
+        path: Any = config or (args[0] if args else given.get("pretrained_model_name_or_path"))
         config = cls.config_class.from_pretrained(path, **{k: given[k] for k in _HUB_ARGUMENTS if k in given})
         for key in [key for key in given if hasattr(config, key) and key not in _OF_THE_MODEL]:
             setattr(config, key, given.pop(key))

@@ -6,6 +6,8 @@ Nothing in this file changes a model.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from torch import nn
+
 from ..config import SCHEMES, TyingConfig, TyingError
 from .anatomy import Anatomy
 from .declared import join_chains
@@ -27,6 +29,11 @@ class TieGroup:
     def aliases(self) -> tuple[str, ...]:
         """Its names beside the root."""
         return self.names[1:]
+
+
+def groups_held(model: nn.Module) -> list[TieGroup]:
+    """The groups of a model under `TiedModelMixin`."""
+    return getattr(model, "tie_groups", [])
 
 
 def scheme_of(anatomy: Anatomy, groups: Iterable[TieGroup]) -> str:

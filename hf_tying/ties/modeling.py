@@ -6,8 +6,10 @@ The mixin sits in front of a transformers class and answers transformers' own ho
 class of a live model, so that both forms are one and the same thing.
 """
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -17,7 +19,7 @@ from transformers.utils import logging
 from ..config import TyingConfig, TyingError
 from .anatomy import Anatomy
 from .checkpoint import check_loaded_state, initial_parameter, tie_assigned, tie_loaded, with_all_names
-from .classes import mixins_of, with_mixin, without_mixin
+from .classes import MixinBase, mixins_of, with_mixin, without_mixin
 from .declared import stock_keys
 from .extensions import honour_extensions
 from .groups import TieGroup, resolve, subgroups
@@ -31,6 +33,7 @@ from .slots import (
     find_slot,
     is_one,
     named_slots,
+    parameter_of,
     same_values,
     share_parameter,
     stands_in,
@@ -43,7 +46,7 @@ from .verify import offloaded, violations
 logger = logging.get_logger(__name__)
 
 
-class TiedModelMixin:
+class TiedModelMixin(MixinBase):
     """Put in front of a transformers class, it keeps the ties of `config.tying` through the model's whole life.
 
     `tie_groups` holds the concrete groups (`TieGroup`: a name, the parameter names, root first). Without a `tying`
@@ -63,10 +66,13 @@ class TiedModelMixin:
     """
 
     tie_groups: list[TieGroup] = []  # on the instance once `post_init` has run
+    _ties_made: bool
+    _told_frozen: list[TieGroup]
+    _made_in_part: bool
 
     # --- a model is made ---------------------------------------------------------------------------------------------
 
-    def post_init(self):
+    def post_init(self) -> None:
         """Declare the groups, initialise the weights, tie."""
         self._post_init_tied(super().post_init)
 
@@ -123,7 +129,7 @@ class TiedModelMixin:
         """`{tied name: root}`, flat; what accelerate, the quantisers and `device_map="auto"` read."""
         return {name: group.root for group in self.tie_groups for name in group.aliases}
 
-    def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True, **kwargs) -> None:
+    def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True, **kwargs: Any) -> None:
         """Tie what is declared. Unlike the stock method it never overwrites trained values that differ.
 
         Args:
@@ -167,8 +173,8 @@ class TiedModelMixin:
             if is_one(self, group.names) or any(offloaded(self, name) for name in group.names):
                 continue
             root, *others = (find_parameter(self, name) for name in group.names)
-            whole = root is not None and all(p is not None and p.is_meta == root.is_meta for p in others)
-            if not whole or not all(p.is_meta or same_values(p, root) for p in others):
+            alike = [p for p in others if root is not None and p is not None and p.is_meta == root.is_meta]
+            if root is None or len(alike) < len(others) or not all(p.is_meta or same_values(p, root) for p in alike):
                 problems = "; ".join(violations(self, [group]))
                 raise TyingError(f"tie_weights() would overwrite trained values and changes nothing: {problems}")
             share_parameter(self, group.names, root)
@@ -199,7 +205,9 @@ class TiedModelMixin:
                 super().set_output_embeddings(new_embeddings)
             follow_bias(self, new_embeddings)
 
-    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing: bool = True):
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
         """As in transformers; tied names stay one parameter, and embeddings tied to nothing are resized, not replaced.
 
         Raises:
@@ -210,21 +218,21 @@ class TiedModelMixin:
 
     # --- tensors move and are replaced -------------------------------------------------------------------------------
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """`.to()`, `.half()`, `to_empty()`: where torch makes a tensor for each name, they are made one again."""
         held = [group for group in self.tie_groups if is_one(self, group.names)]
         result = super()._apply(fn, recurse)
         for group in held:
-            share_parameter(self, group.names, find_parameter(self, group.root))
+            share_parameter(self, group.names, parameter_of(self, group.root))
         return result
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """In training, a forward pass over a broken tie raises: the matrices would drift apart unseen."""
         if self.training and not torch.compiler.is_compiling() and not getattr(self, "_is_replica", False):
             self._raise_if_split()
         return super().__call__(*args, **kwargs)
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy, or a pickle: extensions that the config declares are in force, also if it was made before them."""
         super().__setstate__(state)
         honour_extensions(self, TyingConfig.in_config(self.config), strict=False)
@@ -268,7 +276,7 @@ class TiedModelMixin:
 
     # --- state dicts -------------------------------------------------------------------------------------------------
 
-    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in torch. A strict load needs one name of each group: the others are the same matrix.
 
         Raises:
@@ -278,7 +286,9 @@ class TiedModelMixin:
             state_dict = with_all_names(self, state_dict)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
         """Before torch loads anything, also as a part of an outer module: names of a group must agree."""
         names = check_loaded_state(self, state_dict, prefix)
         if local_metadata.get("assign_to_params_buffers", False):
@@ -287,7 +297,13 @@ class TiedModelMixin:
 
     # --- files -------------------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict=None, **kwargs):
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """As in transformers. The ties are checked first, and `config.tying` is written from what is so.
 
         Raises:
@@ -307,7 +323,9 @@ class TiedModelMixin:
             if entry is not None:  # a model inside another one shares its config, whose names are the outer model's
                 self.config.tying = entry
 
-    def _file_state(self, state_dict, save_format: str) -> dict[str, torch.Tensor]:
+    def _file_state(
+        self, state_dict: dict[str, torch.Tensor] | None, save_format: str | None
+    ) -> dict[str, torch.Tensor]:
         state = dict(self.state_dict() if state_dict is None else state_dict)
         check_loaded_state(self, state, "", action="save")
         for group in self.tie_groups:
@@ -356,7 +374,7 @@ def _models_being_made() -> list[PreTrainedModel]:
 def set_groups(model: PreTrainedModel, groups: list[TieGroup]) -> None:
     """Make each group one parameter, that of its root, and declare the groups."""
     for group in groups:
-        share_parameter(model, group.names, find_parameter(model, group.root))
+        share_parameter(model, group.names, parameter_of(model, group.root))
     declare(model, groups)
 
 
@@ -379,7 +397,7 @@ def declare(model: PreTrainedModel, groups: list[TieGroup]) -> None:
             sub.__class__ = with_mixin(TiedModelMixin, type(sub))
         elif prefix and not held and TiedModelMixin in mixins_of(type(sub)):
             # Put under the mixin when it was made, by the config that it shares with the outer model.
-            sub.__class__ = without_mixin(TiedModelMixin, type(sub))
+            sub.__class__ = without_mixin(TiedModelMixin, type(sub))  # pyright: ignore[reportAttributeAccessIssue]
             sub.__dict__.pop("tie_groups", None)
         vars(sub).setdefault("_stock_tied_weights_keys", sub._tied_weights_keys)
         sub.all_tied_weights_keys = {name: group.root for group in held for name in group.aliases}

@@ -5,6 +5,8 @@ by themselves. What a model puts between the two, or in the place of its loss, i
 """
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +28,7 @@ class Participation:
         way_out: a sentence for the end of the message.
     """
 
-    def __init__(self, what: str, way_out: str):
+    def __init__(self, what: str, way_out: str) -> None:
         self.what, self.way_out, self.times = what, way_out, 0
 
     def took_part(self) -> None:
@@ -44,7 +46,7 @@ class Participation:
             for key in [key for key, hook in module._forward_hooks.items() if hook is self]:
                 del module._forward_hooks[key]
 
-    def __call__(self, base: nn.Module, args: tuple, output) -> None:
+    def __call__(self, base: nn.Module, args: tuple, output: object) -> None:
         """The forward hook of the base model."""
         if not base.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
@@ -62,7 +64,7 @@ class Participation:
 
         hidden.register_hook(check)
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Participation":
         return self  # a copy of a head (PEFT's modules_to_save) is used in the place of that head
 
 
@@ -96,7 +98,7 @@ def _caller() -> str:
     return "the trainer"
 
 
-def module_of(forward) -> str:
+def module_of(forward: Callable[..., Any]) -> str:
     """The module in which a forward was written, whatever it has been wrapped to look like."""
     function = getattr(forward, "__func__", getattr(forward, "func", forward))
     return getattr(function, "__globals__", {}).get("__name__", getattr(function, "__module__", "other code"))

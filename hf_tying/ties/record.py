@@ -1,17 +1,19 @@
 """How the ties are recorded: the `tying` entry and `tie_word_embeddings` of the config, written from what is so."""
 
 import functools
+from typing import Any
 
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from ..config import SCHEMES, TyingConfig, TyingError, entry_of
 from .anatomy import Anatomy
 from .declared import join_chains
-from .groups import TieGroup, locate, scheme_of
+from .groups import TieGroup, groups_held, locate, scheme_of
 from .roles import FLAG_SET_BY_THE_CLASS, SCALED_BY_THE_FLAG
 
 
-def refuse_foreign_entry(config) -> None:
+def refuse_foreign_entry(config: PreTrainedConfig) -> None:
     """Whether a tie can be recorded in `config`.
 
     Raises:
@@ -25,7 +27,7 @@ def refuse_foreign_entry(config) -> None:
         )
 
 
-def write_config(model: PreTrainedModel, anatomy: Anatomy | None = None, **changes) -> TyingConfig:
+def write_config(model: PreTrainedModel, anatomy: Anatomy | None = None, **changes: Any) -> TyingConfig:
     """Write `model.tie_groups` to its config, and return what was written.
 
     What this class cannot see is not overwritten: a group with names of another head, and a scheme with roles that it
@@ -40,7 +42,7 @@ def write_config(model: PreTrainedModel, anatomy: Anatomy | None = None, **chang
     """
     before = TyingConfig.in_config(model.config).replace(**changes)
     anatomy = Anatomy(model) if anatomy is None else anatomy
-    scheme = scheme_of(anatomy, model.tie_groups)
+    scheme = scheme_of(anatomy, groups_held(model))
     write_flags(anatomy, tied=scheme in ("two_way", "three_way"))
     entry = before.replace(
         scheme=_recorded_scheme(anatomy, before.scheme, scheme),
@@ -55,7 +57,7 @@ def _recorded_scheme(anatomy: Anatomy, before: str | None, now: str) -> str | No
     """`now`, unless `before` says the same of the roles that the model has, and more of those that it lacks."""
     if before is None:
         # Left to the class's own declaration, as long as that is what the model holds.
-        held = [set(group.names) for group in anatomy.model.tie_groups]
+        held = [set(group.names) for group in groups_held(anatomy.model)]
         as_declared = all(any(set(chain) <= names for names in held) for chain in anatomy.declared)
         return now if len(anatomy.roles) > 1 or not as_declared else None
 
@@ -68,7 +70,7 @@ def _recorded_scheme(anatomy: Anatomy, before: str | None, now: str) -> str | No
 
 def _recorded_groups(anatomy: Anatomy, before: dict[str, list[str]]) -> dict[str, list[str]]:
     """The groups that the model holds, and those of `before` that reach beyond the names that it has."""
-    groups = {group.name: list(group.names) for group in anatomy.model.tie_groups}
+    groups = {group.name: list(group.names) for group in groups_held(anatomy.model)}
     group_of = {name: group for group, names in groups.items() for name in names}
     for group, names in before.items():
         place = {name: locate(anatomy, name) for name in names}
@@ -89,11 +91,11 @@ def default_save_format(anatomy: Anatomy) -> str:
     model = anatomy.model
     # Read anew: the flags, on which it depends, may just have been written.
     stock = {frozenset(chain) for chain in join_chains(anatomy.declared_pairs())}
-    own = {frozenset(group.names) for group in model.tie_groups}
+    own = {frozenset(group.names) for group in groups_held(model)}
     base = model.base_model_prefix
     reachable = all(
         group.root.startswith(f"{base}.") or not any(n.startswith(f"{base}.") for n in group.names)
-        for group in model.tie_groups
+        for group in groups_held(model)
         if any(name in anatomy.role_of for name in group.names)  # a base model has its words, not a head's layers
     )
     return "dedup" if own == stock and reachable else "portable"

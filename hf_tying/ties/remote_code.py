@@ -6,6 +6,7 @@ the rooms of the extensions that cannot be left out and the modules that these i
 copied files import from there.
 """
 
+import os
 import re
 from importlib import resources
 from pathlib import Path
@@ -25,7 +26,7 @@ _USERS_IMPORT = re.compile(r"^from hf_tying(?:\.\w+)* import (?:\(([^)]*)\)|(.+)
 _RELATIVE_IMPORT = re.compile(r"from (\.+)([\w.]+) import")
 
 
-def carry_along(folder: str | Path) -> None:
+def carry_along(folder: str | os.PathLike[str]) -> None:
     """Put the mixin's modules into `folder`, and let the copied modeling files there import them.
 
     Args:

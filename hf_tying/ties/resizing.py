@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from transformers.utils import logging
 
 from ..config import TyingError
 from .anatomy import Anatomy, roles
+from .groups import groups_held
 from .roles import TWO_SIZES
 from .slots import (
     find_parameter,
@@ -19,13 +21,14 @@ from .slots import (
     replace_module,
     same_values,
     share_parameter,
+    slot_of,
     untie_others,
 )
 
 logger = logging.get_logger(__name__)
 
 
-def replace_tied(model: PreTrainedModel, old: nn.Module, new: nn.Module) -> bool:
+def replace_tied(model: PreTrainedModel, old: nn.Module | None, new: nn.Module) -> bool:
     """Put the module `new` in place of `old`, and its matrix under every name that was tied to the old one.
 
     Modules are never shared: an embedding may carry a scale or a padding index of its own.
@@ -37,7 +40,7 @@ def replace_tied(model: PreTrainedModel, old: nn.Module, new: nn.Module) -> bool
         TyingError: when `new` has no matrix.
     """
     parameter = getattr(old, "weight", None)
-    group = next((g for g in model.tie_groups if any(find_parameter(model, n) is parameter for n in g.names)), None)
+    group = next((g for g in groups_held(model) if any(find_parameter(model, n) is parameter for n in g.names)), None)
     if group is None or parameter is None:
         return False
     weight = getattr(new, "weight", None)
@@ -66,7 +69,7 @@ def refuse_other_values(model: PreTrainedModel, old: nn.Module | None, new: nn.M
         TyingError: when `old` is tied and `new` has another matrix.
     """
     matrix, weight = getattr(old, "weight", None), getattr(new, "weight", None)
-    group = next((g for g in model.tie_groups if any(find_parameter(model, n) is matrix for n in g.names)), None)
+    group = next((g for g in groups_held(model) if any(find_parameter(model, n) is matrix for n in g.names)), None)
     if matrix is None or group is None or weight is matrix or vars(model).get("_is_resized", False):
         return
     if weight is None or not same_values(weight, matrix):
@@ -80,7 +83,7 @@ def refuse_other_values(model: PreTrainedModel, old: nn.Module | None, new: nn.M
 def follow_bias(model: PreTrainedModel, new: nn.Module) -> None:
     """After an output module was replaced: names tied to its bias (RoBERTa's second one) take the new bias."""
     bias = new._parameters.get("bias")
-    for group in model.tie_groups:
+    for group in groups_held(model):
         slots = [find_slot(model, name) for name in group.names]
         if bias is not None and any(slot == (new, "bias") for slot in slots):
             share_parameter(model, group.names, bias)
@@ -101,7 +104,7 @@ def resize(
         TyingError: when an embedding is tied to something that has no row for each word, or the model has two
             vocabularies.
     """
-    embeddings = model.get_input_embeddings()
+    embeddings: Any = model.get_input_embeddings()
     if not isinstance(getattr(embeddings, "weight", None), torch.Tensor):
         # A list of them (Bark), which its class resizes in place: names that are one matrix stay one.
         embeddings = _narrowed(stock_resize)(new_num_tokens, pad_to_multiple_of, mean_resizing)
@@ -114,7 +117,7 @@ def resize(
         _refuse_other_rows(model)
     others = _embeddings_out_of_reach(model, rows) if changes and own_resize is None else []
     before = [(module, module.weight.data) for module in others]
-    model._is_resized = True  # the setters of the architecture are given matrices of the new size
+    vars(model)["_is_resized"] = True  # the setters of the architecture are given matrices of the new size
     try:
         for module in others:
             model._get_resized_embeddings(module, new_num_tokens, pad_to_multiple_of, mean_resizing)
@@ -125,8 +128,8 @@ def resize(
             fit_rows(module)
         raise
     finally:
-        del model._is_resized
-    untie_others(model, model.tie_groups)  # BERT's setter makes its two output biases one, whether they were or not
+        del vars(model)["_is_resized"]
+    untie_others(model, groups_held(model))  # BERT's setter makes its two output biases one, whether they were or not
     fit_tied(model)
     _fit_idle_biases(model, rows, embeddings.weight.shape[0])
     _fit_final_bias(model)
@@ -142,7 +145,7 @@ def _narrowed(stock_resize: Callable) -> Callable:
     parameters = inspect.signature(stock_resize).parameters
     takes_all = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters.values())
 
-    def resized(new_num_tokens, pad_to_multiple_of, mean_resizing):
+    def resized(new_num_tokens: int | None, pad_to_multiple_of: int | None, mean_resizing: bool) -> nn.Module:
         given = {"new_num_tokens": new_num_tokens, "pad_to_multiple_of": pad_to_multiple_of}
         given["mean_resizing"] = mean_resizing
         defaults = {"pad_to_multiple_of": None, "mean_resizing": True}
@@ -155,9 +158,9 @@ def _narrowed(stock_resize: Callable) -> Callable:
 
 def fit_tied(model: PreTrainedModel) -> None:
     """Sizes that modules state beside a tied matrix agree with its rows."""
-    for group in model.tie_groups:
+    for group in groups_held(model):
         for name in group.names:
-            module, attribute = find_slot(model, name)
+            module, attribute = slot_of(model, name)
             if attribute == "weight" and isinstance(module.weight, nn.Parameter):
                 fit_rows(module)
     _fit_two_sizes(model)
@@ -166,7 +169,7 @@ def fit_tied(model: PreTrainedModel) -> None:
 def _refuse_other_rows(model: PreTrainedModel) -> None:
     anatomy = Anatomy(model)
     vocabulary = {*anatomy.role_of, *(name for chain in anatomy.beside_roles(anatomy.declarable) for name in chain)}
-    for group in model.tie_groups:
+    for group in groups_held(model):
         words = [name for name in group.names if name in anatomy.role_of]
         others = [name for name in group.names if name not in vocabulary]
         if words and others:
@@ -194,7 +197,7 @@ def _is_one_vocabulary(model: PreTrainedModel) -> bool:
     """
     found = roles(model)
     pair = {found[role].name for role in ("source", "target") if role in found}
-    if any(pair <= set(group.names) for group in model.tie_groups):
+    if any(pair <= set(group.names) for group in groups_held(model)):
         return True
     if model.config.model_type != "fsmt":
         return getattr(model.config, "share_encoder_decoder_embeddings", True)
@@ -207,7 +210,9 @@ def _is_one_vocabulary(model: PreTrainedModel) -> bool:
     return True
 
 
-def _resize_all(model: PreTrainedModel, new_num_tokens, pad_to_multiple_of, mean_resizing) -> nn.Module:
+def _resize_all(
+    model: PreTrainedModel, new_num_tokens: int | None, pad_to_multiple_of: int | None, mean_resizing: bool
+) -> nn.Module:
     """Source, target and output over one vocabulary, where the stock resize knows one side only (Marian, FSMT)."""
     for role in roles(model).values():
         for module in (find_slot(model, name)[0] for name in role.names):
@@ -215,16 +220,18 @@ def _resize_all(model: PreTrainedModel, new_num_tokens, pad_to_multiple_of, mean
                 model._get_resized_embeddings(module, new_num_tokens, pad_to_multiple_of, mean_resizing)
                 new_num_tokens, pad_to_multiple_of = module.weight.shape[0], None
             else:
-                resized = model._get_resized_lm_head(module, new_num_tokens, mean_resizing=mean_resizing)
-                module.weight.data = resized.weight.data
-                fit_rows(module)
+                head: Any = module
+                resized = model._get_resized_lm_head(head, new_num_tokens, mean_resizing=mean_resizing)
+                head.weight.data = resized.weight.data
+                fit_rows(head)
     _fit_two_sizes(model)
     model.tie_weights()
-    model.vocab_size = model.get_input_embeddings().weight.shape[0]  # as the stock resize sets it on every class
+    embeddings: Any = model.get_input_embeddings()
+    model.vocab_size = embeddings.weight.shape[0]  # as the stock resize sets it on every class
     return model.get_input_embeddings()
 
 
-def _resize_parts(model: PreTrainedModel, *how) -> nn.Module:
+def _resize_parts(model: Any, *how: Any) -> nn.Module:
     """Encoder and decoder each by its own resize; the stock class refuses, since it cannot know them to be one."""
     source, target = (part.get_input_embeddings().weight for part in (model.encoder, model.decoder))
     if source.shape[0] != target.shape[0]:
@@ -250,7 +257,7 @@ def _fit_two_sizes(model: PreTrainedModel) -> None:
             setattr(model.config, key, find_parameter(model, found[role].name).shape[0])
 
 
-def _embeddings_out_of_reach(model: PreTrainedModel, rows: int) -> list[nn.Module]:
+def _embeddings_out_of_reach(model: PreTrainedModel, rows: int) -> list[nn.Embedding]:
     """Input embeddings over the same vocabulary that the stock resize would replace or forget, each matrix once.
 
     Not the decoder's where it has a vocabulary of its own: Marian resizes that by `resize_decoder_token_embeddings`.
@@ -284,4 +291,4 @@ def _fit_final_bias(model: PreTrainedModel) -> None:
     """Marian gives its `final_logits_bias` the size that was asked for, not the padded one."""
     bias, output = getattr(model, "final_logits_bias", None), model.get_output_embeddings()
     if isinstance(bias, torch.Tensor) and output is not None and bias.shape[-1] != output.weight.shape[0]:
-        model._resize_final_logits_bias(output.weight.shape[0])
+        model._resize_final_logits_bias(output.weight.shape[0])  # pyright: ignore[reportCallIssue]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
@@ -136,13 +137,13 @@ def _has_matrix(module: nn.Module | None) -> bool:
 def _is_carrier(model: PreTrainedModel, name: str) -> bool:
     """Whether `name` is a matrix that its family only carries, where it has other lookups of it."""
     place = name.removesuffix(".weight")
-    known = IDLE_MODULES.get(getattr(model.config, "model_type", None))
+    known = IDLE_MODULES.get(getattr(model.config, "model_type", ""))
     return place in known if known else place.rpartition(".")[2] == "shared"
 
 
 def _role_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     modules = {"output": ask(model, "get_output_embeddings")}
-    if table := ROLE_MODULES.get(getattr(model.config, "model_type", None)):
+    if table := ROLE_MODULES.get(getattr(model.config, "model_type", "")):
         for role, path in table.items():
             try:
                 modules[role] = model.base_model.get_submodule(path)
@@ -161,7 +162,7 @@ def _has_decoder(model: PreTrainedModel) -> bool:
     return decoder is not None and decoder is not model and decoder is not ask(model, "get_encoder")
 
 
-def ask(owner, accessor: str):
+def ask(owner: object, accessor: str) -> Any:
     """What an accessor answers; `None` where an architecture has none, which is no error here: it lacks the role, and
     a scheme that needs the role is refused by name.
 

@@ -26,7 +26,7 @@ def own_config(model: PreTrainedModel) -> None:
     The modules inside take the copies of their configs too. A model inside, and the model that this one is inside of,
     are no others: their configs stay one, so that each sees what is written to it.
     """
-    known = _models_of.get(model.config, ())
+    known = _models_of.get(model.config) or ()
     others = [other for other in known if other is not model]
     if model in known:
         if not others:

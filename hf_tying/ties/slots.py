@@ -6,6 +6,7 @@ checkpointing, torch.compile and FSDP keep a module inside one of their own, and
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,6 +52,28 @@ def find_parameter(model: nn.Module, name: str) -> nn.Parameter | None:
     return slot[0]._parameters.get(slot[1]) if slot else None
 
 
+def slot_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """`find_slot` of a name that must be there.
+
+    Raises:
+        TyingError: when a module on the way is missing.
+    """
+    if (slot := find_slot(model, name)) is None:
+        raise TyingError(f"{name!r} {why_no_parameter(model, name)}.")
+    return slot
+
+
+def parameter_of(model: nn.Module, name: str) -> nn.Parameter:
+    """`find_parameter` of a name that must be there.
+
+    Raises:
+        TyingError: when `name` is not a parameter.
+    """
+    if (parameter := find_parameter(model, name)) is None:
+        raise TyingError(f"{name!r} {why_no_parameter(model, name)}.")
+    return parameter
+
+
 def parameter_at_work(model: nn.Module, name: str) -> nn.Parameter | None:
     """The parameter that a forward pass uses for `name`: the active copy of PEFT's `modules_to_save`, if there is one,
     else what `find_parameter` gives."""
@@ -59,8 +82,8 @@ def parameter_at_work(model: nn.Module, name: str) -> nn.Parameter | None:
     for part in path:
         if (module := module._modules.get(part)) is None:
             return None
-        copies = module._modules.get("modules_to_save", {})
-        active = () if getattr(module, "disable_adapters", True) else module.active_adapters
+        copies: Any = module._modules.get("modules_to_save", {})
+        active: Any = () if getattr(module, "disable_adapters", True) else module.active_adapters
         module = unwrap(next((copies[adapter] for adapter in active if adapter in copies), module))
     return module._parameters.get(attribute)
 
@@ -177,7 +200,7 @@ def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     Into the module's table rather than by `setattr`: `accelerate.init_empty_weights` answers an attribute by a new
     parameter on the meta device, and a tie would be lost in the making.
     """
-    module, attribute = find_slot(model, name)
+    module, attribute = slot_of(model, name)
     module._parameters[attribute] = parameter
 
 

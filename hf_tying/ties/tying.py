@@ -1,6 +1,7 @@
 """`tie` and `untie`: the explicit acts on a live model. It is read once; a plan is made, checked, and applied."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -16,20 +17,24 @@ from .modeling import TiedModelMixin, set_groups
 from .record import refuse_foreign_entry, write_config
 from .resizing import fit_tied
 from .shared_configs import own_config
-from .slots import difference, find_parameter, same_values, untie_others, why_incomparable
+from .slots import difference, parameter_of, same_values, untie_others, why_incomparable
 from .vocabulary import vocabularies_of
 
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
 logger = logging.get_logger(__name__)
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 def tie(
-    model: PreTrainedModel,
-    scheme_or_groups: str | list[str] | dict[str, list[str]] | TyingConfig,
+    model: Model,
+    scheme_or_groups: str | list[str] | tuple[str, ...] | dict[str, Any] | TyingConfig,
     init_from: str | None = None,
-    tokenizer=None,
-    target_tokenizer=None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    target_tokenizer: "PreTrainedTokenizerBase | None" = None,
     on_conflict: str | None = None,
-) -> PreTrainedModel:
+) -> Model:
     """Tie parameters of a live model, in place; from then on the tie is kept by everything that `TiedModelMixin` does.
 
     A scheme says everything about the embeddings: roles that it does not name are given their own matrix. Explicit
@@ -78,7 +83,7 @@ def tie(
     return model
 
 
-def untie(model: PreTrainedModel, names: list[str] | str | None = None) -> PreTrainedModel:
+def untie(model: Model, names: list[str] | str | None = None) -> Model:
     """Give names a parameter of their own, in place; the config says so and nothing ties them again.
 
     Values are unchanged. The first name keeps the old `nn.Parameter`, the others get a copy: an optimizer made before
@@ -190,7 +195,7 @@ def _group_names(model: PreTrainedModel) -> dict[str, list[str]]:
     return {group.name: list(group.names) for group in getattr(model, "tie_groups", None) or []}
 
 
-def _equal(tensors: list[torch.Tensor]) -> bool:
+def _equal(tensors: Sequence[torch.Tensor]) -> bool:
     return all(same_values(tensor, tensors[0]) for tensor in tensors)
 
 
@@ -245,7 +250,7 @@ def _chosen_names(anatomy: Anatomy, groups: list[TieGroup], init_from: str | Non
 # --- the checks ------------------------------------------------------------------------------------------------------
 
 
-def _refuse_absent_values(anatomy: Anatomy, names: list[str]) -> None:
+def _refuse_absent_values(anatomy: Anatomy, names: Iterable[str]) -> None:
     """Names whose values are to be compared, or taken, have them in this process."""
     for name in names:
         if (why := why_incomparable(anatomy.slots[name])) is not None:
@@ -261,8 +266,14 @@ def _refuse_meta(anatomy: Anatomy, groups: list[TieGroup]) -> None:
             )
 
 
-def _compare_vocabularies(anatomy: Anatomy, groups: list[TieGroup], tokenizer, target_tokenizer) -> None:
-    if tokenizer is None and target_tokenizer is None:
+def _compare_vocabularies(
+    anatomy: Anatomy,
+    groups: list[TieGroup],
+    tokenizer: "PreTrainedTokenizerBase | None",
+    target_tokenizer: "PreTrainedTokenizerBase | None",
+) -> None:
+    given = [each for each in (tokenizer, target_tokenizer) if each is not None]
+    if not given:
         return
     if not {"source", "target"} <= anatomy.roles.keys():
         return
@@ -270,8 +281,7 @@ def _compare_vocabularies(anatomy: Anatomy, groups: list[TieGroup], tokenizer, t
     if not any(pair <= set(group.names) for group in groups):
         return
     # One given for both sides is compared with itself: MarianTokenizer and FSMTTokenizer can hold two vocabularies.
-    source = vocabularies_of(tokenizer if tokenizer is not None else target_tokenizer)[0]
-    target = vocabularies_of(target_tokenizer if target_tokenizer is not None else tokenizer)[1]
+    source, target = vocabularies_of(given[0])[0], vocabularies_of(given[-1])[1]
     unlike = [word for word in source.keys() | target.keys() if source.get(word) != target.get(word)]
     if unlike:
         example = min(unlike)
@@ -286,7 +296,7 @@ def _compare_vocabularies(anatomy: Anatomy, groups: list[TieGroup], tokenizer, t
 # --- the one writer --------------------------------------------------------------------------------------------------
 
 
-def _apply(anatomy: Anatomy, groups: list[TieGroup], values: dict[str, torch.Tensor], **changes) -> None:
+def _apply(anatomy: Anatomy, groups: list[TieGroup], values: dict[str, torch.Tensor], **changes: Any) -> None:
     """Make a model what `groups` say, with `values` by the names of roots, and write its config.
 
     Args:
@@ -297,9 +307,10 @@ def _apply(anatomy: Anatomy, groups: list[TieGroup], values: dict[str, torch.Ten
     untie_others(model, groups)
     with torch.no_grad():
         for root, value in values.items():
-            find_parameter(model, root).copy_(value)  # the root keeps its identity
+            parameter_of(model, root).copy_(value)  # the root keeps its identity
     if not isinstance(model, TiedModelMixin):
         model.__class__ = with_mixin(TiedModelMixin, type(model))
+    assert isinstance(model, TiedModelMixin)  # for type checkers
     model._ties_made = True
     set_groups(model, groups)
     fit_tied(model)

@@ -1,6 +1,7 @@
 """Where a tie is checked: what is declared against what is so, on a live model."""
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
@@ -56,7 +57,7 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
     Raises:
         TyingError: when there is none.
     """
-    inner = model
+    inner: Any = model
     while not isinstance(inner, PreTrainedModel):
         if hasattr(inner, "get_base_model"):
             inner = inner.get_base_model()
@@ -143,15 +144,17 @@ def _config_differs(anatomy: Anatomy, groups: list[TieGroup]) -> Iterator[str]:
     if entry_of(model.config) is None or not getattr(model, "_is_declared_class", lambda: True)():
         return  # the record of another head has no names for what this class has besides
     record = TyingConfig.in_config(anatomy.model.config)
-    located = [{locate(anatomy, name) for name in names} - {None} for names in record.groups.values()]
+    located = [
+        [place for name in names if (place := locate(anatomy, name)) is not None] for names in record.groups.values()
+    ]
     if record.scheme is None:  # the embeddings are left to what the class declares
         located = join_chains([*located, *anatomy.declared])
     declared = {frozenset(names) for names in located if len(names) > 1}
     held = {frozenset(group.names) for group in groups}
     if declared != held:
         yield (
-            f"config.tying declares {sorted(map(sorted, declared)) or 'no group'}, the model holds "
-            f"{sorted(map(sorted, held)) or 'no group'}. Change ties by tie() and untie(), not by editing the config."
+            f"config.tying declares {sorted(sorted(names) for names in declared) or 'no group'}, the model holds "
+            f"{sorted(sorted(names) for names in held) or 'no group'}. Change ties by tie() and untie(), not by editing the config."
         )
 
 
