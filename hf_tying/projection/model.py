@@ -87,7 +87,7 @@ def merge_projection(model: Model) -> Model:
     if head.participation is not None:
         head.participation.unwatch(model)
     if ProjectedModelMixin in mixins_of(type(model)):
-        model.__class__ = without_mixin(ProjectedModelMixin, type(model))
+        model.__class__ = without_mixin(ProjectedModelMixin, type(model))  # pyright: ignore[reportAttributeAccessIssue]
     vars(model).pop("loss_parts", None)
     model.config.tying = TyingConfig.in_config(model.config).replace(projection=None).to_dict()
     return model

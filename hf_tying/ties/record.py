@@ -71,7 +71,7 @@ def _recorded_scheme(anatomy: Anatomy, before: str | None, now: str) -> str | No
 def _recorded_groups(anatomy: Anatomy, before: dict[str, list[str]]) -> dict[str, list[str]]:
     """The groups that the model holds, and those of `before` that reach beyond the names that it has."""
     groups = {group.name: list(group.names) for group in groups_held(anatomy.model)}
-    group_of = {name: group for group, names in groups.items() for name in names}
+    group_of: dict[str | None, str] = {name: group for group, names in groups.items() for name in names}
     for group, names in before.items():
         place = {name: locate(anatomy, name) for name in names}
         seen = [name for name in names if place[name] is not None]
@@ -82,7 +82,8 @@ def _recorded_groups(anatomy: Anatomy, before: dict[str, list[str]]) -> dict[str
         kept = [name for name in names if place[name] is None or name in together]
         if len(kept) > 1:
             known = {place[name] for name in kept}
-            groups[group] = kept + [name for name in groups.pop(held, ()) if name not in known]
+            rest = [] if held is None else groups.pop(held, [])
+            groups[group] = kept + [name for name in rest if name not in known]
     return groups
 
 

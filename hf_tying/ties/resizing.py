@@ -41,7 +41,7 @@ def replace_tied(model: PreTrainedModel, old: nn.Module | None, new: nn.Module) 
     """
     parameter = getattr(old, "weight", None)
     group = next((g for g in groups_held(model) if any(find_parameter(model, n) is parameter for n in g.names)), None)
-    if group is None or parameter is None:
+    if group is None or old is None or parameter is None:
         return False
     weight = getattr(new, "weight", None)
     if not isinstance(weight, nn.Parameter) or weight.ndim != 2:
@@ -228,7 +228,7 @@ def _resize_all(
     model.tie_weights()
     embeddings: Any = model.get_input_embeddings()
     model.vocab_size = embeddings.weight.shape[0]  # as the stock resize sets it on every class
-    return model.get_input_embeddings()
+    return embeddings
 
 
 def _resize_parts(model: Any, *how: Any) -> nn.Module:

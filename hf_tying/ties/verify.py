@@ -1,6 +1,6 @@
 """Where a tie is checked: what is declared against what is so, on a live model."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -144,17 +144,17 @@ def _config_differs(anatomy: Anatomy, groups: list[TieGroup]) -> Iterator[str]:
     if entry_of(model.config) is None or not getattr(model, "_is_declared_class", lambda: True)():
         return  # the record of another head has no names for what this class has besides
     record = TyingConfig.in_config(anatomy.model.config)
-    located = [
-        [place for name in names if (place := locate(anatomy, name)) is not None] for names in record.groups.values()
+    located: list[Collection[str]] = [
+        {place for name in names if (place := locate(anatomy, name)) is not None} for names in record.groups.values()
     ]
     if record.scheme is None:  # the embeddings are left to what the class declares
-        located = join_chains([*located, *anatomy.declared])
-    declared = {frozenset(names) for names in located if len(names) > 1}
-    held = {frozenset(group.names) for group in groups}
+        located = [*join_chains([*located, *anatomy.declared])]
+    declared = sorted({tuple(sorted(names)) for names in located if len(names) > 1})
+    held = sorted({tuple(sorted(group.names)) for group in groups})
     if declared != held:
         yield (
-            f"config.tying declares {sorted(sorted(names) for names in declared) or 'no group'}, the model holds "
-            f"{sorted(sorted(names) for names in held) or 'no group'}. Change ties by tie() and untie(), not by editing the config."
+            f"config.tying declares {[*map(list, declared)] or 'no group'}, the model holds "
+            f"{[*map(list, held)] or 'no group'}. Change ties by tie() and untie(), not by editing the config."
         )
 
 
