@@ -52,6 +52,7 @@ test-upstream: $(INSTALLED)
 quality: $(INSTALLED_DEV)
 	$(RUN) -m ruff check $(SOURCES)
 	$(RUN) -m ruff format --check $(SOURCES)
+	$(RUN) -m basedpyright --pythonpath $(RUN)
 
 style: $(INSTALLED_DEV)
 	$(RUN) -m ruff check --fix $(SOURCES)
