@@ -11,9 +11,9 @@ from .slots import named_slots, places_of, shared_names
 
 
 class Anatomy:
-    """What `tie`, `untie`, a resize and the report need to know of a model, each part read once.
+    """The facts about a model that `tie`, `untie`, a resize and the report need. Each is read once.
 
-    It is a reading, not a view: after the model has been changed, make another.
+    It does not follow later changes of the model: make a new one after a change.
 
     Args:
         model: any `PreTrainedModel`, also on the meta device or under adapters. Nothing here changes it.
@@ -68,7 +68,7 @@ class Anatomy:
 
     @cached_property
     def role_of(self) -> dict[str, str]:
-        """From each name that has a role, or carries its matrix, to the role."""
+        """The role of each name that has one, or that carries the matrix of a role."""
         return {name: role for role, found in self.roles.items() for name in found.names}
 
     @cached_property
@@ -83,7 +83,7 @@ class Anatomy:
         return {name for role in self.roles.values() for name in role.carriers}
 
     def declared_pairs(self, gated: bool = True, checked: bool = False) -> list[tuple[str, str]]:
-        """What the classes declare as tied, read anew (see `declared.declared_pairs`)."""
+        """The pairs that the classes declare as tied, read at each call (see `declared.declared_pairs`)."""
         return declared_pairs(self.places, self.slots, gated, checked)
 
     def root_declared(self, names: list[str]) -> list[str]:
@@ -95,13 +95,13 @@ class Anatomy:
         return [name for name in names if name in sources and name not in targets]
 
     def without_roles(self, chains: list[list[str]]) -> list[list[str]]:
-        """Those of `chains` that have nothing to do with the embeddings."""
+        """Select the chains without a name that has a role."""
         return [chain for chain in chains if not any(name in self.role_of for name in chain)]
 
     def beside_roles(self, chains: list[list[str]]) -> list[list[str]]:
-        """Those of `chains` that have to do with an embedding: the names without a role, after one that has one.
+        """Select the chains with an embedding: one name that has a role, then the names without a role.
 
-        A further use of a matrix (a second decoder, a head of another kind) stays with it, whatever the scheme.
+        A further use of a matrix (a second decoder, a head of another kind) stays with it under any scheme.
         """
         with_role = [(next((name for name in chain if name in self.role_of), None), chain) for chain in chains]
         return [[first, *(name for name in chain if name not in self.role_of)] for first, chain in with_role if first]

@@ -28,7 +28,7 @@ def tie_loaded(model: PreTrainedModel, missing: set[str]) -> list[TieGroup]:
     """Tie `model` right after `from_pretrained` has filled its parameters; names dealt with leave `missing`.
 
     Args:
-        model: its parameters hold what the file had; those in `missing` hold fresh values.
+        model: model whose parameters hold the values of the file. Those in `missing` hold new values.
         missing: parameter names that the file did not have (changed in place).
 
     Returns:
@@ -89,15 +89,15 @@ def initial_parameter(model: PreTrainedModel, group: TieGroup) -> nn.Parameter:
 
 
 def check_loaded_state(model: PreTrainedModel, state: dict, prefix: str, action: str = "load") -> dict[str, str]:
-    """Names of one group must have one value in a state dict; `on_conflict` chooses where they do not.
+    """Refuse a state dict with different values for the names of one group, unless `on_conflict` chooses one.
 
     An entry that lies in the model's own memory brings no value: loaders put the live state dict below what they read.
 
     Args:
-        model: with `tie_groups`.
-        state: by the names of the model, each after `prefix`. Where `on_conflict` chooses, changed in place.
-        prefix: of the model in `state`.
-        action: for the message, `"load"` or `"save"`.
+        model: model with `tie_groups`.
+        state: tensors by the names of the model, each after `prefix`. Changed in place where `on_conflict` chooses.
+        prefix: prefix of the model's names in `state`.
+        action: verb of the message, `"load"` or `"save"`.
 
     Returns:
         For each group that `state` brings a value for, from its root to the name of that value.
@@ -132,7 +132,7 @@ def check_loaded_state(model: PreTrainedModel, state: dict, prefix: str, action:
 
 
 def with_all_names(model: PreTrainedModel, state: Mapping) -> dict:
-    """`state`, with an entry for every name of a group of which it has one."""
+    """Copy `state`, and add the missing names of each group that it has a name of."""
     filled = OrderedDict(state)
     if (metadata := getattr(state, "_metadata", None)) is not None:
         vars(filled)["_metadata"] = metadata
@@ -145,7 +145,7 @@ def with_all_names(model: PreTrainedModel, state: Mapping) -> dict:
 
 
 def tie_assigned(model: PreTrainedModel, incompatible_keys: object) -> None:
-    """After `load_state_dict(assign=True)` has put new parameters into the slots of a group: make them one again."""
+    """Make groups one parameter again after `load_state_dict(assign=True)` has replaced their parameters."""
     names = vars(model).pop("_assigned_names", {})
     for group in getattr(model, "tie_groups", ()):  # a model inside that has been untied has the hook still
         if group.root in names:
@@ -163,7 +163,7 @@ def _is_memory_of(parameter: nn.Parameter | None, value: object) -> bool:
 
 
 def _parts(names: list[str], value_of: Callable[[str], torch.Tensor]) -> list[list[str]]:
-    """`names` by equal values. Two tensors on the meta device are offloaded to disk together, and not compared."""
+    """Partition `names` by value. Two tensors on the meta device are both offloaded to disk, and count as equal."""
     parts: list[list[str]] = []
     for name in names:
         value = value_of(name)
@@ -180,7 +180,7 @@ def _parts(names: list[str], value_of: Callable[[str], torch.Tensor]) -> list[li
 def _settle(
     config: TyingConfig, group: TieGroup, parts: list[list[str]], value_of: Callable[[str], torch.Tensor]
 ) -> list[list[str]]:
-    """The parts to keep apart, after `on_conflict`."""
+    """The parts to keep apart, as `on_conflict` says."""
     names = [name for part in parts for name in part]
     if config.on_conflict == "keep_untied":
         logger.warning(f"Group {group.name!r} has different values in the file: kept untied, the config is corrected.")
@@ -204,7 +204,7 @@ def _settle(
 
 
 def _with_new_ones(anatomy: Anatomy, missing: set[str]) -> list[TieGroup]:
-    """The groups of the model; in a wider class than the file's also those that it declares of names that are new."""
+    """The groups of the model, and those that a wider class than the file's declares for its additional names."""
     model = anatomy.model
     new = [chain for chain in anatomy.declared if missing.issuperset(chain)]
     if not new or getattr(model, "_is_declared_class", lambda: True)():
@@ -216,7 +216,7 @@ def _with_new_ones(anatomy: Anatomy, missing: set[str]) -> list[TieGroup]:
 
 
 def _refuse_out_of_reach(anatomy: Anatomy, config: TyingConfig, missing: set[str]) -> None:
-    """A base model opened from a file that keeps the shared matrix under a name of the head only."""
+    """Refuse a base model whose shared matrix the file keeps under a name of the head only."""
     model = anatomy.model
     if missing.issuperset(anatomy.slots):
         return  # nothing in the file is for this class, as transformers reports
@@ -234,7 +234,7 @@ def _refuse_out_of_reach(anatomy: Anatomy, config: TyingConfig, missing: set[str
 
 
 def _fill_untied(anatomy: Anatomy, missing: set[str]) -> None:
-    """A file that was written tied, opened untied: each name gets its own copy, as `untie` would give it.
+    """Give each name its own copy, as `untie` does, where a file that was written tied is opened untied.
 
     They remain missing in the report of the load, for the file did not have them.
     """

@@ -1,4 +1,4 @@
-"""A mixin in front of the class of a live model, and off again: how ties and their extensions act in a model."""
+"""Put a mixin in front of the class of a live model, and take it off: how ties and extensions act in a model."""
 
 import functools
 from collections.abc import Callable
@@ -55,7 +55,7 @@ def _passed_on(method: Callable) -> Callable:
 
 
 def _revive(stock: type[PreTrainedModel], *mixins: type[PreTrainedModel]) -> PreTrainedModel:
-    """What a pickle calls; it is found there by its name in this module, which therefore stays."""
+    """Make the object of a pickle. Pickles find this function by its name in this module, so it must stay here."""
     for mixin in mixins:
         stock = with_mixin(mixin, stock)
     return stock.__new__(stock)

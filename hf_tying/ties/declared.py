@@ -1,4 +1,4 @@
-"""What an architecture declares as tied: `_tied_weights_keys` of a model and of the models inside it, spelled out."""
+"""The ties that an architecture declares: `_tied_weights_keys` of a model and of the models inside it, expanded."""
 
 from collections.abc import Iterable
 from itertools import cycle
@@ -20,14 +20,14 @@ def stock_keys(model: PreTrainedModel) -> Any:
 def declared_pairs(
     places: list[tuple[str, nn.Module]], slots: dict[str, nn.Parameter], gated: bool = True, checked: bool = False
 ) -> list[tuple[str, str]]:
-    """(source, tied name) for each name that a model, or a model inside it, declares as tied.
+    """Pairs (source, tied name) for each name that a model, or a model inside it, declares as tied.
 
     As in transformers, a later entry of `_tied_weights_keys` overrides an earlier one for the names that both match
     (RT-DETRv2, D-FINE). Unlike transformers' own expansion this also goes into `nn.ModuleList` and plain modules.
 
     Args:
-        places: of the model, see `slots.places_of`.
-        slots: of the model, see `slots.named_slots`.
+        places: modules of the model, see `slots.places_of`.
+        slots: parameters of the model, see `slots.named_slots`.
         gated: leave out models whose config says `tie_word_embeddings=False`. Default `True`, as transformers does.
         checked: refuse a declared name that does not exist. Default `False`: it is left out.
 
@@ -64,7 +64,7 @@ def declared_pairs(
 
 
 def join_chains(chains: Iterable[Iterable[str]]) -> list[list[str]]:
-    """Join chains of names that share a name. Undirected, so that cycles need no care; in order of first mention."""
+    """Join chains that share a name, in order of first mention. Links have no direction, so cycles do not matter."""
     member_of: dict[str, list[str]] = {}
     for chain in chains:
         merged: list[str] = []
@@ -94,7 +94,7 @@ def _expand(source: str, target: str, names: list[str], model: nn.Module, checke
 
 
 def _named_by(part: str, names: list[str]) -> list[str]:
-    """What one side of an entry means: a parameter, a module, or one of transformers' patterns from a name's start."""
+    """The names that one side of an entry means: a parameter, a module, or a pattern from the start of a name."""
     if set(part) & set("^$*+?{}[]|()\\"):
         return [name for name in names if search(f"^{part}", name)]
     return [name for name in names if name == part or name.startswith(f"{part}.")]

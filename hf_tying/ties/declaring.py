@@ -1,15 +1,13 @@
-"""`from_pretrained(..., tying=...)` of any class: the declaration for this load, whatever the file's config says."""
+"""The argument `tying` of `from_pretrained`: the declaration for this load, in place of the one in the file."""
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
 
 from ..config import TyingConfig
-
-if TYPE_CHECKING:
-    from transformers.modeling_utils import PreTrainedModel
 
 # What finds the files; `from_pretrained` of a config takes these and no others.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
@@ -20,10 +18,16 @@ _OF_THE_MODEL = ("attn_implementation", "dtype", "name_or_path", "quantization_c
 def from_pretrained(
     wrapped: Callable[..., Any], cls: type[PreTrainedModel], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> PreTrainedModel:
-    """In front of `PreTrainedModel.from_pretrained`.
+    """Load a model by `PreTrainedModel.from_pretrained`, with the declaration `tying` in its config.
 
     Args:
-        kwargs: with `tying`, whatever `TyingConfig.of` takes, or `None` for no entry.
+        wrapped: the stock method, bound to the class.
+        cls: class of the model.
+        args: positional arguments of the call.
+        kwargs: keywords of the call. `tying` is anything that `TyingConfig.of` takes, or `None` for no entry.
+
+    Returns:
+        The loaded model.
 
     Raises:
         TyingError: for a `tying` that cannot be read.

@@ -1,4 +1,4 @@
-"""Who honours the entries of `tying` that are not ties: `loss`, `projection`, and what is to come.
+"""Extensions: the entries of `tying` that are not ties (`loss`, `projection`), and the modules that honour them.
 
 The core knows none of them. It consults one dict, `hf_tying.config.EXTENSIONS`, where a model is made from its config
 or from a pickle (`TiedModelMixin`), and where `tie` changes a live one. An extension is a module with two functions:
@@ -41,7 +41,7 @@ def honour_extensions(model: PreTrainedModel, config: TyingConfig, strict: bool 
     """Make `model` as the entries of `config` beside the ties say.
 
     Args:
-        model: changed in place.
+        model: model to change in place.
         config: the declaration.
         strict: refuse what the model cannot have. `False` is for another head over the same file.
 
@@ -54,7 +54,7 @@ def honour_extensions(model: PreTrainedModel, config: TyingConfig, strict: bool 
 
 
 def _module(key: str, told: bool = True) -> ModuleType | None:
-    """The module of an extension; `None` in published code that goes without it, of which the log tells if `told`."""
+    """The module of an extension. `None` in published code that works without it; logged if `told`."""
     extension = EXTENSIONS[key]
     if carried := _CARRIED.get(extension.module):
         return carried()

@@ -1,9 +1,9 @@
-"""Where a tie is made: `TiedModelMixin` carries it through a model's life, `tie` and `untie` change it.
+"""`TiedModelMixin`, which keeps ties through a model's life; `tie` and `untie` change them.
 
 The mixin sits in front of a transformers class and answers transformers' own hooks: `post_init` (declare and tie),
 `tie_weights` (after a load, and whenever anybody asks again), the embedding setters and the resize, `_apply` (`.to()`,
 `to_empty()`), `state_dict` and its loading, `save_pretrained`. `tie(model, ...)` puts the same mixin in front of the
-class of a live model, so that both forms are one and the same thing.
+class of a live model, so both forms behave alike.
 """
 
 import os
@@ -47,7 +47,7 @@ logger = logging.get_logger(__name__)
 
 
 class TiedModelMixin(MixinBase):
-    """Put in front of a transformers class, it keeps the ties of `config.tying` through the model's whole life.
+    """Mixin in front of a transformers class: it keeps the ties of `config.tying` through the model's whole life.
 
     `tie_groups` holds the concrete groups (`TieGroup`: a name, the parameter names, root first). Without a `tying`
     entry the groups are those that the class itself declares under `tie_word_embeddings`.
@@ -66,9 +66,9 @@ class TiedModelMixin(MixinBase):
     """
 
     tie_groups: list[TieGroup] = []  # on the instance once `post_init` has run
-    _ties_made: bool
-    _told_frozen: list[TieGroup]
-    _made_in_part: bool
+    _ties_made: bool  # whether values that differ have been trained, and are no longer fresh from the initialisation
+    _told_frozen: list[TieGroup]  # the groups of the last warning
+    _made_in_part: bool  # whether a subclass may still add modules
 
     # --- a model is made ---------------------------------------------------------------------------------------------
 
@@ -104,7 +104,7 @@ class TiedModelMixin(MixinBase):
             write_config(self)
 
     def _is_declared_class(self) -> bool:
-        """Whether the config's names are meant for this class, not for a head over it or another head.
+        """Whether the names in the config are those of this class, not of a class with a head or with another head.
 
         A class without a softmax that has saved the record of a language model keeps the names of its head.
         """
@@ -121,24 +121,25 @@ class TiedModelMixin(MixinBase):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """Whether the initialisation is somebody's own; a class over a stock one is initialised like it."""
+        """Whether `_init_weights` is custom code. A class over a stock one is initialised like the stock one."""
         owner = next(base for base in cls.__mro__ if "_init_weights" in vars(base))
         return not owner.__module__.startswith("transformers.")
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        """`{tied name: root}`, flat; what accelerate, the quantisers and `device_map="auto"` read."""
+        """The root of each tied name, for accelerate, the quantisers and `device_map="auto"`."""
         return {name: group.root for group in self.tie_groups for name in group.aliases}
 
     def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True, **kwargs: Any) -> None:
-        """Tie what is declared. Unlike the stock method it never overwrites trained values that differ.
+        """Tie the declared groups. Unlike the stock method, it never overwrites trained values that differ.
 
         Args:
-            missing_keys: names that a checkpoint did not have, given by `from_pretrained`: names of a group are filled
-                from whichever one is there, and differing ones are handled as `on_conflict` says.
-            recompute_mapping: accepted for transformers; the groups change by `tie` and `untie` only.
+            missing_keys: names that a checkpoint did not have, given by `from_pretrained`. They are filled from any
+                name of their group that it had; values that differ are handled as `on_conflict` says.
+            recompute_mapping: argument of the stock method, without effect: only `tie` and `untie` change the groups.
+            **kwargs: further arguments of the stock method, without effect.
 
         Raises:
-            TyingError: when names of a group have come to hold different values.
+            TyingError: when names of a group hold different values.
         """
         if _ties_wait():
             return
@@ -157,8 +158,10 @@ class TiedModelMixin(MixinBase):
         fit_tied(self)
 
     def _resolve_when_whole(self) -> None:
-        """Before a file's values are tied: modules that a subclass has added since `post_init` are there, and those of
-        another stage of a pipeline are not."""
+        """Resolve the groups again before the values of a file are tied.
+
+        A subclass may have added modules since `post_init`. Modules of other stages of a pipeline are missing.
+        """
         if vars(self).pop("_made_in_part", False):
             config = TyingConfig.in_config(self.config)
             self.tie_groups = resolve(Anatomy(self), config, self._is_declared_class())
@@ -208,7 +211,7 @@ class TiedModelMixin(MixinBase):
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Module:
-        """As in transformers; tied names stay one parameter, and embeddings tied to nothing are resized, not replaced.
+        """Resize as transformers does. Tied names stay one parameter, and untied embeddings are resized in place.
 
         Raises:
             TyingError: when the ties are already broken.
@@ -219,7 +222,7 @@ class TiedModelMixin(MixinBase):
     # --- tensors move and are replaced -------------------------------------------------------------------------------
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        """`.to()`, `.half()`, `to_empty()`: where torch makes a tensor for each name, they are made one again."""
+        """Keep ties in `.to()`, `.half()` and `to_empty()`, where torch may make a tensor for each name."""
         held = [group for group in self.tie_groups if is_one(self, group.names)]
         result = super()._apply(fn, recurse)
         for group in held:
@@ -227,13 +230,13 @@ class TiedModelMixin(MixinBase):
         return result
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """In training, a forward pass over a broken tie raises: the matrices would drift apart unseen."""
+        """Run the forward pass. In training, a broken tie raises: the matrices would drift apart unseen."""
         if self.training and not torch.compiler.is_compiling() and not getattr(self, "_is_replica", False):
             self._raise_if_split()
         return super().__call__(*args, **kwargs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy, or a pickle: extensions that the config declares are in force, also if it was made before them."""
+        """Restore a copy or a pickle, and honour the extensions of its config, which older pickles do not have."""
         super().__setstate__(state)
         honour_extensions(self, TyingConfig.in_config(self.config), strict=False)
 
@@ -245,9 +248,9 @@ class TiedModelMixin(MixinBase):
         self._tell_frozen()
 
     def _tell_frozen(self) -> None:
-        """Say, once, that a matrix frozen by one name is frozen by all: in a model that trains for the most part.
+        """Warn once that a matrix frozen under one name is frozen under all, if most of the model is trained.
 
-        Where most of the model is frozen (under adapters, or but for its last layers), that is meant.
+        Where most of the model is frozen (under adapters, or except for its last layers), it is intended.
         """
         frozen = self._frozen_groups()
         if frozen == vars(self).get("_told_frozen", []):
@@ -277,7 +280,7 @@ class TiedModelMixin(MixinBase):
     # --- state dicts -------------------------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As in torch. A strict load needs one name of each group: the others are the same matrix.
+        """Load as torch does. A strict load needs one name of each group, since the others are the same matrix.
 
         Raises:
             TyingError: when the state dict has different values for names of one group; nothing is loaded.
@@ -289,7 +292,7 @@ class TiedModelMixin(MixinBase):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
-        """Before torch loads anything, also as a part of an outer module: names of a group must agree."""
+        """Check that the names of each group agree before torch loads this module, alone or inside another one."""
         names = check_loaded_state(self, state_dict, prefix)
         if local_metadata.get("assign_to_params_buffers", False):
             vars(self)["_assigned_names"] = names  # made one again by `tie_assigned`, once all modules are loaded
@@ -304,7 +307,7 @@ class TiedModelMixin(MixinBase):
         state_dict: dict[str, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        """As in transformers. The ties are checked first, and `config.tying` is written from what is so.
+        """Save as transformers does, after the ties are checked and `config.tying` is written from them.
 
         Raises:
             TyingError: when a tie is broken, or weights are offloaded; nothing is written.
@@ -352,7 +355,7 @@ class TiedModelMixin(MixinBase):
 
 
 def _ties_wait() -> bool:
-    """Whether transformers wants every name as a parameter of its own for now: while `from_pretrained` makes a model.
+    """Whether `from_pretrained` is making a model, and needs every name as a parameter of its own.
 
     It then replaces `PreTrainedModel.tie_weights` by a function of `transformers.initialization`, which does nothing.
     """
@@ -360,7 +363,7 @@ def _ties_wait() -> bool:
 
 
 def _models_being_made() -> list[PreTrainedModel]:
-    """The models whose `__init__` is running, the innermost first; one is there once for each of its `__init__`."""
+    """The models whose `__init__` is running, the innermost first. One is listed once for each running `__init__`."""
     making, frame = [], sys._getframe(1)
     while frame is not None:
         code = frame.f_code
@@ -372,17 +375,17 @@ def _models_being_made() -> list[PreTrainedModel]:
 
 
 def set_groups(model: PreTrainedModel, groups: list[TieGroup]) -> None:
-    """Make each group one parameter, that of its root, and declare the groups."""
+    """Make each group one parameter (that of its root), and declare the groups."""
     for group in groups:
         share_parameter(model, group.names, parameter_of(model, group.root))
     declare(model, groups)
 
 
 def declare(model: PreTrainedModel, groups: list[TieGroup]) -> None:
-    """Tell transformers: the mapping on the instance, and on every model inside for the names that lie within it.
+    """Declare the groups to transformers: on the model, and on every model inside for the names within it.
 
-    A model inside that holds a whole tie is put under the mixin too, so that it can be saved, resized and reloaded by
-    itself; one that holds none no longer re-ties what its class declares.
+    A model inside that holds a whole tie gets the mixin too, so that it can be saved, resized and reloaded by itself.
+    One that holds none no longer ties what its class declares.
     """
     inside = [
         (canonical(prefix), sub)
@@ -413,7 +416,7 @@ def declare(model: PreTrainedModel, groups: list[TieGroup]) -> None:
 
 
 def _source(model: PreTrainedModel, group: TieGroup) -> str:
-    """The name that a class would declare as the source of `group`: its root; the embedding where that is the head.
+    """The name that a class would declare as the source of `group`: its root, or the embedding if that is the head.
 
     PEFT looks there for what is tied with the input embedding, whichever name is kept in a file.
     """

@@ -1,4 +1,4 @@
-"""How the ties are recorded: the `tying` entry and `tie_word_embeddings` of the config, written from what is so."""
+"""Record the ties of a model in its config: the `tying` entry and `tie_word_embeddings`."""
 
 import functools
 from typing import Any
@@ -14,10 +14,10 @@ from .roles import FLAG_SET_BY_THE_CLASS, SCALED_BY_THE_FLAG
 
 
 def refuse_foreign_entry(config: PreTrainedConfig) -> None:
-    """Whether a tie can be recorded in `config`.
+    """Refuse a config in which a tie cannot be recorded.
 
     Raises:
-        TyingError: when its field `tying` is somebody else's.
+        TyingError: when its field `tying` has another meaning.
     """
     value = getattr(config, "tying", None)
     if value is not None and entry_of(config) is None:
@@ -30,15 +30,14 @@ def refuse_foreign_entry(config: PreTrainedConfig) -> None:
 def write_config(model: PreTrainedModel, anatomy: Anatomy | None = None, **changes: Any) -> TyingConfig:
     """Write `model.tie_groups` to its config, and return what was written.
 
-    What this class cannot see is not overwritten: a group with names of another head, and a scheme with roles that it
-    lacks, stay recorded as they were. So a language model that is loaded as a classifier, and saved, is a tied
-    language model again.
+    Entries about parts that this class lacks are kept: groups with names of another head, and schemes with roles that
+    it lacks. So a language model that is loaded and saved as a classifier is still a tied language model.
 
     Args:
         model: a model with `tie_groups`.
-        anatomy: of the model, also as it was before its parameters were made one: only names are read.
-        changes: `on_conflict`, `save_format`; what is not given stays as the entry has it. `save_format=None` asks for
-            the default of the groups as they are now.
+        anatomy: reading of the model. It may be older than the ties, since only names are read from it.
+        **changes: new values of fields of the entry, such as `on_conflict`; the others keep theirs. With
+            `save_format=None` the format is the default for the groups as they are now.
     """
     before = TyingConfig.in_config(model.config).replace(**changes)
     anatomy = Anatomy(model) if anatomy is None else anatomy
@@ -54,7 +53,7 @@ def write_config(model: PreTrainedModel, anatomy: Anatomy | None = None, **chang
 
 
 def _recorded_scheme(anatomy: Anatomy, before: str | None, now: str) -> str | None:
-    """`now`, unless `before` says the same of the roles that the model has, and more of those that it lacks."""
+    """`before`, if it agrees with `now` about the roles that the model has; else `now`."""
     if before is None:
         # Left to the class's own declaration, as long as that is what the model holds.
         held = [set(group.names) for group in groups_held(anatomy.model)]
@@ -124,7 +123,7 @@ def _flagged_configs(model: PreTrainedModel) -> list:
 
 @functools.cache
 def flag_is_forced(config_class: type) -> bool:
-    """Whether the flag says nothing of ties: its class does not take what it is told (T5, DBRX), or scales by it."""
+    """Whether `tie_word_embeddings` cannot be set freely: the class overrides it (T5, DBRX), or scales by it."""
     if config_class.model_type in SCALED_BY_THE_FLAG | FLAG_SET_BY_THE_CLASS:
         return True
     try:
@@ -138,11 +137,10 @@ def flag_is_forced(config_class: type) -> bool:
 
 
 def refuse_contradicting_flag(anatomy: Anatomy, config: TyingConfig, groups: list[TieGroup]) -> None:
-    """A recorded tie of target and output under `tie_word_embeddings=False`: somebody asked for it to be opened
-    untied.
+    """Refuse `tie_word_embeddings=False` beside a recorded tie of target and output.
 
     Raises:
-        TyingError: with the explicit way to do that.
+        TyingError: with the explicit ways to open the model tied or untied.
     """
     if not config.groups or scheme_of(anatomy, groups) not in ("two_way", "three_way"):
         return

@@ -1,4 +1,4 @@
-"""Embeddings of a tied model that are replaced or resized: every name follows, and every stated size."""
+"""Replace and resize embeddings of a tied model: every tied name follows, and every stated size."""
 
 import inspect
 from collections.abc import Callable
@@ -29,7 +29,7 @@ logger = logging.get_logger(__name__)
 
 
 def replace_tied(model: PreTrainedModel, old: nn.Module | None, new: nn.Module) -> bool:
-    """Put the module `new` in place of `old`, and its matrix under every name that was tied to the old one.
+    """Replace the module `old` by `new`, and put the matrix of `new` under every name that was tied to that of `old`.
 
     Modules are never shared: an embedding may carry a scale or a padding index of its own.
 
@@ -63,7 +63,7 @@ def replace_tied(model: PreTrainedModel, old: nn.Module | None, new: nn.Module) 
 
 
 def refuse_other_values(model: PreTrainedModel, old: nn.Module | None, new: nn.Module | None) -> None:
-    """Whether `new` may take the place of `old`, the output embedding.
+    """Refuse to replace `old`, a tied output embedding, by a module with other values.
 
     Raises:
         TyingError: when `old` is tied and `new` has another matrix.
@@ -81,7 +81,7 @@ def refuse_other_values(model: PreTrainedModel, old: nn.Module | None, new: nn.M
 
 
 def follow_bias(model: PreTrainedModel, new: nn.Module) -> None:
-    """After an output module was replaced: names tied to its bias (RoBERTa's second one) take the new bias."""
+    """Give the bias of a new output module to the names tied to it, such as the second one of RoBERTa."""
     bias = new._parameters.get("bias")
     for group in groups_held(model):
         slots = [find_slot(model, name) for name in group.names]
@@ -96,7 +96,7 @@ def resize(
     pad_to_multiple_of: int | None,
     mean_resizing: bool,
 ) -> nn.Module:
-    """The stock resize, and what it leaves out: embeddings tied to nothing, and sizes stated beside a tied matrix.
+    """Run the stock resize, and resize what it leaves out: untied embeddings, and sizes stated beside a tied matrix.
 
     Matrices are resized in place (`parameter.data`), so that a tie survives by itself and the optimizer keeps it.
 
@@ -138,9 +138,9 @@ def resize(
 
 
 def _narrowed(stock_resize: Callable) -> Callable:
-    """`stock_resize` as its class has it: MobileBERT's and much custom code's takes fewer arguments than most.
+    """Adapt `stock_resize` to three arguments: MobileBERT and much custom code take fewer.
 
-    What was asked for and is not taken is an error, as it would be without this package.
+    An argument that is given and not taken is an error, as it is without this package.
     """
     parameters = inspect.signature(stock_resize).parameters
     takes_all = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters.values())
@@ -157,7 +157,7 @@ def _narrowed(stock_resize: Callable) -> Callable:
 
 
 def fit_tied(model: PreTrainedModel) -> None:
-    """Sizes that modules state beside a tied matrix agree with its rows."""
+    """Update the sizes that modules state beside a tied matrix to its rows."""
     for group in groups_held(model):
         for name in group.names:
             module, attribute = slot_of(model, name)
@@ -175,12 +175,12 @@ def _refuse_other_rows(model: PreTrainedModel) -> None:
         if words and others:
             raise TyingError(
                 f"Cannot resize: {others[0]!r} is tied to the embedding {words[0]!r} (group {group.name!r}), and is "
-                f"no vocabulary matrix. untie(model, {others}) first."
+                f"not a vocabulary matrix. untie(model, {others}) first."
             )
 
 
 def _own_resize(model: PreTrainedModel) -> Callable | None:
-    """What stands in for a stock resize that refuses (`EncoderDecoderModel`) or knows one side only."""
+    """The replacement of a stock resize that refuses (`EncoderDecoderModel`) or knows one side only; else `None`."""
     model_type = getattr(model.config, "model_type", None)
     if model_type == "encoder-decoder":
         return partial(_resize_parts, model)
@@ -190,7 +190,7 @@ def _own_resize(model: PreTrainedModel) -> Callable | None:
 
 
 def _is_one_vocabulary(model: PreTrainedModel) -> bool:
-    """Whether source and target are over the same words, as far as the model itself can tell.
+    """Whether source and target have the same vocabulary, as far as the model itself can tell.
 
     Raises:
         TyingError: for FSMT with two sizes: its only resize would give one side the other's size.
@@ -213,7 +213,7 @@ def _is_one_vocabulary(model: PreTrainedModel) -> bool:
 def _resize_all(
     model: PreTrainedModel, new_num_tokens: int | None, pad_to_multiple_of: int | None, mean_resizing: bool
 ) -> nn.Module:
-    """Source, target and output over one vocabulary, where the stock resize knows one side only (Marian, FSMT)."""
+    """Resize source, target and output of one vocabulary, where the stock one knows one side only (Marian, FSMT)."""
     for role in roles(model).values():
         for module in (find_slot(model, name)[0] for name in role.names):
             if isinstance(module, nn.Embedding):
@@ -232,7 +232,7 @@ def _resize_all(
 
 
 def _resize_parts(model: Any, *how: Any) -> nn.Module:
-    """Encoder and decoder each by its own resize; the stock class refuses, since it cannot know them to be one."""
+    """Resize encoder and decoder each by its own method; the stock class refuses, since they may differ."""
     source, target = (part.get_input_embeddings().weight for part in (model.encoder, model.decoder))
     if source.shape[0] != target.shape[0]:
         raise TyingError(
@@ -248,7 +248,7 @@ def _resize_parts(model: Any, *how: Any) -> nn.Module:
 
 
 def _fit_two_sizes(model: PreTrainedModel) -> None:
-    """Where the config states a size for each side, both are those of the matrices."""
+    """Update the two sizes in a config that states one for each side."""
     found = roles(model) if model.config.model_type in TWO_SIZES else {}
     if "target" not in found:  # an encoder alone shares the config of the whole model
         return
@@ -272,7 +272,7 @@ def _embeddings_out_of_reach(model: PreTrainedModel, rows: int) -> list[nn.Embed
 
 
 def _fit_idle_biases(model: PreTrainedModel, before: int, after: int) -> None:
-    """An output bias that the architecture keeps twice (BERT) has one size, also where the two are not tied."""
+    """Resize both copies of an output bias that the architecture keeps twice (BERT), also where they are not tied."""
     anatomy = Anatomy(model)
     for names in anatomy.without_roles(anatomy.declarable):
         parameters = [find_parameter(model, name) for name in names]
@@ -282,13 +282,13 @@ def _fit_idle_biases(model: PreTrainedModel, before: int, after: int) -> None:
 
 
 def _fit_vocab_size(model: PreTrainedModel) -> None:
-    """Many classes state the size of the vocabulary once more, as an attribute."""
+    """Update the attribute `vocab_size`, which many classes have beside the config."""
     if isinstance(vars(model).get("vocab_size"), int):
         model.vocab_size = model.config.get_text_config().vocab_size
 
 
 def _fit_final_bias(model: PreTrainedModel) -> None:
-    """Marian gives its `final_logits_bias` the size that was asked for, not the padded one."""
+    """Give `final_logits_bias` the padded size: Marian gives it the size that was asked for."""
     bias, output = getattr(model, "final_logits_bias", None), model.get_output_embeddings()
     if isinstance(bias, torch.Tensor) and output is not None and bias.shape[-1] != output.weight.shape[0]:
         model._resize_final_logits_bias(output.weight.shape[0])  # pyright: ignore[reportCallIssue]

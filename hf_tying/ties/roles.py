@@ -1,4 +1,4 @@
-"""The roles of a model's embeddings: source, target and output; and the tables of what architectures do otherwise."""
+"""The roles of a model's embeddings (source, target and output), and tables of architectures with exceptions."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -62,9 +62,9 @@ def find_roles(
 ) -> dict[str, Role]:
     """The roles that `model` has, in the order `source`, `target`, `output`.
 
-    A role is a fact of use: source and target are looked up by words, the output is multiplied to make logits. The
-    architecture's accessors say where to look; what they answer is checked. A convolution over sound (Whisper) or a
-    projection of patches (Pix2Struct) is no source.
+    A role is defined by use: source and target are looked up by words, the output is multiplied to make logits. The
+    accessors of the architecture name candidates, which are checked. A convolution over sound (Whisper) or a
+    projection of patches (Pix2Struct) is not a source.
 
     A carrier goes with the source embedding, whatever the scheme, so that it is never left as a second, dead matrix
     that receives no gradient. Any other name that the architecture ties is used, and its values count.
@@ -72,7 +72,7 @@ def find_roles(
     Args:
         model: any `PreTrainedModel`, also under adapters.
         declared: chains of names that the architecture can tie, whatever its config says.
-        places: of the model, see `slots.places_of`.
+        places: modules of the model, see `slots.places_of`.
     """
     chains = [list(chain) for chain in declared]
     name_of = {id(module): place for place, module in reversed(places)}
@@ -117,15 +117,15 @@ def find_roles(
 
 
 def is_lookup(module: nn.Module | None) -> bool:
-    """Whether `module` has a matrix of which rows are looked up: `nn.Embedding`, or what takes its place.
+    """Whether rows of the matrix of `module` are looked up: `nn.Embedding`, or a replacement of it.
 
-    Quantisation and pruning may have put something else in the place of the parameter: it is a lookup still.
+    Quantisation and pruning may have replaced the parameter; the module is still a lookup.
     """
     return isinstance(module, nn.Embedding) or (_has_matrix(module) and not isinstance(module, nn.Linear | _Conv))
 
 
 def is_product(module: nn.Module | None) -> bool:
-    """Whether `module` has a matrix that makes logits: `nn.Linear`, or an embedding whose class multiplies by it."""
+    """Whether `module` has a matrix that can make logits: `nn.Linear`, or an embedding that is multiplied by."""
     return isinstance(module, nn.Linear | nn.Embedding) or _has_matrix(module)
 
 
@@ -135,7 +135,7 @@ def _has_matrix(module: nn.Module | None) -> bool:
 
 
 def _is_carrier(model: PreTrainedModel, name: str) -> bool:
-    """Whether `name` is a matrix that its family only carries, where it has other lookups of it."""
+    """Whether `name` is a matrix that its architecture only carries, beside the lookups that use it."""
     place = name.removesuffix(".weight")
     known = IDLE_MODULES.get(getattr(model.config, "model_type", ""))
     return place in known if known else place.rpartition(".")[2] == "shared"
@@ -163,8 +163,9 @@ def _has_decoder(model: PreTrainedModel) -> bool:
 
 
 def ask(owner: object, accessor: str) -> Any:
-    """What an accessor answers; `None` where an architecture has none, which is no error here: it lacks the role, and
-    a scheme that needs the role is refused by name.
+    """Call an accessor. `None` where an architecture has none: it lacks the role.
+
+    That is not an error here: a scheme that needs the role is refused by name.
 
     AttributeError: no such method, or no such owner (a model without an encoder). NotImplementedError: transformers'
     own `get_input_embeddings` where it finds nothing. TypeError: an accessor of custom code that wants an argument.

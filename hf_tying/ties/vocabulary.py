@@ -12,7 +12,7 @@ def vocabularies_of(tokenizer: "PreTrainedTokenizerBase") -> tuple[dict[str, int
     """The vocabulary of the source side and that of the target side, each from a word to its id.
 
     `get_vocab()` of `MarianTokenizer` and `FSMTTokenizer` answers for the source side alone, and their
-    `get_tgt_vocab()` fails: here both are read from what the two classes hold.
+    `get_tgt_vocab()` fails. So both are read from the fields of these two classes.
 
     Args:
         tokenizer: any transformers tokenizer.
@@ -21,7 +21,7 @@ def vocabularies_of(tokenizer: "PreTrainedTokenizerBase") -> tuple[dict[str, int
         Two dictionaries; the same one twice where a tokenizer has only one vocabulary.
 
     Raises:
-        TyingError: for what is no tokenizer.
+        TyingError: for anything that is not a tokenizer.
     """
     if not hasattr(tokenizer, "get_vocab"):
         raise TyingError(f"Expected a transformers tokenizer, found {type(tokenizer).__name__}.")
