@@ -40,8 +40,8 @@ def augmented_loss(
 ) -> torch.Tensor:
     """`cross_entropy_weight * CE + alpha * KL(t || q)`, the augmented loss, without an (N, V) matrix.
 
-    A one-hot target calls every other word equally wrong. Here the target t also gives something to words whose
-    vectors are like that of the right one: with L the input embedding, W the softmax matrix and y the label,
+    With a one-hot target every other word is equally wrong. Here the target t gives probability to words whose
+    vectors are like that of the right one, too: with L the input embedding, W the softmax matrix and y the label,
 
         t = softmax(L L[y] / temperature)                  the target distribution
         q = softmax(logit_scale * W h / temperature)       the model's, without its output bias
@@ -53,24 +53,26 @@ def augmented_loss(
     are the same tensor (REAL in the paper).
 
     Args:
-        hidden: h, (..., D), floating point; no shift is made: `hidden[i]` predicts `labels[i]`.
-        weight: W, (V, D), of the dtype of `hidden`, or any under autocast.
-        labels: y, hidden.shape[:-1], int64: words from 0 to V - 1, or `ignore_index`.
-        embedding: L, (V, any width), of the dtype of `weight`. Default: `weight`, as in a tied model. Give an untied
-            model's input embedding (AL in the paper).
-        bias: (V,), floating point; of the cross entropy alone (equation 3.1 has none). Reusing the embedding, the
+        hidden: hidden states h, (..., D), floating point. No shift is made: `hidden[i]` predicts `labels[i]`.
+        weight: softmax matrix W, (V, D), of the dtype of `hidden`, or of any dtype under autocast.
+        labels: labels y, hidden.shape[:-1], int64: words from 0 to V - 1, or `ignore_index`.
+        embedding: input embedding L, (V, any width), of the dtype of `weight`. Default: `weight`, as in a tied model.
+            Give it for an untied model (AL in the paper).
+        bias: bias of the cross entropy alone, (V,), floating point (equation 3.1 has none). Reusing the embedding, the
             paper sets it to zero.
-        temperature: tau, above 0. Default 20, third-party accounts' value for the Penn Treebank.
-        alpha: the weight of the divergence, 0 or more. Default `gamma * temperature`: its gradient falls with the
-            temperature, and so the product keeps its size; published settings are given as gamma.
-        gamma: alpha / temperature. Default 0.5; 0.5 to 0.8 were used on the Penn Treebank, 1.0 to 1.5 on WikiText-2.
-        detach_target: no gradient goes through the target. Default False: the paper says nothing of it.
-        ignore_index: labels of this value count for nothing. Default -100, as everywhere in transformers.
-        reduction: `"mean"` over the labels that count, or `"sum"`.
-        num_items_in_batch: with `"mean"`, what to divide the sum by in place of the labels that count here, as
-            `Trainer` does.
-        cross_entropy_weight: a factor of the cross entropy. Default 1; 0 leaves the divergence alone.
-        logit_scale: a factor of the model's logits, in both parts. Default 1. It may be learned: a tensor of one
+        temperature: temperature tau of both distributions, above 0. Default 20, third-party accounts' value for the
+            Penn Treebank.
+        alpha: weight of the divergence, 0 or more. Default `gamma * temperature`: the gradient falls with the
+            temperature, so the product keeps its size. Published settings are given as gamma.
+        gamma: ratio alpha / temperature. Default 0.5; 0.5 to 0.8 were used on the Penn Treebank, 1.0 to 1.5 on
+            WikiText-2.
+        detach_target: whether the target gets no gradient. Default `False`: the paper does not mention it.
+        ignore_index: value of labels that are left out. Default -100, as everywhere in transformers.
+        reduction: `"mean"` over the labels that count, or `"sum"`. Default `"mean"`.
+        num_items_in_batch: divisor of the sum for `"mean"`, in place of the number of labels that count here, as
+            `Trainer` gives it. Default `None`.
+        cross_entropy_weight: factor of the cross entropy. Default 1; with 0 the loss is the divergence alone.
+        logit_scale: factor of the model's logits, in both parts. Default 1. It may be learned: a tensor of one
             element gets its gradient.
         memory_budget: bytes for blocks at work and kept products, beside the gradients. Default: as many as the
             gradient of `weight` has, from 16 to 64 MiB, or an eighth of it if that is more. A block is never narrower
@@ -114,12 +116,17 @@ def augmented_parts(
     options: CrossEntropyOptions | None = None,
     memory_budget: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`augmented_loss`, and beside it the cross entropy alone, of which perplexity is made.
+    """`augmented_loss` and the cross entropy alone, from which perplexity is computed.
 
     Args:
-        hidden, weight, labels, embedding, bias, memory_budget: as for `augmented_loss`.
+        hidden: hidden states, as for `augmented_loss`.
+        weight: softmax matrix, as for `augmented_loss`.
+        labels: labels, as for `augmented_loss`.
         settings: the divergence, and the weights of both parts.
-        options: of the cross entropy. Default: `CrossEntropyOptions()`. Only `ignore_index`, `reduction`,
+        embedding: input embedding, as for `augmented_loss`.
+        bias: bias of the cross entropy, as for `augmented_loss`.
+        memory_budget: memory in bytes, as for `augmented_loss`.
+        options: options of the cross entropy. Default: `CrossEntropyOptions()`. Only `ignore_index`, `reduction`,
             `num_items_in_batch` and `logit_scale` may differ from that.
 
     Returns:
@@ -171,7 +178,7 @@ def reference_augmented_loss(
     logit_scale: float | torch.Tensor | None = None,
     **settings: Any,
 ) -> torch.Tensor:
-    """`augmented_loss` in plain torch, all matrices whole: what it is tested against.
+    """`augmented_loss` in plain torch with whole matrices, as the reference of its tests.
 
     Arguments, shapes and result as for `augmented_loss`; `settings` are the keywords of `AugmentedSettings`.
     """
@@ -195,7 +202,7 @@ def reference_augmented_loss(
 
 
 class AugmentedLoss(LossModule):
-    """`augmented_loss` as a module: the options once, the tensors at each call.
+    """`augmented_loss` as a module: it is made with the options, and called with the tensors.
 
     Args: the keywords of `augmented_loss` except `embedding`, `bias` and `num_items_in_batch`, which are given at the
         call.

@@ -31,7 +31,7 @@ def augmented_path(
 
 
 class _TiedAugmentedLoss(torch.autograd.Function):
-    """(total, cross entropy), the second without a gradient."""
+    """Autograd function of (total, cross entropy), the second without a gradient."""
 
     @staticmethod
     def forward(
@@ -87,7 +87,7 @@ def _compute(
         flat, labels = flat[positions], labels[positions]
     products, exact = compute_dtypes(hidden, weight)
     share = 1.0 / _items(options, labels, exact)
-    # Gradients are made with the share of a position, except where what is so small would vanish: half way then.
+    # Gradients are made with the share of a position, except in float16, where such small numbers would vanish.
     unit = max(len(labels), 1) ** -0.5 if products == torch.float16 else share
     with torch.autocast(hidden.device.type, enabled=False):
         gradients = _allocate(flat, weight, bias, embedding, wanted, exact)
@@ -114,7 +114,7 @@ def _compute(
 
 
 def _items(options: CrossEntropyOptions, labels: torch.Tensor, exact: torch.dtype) -> float | torch.Tensor:
-    """What the sum over `labels`, all of which count, is divided by, not 0."""
+    """Divisor of the sum over `labels`, all of which count. It is not 0."""
     count = 1 if options.reduction == "sum" else options.num_items_in_batch
     if isinstance(count, torch.Tensor):
         count = count.to(labels.device, exact)

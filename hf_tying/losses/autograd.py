@@ -37,14 +37,14 @@ class _Call:
     differentiable: bool
 
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
-        """What is read of it that somebody may write to: labels, class weights, and a number of items on a device."""
+        """The tensors of the call that others may write to: labels, class weights, and a number of items."""
         items = self.options.num_items_in_batch
         return self.labels, self.options.class_weight, items if isinstance(items, torch.Tensor) else None
 
     def with_tensors(
         self, labels: torch.Tensor, class_weight: torch.Tensor | None, items: torch.Tensor | None
     ) -> "_Call":
-        """The same with these in their places."""
+        """Copy the call with other tensors."""
         count = self.options.num_items_in_batch if items is None else items
         options = replace(self.options, class_weight=class_weight, num_items_in_batch=count)
         return replace(self, labels=labels, options=options)
@@ -99,8 +99,7 @@ def _compute(
 ) -> tuple[torch.Tensor, PendingGradients]:
     """The loss, and its gradients if `wanted` (of hidden, weight, bias).
 
-    Args:
-        upstream: what the backward pass brings, where gradients are made there.
+    The gradients are multiplied by `upstream`, where they are made in the backward pass, which gives it.
     """
     options, labels = call.options, call.labels.reshape(-1)
     positions = counted_positions(labels, options.ignore_index)

@@ -63,7 +63,7 @@ def _refusals(
         yield "label_smoothing (it has none)"
     if options.logit_softcap is not None and len(weight) % _MOST_WORDS:
         yield (
-            f"logit_softcap and {len(weight)} words, no multiple of {_MOST_WORDS} (where the last block ends after "
+            f"logit_softcap and {len(weight)} words, not a multiple of {_MOST_WORDS} (where the last block ends after "
             "the vocabulary, its kernel caps the absent logits from minus infinity to -logit_softcap, and counts them)"
         )
 

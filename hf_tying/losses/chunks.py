@@ -1,4 +1,4 @@
-"""How a softmax of N tokens over V words is cut: which tokens and which words at a time, and what is kept in between.
+"""The cut of a softmax of N tokens over V words into chunks of tokens and blocks of words, and what is kept between.
 
 The smallest chunk of tokens decides how fast the matrix products run, and how often the gradient of the matrix is read
 and written: a few rows at a time are several times slower than some hundred. The words of a block decide how much of
@@ -21,10 +21,13 @@ _NARROWEST, _WIDEST = 128, 8192
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """`tokens` are walked one after the other, each over all `blocks` of words, twice where there are gradients.
+    """The order of a walk: each chunk of tokens over all blocks of words, twice where there are gradients.
 
-    `buffer` is the room for values between the two passes, in elements of the matrix's dtype. Beside it the first
-    chunk of tokens has the memory of the matrix's own gradient, where nothing is written yet.
+    Attributes:
+        tokens: chunks of tokens.
+        blocks: blocks of words.
+        buffer: room for values between the two passes, in elements of the matrix's dtype. The first chunk of tokens
+            also has the memory of the matrix's own gradient, which is not written yet.
     """
 
     tokens: tuple[slice, ...]
@@ -33,7 +36,7 @@ class ChunkPlan:
 
     @property
     def longest_block(self) -> int:
-        """Values in the largest block."""
+        """Number of values in the largest block."""
         return _longest(self.tokens) * _longest(self.blocks)
 
 
@@ -54,14 +57,16 @@ def plan_chunks(
     written once, from all tokens, and values that do not fit are computed twice.
 
     Args:
-        tokens, width, vocabulary: N, D and V.
+        tokens: number N of tokens.
+        width: width D of the hidden states.
+        vocabulary: number V of words.
         itemsize: bytes of an element of the matrix, in whose dtype values are kept.
         exact_itemsize: bytes of an element of the block at work.
-        budget: bytes for all that is alive beside the gradients of the matrix and of the hidden states.
-        gradients: whether there is a second pass at all.
+        budget: bytes for all memory beside the gradients of the matrix and of the hidden states.
+        gradients: whether there is a second pass.
         matrix_gradient: whether the matrix is trained.
         accumulates: whether its gradient may be summed over chunks of tokens.
-        device: `"cpu"`, `"cuda"`, ...
+        device: type of the device: `"cpu"`, `"cuda"`, ...
     """
     at_work = min(_AT_WORK.get(device, _AT_WORK_ELSEWHERE), max(budget // 2, 1))
     most = max(at_work // (_NARROWEST * exact_itemsize), 1)
@@ -96,10 +101,10 @@ def plan_chunks(
 
 
 def targets_by_block(labels: torch.Tensor, blocks: tuple[slice, ...]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Where the targets are in each block of a (V, N) matrix.
+    """Find the targets in each block of a (V, N) matrix.
 
     Args:
-        labels: (N,), int64, the target of each column.
+        labels: target of each column, (N,), int64.
         blocks: slices of the rows, one after the other.
 
     Returns:

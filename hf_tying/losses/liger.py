@@ -58,7 +58,7 @@ def _compute(
 
 
 def _is_plain_mean(hidden: torch.Tensor, options: CrossEntropyOptions) -> bool:
-    """Whether Liger's own mean will do. It divides the gradient of each logit, which is too small for float16 then."""
+    """Whether Liger's own mean can be used. It divides the gradient of each logit, which is too small for float16."""
     return options.num_items_in_batch is None and options.class_weight is None and hidden.dtype != torch.float16
 
 

@@ -40,11 +40,12 @@ class LossModule(nn.Module):
         self.options = given.arguments
 
     def forward(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
-        """Shapes and result as for the function. Its tensors come first, then those of `at_call`, in that order."""
+        """Compute the loss. The arguments are the tensors of the function, then those of `at_call`, in that order."""
         if len(arguments) > len(self._arguments):
             raise TypeError(f"Expected at most {len(self._arguments)} arguments, {self._arguments}: got more.")
         given = dict(zip(self._arguments, arguments, strict=False))
         return self.function(**given, **keywords, **self.options)
 
     def extra_repr(self) -> str:
+        """The options, for `repr`."""
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items() if value is not None)

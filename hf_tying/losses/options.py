@@ -1,4 +1,4 @@
-"""What a loss computes, and what it refuses."""
+"""Options and operands of the losses, and the checks of both."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -16,8 +16,8 @@ GAMMA = 0.5
 class CrossEntropyOptions:
     """The keywords of `tied_cross_entropy` that say what is computed.
 
-    `upstream` is the factor by which the backward pass will probably multiply. It is known beforehand where a sum is
-    divided outside (`ForCausalLMLoss`). Gradients are made with it; any other factor costs one more pass over them.
+    `upstream` is the expected factor of the backward pass. It is known beforehand where a sum is divided outside
+    (`ForCausalLMLoss`). Gradients are made with it; any other factor costs one more pass over them.
     """
 
     ignore_index: int = -100
@@ -30,13 +30,13 @@ class CrossEntropyOptions:
     upstream: float | torch.Tensor = 1.0
 
     def keywords(self) -> dict[str, Any]:
-        """As `reference_cross_entropy` takes them."""
+        """The options as keywords of `reference_cross_entropy`."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "upstream"}
 
 
 @dataclass(frozen=True)
 class AugmentedSettings:
-    """The keywords of `augmented_loss` that a cross entropy has not; described there, with the reason of each default.
+    """The keywords of `augmented_loss` that a cross entropy does not have; described there, with reasons of defaults.
 
     Raises:
         ValueError: for a temperature not above 0, a negative alpha or gamma, or both of them.
@@ -63,7 +63,7 @@ class AugmentedSettings:
 
     @property
     def divergence_weight(self) -> float:
-        """alpha, whether it is given or follows from gamma."""
+        """The weight alpha of the divergence, given or derived from gamma."""
         gamma = GAMMA if self.gamma is None else self.gamma
         weight = gamma * self.temperature if self.alpha is None else self.alpha
         return weight if is_learned(weight) else float(weight)
@@ -75,11 +75,11 @@ def is_learned(value: object) -> bool:
 
 
 def refuse_learned(otherwise: str, **options: object) -> None:
-    """Refuse options that are learned: what reads them reads numbers, and they would get no gradient.
+    """Refuse options that are learned: they are read as numbers, and would get no gradient.
 
     Args:
-        otherwise: the end of the message, after the first way out.
-        options: by name.
+        otherwise: end of the message, after the first way out.
+        **options: values of the options.
 
     Raises:
         ValueError: for a tensor that requires a gradient, unless gradients are off.
@@ -95,7 +95,7 @@ def refuse_learned(otherwise: str, **options: object) -> None:
 def with_learned_scale(
     hidden: torch.Tensor, bias: torch.Tensor | None, options: CrossEntropyOptions
 ) -> tuple[torch.Tensor, torch.Tensor | None, CrossEntropyOptions]:
-    """The same logits, a scale that is learned multiplied into hidden states and bias, as autograd knows it."""
+    """Multiply a learned scale into hidden states and bias, so that it gets a gradient. The logits are the same."""
     scale = options.logit_scale
     if not isinstance(scale, torch.Tensor) or not is_learned(scale):
         return hidden, bias, options
@@ -113,7 +113,11 @@ def check_operands(
     """Refuse what torch refuses in `linear` and `cross_entropy`, by the same exceptions, before any work.
 
     Args:
-        hidden, weight, labels, bias, options: as `tied_cross_entropy` takes them.
+        hidden: hidden states, as for `tied_cross_entropy`.
+        weight: softmax matrix, as for `tied_cross_entropy`.
+        labels: labels, as for `tied_cross_entropy`.
+        bias: bias, as for `tied_cross_entropy`.
+        options: options of the loss.
 
     Raises:
         IndexError, RuntimeError, ValueError: see `tied_cross_entropy`.

@@ -37,7 +37,7 @@ def cross_entropy(softmax: Softmax, plan: ChunkPlan, gradients: Gradients) -> to
 
 
 class _Memory:
-    """Memory that all chunks of tokens use in turn: the block at work, and room for kept values."""
+    """Memory that all chunks of tokens use in turn: the current block, and room for kept values."""
 
     def __init__(self, softmax: Softmax, plan: ChunkPlan, gradients: Gradients) -> None:
         device, kept_as = softmax.weight.device, _KEPT_AS.get(softmax.weight.dtype, softmax.weight.dtype)
@@ -47,7 +47,7 @@ class _Memory:
         self.borrowed = None if gradients.weight is None else gradients.weight.view(kept_as)
 
     def places(self, plan: ChunkPlan, rows: slice) -> list[torch.Tensor | None]:
-        """Where the values of each block are kept; `None`: they are computed again."""
+        """Memory for the values of each block; `None` where they are computed again."""
         count, free, places = rows.stop - rows.start, 0, []
         borrowed = self.borrowed if rows.start == 0 else None
         # Each word's values in its own row; or, of more tokens than a row has room for, one after the other from the

@@ -1,4 +1,4 @@
-"""What an operation finds when it is called: modes and values, for one that is carried out later."""
+"""The context of a call, for an operation that is carried out later: modes of torch, and versions of its operands."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from ..losses.gradient import is_plain
 
 @dataclass(frozen=True)
 class CallContext:
-    """Whether gradients are recorded, inference mode, and autocast.
+    """Modes of torch: gradients, inference, and autocast.
 
     Attributes:
-        device: type of the device whose autocast is meant.
-        grad, inference: the modes of autograd.
-        autocast, dtype: whether autocast is enabled, and its dtype.
+        device: type of the device of autocast.
+        grad: whether gradients are recorded.
+        inference: whether inference mode is on.
+        autocast: whether autocast is enabled.
+        dtype: dtype of autocast.
     """
 
     device: str
@@ -41,7 +43,7 @@ class CallContext:
 
     @contextmanager
     def restored(self, grad: bool = True) -> Iterator[None]:
-        """Inside this context it is as it was then.
+        """Context manager that restores the modes.
 
         Args:
             grad: `False` leaves the modes of autograd as they are now. Default `True`.
@@ -58,7 +60,7 @@ class CallContext:
 
 
 class Operands:
-    """Tensors that are read later, and how often each was written to until now, as autograd counts it.
+    """Tensors that are read later, and the number of writes to each so far, as autograd counts them.
 
     Args:
         values: the tensors; anything else among them is left out.
@@ -68,12 +70,12 @@ class Operands:
         self._seen = [(value, _version(value)) for value in values if isinstance(value, torch.Tensor)]
 
     def include(self, tensors: list[torch.Tensor]) -> bool:
-        """Whether one of `tensors` is among them, or a view of the same memory."""
+        """Whether one of `tensors` is an operand, or shares memory with one."""
         memory = {tensor.untyped_storage()._cdata for tensor, _ in self._seen if is_plain(tensor)}
         return any(is_plain(tensor) and tensor.untyped_storage()._cdata in memory for tensor in tensors)
 
     def changed(self) -> list[torch.Tensor]:
-        """Those that were written to since."""
+        """The operands that were written to since."""
         return [tensor for tensor, before in self._seen if _version(tensor) != before]
 
 

@@ -1,4 +1,4 @@
-"""Logits that are not computed yet: what a model's forward gets from its softmax matrix in a training step.
+"""Logits that are not computed yet, which a model's forward gets from its softmax matrix in a training step.
 
 On the way to the loss a forward does little with its logits: casts, a bias, a scale, a soft cap, a shift, a reshape.
 `DeferredLogits` records these operations, and its `cross_entropy` is computed from the hidden states by blocks. So no
@@ -34,9 +34,9 @@ class DeferredLogits(LazyTensor):
     """Logits (..., V) that stand for `pending_ops` applied to `hidden @ weight.T + bias`.
 
     Attributes:
-        hidden: (..., D).
-        weight: (V, D).
-        bias: (V,), or `None`.
+        hidden: hidden states, (..., D).
+        weight: softmax matrix, (V, D).
+        bias: bias, (V,), or `None`.
         dtype: dtype that the logits would have.
         pending_ops: operations that are not applied yet, in their order: a float is a factor, `None` is a tanh.
     """
@@ -77,25 +77,31 @@ class DeferredLogits(LazyTensor):
 
     @property
     def shape(self) -> torch.Size:
+        """Like `torch.Tensor.shape`."""
         return torch.Size((*self.hidden.shape[:-1], len(self.weight)))
 
     @property
     def device(self) -> torch.device:
+        """Like `torch.Tensor.device`."""
         return self.hidden.device
 
     @property
     def ndim(self) -> int:
+        """Like `torch.Tensor.ndim`."""
         return self.hidden.ndim
 
     @property
     def requires_grad(self) -> bool:
+        """Like `torch.Tensor.requires_grad`."""
         tensors = (self.hidden, self.weight, self.bias)
         return self._context.grad and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
     def dim(self) -> int:
+        """Like `torch.Tensor.dim`."""
         return self.hidden.ndim
 
     def size(self, dim: int | None = None) -> torch.Size | int:
+        """Like `torch.Tensor.size`."""
         return self.shape if dim is None else self.shape[dim]
 
     def __len__(self) -> int:
@@ -116,9 +122,9 @@ class DeferredLogits(LazyTensor):
         """The result of `operation`: deferred logits with `changes`; a tensor once these logits are materialized.
 
         Args:
-            operation: of the logits.
-            operands: what it reads beside them.
-            changes: of the attributes.
+            operation: function of the logits.
+            operands: other values that it reads.
+            **changes: new values of attributes.
         """
         if torch.is_grad_enabled() != self._context.grad:  # a copy made under no_grad has no gradient
             return operation(self.materialize("an operation with gradients switched off, or on again"))
@@ -132,21 +138,26 @@ class DeferredLogits(LazyTensor):
         )
 
     def float(self) -> DeferredLogits | torch.Tensor:
+        """Like `torch.Tensor.float`."""
         return self._derive(lambda logits: logits.float(), dtype=torch.float32)
 
     def to(self, *args: Any, **kwargs: Any) -> DeferredLogits | torch.Tensor:
+        """Like `torch.Tensor.to`."""
         dtype, device = torch._C._nn._parse_to(*_without_tensor(args), **kwargs)[1::-1]  # pyright: ignore[reportAttributeAccessIssue]
         if device is not None and torch.empty(0, device=device).device != self.device:
             return self.materialize("to another device").to(*args, **kwargs)
         return self._derive(lambda logits: logits.to(*args, **kwargs), dtype=dtype or self.dtype)
 
     def contiguous(self, *args: Any, **kwargs: Any) -> DeferredLogits | torch.Tensor:
+        """Like `torch.Tensor.contiguous`."""
         return self._derive(lambda logits: logits.contiguous(*args, **kwargs))
 
     def view(self, *shape: Any, **kwargs: Any) -> DeferredLogits | torch.Tensor:
+        """Like `torch.Tensor.view`."""
         return self._reshaped("view", shape, kwargs)
 
     def reshape(self, *shape: Any, **kwargs: Any) -> DeferredLogits | torch.Tensor:
+        """Like `torch.Tensor.reshape`."""
         return self._reshaped("reshape", shape, kwargs)
 
     def _reshaped(self, name: str, args: tuple, kwargs: dict) -> DeferredLogits | torch.Tensor:
@@ -201,9 +212,11 @@ class DeferredLogits(LazyTensor):
         return self._derive(lambda logits: logits / divisor, (divisor,), pending_ops=(*self.pending_ops, 1 / number))
 
     def div(self, divisor: Any, **kwargs: Any) -> DeferredLogits | torch.Tensor:
+        """Like `torch.Tensor.div`."""
         return self.materialize("a quotient").div(divisor, **kwargs) if kwargs else self / divisor
 
     def tanh(self) -> DeferredLogits | torch.Tensor:
+        """Like `torch.Tensor.tanh`."""
         if None in self.pending_ops:
             return self.materialize("a second tanh").tanh()
         return self._derive(torch.tanh, pending_ops=(*self.pending_ops, None))
@@ -248,7 +261,9 @@ class DeferredLogits(LazyTensor):
 
     def _scale_and_cap(self) -> tuple[builtins.float | None, builtins.float | None]:
         """The pending operations as a scale and a soft cap, where `cap * tanh(a * x)` is a soft cap of `a * cap * x`.
-        A scale of `None`: they are neither."""
+
+        A scale of `None` means that they cannot be expressed so.
+        """
         ops = self.pending_ops
         at = ops.index(None) if None in ops else len(ops)
         before, after = (prod(op for op in part if op is not None) for part in (ops[:at], ops[at + 1 :]))
@@ -265,7 +280,7 @@ class DeferredLogits(LazyTensor):
             why: the operation that needs them, for the log.
 
         Raises:
-            TyingError: for a model with an objective, and where what the logits are made of was written to since.
+            TyingError: for a model with an objective, and where an operand of the logits was written to since.
         """
         if self._siblings.materialized:
             return super().materialize(why)
@@ -279,7 +294,7 @@ class DeferredLogits(LazyTensor):
             return super().materialize(why)
 
     def before_write(self, tensors: list[torch.Tensor]) -> None:
-        """Take notice that `tensors` are about to be written to: what is made of one of them is computed now.
+        """Materialize the logits that depend on one of `tensors`, which are about to be written to.
 
         With an objective nothing is computed; a later use is an error.
         """
@@ -291,10 +306,10 @@ class DeferredLogits(LazyTensor):
         siblings.stale = not siblings.materialized
 
     def _check_operands(self) -> None:
-        """Refuse to compute from other values than the model had.
+        """Refuse to compute from values that have changed.
 
         Raises:
-            TyingError: where a tensor that is read was written to.
+            TyingError: when an operand was written to.
         """
         changed = [operand for member in list(self._siblings.members) for operand in member._operands.changed()]
         if changed or self._siblings.stale:

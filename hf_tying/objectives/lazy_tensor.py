@@ -11,8 +11,13 @@ import torch
 
 
 class Siblings:
-    """All lazy tensors derived from one. Materializing one materializes all, before anybody can write to it in
-    place. `stale`: what they are made of has other values now."""
+    """All lazy tensors derived from one. Materializing one materializes all, before anybody can write to it in place.
+
+    Attributes:
+        materialized: whether they are materialized.
+        stale: whether an operand has changed before that.
+        members: the lazy tensors.
+    """
 
     def __init__(self) -> None:
         self.materialized = self.stale = False
@@ -20,11 +25,11 @@ class Siblings:
 
 
 class LazyTensor:
-    """Stands for the result of `compute`. An attribute or an operator that a subclass does not define materializes it.
+    """Placeholder for the result of `compute`. An attribute or operator that a subclass lacks materializes it.
 
     Args:
-        compute: makes the tensor; called at most once.
-        siblings: of the lazy tensor from which this one is derived. Default `None`: it is derived from none.
+        compute: function that makes the tensor; called at most once.
+        siblings: siblings of the lazy tensor from which this one is derived. Default `None`: it is derived from none.
     """
 
     def __init__(self, compute: Callable[[], torch.Tensor], siblings: Siblings | None = None) -> None:

@@ -31,7 +31,9 @@ class AugmentedObjective:
 
     Args:
         temperature: temperature of both distributions. Default 20, see `augmented_loss`.
-        alpha, gamma, detach_target: see `augmented_loss`.
+        alpha: weight of the divergence, see `augmented_loss`.
+        gamma: `alpha / temperature`, see `augmented_loss`.
+        detach_target: whether the target gets no gradient, see `augmented_loss`. Default `False`.
 
     Raises:
         TyingError: for a temperature that is not above 0, a negative alpha or gamma, an infinite one of the three,
@@ -99,7 +101,11 @@ class ContrastiveObjective:
     untied model, and a scale or a soft cap of the logits have no influence on it.
 
     Args:
-        negatives, num_sampled, temperature, stop_gradient, gather: see `contrastive_weight_tying_loss`.
+        negatives: choice of the negatives, see `contrastive_weight_tying_loss`. Default `"batch"`.
+        num_sampled: number of sampled words, for `negatives="sampled"`.
+        temperature: divisor of the products. Default 1.
+        stop_gradient: whether the embedding gets no gradient from the loss. Default `False`.
+        gather: whether the words of all processes are candidates. Default `False`.
 
     Raises:
         TyingError: for options that `contrastive_weight_tying_loss` refuses.
@@ -132,13 +138,13 @@ class ContrastiveObjective:
         """The loss in place of the model's cross entropy.
 
         Args:
-            hidden: (N, D), the hidden states that the model multiplies by its softmax matrix.
-            weight: (V, D), the softmax matrix. Not used here.
-            labels: (N,), int64. `hidden[i]` predicts `labels[i]`: the model has shifted them.
-            bias: (V,), the bias of the softmax, or `None`. Not used here.
-            options: of the cross entropy that the model asks for.
-            embedding: (V, D), the input embedding.
-            memory_budget: in bytes. Not used here.
+            hidden: hidden states that the model multiplies by its softmax matrix, (N, D).
+            weight: softmax matrix, (V, D). Not used here.
+            labels: labels, (N,), int64. `hidden[i]` predicts `labels[i]`: the model has shifted them.
+            bias: bias of the softmax, (V,), or `None`. Not used here.
+            options: options of the cross entropy that the model asks for.
+            embedding: input embedding, (V, D).
+            memory_budget: memory in bytes. Not used here.
 
         Returns:
             The loss, a scalar, and its only part, detached: `"contrastive"`.
@@ -208,8 +214,8 @@ def refuse_unfit_objective(model: PreTrainedModel, objective: Objective, label_s
     embedding, matrix = (find_parameter(model, found[role].name) for role in ("target", "output"))
     if embedding is None or not embedding.is_floating_point():
         raise TyingError(
-            f"The input embedding of {name}, {found['target'].name!r}, is no floating-point parameter: {what} takes "
-            "its word vectors from it."
+            f"The input embedding of {name}, {found['target'].name!r}, is not a floating-point parameter: {what} "
+            "takes its word vectors from it."
         )
     axis, sizes = (0, "as many rows") if objective.needs_softmax else (1, "as wide")
     if embedding.shape[axis] != matrix.shape[axis]:

@@ -1,4 +1,4 @@
-"""Models that compute the mean of their losses themselves, and what `Trainer` takes them for."""
+"""Models that compute the mean of their losses themselves, which `Trainer` does not recognise."""
 
 import inspect
 from typing import TypeVar
@@ -18,7 +18,7 @@ def averages_own_loss(model: nn.Module) -> bool:
 
     The `forward` of such a model has `**kwargs` and a cross entropy of its own, and not the `loss_function` of
     transformers, which divides: BART, T5, BERT, `EncoderDecoderModel`. The names in its code tell. A class outside of
-    transformers that names `num_items_in_batch` is believed.
+    transformers that names `num_items_in_batch` is taken to divide by it.
 
     Args:
         model: a `PreTrainedModel`, alone or within a wrapper.
@@ -47,8 +47,8 @@ def set_accepts_loss_kwargs(model: Model) -> Model:
     """Tell `Trainer` that `model` gives the mean of its losses, where it does (`averages_own_loss`).
 
     `Trainer` takes any model with `**kwargs` for one that divides its loss by the items of a whole update, over all
-    steps of accumulation and all processes. It multiplies the gradient of one that does not by their number, without
-    a word. `accepts_loss_kwargs = False` on the model prevents that. `Trainer` reads it when it is made: call this
+    steps of accumulation and all processes. It silently multiplies the gradient of a model that does not by their
+    number. `accepts_loss_kwargs = False` on the model prevents that. `Trainer` reads it when it is made: call this
     before. A value that is there already stays.
 
     Returns:

@@ -17,7 +17,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class LossSettings:
-    """How a model's loss is computed: the keywords of `use_tied_loss`, with their meaning and defaults."""
+    """Settings of a model's loss: the keywords of `use_tied_loss`, with their meaning and defaults."""
 
     label_smoothing: float = 0.0
     memory_budget: int | None = None
@@ -29,7 +29,7 @@ class StepLoss:
     """The loss of one training step: cross entropy by blocks, or an objective in its place.
 
     Args:
-        settings: of the model.
+        settings: settings of the model.
         num_items_in_batch: number by which the model will divide a sum of losses. Default `None`: the model has none.
         embedding: (V, D), the input embedding, which an objective needs. Default `None`: the softmax matrix.
 
@@ -61,11 +61,11 @@ class StepLoss:
         """The loss in place of the cross entropy that the model asks for.
 
         Args:
-            hidden: (..., D).
-            weight: (V, D), the softmax matrix.
-            target: int64, (...).
-            bias: (V,), or `None`.
-            options: of the cross entropy.
+            hidden: hidden states, (..., D).
+            weight: softmax matrix, (V, D).
+            target: labels, (...), int64.
+            bias: bias of the softmax, (V,), or `None`.
+            options: options of the cross entropy.
             is_scaled: whether the model scales or caps its logits.
 
         Returns:

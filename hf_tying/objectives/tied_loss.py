@@ -75,9 +75,9 @@ def use_tied_loss(
         enabled: `False` undoes it. Default `True`.
         objective: `AugmentedObjective(...)` or `ContrastiveObjective(...)` of `hf_tying.objectives`, computed with the
             input embedding. Default `None`: cross entropy.
-        label_smoothing: in training steps, in [0, 1). Default 0.
-        memory_budget: in bytes, see `tied_cross_entropy`. Default `None`.
-        backend: see `tied_cross_entropy`. Default `"auto"`.
+        label_smoothing: label smoothing of training steps, in [0, 1). Default 0.
+        memory_budget: memory for blocks in bytes, see `tied_cross_entropy`. Default `None`.
+        backend: implementation of the loss, see `tied_cross_entropy`. Default `"auto"`.
 
     Returns:
         The same model.
@@ -160,7 +160,7 @@ def objective_of(model: nn.Module) -> Objective | None:
 
 @contextmanager
 def evaluated_by_objective(model: nn.Module) -> Iterator[None]:
-    """Inside this context `model` computes the loss of its objective in evaluation too, and has no logits."""
+    """Context manager in which `model` computes the loss of its objective in evaluation too, and has no logits."""
     inner = unwrapped(model)
     vars(inner)["_also_in_evaluation"] = True
     try:
@@ -186,7 +186,7 @@ def refuse_misfit(model: PreTrainedModel, value: str) -> None:
     name = type(model).__name__
     if "forward" in vars(model) and not isinstance(model, TiedLossMixin):
         raise TyingError(
-            f"The forward of this {name} is wrapped already (by {module_of(vars(model)['forward'])}): what is put in "
+            f"The forward of this {name} is wrapped already (by {module_of(vars(model)['forward'])}): a mixin in "
             "front of its class would not be run. Call use_tied_loss(model) before."
         )
     if "labels" not in forward_parameters(type(model)):
@@ -210,8 +210,8 @@ def honour(model: PreTrainedModel, value: str, strict: bool = True) -> None:
     """Let `model` train through the tied softmax, unless it does already.
 
     Args:
-        model: changed in place.
-        value: of the entry, `"tied"`.
+        model: model to change in place.
+        value: value of the entry, `"tied"`.
         strict: `False` is for another head over the same file, which keeps its own loss. Default `True`.
 
     Raises:

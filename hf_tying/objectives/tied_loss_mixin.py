@@ -23,7 +23,7 @@ _HOOKS = ("forward", "backward", "backward_pre")
 
 
 class TiedLossMixin(MixinBase):
-    """Runs a training step of the model inside `TiedSoftmax`. Any other forward pass is the model's own."""
+    """Mixin that runs a training step of the model inside `TiedSoftmax`. Other forward passes are unchanged."""
 
     _tied_loss: LossSettings | None
     _softmax_name: str
@@ -32,6 +32,7 @@ class TiedLossMixin(MixinBase):
     _participation: Participation | None = None  # where a step without this class would have another loss
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward pass of the model, in a training step with deferred logits."""
         forward, settings = super().forward, self._tied_loss
         vars(self).pop("loss_parts", None)  # those of the last step
         objective = None if settings is None else settings.objective
@@ -74,7 +75,7 @@ class TiedLossMixin(MixinBase):
         return _without_logits(outputs)
 
     def _why_whole(self, matrix: torch.Tensor, embedding: torch.Tensor) -> str | None:
-        """What stands in the way of deferred logits in this step; `None`: nothing."""
+        """Reason why the logits of this step cannot be deferred; `None` if they can."""
         for parameter in (matrix, embedding):
             if not is_plain(parameter):
                 if is_transformed():
@@ -108,10 +109,11 @@ def _hooked(model: nn.Module, name: str) -> str | None:
 
     Args:
         model: the model.
-        name: of the softmax matrix.
+        name: name of the softmax matrix.
 
     Returns:
-        A name; `None` where there is none, and where the matrix is that of an embedding, whose hooks see no logits.
+        The name of the module. `None` without such a hook, and for the matrix of an embedding, whose hooks see no
+        logits.
     """
     path = name.split(".")[:-1]
     names = [".".join(path[: depth + 1]) for depth in range(len(path))]

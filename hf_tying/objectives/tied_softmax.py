@@ -17,11 +17,11 @@ from .step_loss import LossSettings, StepLoss, needs_deferred
 
 
 class TiedSoftmax(TorchFunctionMode):
-    """Inside this mode, products with `matrix` are deferred, and its rows are looked up by `tied_embedding`.
+    """Torch function mode that defers products with `matrix`, and looks up its rows by `tied_embedding`.
 
     Args:
-        matrix: (V, D), the softmax matrix; in a tied model also an embedding.
-        settings: how the loss is computed.
+        matrix: softmax matrix, (V, D); in a tied model also an embedding.
+        settings: settings of the loss.
         num_items_in_batch: number by which the model will divide a sum of losses. Default `None`: the model has none.
         embedding: the input embedding, which an objective needs. Default `None`: `matrix`.
         defers: `False` leaves the products as they are. Default `True`.
@@ -73,7 +73,7 @@ class TiedSoftmax(TorchFunctionMode):
         return function(*args, **kwargs)
 
     def _is_of_step(self, args: tuple) -> bool:
-        """Whether a product is to be deferred: of a plain tensor, in the mode of the step.
+        """Whether a product is to be deferred: its operand is plain, and gradients are as in the step.
 
         A teacher's logits under `no_grad` are made at once.
         """

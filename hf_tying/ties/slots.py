@@ -75,8 +75,10 @@ def parameter_of(model: nn.Module, name: str) -> nn.Parameter:
 
 
 def parameter_at_work(model: nn.Module, name: str) -> nn.Parameter | None:
-    """The parameter that a forward pass uses for `name`: the active copy of PEFT's `modules_to_save`, if there is one,
-    else what `find_parameter` gives."""
+    """The parameter that a forward pass uses for `name`.
+
+    That is the active copy of PEFT's `modules_to_save` if there is one, else the result of `find_parameter`.
+    """
     *path, attribute = name.split(".")
     module = model
     for part in path:
@@ -109,7 +111,8 @@ def named_slots(model: nn.Module, places: list[tuple[str, nn.Module]] | None = N
     """Every name of every parameter, tied ones under each of their names (`named_parameters` gives only the first).
 
     Args:
-        places: `places_of(model)`, where the caller has it already.
+        model: any module.
+        places: `places_of(model)`, where the caller has it already. Default `None`: it is read here.
     """
     return {
         f"{place}.{attribute}" if place else attribute: parameter
@@ -120,7 +123,7 @@ def named_slots(model: nn.Module, places: list[tuple[str, nn.Module]] | None = N
 
 
 def places_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Every module with its path, in the order of `named_modules`; one that stands at several paths, at each of them.
+    """Every module with its path, in the order of `named_modules`. One at several paths is listed at each of them.
 
     Paths are without wrappers: a wrapper and the module inside it have the same.
     """
@@ -148,7 +151,7 @@ def names_of(model: nn.Module, parameter: nn.Parameter) -> list[str]:
     """Every name of `parameter` in `model`, the root of its tie group first; an empty list for one of another model.
 
     `named_parameters()` lists a tied parameter once, under the first of its names. A recipe that chooses parameters by
-    name (`"lm_head" in name`) asks here for the others.
+    name (`"lm_head" in name`) finds the other names here.
 
     Args:
         model: any module, also a wrapper around the model (PEFT, DistributedDataParallel): names start at the module
@@ -166,12 +169,12 @@ def names_of(model: nn.Module, parameter: nn.Parameter) -> list[str]:
 
 
 def canonical(path: str) -> str:
-    """A path without the modules that wrappers put in."""
+    """Remove the modules of wrappers from a path."""
     return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 
 def why_no_parameter(model: nn.Module, name: str, names: Iterable[str] = ()) -> str:
-    """Why `name` is not a parameter of `model`, as the middle of a sentence that starts with the name."""
+    """Reason why `name` is not a parameter of `model`, as the middle of a sentence that starts with the name."""
     slot = find_slot(model, name)
     if slot is None:
         return f"does not exist in {type(model).__name__}{nearest(name, names)}"
@@ -211,7 +214,7 @@ def share_parameter(model: nn.Module, names: Iterable[str], parameter: nn.Parame
 
 
 def own_module(model: nn.Module, name: str) -> None:
-    """Give the slot `name` modules of its own on the whole path, where one module object stands at several paths."""
+    """Copy the modules on the path of `name` that stand at several paths, so that the slot is separate."""
     parent = model
     for part in name.split(".")[:-1]:
         child = parent._modules[part]
@@ -224,11 +227,11 @@ def own_module(model: nn.Module, name: str) -> None:
 
 
 def untie_others(model: nn.Module, groups: Iterable) -> None:
-    """Give a parameter of its own to every name that is tied now and shall not be.
+    """Give a parameter of its own to every name that is tied now and is not tied in `groups`.
 
     Args:
-        model: changed in place; values stay.
-        groups: the tie groups (with `name` and `names`) that shall hold.
+        model: model to change in place. Values stay.
+        groups: tie groups (with `name` and `names`) that are to hold.
     """
     group_of = {name: group.name for group in groups for name in group.names}
     slots = named_slots(model)
@@ -253,7 +256,7 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def is_quantised(module: nn.Module, parameter: torch.Tensor) -> bool:
-    """Whether a slot holds a quantised matrix: by what it is, not by how the architecture's files are called."""
+    """Whether a slot holds a quantised matrix, by its dtype and the packages of its classes."""
     return not parameter.is_floating_point() or any(_is_of(type(x), _QUANTISERS) for x in (module, parameter))
 
 
@@ -262,7 +265,7 @@ def _is_of(kind: type, packages: tuple[str, ...]) -> bool:
 
 
 def why_incomparable(tensor: torch.Tensor) -> str | None:
-    """Why the values of `tensor` cannot be compared, as the end of a sentence about it; `None` if they can."""
+    """Reason why the values of `tensor` cannot be compared, as the end of a sentence about it; `None` if they can."""
     if _is_of(type(tensor), _QUANTISERS):
         return f"is quantised ({type(tensor).__name__}). Tie before quantising, or untie(model) first"
     if getattr(tensor, "ds_numel", 0) > tensor.numel():
@@ -289,7 +292,7 @@ def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> str:
-    """How far two tensors are apart, as the middle of a sentence."""
+    """Describe how far two tensors are apart, as the middle of a sentence."""
     if a.shape != b.shape:
         return f"shapes {tuple(a.shape)} and {tuple(b.shape)}"
     a, b = a.detach().double().cpu(), b.detach().double().cpu()
@@ -300,7 +303,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> str:
 
 
 def fit_rows(module: nn.Module) -> None:
-    """After a new row count of `module.weight`: `num_embeddings` or `out_features`, bias and padding index follow.
+    """Adapt `num_embeddings` or `out_features`, bias and padding index to the rows of `module.weight`.
 
     New biases are zero, as transformers pads them.
     """
@@ -320,9 +323,9 @@ def fit_rows(module: nn.Module) -> None:
 
 
 def stands_in(model: nn.Module, name: str) -> bool:
-    """Whether something at work has put a plain tensor where the parameter `name` was: torch.func, FSDP, DataParallel.
+    """Whether torch.func, FSDP or DataParallel has put a plain tensor where the parameter `name` was.
 
-    Pruning and parametrisation do so too, but leave their own traces.
+    Pruning and parametrisation do so too, but they add names by which they are recognised.
     """
     if (slot := find_slot(model, name)) is None:
         return False

@@ -1,4 +1,4 @@
-"""`tie` and `untie`: the explicit acts on a live model. It is read once; a plan is made, checked, and applied."""
+"""`tie` and `untie`, which change the ties of a live model. It is read once; a plan is made, checked, and applied."""
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -40,23 +40,26 @@ def tie(
     A scheme says everything about the embeddings: roles that it does not name are given their own matrix. Explicit
     groups are added to the ties that the model has. Nothing is changed if anything is wrong.
 
-    Only parameters are tied. Biases, embedding scales and padding indices stay each module's own. So a padding row
-    gets no gradient as an input, as before; as a row of the softmax it learns like any other word's.
+    Only parameters are tied. Each module keeps its own bias, embedding scale and padding index. So a padding row
+    gets no gradient as an input, as before; as a row of the softmax it learns like that of any other word.
 
-    An optimizer made before holds matrices that are no longer the model's: make it again.
+    An optimizer made before holds matrices that the model no longer has: make it again.
 
     Args:
         model: any `PreTrainedModel`; its class gets `TiedModelMixin` in front, under the same name.
-        scheme_or_groups: `"none"`, `"two_way"`, `"source_target"`, `"three_way"`; or a list of parameter names (one
-            group, the first is its root); or a dict of named groups; or a dict from each tied name to its source, as
-            in transformers' `_tied_weights_keys`; or a `TyingConfig`. A module's name stands for all its parameters.
-        init_from: where the values come from when those of a group differ: a role (`"source"`, `"target"`,
+        scheme_or_groups: declaration of the ties: `"none"`, `"two_way"`, `"source_target"`, `"three_way"`; or a
+            list of parameter names (one group, the first is its root); or a dict of named groups; or a dict from each
+            tied name to its source, as in transformers' `_tied_weights_keys`; or a `TyingConfig`. The name of a module
+            stands for all its parameters.
+        init_from: source of the values when those of a group differ: a role (`"source"`, `"target"`,
             `"output"`), `"mean"`, or the name of a parameter or of a module that holds one of each such group. There
             is no default, since one of two trained matrices would be dropped.
-        tokenizer: of the source side, compared with `target_tokenizer` when source and target are tied: equal sizes
-            are not equal vocabularies. One tokenizer that holds two vocabularies (Marian, FSMT) is compared in itself.
-        target_tokenizer: of the target side.
-        on_conflict: recorded for later loads, see `TyingConfig`; `"error"` unless given here or in a `TyingConfig`.
+        tokenizer: tokenizer of the source side. When source and target are tied, its vocabulary is compared with that
+            of `target_tokenizer`: equal sizes are not equal vocabularies. A single tokenizer may hold
+            two vocabularies (Marian, FSMT); these are compared.
+        target_tokenizer: tokenizer of the target side. Default `None`: `tokenizer`.
+        on_conflict: choice recorded for later loads, see `TyingConfig`. Default: that of the `TyingConfig`, or
+            `"error"`.
 
     Returns:
         The same model.
@@ -84,19 +87,19 @@ def tie(
 
 
 def untie(model: Model, names: list[str] | str | None = None) -> Model:
-    """Give names a parameter of their own, in place; the config says so and nothing ties them again.
+    """Give names a parameter of their own, in place, and record it in the config, so that nothing ties them again.
 
     Values are unchanged. The first name keeps the old `nn.Parameter`, the others get a copy: an optimizer made before
     does not know the copies; make it again, or add them by `optimizer.add_param_group`.
 
-    Without `names`, what an architecture ties besides its embeddings stays (BERT's output bias), and a matrix that
-    only carries another one stays with it (BART's and T5's `shared`, with the source embedding): alone it would be a
-    dead parameter without gradient. Name such a one to untie it all the same.
+    Without `names`, two kinds of ties stay. One is the ties of an architecture besides its embeddings (BERT's output
+    bias). The other is a matrix that only carries an embedding (`shared` in BART and T5): alone it would be a dead
+    parameter without gradient. Name it to untie it all the same.
 
     Args:
         model: any `PreTrainedModel`, tied by this package, by its own class, or by hand.
-        names: what to take out of its groups: parameters, modules (all that is tied below them) and whole groups, by
-            their names; everything when not given.
+        names: names to take out of their groups: parameters, modules (for all tied parameters below them) and whole
+            groups. Default `None`: all.
 
     Returns:
         The same model.
@@ -114,10 +117,10 @@ def untie(model: Model, names: list[str] | str | None = None) -> Model:
 
 
 def refuse_unfit(model: nn.Module, action: str) -> None:
-    """Whether ties of `model` can be changed.
+    """Refuse a model whose ties cannot be changed.
 
     Raises:
-        TyingError: for a model that carries adapters, and for what is no `PreTrainedModel`.
+        TyingError: for a model that carries adapters, and for anything that is not a `PreTrainedModel`.
     """
     modules = model.modules() if isinstance(model, nn.Module) else ()
     if any("base_layer" in module._modules or "original_module" in module._modules for module in modules):
@@ -138,7 +141,7 @@ def refuse_unfit(model: nn.Module, action: str) -> None:
 
 
 def _plan_tie(anatomy: Anatomy, config: TyingConfig) -> list[TieGroup]:
-    """The groups after `config`: those of now, the roles regrouped by a scheme, the explicit groups added."""
+    """The groups after `tie`: the present ones, with roles regrouped by the scheme, and the explicit groups added."""
     explicit = explicit_groups(anatomy, config)
     chains = list(explicit.values())
     named = {**_group_names(anatomy.model), **explicit}
@@ -159,13 +162,13 @@ def _plan_tie(anatomy: Anatomy, config: TyingConfig) -> list[TieGroup]:
 
 
 def _without_ties(anatomy: Anatomy) -> list[list[str]]:
-    """What `untie` without names leaves tied: carriers, and what the architecture ties besides its embeddings."""
+    """The chains that `untie` without names keeps: carriers, and ties of the architecture besides its embeddings."""
     kept = [*scheme_chains(anatomy, "none"), *anatomy.without_roles(anatomy.declarable)]
     return [[name for name in part if name in chain] for chain in anatomy.tied for part in kept]
 
 
 def _without_names(anatomy: Anatomy, names: str | Iterable[str]) -> list[list[str]]:
-    """What is tied now, without `names`: of parameters, of modules, or of groups."""
+    """The chains that are tied now, without `names` (of parameters, of modules, or of groups)."""
     given = [names] if isinstance(names, str) else names
     if not isinstance(given, list | tuple | set) or not all(isinstance(name, str) for name in given):
         raise TyingError(f"Cannot untie {names!r}: expected a parameter name, a list of names, or nothing for all.")
@@ -185,7 +188,7 @@ def _without_names(anatomy: Anatomy, names: str | Iterable[str]) -> list[list[st
 
 
 def _is_made(group: str) -> bool:
-    """Whether it is a name that `make_groups` gives to groups of embeddings."""
+    """Whether `group` is a name that `make_groups` gives to groups of embeddings."""
     made = {"embeddings", *SCHEMES["three_way"]}
     return group in made or group.rpartition("_")[0] in made
 
@@ -200,12 +203,12 @@ def _equal(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 def _values_to_take(anatomy: Anatomy, groups: list[TieGroup], init_from: str | None) -> dict[str, torch.Tensor]:
-    """The values that groups take, by the root's name; without those whose root has them already."""
+    """The new values of groups, by the names of their roots. A group whose root has them already is left out."""
     slots = anatomy.slots
     chosen = _chosen_names(anatomy, groups, init_from)
     values = {}
     for group in groups:
-        # Whatever a carrier holds is nobody's training.
+        # The values of a carrier were never trained.
         used = [name for name in group.names if name not in anatomy.carriers] or group.names
         held = list({id(slots[name]): slots[name] for name in used}.values())
         if len(held) > 1:
@@ -227,7 +230,7 @@ def _values_to_take(anatomy: Anatomy, groups: list[TieGroup], init_from: str | N
 
 
 def _chosen_names(anatomy: Anatomy, groups: list[TieGroup], init_from: str | None) -> set[str]:
-    """The parameters that `init_from` means; none for the mean, and for no choice."""
+    """The parameters that `init_from` names. None for `"mean"`, and without a choice."""
     if not isinstance(init_from, str | None):
         raise TyingError(f"init_from={init_from!r}: expected a role, 'mean', or a name of the tied groups.")
     if init_from is None or init_from == "mean":
@@ -251,7 +254,7 @@ def _chosen_names(anatomy: Anatomy, groups: list[TieGroup], init_from: str | Non
 
 
 def _refuse_absent_values(anatomy: Anatomy, names: Iterable[str]) -> None:
-    """Names whose values are to be compared, or taken, have them in this process."""
+    """Refuse names whose values this process cannot compare or copy."""
     for name in names:
         if (why := why_incomparable(anatomy.slots[name])) is not None:
             raise TyingError(f"Cannot tie {name!r}: it {why}.")
@@ -297,10 +300,13 @@ def _compare_vocabularies(
 
 
 def _apply(anatomy: Anatomy, groups: list[TieGroup], values: dict[str, torch.Tensor], **changes: Any) -> None:
-    """Make a model what `groups` say, with `values` by the names of roots, and write its config.
+    """Tie a model by `groups`, and write its config.
 
     Args:
-        changes: further changes of the config's entry (see `record.write_config`).
+        anatomy: reading of the model before the change.
+        groups: all groups that are to hold.
+        values: new values, by the names of roots.
+        **changes: further changes of the config's entry (see `record.write_config`).
     """
     model = anatomy.model
     own_config(model)
@@ -315,12 +321,12 @@ def _apply(anatomy: Anatomy, groups: list[TieGroup], values: dict[str, torch.Ten
     set_groups(model, groups)
     fit_tied(model)
     write_config(model, anatomy, **changes)
-    # A warning, so that it is seen: transformers shows nothing below that unless it is asked to.
+    # A warning, since transformers shows nothing below that level by default.
     logger.warning(f"{type(model).__name__}: {_told(groups)}.")
 
 
 def _told(groups: list[TieGroup], most: int = 3) -> str:
-    """What is tied, in one line."""
+    """Describe groups in one line."""
     parts = []
     for group in groups[:most]:
         more = f" and {len(group.names) - 4} more" if len(group.names) > 5 else ""

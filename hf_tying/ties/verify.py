@@ -1,4 +1,4 @@
-"""Where a tie is checked: what is declared against what is so, on a live model."""
+"""Check the ties of a live model: `assert_tied`, and the sentences that it is made of."""
 
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
@@ -26,12 +26,12 @@ def assert_tied(model: nn.Module) -> None:
     """Raise unless every tie that `model` declares holds: one `nn.Parameter` in every place of each group.
 
     Identity counts, not equal values: two equal matrices drift apart at the first optimizer step. A model that
-    `hf_tying` knows (class form, or after `tie`) is held to its groups and its config; any other `PreTrainedModel` to
-    what its class declares under `tie_word_embeddings`.
+    `hf_tying` knows (class form, or after `tie`) is checked against its groups and its config. Any other
+    `PreTrainedModel` is checked against the declaration of its class under `tie_word_embeddings`.
 
-    Under PEFT the tie is on what lies inside. Adapters that PEFT itself keeps as one for both sides are left alone
-    (`trainable_token_indices`, `ensure_weight_tying`), and so is a LoRA on one side. A copy that `modules_to_save`
-    trains in place of one side is a broken tie.
+    Under PEFT the base model is checked. A LoRA on one side is accepted, and so are adapters that PEFT itself shares
+    between both sides (`trainable_token_indices`, `ensure_weight_tying`). A copy that `modules_to_save` trains in
+    place of one side is a broken tie.
 
     Args:
         model: a `PreTrainedModel`, also wrapped by PEFT, DistributedDataParallel or torch.compile.
@@ -55,7 +55,7 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
     """The `PreTrainedModel` inside DDP, torch.compile and PEFT wrappers.
 
     Raises:
-        TyingError: when there is none.
+        TyingError: when there is not one.
     """
     inner: Any = model
     while not isinstance(inner, PreTrainedModel):
@@ -69,13 +69,13 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
 
 
 def groups_of(model: PreTrainedModel) -> list[TieGroup]:
-    """The declared groups: those that `hf_tying` holds for the model, else those of its class."""
+    """The declared groups of a model: those of `TiedModelMixin`, else those that its class declares."""
     known = getattr(model, "tie_groups", None)
     return list(known) if known is not None else declared_groups(Anatomy(model))
 
 
 def violations(model: PreTrainedModel, groups: Iterable[TieGroup]) -> Iterator[str]:
-    """One sentence for everything in which `model` is not what `groups` and its config say."""
+    """One sentence for each difference between `model` and what `groups` and its config declare."""
     groups, anatomy = list(groups), Anatomy(model)
     for group in groups:
         yield from _broken(model, group, anatomy.slots)
@@ -102,7 +102,7 @@ def _broken(model: nn.Module, group: TieGroup, slots: dict) -> Iterator[str]:
 
 
 def _apart(parameter: nn.Parameter, root: nn.Parameter) -> str:
-    """How two parameters that should be one differ, and what makes them one again."""
+    """Describe how two parameters that should be one differ, and how to make them one again."""
     if parameter.is_meta or root.is_meta:
         return "on the meta device). To tie them again: load the weights, then model.tie_weights()"
     if hasattr(parameter, "device_mesh") or hasattr(root, "device_mesh"):
@@ -130,7 +130,7 @@ def _stale_sizes(model: nn.Module, group: TieGroup, slots: dict) -> Iterator[str
 def _undeclared(groups: list[TieGroup], anatomy: Anatomy) -> Iterator[str]:
     group_of = {name: group.name for group in groups for name in group.names}
     for tied in anatomy.tied:
-        # What PEFT shares between its own adapters is not the model's, and stands in no file of it.
+        # Parameters that PEFT shares between its own adapters are not the model's, and are not in its files.
         names = [name for name in tied if find_slot(anatomy.model, name) is not None]
         if len({group_of.get(name, name) for name in names}) > 1:
             yield (
@@ -142,7 +142,7 @@ def _undeclared(groups: list[TieGroup], anatomy: Anatomy) -> Iterator[str]:
 def _config_differs(anatomy: Anatomy, groups: list[TieGroup]) -> Iterator[str]:
     model = anatomy.model
     if entry_of(model.config) is None or not getattr(model, "_is_declared_class", lambda: True)():
-        return  # the record of another head has no names for what this class has besides
+        return  # the record of another head lacks the names that only this class has
     record = TyingConfig.in_config(anatomy.model.config)
     located: list[Collection[str]] = [
         {place for name in names if (place := locate(anatomy, name)) is not None} for names in record.groups.values()
@@ -159,7 +159,7 @@ def _config_differs(anatomy: Anatomy, groups: list[TieGroup]) -> Iterator[str]:
 
 
 def _parted_by_peft(model: PreTrainedModel, groups: list[TieGroup]) -> Iterator[str]:
-    """Ties that `modules_to_save` opens: it lets a copy of one side work, and trains it alone."""
+    """Ties that `modules_to_save` breaks: it replaces one side by a copy, which is trained alone."""
     carriers = Anatomy(model).carriers if groups else ()
     for group in groups:
         used = [name for name in group.names if name not in carriers]
