@@ -1,7 +1,7 @@
 """Modules of version 0.1 by their old names, for pickles and imports that were written with them.
 
 `torch.save(model)` stores the classes of a model by module and name. A module that has moved is found by its old name,
-and answers with what its new places have. Nothing is imported before somebody asks for it.
+and has the names of the modules to which its contents have moved. Nothing is imported before its first use.
 """
 
 import sys
@@ -72,5 +72,5 @@ class _Finder(MetaPathFinder, Loader):
 
 
 def install() -> None:
-    """Let old names be imported; the last of all finders, so that it answers only for what is not there."""
+    """Install the finder of old names, as the last one, so that it is asked only for modules that do not exist."""
     sys.meta_path.append(_Finder())

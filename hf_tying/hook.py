@@ -1,8 +1,8 @@
-"""All that importing the package changes in transformers and PEFT: the table `CHANGES`.
+"""The changes that importing the package makes in transformers and PEFT: the table `CHANGES`.
 
 With these changes, stock classes honour a `tying` entry of their config: `AutoModelForCausalLM.from_pretrained(path)`
-gives a tied model or a `TyingError`, never a silently untied one. A config without the entry gives what it always
-gave. PEFT knows Tied-LoRA, and does not merge an adapter into a tie that the merge would break.
+gives a tied model or a `TyingError`, never a silently untied one. A config without the entry works as before. PEFT
+knows Tied-LoRA, and does not merge an adapter into a tie that the merge would break.
 
 A change is made when its module is imported, before or after this package, so `import hf_tying` stays light.
 """
@@ -32,10 +32,10 @@ class Change:
     Args:
         module: the module to change.
         name: the function, the method or the dict in that module.
-        ours: `"module:name"` of what is put there. A function gets it as a wrapper, with the arguments `(wrapped,
+        ours: our replacement, as `"module:name"`. A function gets it as a wrapper, with the arguments `(wrapped,
             instance, args, kwargs)` of wrapt. A dict gets it as its entry `TIED_LORA`.
-        why: what the change does.
-        without: what a version without this name does. Default `None`: every version has it, and its absence is an
+        why: effect of the change.
+        without: behaviour of versions without this name. Default `None`: every version has it, and its absence is an
             error. A private name may go at any time, so it always says this.
     """
 
@@ -47,6 +47,7 @@ class Change:
 
     @property
     def private(self) -> bool:
+        """Whether the name is private in its module."""
         return any(part.startswith("_") for part in self.name.split("."))
 
 
@@ -151,7 +152,7 @@ def _add_tied_lora(peft: ModuleType) -> None:
     try:
         for change in TIED_LORA:
             resolve_name(change.ours)
-    except ImportError as error:  # a PEFT outside the tested range must not fail for all its other adapters
+    except ImportError as error:  # with a PEFT outside the tested range, its other adapters must still work
         from transformers.utils import logging
 
         logging.get_logger(__name__).warning(f"Tied-LoRA is not available with peft {peft.__version__}: {error}")
@@ -160,13 +161,13 @@ def _add_tied_lora(peft: ModuleType) -> None:
         when_imported(change.module)(functools.partial(apply_change, change))
 
 
-# Wrappers around functions of transformers.
+# Wrappers of functions of transformers.
 
 
 def honour_entry(
     wrapped: Callable[..., Any], model: "PreTrainedModel", args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """Around `PreTrainedModel.post_init`: give the model's class the mixin of ties if the config declares any."""
+    """Wrapper of `PreTrainedModel.post_init`: give the model's class the mixin of ties if the config declares any."""
     from .ties.shared_configs import remember_config
 
     remember_config(model)
@@ -194,7 +195,7 @@ def _holds_ties(model: "PreTrainedModel") -> bool:
 def take_tying(
     wrapped: Callable[..., Any], cls: "type[PreTrainedModel]", args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> "PreTrainedModel":
-    """Around `PreTrainedModel.from_pretrained`: `tying=` is the declaration for this load."""
+    """Wrapper of `PreTrainedModel.from_pretrained`: `tying=` is the declaration for this load."""
     if "tying" not in kwargs:
         return wrapped(*args, **kwargs)
     from .ties.declaring import from_pretrained
@@ -205,19 +206,19 @@ def take_tying(
 def adopt_ties(
     wrapped: Callable[..., Any], model: "PreTrainedModel", args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Around `PreTrainedModel.save_pretrained`: a tie that was made on a model inside is the outer one's too."""
+    """Wrapper of `PreTrainedModel.save_pretrained`: ties of a model inside are saved as ties of `model`."""
     if _holds_ties(model):
         from .ties.inner import adopt_inner_ties
 
         if adopt_inner_ties(model):
-            return model.save_pretrained(*args, **kwargs)  # by the class that it has now
+            return model.save_pretrained(*args, **kwargs)  # the method of its new class
     return wrapped(*args, **kwargs)
 
 
 def check_checkpoint(
     wrapped: Callable[..., Any], instance: object, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Around `PreTrainedModel._load_pretrained_model`: refuse what would break a tie before weights are read."""
+    """Wrapper of `PreTrainedModel._load_pretrained_model`: refuse what would break a tie before weights are read."""
     given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
     groups = getattr(given["model"], "tie_groups", None)
     if groups is not None:
@@ -231,7 +232,7 @@ def check_checkpoint(
 def load_adapter(
     wrapped: Callable[..., Any], model: "PreTrainedModel", args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Around `PeftAdapterMixin.load_adapter`: the method imports PEFT itself, which may be the first to do so."""
+    """Wrapper of `PeftAdapterMixin.load_adapter`: its names are those in the model. It may import PEFT first."""
     from transformers.utils import is_peft_available
 
     if not is_peft_available():
@@ -239,7 +240,7 @@ def load_adapter(
     import_module("peft")
     try:
         ours = import_module("hf_tying.peft.registration").load_natively
-    except ImportError:  # a PEFT outside the tested range, of which `_add_tied_lora` has told
+    except ImportError:  # a PEFT outside the tested range, for which `_add_tied_lora` has warned
         return wrapped(*args, **kwargs)
     return ours(wrapped, model, args, kwargs)
 
@@ -249,7 +250,7 @@ def load_adapter(
 
 
 def register_models(wrapped: Callable[..., Any], cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Around `AutoConfig.from_pretrained` and `for_model`: register the model types of this package."""
+    """Wrapper of `AutoConfig.from_pretrained` and `for_model`: register the model types of this package."""
     from . import models
 
     for family in models.FAMILIES:
@@ -258,7 +259,7 @@ def register_models(wrapped: Callable[..., Any], cls: type, args: tuple[Any, ...
 
 
 def register_tokenizer(wrapped: Callable[..., Any], cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Around `AutoTokenizer.from_pretrained`: register `JointTokenizer`."""
+    """Wrapper of `AutoTokenizer.from_pretrained`: register `JointTokenizer`."""
     from .vocabularies import tokenizer
 
     tokenizer.register()

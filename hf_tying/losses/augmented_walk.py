@@ -19,7 +19,8 @@ from .chunks import plan_chunks, targets_by_block
 from .options import AugmentedSettings
 from .pending_gradients import Gradients
 
-# Blocks at work at once: products, logits, probabilities and targets of the positions, and those of the labels.
+# Number of blocks in memory at once: products, logits, probabilities and targets of the positions, and those of the
+# labels.
 _BLOCKS = 8
 
 

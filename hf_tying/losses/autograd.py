@@ -57,8 +57,8 @@ class _TiedCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         wanted = ctx.needs_input_grad[:3] if call.differentiable else (False, False, False)
         ctx.call, ctx.wanted, ctx.weight, ctx.pending = call, wanted, weight, None
-        # A float16 gradient cannot be multiplied afterwards by what the backward pass brings (a loss scale): by then
-        # it would have overflowed, or be 0.
+        # A float16 gradient cannot be multiplied afterwards by the upstream gradient (a loss scale): before that it
+        # would overflow, or be 0.
         ctx.in_backward = call.options.reduction == "none" or wanted[1] and weight.dtype == torch.float16
         if ctx.in_backward:
             ctx.save_for_backward(hidden, weight, bias, *call.tensors())
@@ -116,7 +116,7 @@ def _compute(
                 upstream = upstream[positions]
             softmax.factor = softmax.factor * upstream * (share / options.upstream)
         elif products == torch.float16:
-            # What is as small as 1 / number of tokens vanishes in it, and a sum over them overflows: half way.
+            # Numbers as small as 1 / number of tokens vanish in float16, and a sum over them overflows: take the root.
             half_way = max(len(labels), 1) ** 0.5
             rest = half_way * share
             softmax.factor = softmax.factor / half_way

@@ -16,7 +16,7 @@ from .kernel_libraries import (
 )
 from .options import CrossEntropyOptions
 
-# The most words that one block of its kernels takes.
+# Largest number of words in a block of its kernels.
 _MOST_WORDS = 256
 
 
@@ -39,7 +39,7 @@ def _compute(
             flat,
             ignore_index=options.ignore_index,
             softcap=None if options.logit_softcap is None else float(options.logit_softcap),
-            # Never its mean: that is NaN or not the one that is asked for, and the division costs nothing here.
+            # Never its mean, which can be NaN or another mean. The division costs nothing here.
             reduction="sum" if options.reduction != "none" and classes is None else "none",
             # No gradient is filtered out by its size, and both gradients are summed in float32.
             impl="cce_exact",

@@ -90,7 +90,7 @@ def plan_chunks(
         return 0 if matrix_gradient and rows <= width else max(rows * vocabulary - borrowed, 0)
 
     chunks = _even(0, tokens, max(tokens, 1))
-    extra = width if matrix_gradient else 0  # what the gradient's memory holds of the first chunk
+    extra = width if matrix_gradient else 0  # rows of the first chunk in the memory of the gradient
     copies = 3 * width * exact_itemsize
     later = (budget - at_work - extra * copies) // (vocabulary * itemsize + copies)
     if accumulates and missing(tokens) > room(tokens) and later >= FEWEST_ROWS:

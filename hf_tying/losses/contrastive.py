@@ -69,7 +69,7 @@ def contrastive_weight_tying_loss(
 
     Returns:
         A scalar; float32, or float64 for float64 inputs. 0, with a gradient of zero, where no position counts, or one
-        alone; the log tells of it once.
+        alone; that is logged once.
 
     Raises:
         IndexError: for a label outside the vocabulary.
@@ -104,10 +104,10 @@ def contrastive_weight_tying_loss(
     targets = torch.searchsorted(candidates.words[: candidates.of_batch], own)
     items: float | torch.Tensor | None = num_items_in_batch
     if reduction == "mean" and items is None:
-        items = batch.shape[0] / processes  # a number that torch.jit.trace does not take for a constant, as of `len`
+        items = batch.shape[0] / processes  # unlike `len`, not a constant for torch.jit.trace
     options = CrossEntropyOptions(reduction=reduction, num_items_in_batch=items, logit_scale=1 / temperature)
     log_counts = bias = None
-    if negatives == "batch":  # each as often as it is there; the bias is divided by the temperature too
+    if negatives == "batch":  # each as often as it occurs; the bias is divided by the temperature, too
         log_counts = candidates.counts.to(torch.float64 if rows.dtype == torch.float64 else torch.float32).log()
         bias = temperature * log_counts
     labels = torch.full_like(counted, -100, dtype=torch.int64).masked_scatter(counted, targets)

@@ -2,10 +2,10 @@
 
 In a backward pass autograd waits until every use of a matrix has given its gradient, and holds the sum until then. The
 softmax comes first and gives a whole matrix; each embedding then adds a few rows. Left to itself, autograd makes a
-matrix for each of them, and one more for their sum. Here the first use claims the gradient that it returns: it is
-remembered, weakly, and later uses write their rows into it. It stays a gradient like any other. Whoever comes first
-returns it to autograd, and nothing depends on the others: a frozen branch, an embedding used twice or not at all, and
-a recomputation change nothing.
+matrix for each of them, and one more for their sum. Here the first use claims the gradient that it returns: a weak
+reference is kept, and later uses write their rows into it. It stays a gradient like any other. The first use returns
+it to autograd, and does not depend on the others: a frozen branch, an embedding used twice or not at all, and a
+recomputation change nothing.
 
 A claimed gradient is written to under two conditions, which are asked of torch each time: the backward pass is the
 same, and autograd alone holds the tensor. By then autograd may hold a sum that was made elsewhere, or a hook may have

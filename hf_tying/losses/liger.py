@@ -26,8 +26,8 @@ def _compute(
     if not any_label_counts(labels, options):
         return tied_path(hidden, weight, labels, bias, options, memory_budget)
     hidden, weight, bias = kernel_operands(hidden, weight, bias, options)
-    # It asks `hidden` alone whether gradients are wanted: without them a frozen body would leave the matrix untrained,
-    # and with them an evaluation pays for a training step.
+    # It makes gradients if and only if `hidden` requires one. Without that, the matrix above a frozen body would not
+    # be trained; with it, an evaluation would cost a training step.
     trained = any(tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias))
     if not (trained and torch.is_grad_enabled()):
         hidden = hidden.detach()
@@ -42,7 +42,7 @@ def _compute(
             weight=weight,
             target=labels.reshape(-1),
             bias=bias,
-            # Its sums over classes are in the dtype that comes in.
+            # Its sums over classes are in the dtype of the weights.
             ce_weight=None if options.class_weight is None else options.class_weight.float(),
             ignore_index=options.ignore_index,
             label_smoothing=float(options.label_smoothing),

@@ -14,9 +14,9 @@ from torch.nn.functional import softplus
 
 from .arithmetic import LOG2_E, exp_of_difference
 
-# An exponential or a sum of them beyond this is taken for an overflow.
+# Larger exponentials, or sums of them, count as an overflow.
 _LARGE = 1e30
-# Of the sum of a token's shares, which is 0 with class weights of 0.
+# Smallest sum of a token's shares, relative to their sizes. It is 0 with class weights of 0.
 _SMALLEST_SHARE = 1e-3
 
 
@@ -123,7 +123,7 @@ class Exponentials:
     def differentiate(self, block: torch.Tensor, words: slice, at: At) -> None:
         """Replace values by the gradient of the logits, without the `factor` of each token."""
         inner = None
-        if (cap := self.softmax.softcap) is not None:  # of the tanh: 1 - (l / cap)^2
+        if (cap := self.softmax.softcap) is not None:  # derivative of the cap: 1 - (l / cap)^2
             inner = block.log().add_(self.target).div_(cap).square_().neg_().add_(1)
         if self.softmax.smoothing is not None:
             block.addcmul_(self.softmax.smoothing[words, None], self.smoothing_share, value=-1)
@@ -183,7 +183,7 @@ class Logits:
         self.share, self.last = self.true_share, self.upstream * self.softmax.scale
         if (smoothing := self.softmax.smoothing) is not None:
             total = smoothing.sum()
-            # Not of the target and its surprise: a forbidden one is at minus infinity.
+            # Not from the target and its surprise: a forbidden target is at minus infinity.
             self.losses = self.losses + total * (self.base + normaliser.log()) - self.smoothed
             self.at_target = self.at_target + total * (-surprise).exp() - smoothing[self.labels]
             self.share = self.share + total

@@ -87,7 +87,7 @@ _IN_PLACE = {
     f"__{name}__"
     for name in ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
 }
-# Whoever is given the memory itself may write to it.
+# These give out the memory itself, which may then be written to.
 _GIVES_MEMORY = {"numpy", "__array__", "__dlpack__", "data_ptr"}
 _SET_DATA = torch.Tensor.data.__set__  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -46,7 +46,7 @@ class LazyTensor:
         if not self._siblings.materialized:
             self._siblings.materialized = True
             for member in list(self._siblings.members):
-                member._tensor()  # computed before anybody writes to one of them: a copy keeps its values
+                member._tensor()  # computed before a write to one of them, so that copies keep their values
         return self._tensor()
 
     def _tensor(self) -> torch.Tensor:
@@ -65,7 +65,7 @@ class LazyTensor:
         else:
             super().__setattr__(name, value)
 
-    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:  # a copy, or a file, is of the tensor
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:  # copies and files have the tensor
         return self.materialize("a copy").__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

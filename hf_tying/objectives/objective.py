@@ -183,7 +183,7 @@ def _refuse_options(options: CrossEntropyOptions, what: str, **expected: object)
         if found is not value and (isinstance(found, torch.Tensor) or found != value):
             value = "a tensor" if isinstance(found, torch.Tensor) else found
             raise TyingError(
-                f"{what} knows no {name}, and this model's loss has one ({value}). Take it away, or train by cross "
+                f"{what} has no {name}, and this model's loss has one ({value}). Remove it, or train by cross "
                 "entropy: use_tied_loss(model)."
             )
 
@@ -205,7 +205,7 @@ def refuse_unfit_objective(model: PreTrainedModel, objective: Objective, label_s
         )
     what = type(objective).__name__
     if label_smoothing:
-        raise TyingError(f"{what} knows no label smoothing, and label_smoothing={label_smoothing}: expected 0.")
+        raise TyingError(f"{what} has no label smoothing, and label_smoothing={label_smoothing}: expected 0.")
     if backend not in ("auto", "torch"):
         raise TyingError(f"{what} is computed by torch alone, and backend={backend!r}: expected 'auto' or 'torch'.")
     found = roles(model)

@@ -83,7 +83,7 @@ class StepLoss:
                 f"{type(objective).__name__} takes no notice of what this model does to its logits (a scale or a soft "
                 "cap): it has none."
             )
-        # For a tied model, the head's `weight` and not the parameter: a `RoleMeter` has put its own view there.
+        # For a tied model, the head's `weight` instead of the parameter: a `RoleMeter` replaces it by a view.
         embedding = weight if self.embedding is None else self.embedding
         loss, parts = objective.loss(hidden, weight, target, bias, options, embedding, settings.memory_budget)
         for name, part in parts.items():

@@ -46,8 +46,8 @@ def use_tied_loss(
     adapter on the head, a hook on it, a loss of another kind, hidden states written to before the loss) computes them
     as before; the log says so once. Logits that the model makes under `no_grad` in its step are its own too.
 
-    `Trainer` is told where the model gives the mean of its losses (`set_accepts_loss_kwargs`); that stays, undone or
-    not.
+    A model that gives the mean of its losses is marked so for `Trainer` (`set_accepts_loss_kwargs`). The mark stays
+    when this is undone.
 
     Nothing is recorded in the config. `TyingConfig(loss="tied")` declares the same, and is kept in the file. The model
     may be tied or not.
@@ -101,7 +101,7 @@ def use_tied_loss(
             inner.__class__ = without_mixin(TiedLossMixin, type(inner))
             del inner._tied_loss, inner._softmax_name
             vars(inner).pop("_embedding_name", None)
-        elif isinstance(inner, TiedLossMixin):  # FSDP2 has put a class of its own in front
+        elif isinstance(inner, TiedLossMixin):  # FSDP2 has put its own class in front
             inner._tied_loss = None
         if (getattr(inner.config, "tying", None) or {}).get("loss") == "tied":
             inner.config.tying = TyingConfig.from_dict(inner.config.tying).replace(loss="stock").to_dict()

@@ -34,7 +34,7 @@ class TiedLossMixin(MixinBase):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward pass of the model, in a training step with deferred logits."""
         forward, settings = super().forward, self._tied_loss
-        vars(self).pop("loss_parts", None)  # those of the last step
+        vars(self).pop("loss_parts", None)  # of the previous step
         objective = None if settings is None else settings.objective
         in_step = settings is not None and (
             self.training and torch.is_grad_enabled() or objective is not None and self._also_in_evaluation
@@ -65,7 +65,7 @@ class TiedLossMixin(MixinBase):
                     settings,
                 )
             others = {k: v for k, v in vars(self).get("loss_parts", {}).items() if k != "cross_entropy"}
-            self.loss_parts = {**softmax.loss.parts, **others}  # `others`: penalties that the model has added itself
+            self.loss_parts = {**softmax.loss.parts, **others}  # `others`: penalties that the model itself adds
         elif not softmax.deferred and not torch.compiler.is_compiling():
             whole = whole or (
                 f"its forward does not multiply by {self._softmax_name!r} itself: it makes another matrix of it, or "

@@ -70,7 +70,7 @@ def linear_head(model: PreTrainedModel) -> nn.Linear:
     if not isinstance(head, nn.Linear) or type(head) not in (
         nn.Linear,
         ProjectedLinear,
-    ):  # a subclass computes something else: Idefics adds words to it
+    ):  # a subclass computes something else: that of Idefics adds words
         found = "has none" if head is None else f"has a {type(head).__name__}"
         raise TyingError(
             f"A projection (PR) goes before the softmax matrix: expected a model with an nn.Linear as its output "

@@ -102,7 +102,7 @@ class ProjectedModelMixin(MixinBase):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward pass. In training, add the penalty to the loss."""
-        vars(self).pop("loss_parts", None)  # of the step before
+        vars(self).pop("loss_parts", None)  # of the previous step
         outputs = super().__call__(*args, **kwargs)
         return _with_penalty(self, outputs, args, kwargs) if self.training else outputs
 
@@ -194,5 +194,5 @@ def _shifts_labels(model: PreTrainedModel) -> bool:
 
     As in transformers, it does for a class without a loss type.
     """
-    shifts = (None, "ForCausalLM", "ForConditionalGeneration")  # the last with an encoder, or as in LLaVA without one
+    shifts = (None, "ForCausalLM", "ForConditionalGeneration")  # the last one with or without an encoder (LLaVA)
     return not getattr(model.config, "is_encoder_decoder", False) and getattr(model, "loss_type", None) in shifts

@@ -48,7 +48,7 @@ def projection_penalty(
         raise ValueError(f"strength={strength}: expected 0 or more.")
     exact = projection if projection.dtype == torch.float64 else projection.float()
     if norm == "fro":
-        # The root has no gradient at a projection of zeros; 0 is one of those that it may be given.
+        # The root has no gradient at a projection of zeros; torch gives the subgradient 0.
         value = torch.linalg.vector_norm(exact)
     else:
         value = exact.square().sum() / 2

@@ -48,7 +48,7 @@ class Anatomy:
 
     @cached_property
     def tied(self) -> list[list[str]]:
-        """The names that are one parameter as the model stands, whoever tied them."""
+        """The names that are one parameter in the model at present."""
         return shared_names(self.slots)
 
     @cached_property
@@ -58,7 +58,7 @@ class Anatomy:
 
     @cached_property
     def declarable(self) -> list[list[str]]:
-        """The names that the classes can tie, whatever the config says."""
+        """The names that the classes can tie, under any config."""
         return join_chains(self.declared_pairs(gated=False))
 
     @cached_property
@@ -91,8 +91,8 @@ class Anatomy:
         if not any(set(chain) == set(names) for chain in self.declarable):
             return []
         pairs = self.declared_pairs(gated=False)
-        sources, targets = {source for source, _ in pairs}, {target for _, target in pairs}
-        return [name for name in names if name in sources and name not in targets]
+        sources, aliases = {source for source, _ in pairs}, {alias for _, alias in pairs}
+        return [name for name in names if name in sources and name not in aliases]
 
     def without_roles(self, chains: list[list[str]]) -> list[list[str]]:
         """Select the chains without a name that has a role."""

@@ -147,7 +147,7 @@ def with_all_names(model: PreTrainedModel, state: Mapping) -> dict:
 def tie_assigned(model: PreTrainedModel, incompatible_keys: object) -> None:
     """Make groups one parameter again after `load_state_dict(assign=True)` has replaced their parameters."""
     names = vars(model).pop("_assigned_names", {})
-    for group in getattr(model, "tie_groups", ()):  # a model inside that has been untied has the hook still
+    for group in getattr(model, "tie_groups", ()):  # a model inside that was untied still has the hook
         if group.root in names:
             share_parameter(model, group.names, parameter_of(model, names[group.root]))
 
@@ -196,7 +196,7 @@ def _settle(
     apart = difference(value_of(parts[0][0]), value_of(parts[1][0]))
     raise TyingError(
         f"The file has different values for names that the config ties (group {group.name!r}): {parts[0][0]!r} and "
-        f"{parts[1][0]!r}, {apart}. Nobody's weights are dropped unasked. Choose by the `tying` entry of "
+        f"{parts[1][0]!r}, {apart}. No weights are dropped unasked. Choose by the `tying` entry of "
         "config.json, or "
         f"from_pretrained(..., tying={{**entry, 'on_conflict': ...}}): 'use:{parts[0][0]}' or 'use:{parts[1][0]}' "
         "takes one for all, 'keep_untied' keeps both and corrects the config."

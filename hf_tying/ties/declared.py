@@ -56,9 +56,9 @@ def declared_pairs(
         dot = f"{prefix}." if prefix else ""
         names = [name.removeprefix(dot) for name in all_names if name.startswith(dot)]
         source_of: dict[str, str] = {}
-        for target, source in keys.items():
-            for of, name in _expand(source, target, names, sub, checked):
-                source_of[name] = source_of.get(of, of)
+        for tied, source in keys.items():
+            for root, name in _expand(source, tied, names, sub, checked):
+                source_of[name] = source_of.get(root, root)
         pairs += [(dot + source, dot + name) for name, source in source_of.items() if source != name]
     return pairs
 
@@ -78,19 +78,19 @@ def join_chains(chains: Iterable[Iterable[str]]) -> list[list[str]]:
     return [group for group in seen.values() if len(group) > 1]
 
 
-def _expand(source: str, target: str, names: list[str], model: nn.Module, checked: bool) -> list[tuple[str, str]]:
-    """One entry of `_tied_weights_keys`, spelled out in parameter names."""
-    sources, targets = (_named_by(part, names) for part in (source, target))
-    if not sources or not targets or len(targets) % len(sources):
+def _expand(source: str, tied: str, names: list[str], model: nn.Module, checked: bool) -> list[tuple[str, str]]:
+    """Expand one entry of `_tied_weights_keys` to pairs of parameter names."""
+    sources, aliases = (_named_by(part, names) for part in (source, tied))
+    if not sources or not aliases or len(aliases) % len(sources):
         if checked:
-            name = source if not sources else target
+            name = source if not sources else tied
             why = why_no_parameter(model, name, names)
             raise TyingError(
-                f"{type(model).__name__}._tied_weights_keys ties {target!r} to {source!r}, but {name!r} {why}. "
+                f"{type(model).__name__}._tied_weights_keys ties {tied!r} to {source!r}, but {name!r} {why}. "
                 "Expected names of parameters of this model: correct the declaration."
             )
         return []
-    return list(zip(cycle(sources), targets, strict=False))
+    return list(zip(cycle(sources), aliases, strict=False))
 
 
 def _named_by(part: str, names: list[str]) -> list[str]:

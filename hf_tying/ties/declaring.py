@@ -9,9 +9,9 @@ from transformers.modeling_utils import PreTrainedModel
 
 from ..config import TyingConfig
 
-# What finds the files; `from_pretrained` of a config takes these and no others.
+# Arguments that find the files. `from_pretrained` of a config takes only these.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
-# Fields of configs that are arguments of the model's `from_pretrained` first.
+# Arguments of the model's `from_pretrained` that are also fields of configs.
 _OF_THE_MODEL = ("attn_implementation", "dtype", "name_or_path", "quantization_config", "torch_dtype", "state_dict")
 
 

@@ -75,12 +75,12 @@ def resolve(
         scheme = scheme_chains(anatomy, config.scheme, strict)
         held = {name for chain in chains for name in chain}
         tied = [anatomy.roles[role].name for role in SCHEMES[config.scheme] if role in anatomy.roles]
-        # A bare scheme, not the record of a model: what the architecture ties besides its embeddings (BERT's output
-        # bias) stays tied, and a carrier goes with its role. A record says all of that itself.
+        # A bare scheme is not the record of a model. Other ties of the architecture (BERT's output bias) stay, and a
+        # carrier is tied with its role. A record names all of these itself.
         bare = config.save_format is None or len(tied) > 1 and not held.issuperset(tied)
         if bare and config.scheme != "none":
             chains += anatomy.without_roles(anatomy.declared)
-        if bare or not strict:  # also where a class has more than the one that wrote the record (an encoder)
+        if bare or not strict:  # also for a class with more names than the one that wrote the record (an encoder)
             chains += anatomy.beside_roles(anatomy.declared) if config.scheme != "none" else []
             chains += scheme
     return make_groups(anatomy, [*chains, *also], explicit)
@@ -128,7 +128,7 @@ def make_groups(anatomy: Anatomy, chains: list[list[str]], named: dict[str, list
     for names in join_chains(chains):
         held = [role for role, place in anatomy.roles.items() if set(place.names) & set(names)]
         given = next((group for group, members in named.items() if set(members) & set(names)), None)
-        # Carriers and roles in their order, source first, unless the user or the architecture has named the root.
+        # The root is the one that the user or the architecture names, else the first of carriers and roles.
         first = [n for n in (named[given] if given else [*anatomy.root_declared(names), *with_role]) if n in names]
         ordered = list(dict.fromkeys([*first, *names]))
         base = given or ("embeddings" if len(held) > 1 else held[0] if held else ordered[0].rsplit(".", 1)[-1])

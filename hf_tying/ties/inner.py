@@ -14,8 +14,8 @@ logger = logging.get_logger(__name__)
 def adopt_inner_ties(model: PreTrainedModel) -> bool:
     """Make the ties of the models inside `model` ties of `model`, by its own names, and record them in its config.
 
-    `tie(model.language_model, ...)` cannot know of the outer model. A stock outer model would leave names out of its
-    file that nothing tells a loader to fill.
+    `tie(model.language_model, ...)` cannot see the outer model. A stock outer model would leave names out of its file,
+    and its config would not name them for a loader to fill.
 
     Args:
         model: model that is about to be saved.
@@ -33,14 +33,14 @@ def adopt_inner_ties(model: PreTrainedModel) -> bool:
     for prefix, sub in model.named_modules():
         for group in vars(sub).get("tie_groups", ()) if prefix else ():
             names = [f"{canonical(prefix)}.{name}" for name in group.names]
-            if not known & set(names):  # the outermost model that holds a tie names it
+            if not known & set(names):  # the name of a group is that of the outermost model
                 known |= set(names)
                 groups[next(n for n in (group.name, *names) if n not in groups)] = names
     if not groups:
         return False
     logger.warning(
-        f"{type(model).__name__} is saved with the ties of a model inside it: they are its own from now on, and its "
-        "config says so."
+        f"{type(model).__name__} is saved with the ties of a model inside it: they are its own from now on, and are "
+        "recorded in its config."
     )
     tie(model, TyingConfig(groups=groups))
     return True

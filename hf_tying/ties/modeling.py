@@ -1,7 +1,7 @@
 """`TiedModelMixin`, which keeps ties through a model's life; `tie` and `untie` change them.
 
 The mixin sits in front of a transformers class and answers transformers' own hooks: `post_init` (declare and tie),
-`tie_weights` (after a load, and whenever anybody asks again), the embedding setters and the resize, `_apply` (`.to()`,
+`tie_weights` (after a load, and at every later call), the embedding setters and the resize, `_apply` (`.to()`,
 `to_empty()`), `state_dict` and its loading, `save_pretrained`. `tie(model, ...)` puts the same mixin in front of the
 class of a live model, so both forms behave alike.
 """
@@ -66,7 +66,7 @@ class TiedModelMixin(MixinBase):
     """
 
     tie_groups: list[TieGroup] = []  # on the instance once `post_init` has run
-    _ties_made: bool  # whether values that differ have been trained, and are no longer fresh from the initialisation
+    _ties_made: bool  # `False` while values that differ are only initialised, and may be overwritten
     _told_frozen: list[TieGroup]  # the groups of the last warning
     _made_in_part: bool  # whether a subclass may still add modules
 
@@ -77,13 +77,13 @@ class TiedModelMixin(MixinBase):
         self._post_init_tied(super().post_init)
 
     def _post_init_tied(self, stock_post_init: Callable[[], None]) -> None:
-        self._ties_made = False  # until then `tie_weights` takes values that are just initialised for what they are
+        self._ties_made = False
         config = TyingConfig.in_config(self.config)
         making = _models_being_made()
         parts = [model for model in making if model is not self and type(model.config) is type(self.config)]
-        strict = not parts and self._is_declared_class()  # a part has the record of the whole, in the whole's names
+        strict = not parts and self._is_declared_class()  # a part shares the record of the whole, with its names
         honour_extensions(self, config, strict)
-        # A subclass may add modules after `super().__init__()`: then two `__init__` of this one object are running.
+        # A subclass may add modules after `super().__init__()`. Then two `__init__` of this object are running.
         whole = sum(model is self for model in making) < 2
         if not whole:
             self._made_in_part = True
@@ -98,7 +98,7 @@ class TiedModelMixin(MixinBase):
         self.tie_groups = groups
         declare(self, groups)
         stock_post_init()
-        declare(self, groups)  # once more: the stock method has mixed in what the models inside declare
+        declare(self, groups)  # again, since the stock method has added what the models inside declare
         self._ties_made = not _ties_wait()
         if strict:
             write_config(self)
@@ -255,7 +255,7 @@ class TiedModelMixin(MixinBase):
         frozen = self._frozen_groups()
         if frozen == vars(self).get("_told_frozen", []):
             return
-        for sub in self.modules():  # a model inside has nothing to add
+        for sub in self.modules():  # the models inside need not warn again
             if isinstance(sub, TiedModelMixin):
                 sub._told_frozen = sub._frozen_groups()
         tied = {id(find_parameter(self, group.root)) for group in self.tie_groups}
@@ -399,7 +399,7 @@ def declare(model: PreTrainedModel, groups: list[TieGroup]) -> None:
         if held and not isinstance(sub, TiedModelMixin):
             sub.__class__ = with_mixin(TiedModelMixin, type(sub))
         elif prefix and not held and TiedModelMixin in mixins_of(type(sub)):
-            # Put under the mixin when it was made, by the config that it shares with the outer model.
+            # It got the mixin when it was made, by the config that it shares with the outer model.
             sub.__class__ = without_mixin(TiedModelMixin, type(sub))  # pyright: ignore[reportAttributeAccessIssue]
             sub.__dict__.pop("tie_groups", None)
         vars(sub).setdefault("_stock_tied_weights_keys", sub._tied_weights_keys)
@@ -412,7 +412,7 @@ def declare(model: PreTrainedModel, groups: list[TieGroup]) -> None:
             sub.tie_groups = held
             sub._ties_made = vars(model).get("_ties_made", True)
         if prefix and sub.config is not model.config:
-            vars(sub.config).pop("tying", None)  # one record: the outer model's
+            vars(sub.config).pop("tying", None)  # only the outer model has a record
 
 
 def _source(model: PreTrainedModel, group: TieGroup) -> str:

@@ -55,7 +55,7 @@ def write_config(model: PreTrainedModel, anatomy: Anatomy | None = None, **chang
 def _recorded_scheme(anatomy: Anatomy, before: str | None, now: str) -> str | None:
     """`before`, if it agrees with `now` about the roles that the model has; else `now`."""
     if before is None:
-        # Left to the class's own declaration, as long as that is what the model holds.
+        # No scheme is recorded while the model holds what its class declares.
         held = [set(group.names) for group in groups_held(anatomy.model)]
         as_declared = all(any(set(chain) <= names for names in held) for chain in anatomy.declared)
         return now if len(anatomy.roles) > 1 or not as_declared else None
@@ -89,14 +89,16 @@ def _recorded_groups(anatomy: Anatomy, before: dict[str, list[str]]) -> dict[str
 def default_save_format(anatomy: Anatomy) -> str:
     """`"dedup"` where the stock class re-ties exactly these groups from the same roots, `"portable"` elsewhere."""
     model = anatomy.model
-    # Read anew: the flags, on which it depends, may just have been written.
+    # Read again, since the flags on which it depends may have changed.
     stock = {frozenset(chain) for chain in join_chains(anatomy.declared_pairs())}
     own = {frozenset(group.names) for group in groups_held(model)}
     base = model.base_model_prefix
     reachable = all(
         group.root.startswith(f"{base}.") or not any(n.startswith(f"{base}.") for n in group.names)
         for group in groups_held(model)
-        if any(name in anatomy.role_of for name in group.names)  # a base model has its words, not a head's layers
+        if any(
+            name in anatomy.role_of for name in group.names
+        )  # a base model has the embeddings, and not the layers of a head
     )
     return "dedup" if own == stock and reachable else "portable"
 
@@ -111,7 +113,7 @@ def write_flags(anatomy: Anatomy, tied: bool) -> None:
         return
     pair = {anatomy.roles[role].name for role in ("target", "output")}
     if tied and any(pair <= set(chain) for chain in anatomy.declared):
-        return  # the flags say so already, in the way of the class
+        return  # the flags already declare it, in the form of the class
     for config in _flagged_configs(anatomy.model):
         config.tie_word_embeddings = tied
 
@@ -128,11 +130,11 @@ def flag_is_forced(config_class: type) -> bool:
         return True
     try:
         config_class()
-    except Exception:  # a composite config that needs its parts: none of these forces the flag
+    except Exception:  # a composite config needs its parts, and none of them forces the flag
         return False
     try:
-        return any(config_class(tie_word_embeddings=told).tie_word_embeddings is not told for told in (True, False))
-    except Exception:  # a class that checks what it is told
+        return any(config_class(tie_word_embeddings=value).tie_word_embeddings is not value for value in (True, False))
+    except Exception:  # a class that checks its arguments
         return True
 
 

@@ -106,7 +106,7 @@ def resize(
     """
     embeddings: Any = model.get_input_embeddings()
     if not isinstance(getattr(embeddings, "weight", None), torch.Tensor):
-        # A list of them (Bark), which its class resizes in place: names that are one matrix stay one.
+        # Bark has a list of embeddings, which its class resizes in place, so ties stay.
         embeddings = _narrowed(stock_resize)(new_num_tokens, pad_to_multiple_of, mean_resizing)
         fit_tied(model)
         return embeddings
@@ -117,19 +117,19 @@ def resize(
         _refuse_other_rows(model)
     others = _embeddings_out_of_reach(model, rows) if changes and own_resize is None else []
     before = [(module, module.weight.data) for module in others]
-    vars(model)["_is_resized"] = True  # the setters of the architecture are given matrices of the new size
+    vars(model)["_is_resized"] = True  # the setters of the architecture get matrices of the new size
     try:
         for module in others:
             model._get_resized_embeddings(module, new_num_tokens, pad_to_multiple_of, mean_resizing)
         embeddings = (own_resize or _narrowed(stock_resize))(new_num_tokens, pad_to_multiple_of, mean_resizing)
     except Exception:
-        for module, weight in before:  # an architecture that refuses, refuses it whole
+        for module, weight in before:  # all or nothing, if the architecture refuses
             module.weight.data = weight
             fit_rows(module)
         raise
     finally:
         del vars(model)["_is_resized"]
-    untie_others(model, groups_held(model))  # BERT's setter makes its two output biases one, whether they were or not
+    untie_others(model, groups_held(model))  # BERT's setter always makes its two output biases one
     fit_tied(model)
     _fit_idle_biases(model, rows, embeddings.weight.shape[0])
     _fit_final_bias(model)
@@ -227,7 +227,7 @@ def _resize_all(
     _fit_two_sizes(model)
     model.tie_weights()
     embeddings: Any = model.get_input_embeddings()
-    model.vocab_size = embeddings.weight.shape[0]  # as the stock resize sets it on every class
+    model.vocab_size = embeddings.weight.shape[0]  # the stock resize sets it on every class
     return embeddings
 
 

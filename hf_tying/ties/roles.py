@@ -18,7 +18,7 @@ ROLE_MODULES = {
         "target": "decoder.embed_tokens",
         "output": "decoder.output_projection",
     },
-    # Its encoder gets words that are looked up outside of it, in what other families only carry.
+    # Its encoder gets words that are looked up outside of it, in the module that other architectures only carry.
     "florence2": {"source": "language_model.shared", "target": "language_model.decoder.embed_tokens"},
 }
 #: Architectures with a second vocabulary: where their configs state the source's size and the target's.
@@ -66,8 +66,8 @@ def find_roles(
     accessors of the architecture name candidates, which are checked. A convolution over sound (Whisper) or a
     projection of patches (Pix2Struct) is not a source.
 
-    A carrier goes with the source embedding, whatever the scheme, so that it is never left as a second, dead matrix
-    that receives no gradient. Any other name that the architecture ties is used, and its values count.
+    A carrier is tied with the source embedding under any scheme, so that it is never a second matrix without gradient.
+    Any other name that the architecture ties is used, and its values count.
 
     Args:
         model: any `PreTrainedModel`, also under adapters.
@@ -96,14 +96,14 @@ def find_roles(
         and any(isinstance(module_at(other), nn.Embedding) for other in chain if not _is_carrier(model, other))
     }
     for role, name in found.items():
-        if name in idle:  # BART's and T5's accessor for the whole answers with the carrier
+        if name in idle:  # the accessor of a whole BART or T5 returns the carrier
             used = [other for chain in chains if name in chain for other in chain if other not in idle]
             lookups = [other for other in used if isinstance(module_at(other), nn.Embedding)]
             side = "decoder" if role == "target" else "encoder"
             found[role] = next((other for other in lookups if side in other.split(".")), lookups[0])
     if found.get("source") == found.get("target") and "source" in modules and not _has_decoder(model):
-        found.pop("target", None)  # the accessor of an encoder alone
-    if found and "output" not in found:  # BLIP's decoder has a head, and its model no accessor for it
+        found.pop("target", None)  # an encoder alone has an accessor, too
+    if found and "output" not in found:  # BLIP's decoder has a head, but its model lacks an accessor for it
         met = [chain for chain in chains if set(found.values()) & set(chain)]
         heads = [name for chain in met for name in chain if type(module_at(name)) is nn.Linear]
         found |= {"output": heads[0]} if heads else {}

@@ -11,7 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-# From a config to the live models that were made with it.
+# The live models that were made with each config.
 _models_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 

@@ -13,13 +13,14 @@ from torch import nn
 
 from ..config import TyingError, nearest
 
-# Where wrappers keep the stock module. PEFT: tuner layers under `base_layer`, modules_to_save under `original_module`,
-# trainable tokens under `token_adapter.base_layer`. torch: activation checkpointing, FSDP1, torch.compile.
+# Attributes in which wrappers keep the stock module. PEFT: tuner layers under `base_layer`, modules_to_save under
+# `original_module`, trainable tokens under `token_adapter.base_layer`. torch: activation checkpointing, FSDP1,
+# torch.compile.
 _WRAPPERS = (
     *("base_layer", "original_module", "token_adapter"),
     *("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod"),
 )
-# Those of them whose name a state dict leaves out.
+# Wrappers whose name a state dict leaves out.
 _NOT_IN_KEYS = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 # The packages whose modules and tensors hold quantised weights; transformers' own such layers are in `integrations`.
 _QUANTISERS = (
@@ -200,8 +201,8 @@ def why_no_parameter(model: nn.Module, name: str, names: Iterable[str] = ()) -> 
 def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     """Put `parameter` into the slot `name`.
 
-    Into the module's table rather than by `setattr`: `accelerate.init_empty_weights` answers an attribute by a new
-    parameter on the meta device, and a tie would be lost in the making.
+    It goes into the module's dict of parameters rather than through `setattr`, which `accelerate.init_empty_weights`
+    answers by a new parameter on the meta device: the tie would be lost.
     """
     module, attribute = slot_of(model, name)
     module._parameters[attribute] = parameter

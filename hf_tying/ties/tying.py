@@ -80,7 +80,7 @@ def tie(
     _refuse_meta(anatomy, groups)
     _compare_vocabularies(anatomy, groups, tokenizer, target_tokenizer)
     values = _values_to_take(anatomy, groups, init_from)
-    further = config.declared_extensions()  # one that is not named stays as it is
+    further = config.declared_extensions()  # extensions that are not named stay
     _apply(anatomy, groups, values, on_conflict=config.on_conflict, save_format=config.save_format, **further)
     honour_extensions(model, config)
     return model
@@ -155,7 +155,7 @@ def _plan_tie(anatomy: Anatomy, config: TyingConfig) -> list[TieGroup]:
             chains += [[name for name in chain if name not in anatomy.role_of] for chain in anatomy.tied]
         else:
             chains += [*anatomy.without_roles(anatomy.tied), *anatomy.beside_roles(anatomy.tied)]
-            # What the architecture ties besides, where that overwrites nothing.
+            # Other ties of the architecture, if that overwrites nothing.
             others = anatomy.without_roles(anatomy.declarable)
             chains += [chain for chain in others if _equal([anatomy.slots[name] for name in chain])]
     return make_groups(anatomy, [chain for chain in chains if len(chain) > 1], named)
@@ -173,7 +173,7 @@ def _without_names(anatomy: Anatomy, names: str | Iterable[str]) -> list[list[st
     if not isinstance(given, list | tuple | set) or not all(isinstance(name, str) for name in given):
         raise TyingError(f"Cannot untie {names!r}: expected a parameter name, a list of names, or nothing for all.")
     groups = _group_names(anatomy.model)
-    # In fact, those on record may be apart.
+    # Names on record may not be tied in fact, and are accepted too.
     tied = {name for chain in anatomy.tied for name in chain} | {name for names in groups.values() for name in names}
     leaving: set[str] = set()
     for name in given:
@@ -232,7 +232,7 @@ def _values_to_take(anatomy: Anatomy, groups: list[TieGroup], init_from: str | N
 def _chosen_names(anatomy: Anatomy, groups: list[TieGroup], init_from: str | None) -> set[str]:
     """The parameters that `init_from` names. None for `"mean"`, and without a choice."""
     if not isinstance(init_from, str | None):
-        raise TyingError(f"init_from={init_from!r}: expected a role, 'mean', or a name of the tied groups.")
+        raise TyingError(f"init_from={init_from!r}: expected a role, 'mean', or a name in the tie groups.")
     if init_from is None or init_from == "mean":
         return set()
     if init_from in anatomy.roles:
@@ -246,7 +246,7 @@ def _chosen_names(anatomy: Anatomy, groups: list[TieGroup], init_from: str | Non
     chosen = {name for name in names if name == init_from or name.startswith(f"{init_from}.")}
     if not chosen:
         hint = nearest(init_from, [*anatomy.roles, "mean", *names])
-        raise TyingError(f"init_from={init_from!r}: expected a role, 'mean', or a name of the tied groups{hint}.")
+        raise TyingError(f"init_from={init_from!r}: expected a role, 'mean', or a name in the tie groups{hint}.")
     return chosen
 
 
@@ -283,7 +283,7 @@ def _compare_vocabularies(
     pair = {anatomy.roles[role].name for role in ("source", "target")}
     if not any(pair <= set(group.names) for group in groups):
         return
-    # One given for both sides is compared with itself: MarianTokenizer and FSMTTokenizer can hold two vocabularies.
+    # A single tokenizer is compared with itself: MarianTokenizer and FSMTTokenizer can hold two vocabularies.
     source, target = vocabularies_of(given[0])[0], vocabularies_of(given[-1])[1]
     unlike = [word for word in source.keys() | target.keys() if source.get(word) != target.get(word)]
     if unlike:
@@ -322,10 +322,10 @@ def _apply(anatomy: Anatomy, groups: list[TieGroup], values: dict[str, torch.Ten
     fit_tied(model)
     write_config(model, anatomy, **changes)
     # A warning, since transformers shows nothing below that level by default.
-    logger.warning(f"{type(model).__name__}: {_told(groups)}.")
+    logger.warning(f"{type(model).__name__}: {_described(groups)}.")
 
 
-def _told(groups: list[TieGroup], most: int = 3) -> str:
+def _described(groups: list[TieGroup], most: int = 3) -> str:
     """Describe groups in one line."""
     parts = []
     for group in groups[:most]:

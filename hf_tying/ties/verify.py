@@ -47,7 +47,8 @@ def assert_tied(model: nn.Module) -> None:
         raise TyingError(f"{type(model).__name__} is not tied as declared:\n{listed}")
 
 
-# Where whole-model wrappers keep the model: torch.compile, activation checkpointing, FSDP1, DDP and DeepSpeed.
+# Attributes in which wrappers of whole models keep the model: torch.compile, activation checkpointing, FSDP1, DDP and
+# DeepSpeed.
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
 
 
