@@ -34,6 +34,8 @@ USES = {
     "from hf_tying import tei": '"tei" is unknown import symbol',
     "hf_tying.assert_tied()": 'Argument missing for parameter "model"',
     'reveal_type(hf_tying.tie(model, "two_way"))': '"TiedLSTMForCausalLM"',
+    "reveal_type(hf_tying.tie(llama, ['a', 'b']))": '"TiedLlama"',
+    "reveal_type(TiedLlamaConfig().tying_config)": '"TyingConfig"',
     "reveal_type(hf_tying.untie(model))": '"TiedLSTMForCausalLM"',
     "reveal_type(hf_tying.use_tied_loss(model))": '"TiedLSTMForCausalLM"',
     "reveal_type(hf_tying.merge_projection(hf_tying.use_projection(model)))": '"TiedLSTMForCausalLM"',
@@ -41,8 +43,14 @@ USES = {
     "reveal_type(hf_tying.losses.tied_cross_entropy(x, x, x))": '"Tensor"',
 }
 PREAMBLE = """import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 import hf_tying
 {imports}
+class TiedLlamaConfig(hf_tying.TyingConfigMixin, LlamaConfig):
+    model_type = "tied_llama"
+class TiedLlama(hf_tying.TiedModelMixin, LlamaForCausalLM):
+    config_class = TiedLlamaConfig
+llama = TiedLlama(TiedLlamaConfig(tying={{"version": 1, "scheme": "two_way"}}))
 model = hf_tying.models.TiedLSTMForCausalLM(hf_tying.models.TiedLSTMConfig())
 x = torch.zeros(2, 2)
 """
@@ -90,9 +98,10 @@ def said(tmp_path_factory) -> dict[str, list[str]]:
     arguments = ("--outputjson", "--pythonpath", sys.executable, "uses.py")
     done = run_python("-m", "basedpyright", *arguments, cwd=folder, check=False)
     first = text.splitlines().index(lines[0])
-    found: dict[str, list[str]] = {line: [] for line in lines}
+    found: dict[str, list[str]] = {line: [] for line in ["preamble", *lines]}
     for message in json.loads(done.stdout)["generalDiagnostics"]:
-        found[lines[message["range"]["start"]["line"] - first]].append(message["message"])
+        at = message["range"]["start"]["line"] - first
+        found["preamble" if at < 0 else lines[at]].append(message["message"])
     return found
 
 
@@ -109,6 +118,10 @@ def test_a_public_name_has_a_type(said, name):
 @pytest.mark.parametrize("use", USES)
 def test_a_use_is_judged_as_at_run_time(said, use):
     assert any(USES[use] in message for message in said[use]), said[use]
+
+
+def test_the_class_form_is_accepted(said):
+    assert said["preamble"] == []
 
 
 def test_an_editor_completes_the_public_names():

@@ -210,7 +210,7 @@ class TiedModelMixin(MixinBase):
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
-    ) -> nn.Module:
+    ) -> nn.Embedding:
         """Resize as transformers does. Tied names stay one parameter, and untied embeddings are resized in place.
 
         Raises:
@@ -290,13 +290,22 @@ class TiedModelMixin(MixinBase):
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
         """Check that the names of each group agree before torch loads this module, alone or inside another one."""
         names = check_loaded_state(self, state_dict, prefix)
         if local_metadata.get("assign_to_params_buffers", False):
             vars(self)["_assigned_names"] = names  # made one again by `tie_assigned`, once all modules are loaded
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     # --- files -------------------------------------------------------------------------------------------------------
 
@@ -305,6 +314,7 @@ class TiedModelMixin(MixinBase):
         save_directory: str | os.PathLike[str],
         is_main_process: bool = True,
         state_dict: dict[str, torch.Tensor] | None = None,
+        *args: Any,
         **kwargs: Any,
     ) -> None:
         """Save as transformers does, after the ties are checked and `config.tying` is written from them.
@@ -319,7 +329,7 @@ class TiedModelMixin(MixinBase):
         try:
             if not adapters_only:
                 state_dict = self._file_state(state_dict, config.save_format)
-            super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+            super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
             if self._auto_class is not None and is_main_process:
                 carry_along(save_directory)
         finally:

@@ -95,7 +95,7 @@ def resize(
     new_num_tokens: int | None,
     pad_to_multiple_of: int | None,
     mean_resizing: bool,
-) -> nn.Module:
+) -> nn.Embedding:
     """Run the stock resize, and resize what it leaves out: untied embeddings, and sizes stated beside a tied matrix.
 
     Matrices are resized in place (`parameter.data`), so that a tie survives by itself and the optimizer keeps it.
@@ -145,7 +145,7 @@ def _narrowed(stock_resize: Callable) -> Callable:
     parameters = inspect.signature(stock_resize).parameters
     takes_all = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters.values())
 
-    def resized(new_num_tokens: int | None, pad_to_multiple_of: int | None, mean_resizing: bool) -> nn.Module:
+    def resized(new_num_tokens: int | None, pad_to_multiple_of: int | None, mean_resizing: bool) -> nn.Embedding:
         given = {"new_num_tokens": new_num_tokens, "pad_to_multiple_of": pad_to_multiple_of}
         given["mean_resizing"] = mean_resizing
         defaults = {"pad_to_multiple_of": None, "mean_resizing": True}
@@ -212,7 +212,7 @@ def _is_one_vocabulary(model: PreTrainedModel) -> bool:
 
 def _resize_all(
     model: PreTrainedModel, new_num_tokens: int | None, pad_to_multiple_of: int | None, mean_resizing: bool
-) -> nn.Module:
+) -> nn.Embedding:
     """Resize source, target and output of one vocabulary, where the stock one knows one side only (Marian, FSMT)."""
     for role in roles(model).values():
         for module in (find_slot(model, name)[0] for name in role.names):
@@ -231,7 +231,7 @@ def _resize_all(
     return embeddings
 
 
-def _resize_parts(model: Any, *how: Any) -> nn.Module:
+def _resize_parts(model: Any, *how: Any) -> nn.Embedding:
     """Resize encoder and decoder each by its own method; the stock class refuses, since they may differ."""
     source, target = (part.get_input_embeddings().weight for part in (model.encoder, model.decoder))
     if source.shape[0] != target.shape[0]:
