@@ -13,8 +13,8 @@ from .gradient import claim, claimed_gradient, expected_refcounts, is_plain, ref
 def tied_embedding(input_ids: torch.Tensor, weight: torch.Tensor, padding_idx: int | None = None) -> torch.Tensor:
     """Look up rows of `weight`, as `torch.nn.functional.embedding` does, beside `tied_cross_entropy`.
 
-    Same values, same gradients. In a backward pass in which the softmax has already given its gradient of the same
-    `weight`, the rows are added into that one: no second V x D matrix, and no third for the sum. Otherwise the
+    Values and gradients are the same. In a backward pass in which the softmax has already given its gradient of the
+    same `weight`, the rows are added into that one: no second V x D matrix, and no third for the sum. Otherwise the
     gradient is its own, as in torch. In half precision, rows of one word are summed in float32 and rounded once.
 
     Args:

@@ -7,11 +7,11 @@ reference is kept, and later uses write their rows into it. It stays a gradient 
 it to autograd, and does not depend on the others: a frozen branch, an embedding used twice or not at all, and a
 recomputation change nothing.
 
-A claimed gradient is written to under two conditions, which are asked of torch each time: the backward pass is the
-same, and autograd alone holds the tensor. By then autograd may hold a sum that was made elsewhere, or a hook may have
-kept the gradient; then the use at hand returns a gradient of its own. One case cannot be seen: a hook of the loss's
-node makes this gradient the `grad` of another tensor, in a step with one more dense use of the matrix. Such a hook
-must copy it.
+A claimed gradient is written to under two conditions, which are checked each time: the backward pass is the same, and
+only autograd holds the tensor. Otherwise autograd may hold a sum that was made elsewhere, or a hook may have kept the
+gradient, and the present use returns a gradient of its own. One case cannot be detected: a hook of the loss's node
+makes this gradient the `grad` of another tensor, in a step with one more dense use of the matrix. Such a hook must
+copy it.
 """
 
 import sys

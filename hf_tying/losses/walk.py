@@ -1,11 +1,11 @@
 """The walk over blocks of the vocabulary: cross entropy and its gradients, the logits never whole.
 
-The walk passes twice over each chunk of tokens, block by block. The first pass computes logits, and what each token's
-loss needs of them. The second pass computes the gradient of the logits, and multiplies it into the gradients of the
-hidden states and of the matrix. Between the two a block's values are kept where there is room for them: in the memory
-of the matrix's own gradient, each row of which is written only once the values in it are used up; in a buffer; or
-nowhere, and then they are computed again. With room for all, that is three matrix products, the least that exact
-gradients need.
+The walk passes twice over each chunk of tokens, block by block. The first pass computes logits, and sums for each
+token's loss. The second pass computes the gradient of the logits, and multiplies it into the gradients of the hidden
+states and of the matrix. Between the two a block's values are kept where there is room for them: in the memory of the
+matrix's own gradient, each row of which is written only once the values in it are used up; in a buffer; or nowhere,
+and then they are computed again. With room for all, that is three matrix products, the least that exact gradients
+need.
 """
 
 import torch

@@ -1,13 +1,13 @@
 """Logits that are not computed yet, which a model's forward gets from its softmax matrix in a training step.
 
 On the way to the loss a forward does little with its logits: casts, a bias, a scale, a soft cap, a shift, a reshape.
-`DeferredLogits` records these operations, and its `cross_entropy` is computed from the hidden states by blocks. So no
-architecture's forward has to be rewritten. For any other operation it materializes: the logits are computed, and the
-operation is applied to them. The result is right, but it is not computed by blocks; the log says so once.
+`DeferredLogits` records these operations, and its `cross_entropy` is computed from the hidden states by blocks. So the
+forward of no architecture has to be rewritten. For any other operation it materializes: the logits are computed, and
+the operation is applied to them. The result is the same, but it is not computed by blocks, which is logged once.
 
-Deferred logits are what the model's own would have been at the moment it made them. So they are computed in the modes
-of that moment (`CallContext`), whoever looks at them first, and from the values of that moment: before hidden states
-or matrix are written to, they materialize (`before_write`), and a write that was not seen to come is an error.
+Deferred logits equal the logits that the model would have made at the same moment. So they are computed in the modes
+of that moment (`CallContext`) and from the values of that moment. Before hidden states or matrix are written to, they
+materialize (`before_write`). A write that could not be seen in advance is an error.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class DeferredLogits(LazyTensor):
     def of(
         cls, loss: StepLoss, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> DeferredLogits:
-        """The deferred result of `torch.nn.functional.linear(input, weight, bias)`, for the loss of this step."""
+        """Defer `torch.nn.functional.linear(input, weight, bias)`, for the loss of this step."""
         context = CallContext.now(input.device.type)
         dtype = context.dtype if context.autocast and input.dtype != torch.float64 else input.dtype
 
@@ -233,7 +233,7 @@ class DeferredLogits(LazyTensor):
         reduction: str = "mean",
         label_smoothing: builtins.float = 0.0,
     ) -> torch.Tensor:
-        """`torch.nn.functional.cross_entropy` of these logits, with its arguments; or the objective in its place."""
+        """Compute `torch.nn.functional.cross_entropy` of these logits, or the objective in its place."""
         label_smoothing = label_smoothing or self._loss.settings.label_smoothing
         scale, cap = self._scale_and_cap()
         by_word = target.ndim == self.ndim - 1 and self.ndim <= 2 and target.dtype == torch.int64
@@ -274,7 +274,7 @@ class DeferredLogits(LazyTensor):
     # --- any other operation -----------------------------------------------------------------------------------------
 
     def materialize(self, why: str) -> torch.Tensor:
-        """The logits (..., V), computed by the model's own operations: one tensor, which may be written to in place.
+        """Compute the logits (..., V) by the model's own operations, as one tensor that may be written to in place.
 
         Args:
             why: the operation that needs them, for the log.

@@ -62,7 +62,7 @@ class TiedModelMixin(MixinBase):
         True
 
     Raises:
-        TyingError: from any of the methods below, instead of a silently broken tie.
+        TyingError: by any of the methods below, instead of a silently broken tie.
     """
 
     tie_groups: list[TieGroup] = []  # on the instance once `post_init` has run

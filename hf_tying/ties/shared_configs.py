@@ -1,7 +1,7 @@
 """Configs that several live models share. A model whose ties change gets a config of its own first.
 
-Two models made from one config object (student and teacher, an ensemble) share it. What `tie` records for one of them
-would be in the config of the other too, and the file of that one would be read wrongly.
+Two models made from one config object (student and teacher, an ensemble) share it. The entry that `tie` writes for one
+of them would be in the config of the other too, and the file of that one would be read wrongly.
 """
 
 import copy

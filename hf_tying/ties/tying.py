@@ -35,9 +35,9 @@ def tie(
     target_tokenizer: "PreTrainedTokenizerBase | None" = None,
     on_conflict: str | None = None,
 ) -> Model:
-    """Tie parameters of a live model, in place; from then on the tie is kept by everything that `TiedModelMixin` does.
+    """Tie parameters of a live model, in place. From then on `TiedModelMixin` keeps the tie.
 
-    A scheme says everything about the embeddings: roles that it does not name are given their own matrix. Explicit
+    A scheme declares all embeddings: roles that it does not name get their own matrix. Explicit
     groups are added to the ties that the model has. Nothing is changed if anything is wrong.
 
     Only parameters are tied. Each module keeps its own bias, embedding scale and padding index. So a padding row

@@ -60,7 +60,7 @@ def refuse_unjoinable_matrices(anatomy: Anatomy) -> None:
         if known & set(chain) and set(chain) - known:
             other = min(set(chain) - known)
             raise TyingError(
-                f"Cannot join the vocabularies: {other!r} is tied to {min(known & set(chain))!r}, and is no "
+                f"Cannot join the vocabularies: {other!r} is tied to {min(known & set(chain))!r}, and is not a "
                 f"vocabulary matrix. untie(model, [{other!r}]) first."
             )
 
