@@ -191,6 +191,13 @@ def test_the_table_shows_numbers_and_their_ratio():
         assert expected in table
 
 
+def test_a_missing_library_is_named_before_anything_is_done(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(job, "standard_library_corpus", lambda: pytest.fail("the text was read"))
+    with pytest.raises(TyingError, match=r"matplotlib, which is missing: pip install 'hf-tying\[demo\]'"):
+        job.run_demo(DemoSettings(output_dir=tmp_path / "out"))
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
