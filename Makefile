@@ -11,7 +11,7 @@ SOURCES := hf_tying tests examples
 # `worksteal` gives each worker one half of the files, so that what a file prepares for its tests is made once.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(RUN) -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-fast test-random test-upstream quality style
+.PHONY: demo docs test test-fast test-random test-upstream quality style
 
 demo: $(INSTALLED)
 	$(RUN) -m hf_tying demo
@@ -56,6 +56,10 @@ quality: $(INSTALLED_DEV)
 style: $(INSTALLED_DEV)
 	$(RUN) -m ruff check --fix $(SOURCES)
 	$(RUN) -m ruff format $(SOURCES)
+
+# The documents as a site in build/docs; a warning is an error.
+docs: $(INSTALLED_DEV)
+	$(RUN) -m mkdocs build --strict --site-dir build/docs
 
 $(RUN):
 	$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('hf_tying needs Python 3.11 or newer, this is '\
