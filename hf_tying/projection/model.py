@@ -61,7 +61,7 @@ def merge_projection(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         TyingError: for a model without a projection, and where `W b_P` has no bias to go to.
     """
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     if not isinstance(head, ProjectedLinear):
         raise TyingError(f"{type(model).__name__} has no projection: there is nothing to merge.")
     inner = head.projection
