@@ -31,4 +31,6 @@ def require(module: str, purpose: str, extra: str) -> ModuleType:
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == library
         found = "is missing" if missing else f"cannot be imported ({error})"
-        raise MissingLibraryError(f"{purpose} needs {library}, which {found}: pip install 'hf-tying[{extra}]'.") from error
+        raise MissingLibraryError(
+            f"{purpose} needs {library}, which {found}: pip install 'hf-tying[{extra}]'."
+        ) from error

@@ -81,7 +81,9 @@ class Derived(PreTrainedModel, Plain):
 def test_a_plain_module_is_refused_with_what_to_do(act):
     module = Plain()
     before = dict(module.named_parameters())
-    expected = "Plain" if act in OF_A_HEAD else "a Plain: expected a transformers PreTrainedModel. A plain nn.Module has"
+    expected = (
+        "Plain" if act in OF_A_HEAD else "a Plain: expected a transformers PreTrainedModel. A plain nn.Module has"
+    )
     with pytest.raises(TyingError, match=expected):
         ACTS[act](module)
     assert dict(module.named_parameters()).keys() == before.keys()
