@@ -1,4 +1,4 @@
-"""Tie, untie, report, save and load where nothing is installed beside torch, transformers, wrapt and what these need."""
+"""Tie, untie, report, save and load beside torch, transformers, wrapt and what these need, and nothing else."""
 
 import importlib.metadata as metadata
 import re
