@@ -22,8 +22,8 @@ GERMAN = ["der alte Mann liest ein neues Buch", "ein Baum steht am stillen Fluss
 _DECODER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
 _QWEN = _DECODER | {"num_key_value_heads": 4, "head_dim": 8}
 _SEQ2SEQ = {
-    "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
+    "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
 }  # fmt: skip
 _IDS = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
 _S2S_IDS = _IDS | {"decoder_start_token_id": 0, "forced_eos_token_id": 0, "forced_bos_token_id": None}
