@@ -59,7 +59,7 @@ style: $(INSTALLED_DEV)
 
 # The documents as a site in build/docs; a warning is an error.
 docs: $(INSTALLED_DEV)
-	$(RUN) -m mkdocs build --strict --site-dir build/docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --site-dir build/docs
 
 $(RUN):
 	$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('hf_tying needs Python 3.11 or newer, this is '\

@@ -1,4 +1,4 @@
-"""A published custom class loads by `trust_remote_code` where this package is not installed: tied, same logits."""
+"""f21: a published custom class loads by `trust_remote_code` where this package is not installed: tied, same logits."""
 
 import ast
 import importlib
