@@ -190,7 +190,7 @@ class TestTheTestsThemselves:
 
     def test_an_import_that_is_not_there_is_found(self):
         with pytest.raises(AssertionError):
-            names_are_found(self.block("from hf_tying import tying"))
+            names_are_found(self.block("from hf_tying import no_such_name"))
 
     def test_the_message_of_an_error_is_printed_with_its_class(self):
         block = self.block("from hf_tying import TyingError\nraise TyingError('no')", raises="TyingError")

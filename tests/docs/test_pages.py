@@ -71,6 +71,13 @@ def test_the_versions_are_those_of_the_metadata(setup):
     assert f"torch {oldest_torch} or newer" in README
 
 
+def test_the_citation_has_the_version_and_the_licence_of_the_metadata(setup):
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == setup["metadata"]["version"]
+    assert citation["license"] == setup["metadata"]["license_expression"]
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+
+
 def test_the_python_versions_are_said_alike_everywhere(setup):
     pythons = re.findall(r"Python :: (3\.\d+)$", setup["metadata"]["classifiers"], re.MULTILINE)
     assert pythons == ["3.11", "3.12", "3.13"]
