@@ -11,7 +11,7 @@ SOURCES := hf_tying tests examples
 # `worksteal` gives each worker one half of the files, so that what a file prepares for its tests is made once.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(RUN) -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-fast test-random test-upstream quality style
+.PHONY: demo docs test test-fast test-random test-upstream quality style
 
 demo: $(INSTALLED)
 	$(RUN) -m hf_tying demo
@@ -23,8 +23,9 @@ test: $(INSTALLED)
 test-fast: $(INSTALLED)
 	$(PYTEST) -m "not slow" $(addprefix tests/,$(FAST))
 
-FAST := test_rooms.py cli data/test_parallel.py data/test_tokenizers.py data/test_words.py demo \
-    diagnostics/test_geometry.py examples/test_three_way.py losses/test_arithmetic.py losses/test_backends.py \
+FAST := test_extras.py test_rooms.py cli data/test_parallel.py data/test_tokenizers.py data/test_words.py demo \
+    diagnostics/test_geometry.py docs/test_pages.py examples/test_three_way.py losses/test_arithmetic.py \
+    losses/test_backends.py \
     losses/test_backward.py losses/test_bad_input.py losses/test_chunks.py losses/test_extreme_logits.py \
     losses/test_modules.py metrics models/test_lstm.py objectives/test_adapters.py objectives/test_declarations.py \
     objectives/test_deferred_logits.py objectives/test_loss_functions.py objectives/test_materialized_logits.py \
@@ -33,7 +34,8 @@ FAST := test_rooms.py cli data/test_parallel.py data/test_tokenizers.py data/tes
     peft/test_several_adapters.py peft/test_weighted.py projection report ties/test_absent_values.py \
     ties/test_bad_files.py ties/test_bad_input.py ties/test_class_form.py ties/test_extensions.py \
     ties/test_flows_adapters.py ties/test_flows_declarations.py ties/test_flows_loading.py \
-    ties/test_flows_state_dicts.py ties/test_names_of.py ties/test_roles.py ties/test_state_dicts_are_plain.py \
+    ties/test_flows_state_dicts.py ties/test_names_of.py ties/test_plain_modules.py ties/test_roles.py \
+    ties/test_state_dicts_are_plain.py \
     training/test_arguments.py training/test_averaging.py training/test_recipes.py training/test_translation.py \
     vocabularies
 
@@ -57,6 +59,10 @@ quality: $(INSTALLED_DEV)
 style: $(INSTALLED_DEV)
 	$(RUN) -m ruff check --fix $(SOURCES)
 	$(RUN) -m ruff format $(SOURCES)
+
+# The documents as a site in build/docs; a warning is an error.
+docs: $(INSTALLED_DEV)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --site-dir build/docs
 
 $(RUN):
 	$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('hf_tying needs Python 3.11 or newer, this is '\

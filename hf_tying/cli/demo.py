@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from .._extras import require
 from ..config import TyingError
 from ..demo.settings import DemoSettings, TranslationSettings
 
@@ -97,6 +98,8 @@ def demo(
         "vocab_size": vocab_size,
     }
     given = {name: value for name, value in given.items() if value is not None}
+    for library in ("accelerate", "datasets"):  # absent only after `pip install --no-deps`
+        require(library, "The demo", "demo")
     if task is Task.translation:
         _refuse(given, ("scheme",), "the translation demo trains untied, two_way and three_way")
         from ..demo.translation.job import run_translation_demo

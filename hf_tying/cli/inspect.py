@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from .._extras import require
+
 
 def inspect(
     model: Annotated[
@@ -17,6 +19,8 @@ def inspect(
     """Show what is tied in a model, what is declared, and what the file holds. Reads no weights."""
     from ..report.dispatch import tying_report
 
+    if plot:
+        require("matplotlib.figure", "--plot", "plots")
     report = tying_report(model)
     if as_json:
         typer.echo(report.to_json())

@@ -7,6 +7,7 @@ and what it calls territories, languages and currencies. Written in two language
 import re
 from difflib import get_close_matches
 
+from .._extras import require
 from ..config import TyingError
 from .parallel import ParallelCorpus
 from .split import Pair, split_pairs
@@ -42,13 +43,9 @@ def cldr_corpus(
         TyingError: if Babel is not installed, for a code that it does not know, twice the same language, languages in
             which CLDR names too little, or a fraction that holds out nothing or leaves nothing.
     """
-    try:
-        from .cldr_phrases import phrases
-    except ImportError:
-        raise TyingError(
-            "The corpus is made with Babel, which is missing: pip install 'hf-tying[demo]', or give pairs of your own "
-            "with --train_file."
-        ) from None
+    require("babel", "The corpus of CLDR (give pairs of your own with --train_file to do without)", "demo")
+    from .cldr_phrases import phrases
+
     source, target = _locale(source_language), _locale(target_language)
     _refuse_unfit(source, target)
     pairs = []

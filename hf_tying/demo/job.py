@@ -1,7 +1,6 @@
 """The job from text to proof, in the order in which it happens."""
 
 from dataclasses import asdict
-from importlib.util import find_spec
 
 import torch
 from rich.console import Console
@@ -9,7 +8,7 @@ from rich.markup import escape
 from transformers import set_seed
 from transformers.utils import logging
 
-from ..config import TyingError
+from .._extras import require
 from ..data import (
     Corpus,
     blocks_for_language_modeling,
@@ -50,8 +49,7 @@ def run_demo(settings: DemoSettings, console: Console | None = None) -> bool:
     Raises:
         TyingError: for text, model or scheme that cannot be used; nothing is written then.
     """
-    if find_spec("matplotlib") is None:
-        raise TyingError("The demo draws its curves with matplotlib, which is missing: pip install 'hf-tying[plots]'.")
+    require("matplotlib.figure", "The picture of the demo", "demo")
     console = console or Console()
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # of loading and saving; the trainer's stays

@@ -204,8 +204,8 @@ def reference_augmented_loss(
 class AugmentedLoss(LossModule):
     """`augmented_loss` as a module: it is made with the options, and called with the tensors.
 
-    Args: the keywords of `augmented_loss` except `embedding`, `bias` and `num_items_in_batch`, which are given at the
-        call.
+    The arguments are the keywords of `augmented_loss` except `embedding`, `bias` and `num_items_in_batch`, which are
+    given at the call.
 
     Raises:
         ValueError: at once, for a temperature, alpha or gamma that `augmented_loss` refuses.

@@ -124,8 +124,8 @@ def contrastive_weight_tying_loss(
 class ContrastiveWeightTyingLoss(LossModule):
     """`contrastive_weight_tying_loss` as a module: it is made with the options, and called with the tensors.
 
-    Args: the keywords of `contrastive_weight_tying_loss`, except `num_items_in_batch` and `generator`, which are given
-        at the call.
+    The arguments are the keywords of `contrastive_weight_tying_loss` except `num_items_in_batch` and `generator`,
+    which are given at the call.
 
     Example:
         >>> loss = ContrastiveWeightTyingLoss(negatives="unique")(hidden, embedding.weight, labels)

@@ -100,8 +100,8 @@ def cross_entropy(
 class TiedCrossEntropy(LossModule):
     """`tied_cross_entropy` as a module: it is made with the options, and called with the tensors.
 
-    Args: the keywords of `tied_cross_entropy` except `bias`, `class_weight` and `num_items_in_batch`, which are given
-        at the call.
+    The arguments are the keywords of `tied_cross_entropy` except `bias`, `class_weight` and `num_items_in_batch`,
+    which are given at the call.
 
     Example:
         >>> loss = TiedCrossEntropy(label_smoothing=0.1)(hidden, embedding.weight, labels)

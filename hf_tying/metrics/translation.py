@@ -7,6 +7,8 @@ import datasets
 import evaluate
 import numpy as np
 
+from .._extras import require
+
 _CITATION = """
 Post (2018), A Call for Clarity in Reporting BLEU Scores. {}
 """
@@ -173,12 +175,7 @@ def _check(predictions, references) -> None:
 
 def _sacrebleu(name: str, options: dict):
     """sacrebleu's own metric of that name."""
-    try:
-        from sacrebleu import metrics
-    except ImportError:
-        raise ImportError(
-            "BLEU and chrF are computed by sacrebleu, which is missing: pip install 'hf-tying[metrics]'."
-        ) from None
+    metrics = require("sacrebleu.metrics", name, "metrics")
     if name == "BLEU":
         # zh_CN, zh-Hans and NLLB's zho_Hans are sacrebleu's zh.
         language = (options.get("trg_lang") or "").replace("_", "-").split("-")[0]

@@ -64,7 +64,7 @@ def merge_projection(model: Model) -> Model:
     Raises:
         TyingError: for a model without a projection, and for a projection with a bias before a softmax without one.
     """
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     if not isinstance(head, ProjectedLinear):
         raise TyingError(f"{type(model).__name__} has no projection: there is nothing to merge.")
     inner = head.projection

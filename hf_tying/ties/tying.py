@@ -18,6 +18,7 @@ from .record import refuse_foreign_entry, write_config
 from .resizing import fit_tied
 from .shared_configs import own_config
 from .slots import difference, parameter_of, same_values, untie_others, why_incomparable
+from .verify import why_unsupported
 from .vocabulary import vocabularies_of
 
 if TYPE_CHECKING:
@@ -130,11 +131,7 @@ def refuse_unfit(model: nn.Module, action: str) -> None:
             "`model.unload()`."
         )
     if not isinstance(model, PreTrainedModel):
-        raise TyingError(
-            f"Cannot {action} a {type(model).__name__}: expected a transformers PreTrainedModel. Inside a wrapper "
-            "(DistributedDataParallel, torch.compile) it is `model.module` or `model._orig_mod`: do it before "
-            "wrapping."
-        )
+        raise TyingError(f"Cannot {action} {why_unsupported(model)}")
 
 
 # --- the plan: groups and values, from a reading of the model --------------------------------------------------------

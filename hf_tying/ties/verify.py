@@ -65,8 +65,26 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
         else:
             inner = next((held for name in _WRAPPERS if (held := getattr(inner, name, None)) is not None), None)
         if inner is None:
-            raise TyingError(f"Expected a PreTrainedModel (or a wrapper around one), found {type(model).__name__}.")
+            raise TyingError(f"Cannot read the ties of {why_unsupported(model)}")
     return inner
+
+
+def why_unsupported(model: object) -> str:
+    """Name what is not a `PreTrainedModel`, and say what to do with it: the end of a message."""
+    expected = f"a {type(model).__name__}: expected a transformers PreTrainedModel"
+    if not isinstance(model, nn.Module):
+        return f"{expected}."
+    inside = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
+    outermost = [name for name in inside if not any(name.startswith(f"{other}.") for other in inside)]
+    if outermost:
+        listed = ", ".join(f"{name!r} ({type(inside[name]).__name__})" for name in outermost)
+        return f"{expected}. This module holds {listed}: give that one, before it is wrapped."
+    return (
+        f"{expected}. A plain nn.Module has no config that could record a tie. Derive its class from PreTrainedModel, "
+        "with a config class, and self.post_init() at the end of __init__; or tie by hand (module.head.weight = "
+        "module.embedding.weight), and save with safetensors.torch.save_model, which keeps such a tie. "
+        "hf_tying.losses works with any module."
+    )
 
 
 def groups_of(model: PreTrainedModel) -> list[TieGroup]:

@@ -2,14 +2,13 @@
 
 from collections.abc import Iterable
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from transformers.utils import logging
 
-from ...config import TyingError
+from ..._extras import require
 from ...training.callbacks import TyingCallback
 from ..measuring import one_thread
 from ..proof import still_tied
@@ -39,9 +38,8 @@ def run_translation_demo(settings: TranslationSettings, console: Console | None 
     Raises:
         TyingError: for languages, pairs or a model that cannot be used; nothing is written then.
     """
-    for module, purpose in (("matplotlib", "draws its curves"), ("sacrebleu", "scores translations")):
-        if find_spec(module) is None:
-            raise TyingError(f"The demo {purpose} with {module}, which is missing: pip install 'hf-tying[demo]'.")
+    require("matplotlib.figure", "The picture of the demo", "demo")
+    require("sacrebleu", "BLEU", "demo")
     console = console or Console()
     corpora = prepared_corpora(settings)  # warns where sentences are cut, hence before warnings are turned off
     logging.set_verbosity_error()
