@@ -13,6 +13,8 @@ _HOME = {
     "tied_cross_entropy": "cross_entropy",
     "TiedCrossEntropy": "cross_entropy",
     "reference_cross_entropy": "reference",
+    "tied_log_probs": "log_probs",
+    "TokenLogProbs": "log_probs",
     "augmented_loss": "augmented",
     "AugmentedLoss": "augmented",
     "contrastive_weight_tying_loss": "contrastive",
@@ -27,6 +29,8 @@ __all__ = [
     "tied_cross_entropy",
     "TiedCrossEntropy",
     "reference_cross_entropy",
+    "tied_log_probs",
+    "TokenLogProbs",
     "augmented_loss",
     "AugmentedLoss",
     "contrastive_weight_tying_loss",
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
     from .contrastive import ContrastiveWeightTyingLoss, contrastive_weight_tying_loss
     from .cross_entropy import TiedCrossEntropy, tied_cross_entropy
     from .embedding import TiedEmbedding, tied_embedding
+    from .log_probs import TokenLogProbs, tied_log_probs
     from .reference import reference_cross_entropy
 else:
     __getattr__, __dir__ = lazy_names(globals(), _HOME)

@@ -109,6 +109,7 @@ def check_operands(
     labels: torch.Tensor,
     bias: torch.Tensor | None,
     options: CrossEntropyOptions,
+    one_dtype: bool = True,
 ) -> None:
     """Refuse what torch refuses in `linear` and `cross_entropy`, by the same exceptions, before any work.
 
@@ -118,6 +119,7 @@ def check_operands(
         labels: labels, as for `tied_cross_entropy`.
         bias: bias, as for `tied_cross_entropy`.
         options: options of the loss.
+        one_dtype: whether `hidden` and `weight` must have the same dtype outside autocast.
 
     Raises:
         IndexError, RuntimeError, ValueError: see `tied_cross_entropy`.
@@ -145,7 +147,7 @@ def check_operands(
             raise RuntimeError(f"Expected {name} in a floating-point dtype, got {tensor.dtype}.")
         if tensor is not None and tensor.device != labels.device:
             raise RuntimeError(f"Expected {name} on the device of labels, {labels.device}; it is on {tensor.device}.")
-    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+    if one_dtype and hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
         raise RuntimeError(
             f"Expected hidden and weight of one dtype, got {hidden.dtype} and {weight.dtype}. Convert one, or use "
             "torch.autocast."
