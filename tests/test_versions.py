@@ -5,12 +5,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
+from transformers import MarianMTModel
 
 from hf_tying.hook import TESTED, warn_if_untested
 
 from .processes import run_python
+from .tiny import tiny_inputs, tiny_model
 
 ROOT = Path(__file__).parents[1]
 OLDEST, NEWEST = map(Version, TESTED)
@@ -61,6 +64,22 @@ class TestTheWarning:
     def test_it_comes_once_when_the_package_is_imported(self, program):
         done = run_python("-c", program + "from transformers import GPT2LMHeadModel\nimport hf_tying.ties.tying")
         assert done.stderr.count("hf_tying is tested with transformers") == 1
+
+
+def test_the_readmes_line_freezes_what_no_file_of_marian_keeps(tmp_path):
+    """transformers 5.24.0 trains the positions of a Marian that was loaded, stock too."""
+    tiny_model("marian").save_pretrained(tmp_path / "start")
+    model = MarianMTModel.from_pretrained(tmp_path / "start")
+    for side in (model.get_encoder(), model.get_decoder()):
+        side.embed_positions.requires_grad_(False)
+    inputs = tiny_inputs(model)
+    model(**inputs).loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= 0 if parameter.grad is None else 0.5 * parameter.grad
+    model.save_pretrained(tmp_path / "trained")
+    again = MarianMTModel.from_pretrained(tmp_path / "trained")
+    assert torch.equal(again(**inputs).logits, model.eval()(**inputs).logits)
 
 
 class TestTheRange:
