@@ -6,12 +6,14 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
+# Of two pins of one name, the first counts.
+CONSTRAINTS := constraints.txt
 SOURCES := hf_tying tests examples
 # Two workers of one thread each: what a small CI machine has. No test may ask the Hub for anything.
 # `worksteal` gives each worker one half of the files, so that what a file prepares for its tests is made once.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(RUN) -m pytest -n 2 --dist worksteal
 
-.PHONY: demo docs test test-fast test-random test-upstream quality style
+.PHONY: demo docs test test-fast test-oldest test-newest test-random test-upstream quality style
 
 demo: $(INSTALLED)
 	$(RUN) -m hf_tying demo
@@ -38,6 +40,10 @@ FAST := test_extras.py test_rooms.py cli data/test_parallel.py data/test_tokeniz
     ties/test_state_dicts_are_plain.py \
     training/test_arguments.py training/test_averaging.py training/test_recipes.py training/test_translation.py \
     vocabularies
+
+# The whole suite at an end of the range of transformers (`TESTED` in hf_tying/hook.py), in .venv-oldest or .venv-newest.
+test-oldest test-newest: test-%:
+	$(MAKE) test VENV=.venv-$* CONSTRAINTS="constraints-$*.txt constraints.txt"
 
 # Every test in an order that is drawn, and printed as a seed: make test-random SEED=<that one> repeats it.
 test-random: $(INSTALLED)
@@ -70,10 +76,11 @@ $(RUN):
 	$(PYTHON) -m venv $(VENV)
 
 # The stamps are newer than these files exactly when what is installed is what they ask for.
-$(INSTALLED): setup.cfg pyproject.toml constraints.txt | $(RUN)
-	$(RUN) -m pip install --editable '.[test]' --constraint constraints.txt
+$(INSTALLED): setup.cfg pyproject.toml $(CONSTRAINTS) | $(RUN)
+	awk -F== '!pinned[$$1]++' $(CONSTRAINTS) > $(VENV)/constraints.txt
+	$(RUN) -m pip install --editable '.[test]' --constraint $(VENV)/constraints.txt
 	touch $@
 
 $(INSTALLED_DEV): $(INSTALLED)
-	$(RUN) -m pip install --editable '.[dev]' --constraint constraints.txt
+	$(RUN) -m pip install --editable '.[dev]' --constraint $(VENV)/constraints.txt
 	touch $@

@@ -4,7 +4,8 @@ With these changes, stock classes honour a `tying` entry of their config: `AutoM
 gives a tied model or a `TyingError`, never a silently untied one. A config without the entry works as before. PEFT
 knows Tied-LoRA, and does not merge an adapter into a tie that the merge would break.
 
-A change is made when its module is imported, before or after this package, so `import hf_tying` stays light.
+A change is made when its module is imported, before or after this package, so `import hf_tying` stays light. The
+same moment tells of a transformers newer than the versions that the tests have seen (`TESTED`).
 """
 
 import functools
@@ -116,9 +117,14 @@ TIED_LORA = (
 #: The whole table.
 CHANGES = TIES + TIED_LORA
 
+#: The oldest and the newest transformers that the whole test suite passes on (`make test-oldest`, `make test-newest`).
+#: Every release between them may be used without a word, and a patch of the newest one too.
+TESTED = ("5.17.0", "5.24.0")
+
 
 def install() -> None:
-    """Arrange for all changes; called once, by `import hf_tying`."""
+    """Arrange for all changes, and for the word about an untested version; called once, by `import hf_tying`."""
+    when_imported("transformers")(warn_if_untested)
     for change in TIES:
         when_imported(change.module)(functools.partial(apply_change, change))
     when_imported("peft")(_add_tied_lora)
@@ -146,6 +152,29 @@ def apply_change(change: Change, module: ModuleType) -> None:
         found[TiedPeftType.TIED_LORA] = resolve_name(change.ours)
     else:
         wrap_function_wrapper(module, change.name, resolve_name(change.ours))
+
+
+def warn_if_untested(transformers: ModuleType) -> None:
+    """Warn of a transformers newer than the tested range. It is used all the same.
+
+    A cap in the package's metadata would keep users from a new transformers, or bring them an old `hf_tying` without a
+    word. What a new version has broken shows as an error: of the table above, or of the checks of the ties themselves.
+
+    Args:
+        transformers: the imported module.
+    """
+    from packaging.version import Version  # which transformers has imported by now
+
+    oldest, newest = TESTED
+    major, minor = Version(newest).release[:2]
+    if Version(transformers.__version__).release[:2] > (major, minor):
+        from transformers.utils import logging
+
+        logging.get_logger(__name__).warning(
+            f"hf_tying is tested with transformers {oldest} to {newest}, and this is {transformers.__version__}. If a "
+            "tie or an adapter fails where it did not before, look for a newer hf_tying, or go back by: "
+            f"pip install 'transformers<{major}.{minor + 1}'."
+        )
 
 
 def _add_tied_lora(peft: ModuleType) -> None:

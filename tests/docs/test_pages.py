@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_tying.hook import CHANGES
+from hf_tying.hook import CHANGES, TESTED
 
 from ..processes import run_python
 from ..test_public_names import PUBLIC
@@ -65,8 +65,10 @@ def test_no_page_is_left_out_of_the_site():
 
 
 def test_the_versions_are_those_of_the_metadata(setup):
-    found = re.search(r"transformers>=([\d.]+),<(\d+)\.(\d+)", setup["options"]["install_requires"])
-    assert f"transformers {found[1]} to {found[2]}.{int(found[3]) - 1}" in README
+    [least] = re.findall(r"transformers>=([\d.]+)", setup["options"]["install_requires"])
+    newest = TESTED[1].rpartition(".")[0]
+    assert f"transformers {least} or newer ([tested to {newest}]" in README
+    assert f"transformers {TESTED[0]} to {TESTED[1]}" in page("faq.md")
     oldest_torch = re.search(r"torch>=([\d.]+)", setup["options"]["install_requires"])[1]
     assert f"torch {oldest_torch} or newer" in README
 

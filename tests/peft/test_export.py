@@ -17,6 +17,7 @@ from torch import nn
 from hf_tying.cli import main
 from hf_tying.peft import TiedLoraConfig, export_to_lora
 
+from ..native_adapters import needs_native_adapters
 from ..processes import run_python
 from ..tied_lora import dense_updates, outputs, shake, tied_lora, tiny_classifier
 from ..tiny import tiny_model
@@ -134,6 +135,7 @@ def test_modules_to_save_and_biases_go_with_it(tmp_path):
     assert not torch.allclose(lora(input_ids=ids).logits, tiny_classifier("bert")(input_ids=ids).logits, atol=1e-3)
 
 
+@needs_native_adapters
 def test_an_adapter_that_transformers_put_in_itself_is_exported(tmp_path):
     model = base_of("llama")
     model.add_adapter(TiedLoraConfig(r=4, target_modules=["q_proj", "v_proj"]), "mine")
