@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, DataCollatorForSeq2Seq, PreTrainedConfig, TrainerCallback
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..config import TyingError
 from ..ties.anatomy import roles
@@ -40,13 +41,13 @@ def translation_config(model_type: str, tokenizer, target_tokenizer=None, **chan
         TyingError: for a type that transformers does not know or that is no encoder-decoder, and for two tokenizers
             with a type that has one vocabulary.
     """
+    if model_type not in CONFIG_MAPPING:
+        raise TyingError(f"transformers has no model type {model_type!r}: expected such as marian, bart or t5.")
     try:
         stock = AutoConfig.for_model(model_type)
-    except ValueError:
-        raise TyingError(
-            f"transformers has no model type {model_type!r}: expected such as marian, bart or t5."
-        ) from None
-    if not stock.is_encoder_decoder or hasattr(stock, "encoder"):
+    except ValueError:  # of transformers 5.17, where a model of two models has no default config
+        stock = None
+    if stock is None or not stock.is_encoder_decoder or hasattr(stock, "encoder"):
         raise TyingError(
             f"A model of type {model_type!r} is no translation model: expected such as marian, bart or t5."
         )

@@ -14,6 +14,7 @@ from hf_tying import TyingError, assert_tied
 from hf_tying.data import train_byte_level_bpe, train_joint_tokenizer
 
 from ..processes import run_python
+from ..tiny_translation import COUNTS_BEAMS_BY_THE_SOURCE
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "run_translation.py"
 STEPS = 80  # several times what it takes to learn ten sentences by heart from any start
@@ -140,6 +141,7 @@ def separate(flags, text, tmp_path_factory):
     more = (
         flags | text_flags(text) | names | {"scheme": "two_way", "max_steps": STEPS, "output_dir": str(folder / "out")}
     )
+    more |= {"num_beams": 1} if COUNTS_BEAMS_BY_THE_SOURCE else {}
     with pytest.MonkeyPatch.context() as monkeypatch:
         run(folder, monkeypatch, more | {"save_strategy": "steps", "save_steps": STEPS // 2})
     return folder / "out", more
@@ -175,7 +177,8 @@ def test_the_model_is_tied_three_ways_and_knows_its_special_tokens(marian):
     assert len(tokenizer) == model.config.vocab_size == model.config.decoder_vocab_size
     assert tokenizer.convert_tokens_to_ids(["<pad>", "</s>", "<en>", "<de>"]) == [0, 2, 3, 4]
     for part in (model.config, model.generation_config):
-        assert (part.pad_token_id, part.eos_token_id, part.decoder_start_token_id) == (0, 2, 0)
+        assert (part.pad_token_id, part.decoder_start_token_id) == (0, 0)
+        assert part.eos_token_id in (2, [2])  # a list by training with transformers 5.17
     assert (model.generation_config.num_beams, model.generation_config.max_length) == (2, 24)
 
 
