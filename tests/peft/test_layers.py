@@ -40,6 +40,7 @@ class TestNames:
             (["h.0.q", "h.0.k"], [("h.0", 0, "q"), ("h.0", 0, "k")]),
             (["fc1", "fc2"], [(*OUTSIDE, "fc1"), (*OUTSIDE, "fc2")]),
             (["a.w1", "a.w3"], [(*OUTSIDE, "a.w1"), (*OUTSIDE, "a.w3")]),
+            (["conv1.q", "conv1.k"], [(*OUTSIDE, "conv1.q"), (*OUTSIDE, "conv1.k")]),
             (["_orig_mod.h.0.q", "_orig_mod.h.1.q"], [("h.0", 0, "q"), ("h.1", 1, "q")]),
             (["enc.block.0.layer.1.q", "enc.block.1.layer.1.q", "dec.block.0.layer.2.q"],
              [("enc.block.0", 0, "layer.1.q"), ("enc.block.1", 1, "layer.1.q"), ("dec.block.0", 0, "layer.2.q")]),
@@ -59,6 +60,7 @@ class TestNames:
         names = ["m.0.h.3.q", "m.1.h.3.q", "m.0.other.q"]
         assert places(names, "h") == [("m.0.h.3", 3, "q"), ("m.1.h.3", 3, "q"), (*OUTSIDE, "m.0.other.q")]
         assert places(names, ["none", "m"])[0] == ("m.0", 0, "h.3.q")
+        assert places(["h.2.h.3.q"], "h") == [("h.2", 2, "h.3.q")]  # the outer one of two lists of that name
         assert find_layers({}, "h") == {} and Place(None, None, "q") == find_layers({"q": SQUARE})["q"]
 
 

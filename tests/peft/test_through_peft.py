@@ -173,6 +173,18 @@ class TestStatusAndConversion:
             renamed = [dataclasses.replace(row, module_type="tied_" + row.module_type) for row in of_layers]
             assert renamed == layers
 
+    def test_a_layer_whose_factors_are_trained_in_part_is_irregular_as_in_lora(self):
+        for config, factor in (
+            (LoraConfig(target_modules=["q_proj"]), "lora_A"),
+            (TiedLoraConfig(r=4, target_modules=["q_proj"]), "tied_lora_A"),
+        ):
+            model = get_peft_model(tiny_model("llama"), config)
+            for name, parameter in model.named_parameters():
+                if factor in name:
+                    parameter.requires_grad_(False)
+            rows = model.get_layer_status()
+            assert rows and all(row.requires_grad == {"default": "irregular"} for row in rows)
+
     def test_peft_converts_an_adapter_to_lora_in_its_own_way_too(self, model):
         from peft import convert_to_lora
 

@@ -24,7 +24,7 @@ def starting_factors(problem: Problem, restarts: int) -> Iterator[Factors]:
 
     Args:
         problem: gives the updates, the names and the rank; its factors are not used.
-        restarts: number of further starts with random turns of A.
+        restarts: number of further starts with a random u and random turns of A.
     """
     base = {name: _row_space(problem, modules) for name, modules in problem.users("A").items()}
     matching = {name: _matching(problem, name) for name in base}
@@ -34,9 +34,13 @@ def starting_factors(problem: Problem, restarts: int) -> Iterator[Factors]:
             yield _complete(problem, _turned(problem, base, matching if turned else {}, attempt))
     yield _complete(problem, base)
     generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(base[next(iter(base))])
+
     for _ in range(restarts if turned else 0):
-        turns = {name: torch.randn(problem.r, problem.r, generator=generator, dtype=torch.float64) for name in base}
-        yield _complete(problem, {name: turns[name].to(a) @ a for name, a in base.items()})
+        of_a = {name: draw(problem.r, problem.r) @ a for name, a in base.items()}
+        yield _complete(problem, of_a, {name: draw(problem.r) for name in problem.users("u")})
 
 
 def _turned(problem: Problem, base: dict, matching: dict, attempt: int) -> dict[str, torch.Tensor]:
@@ -175,12 +179,14 @@ def _map(problem: Problem, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> to
     return torch.linalg.eigh(equations)[1][:, 0].view(r, r)
 
 
-def _complete(problem: Problem, of_a: dict[str, torch.Tensor]) -> Factors:
-    """All factors from A: u first, then the B and v that fit best."""
+def _complete(
+    problem: Problem, of_a: dict[str, torch.Tensor], of_u: dict[str, torch.Tensor] | None = None
+) -> Factors:
+    """All factors from A: u first, unless it is given, then the B and v that fit best."""
     factors = Factors(A=of_a)
     coordinates = {module: _coordinates(problem, module, of_a[names.A]) for module, names in problem.names.items()}
     if problem.with_u:
-        factors.u = _first_u(problem, coordinates)
+        factors.u = of_u or _first_u(problem, coordinates)
     for name, modules in problem.users("B").items():
         rows = max(len(coordinates[module]) for module in modules)
         grams = problem.new(rows, problem.r, problem.r).zero_()
