@@ -6,11 +6,16 @@ and what it calls territories, languages and currencies. Written in two language
 
 import re
 from difflib import get_close_matches
+from typing import TYPE_CHECKING
 
 from .._extras import require
 from ..config import TyingError
 from .parallel import ParallelCorpus
 from .split import Pair, split_pairs
+
+if TYPE_CHECKING:
+    from babel import Locale
+
 
 # Of about 600 codes. With fewer, most combinations are missing, and the rest are figures more than words.
 _FEWEST_NAMES = 300
@@ -69,7 +74,7 @@ def cldr_corpus(
     return train, validation
 
 
-def _locale(code: str):
+def _locale(code: str) -> "Locale":
     from babel import Locale, UnknownLocaleError
 
     try:
@@ -96,7 +101,7 @@ def _nearest_codes(code: str) -> list[str]:
     return [c for c in dict.fromkeys((*named, spoken, *alike)) if c in known][:3]
 
 
-def _refuse_unfit(source, target):
+def _refuse_unfit(source: "Locale", target: "Locale") -> None:
     from .cldr_phrases import named_codes
 
     if source.language == target.language:

@@ -6,9 +6,15 @@ Byte-level BPE (Radford et al. 2019, section 2.2) can write any text and has no 
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..config import TyingError
 from .text import read_text
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
 
 #: Ends every document: the one special token of `train_byte_level_bpe`.
 END_OF_TEXT = "<|endoftext|>"
@@ -21,7 +27,7 @@ _LANGUAGE = re.compile(r"[a-z]{2,3}([-_][A-Za-z0-9]{2,8})*")
 _NO_LANGUAGES = ("txt", "tok", "raw", "bpe")
 
 
-def train_byte_level_bpe(texts: Iterable[str], vocab_size: int):
+def train_byte_level_bpe(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
     """Train a byte-level BPE (Radford et al. 2019, section 2.2), which can write any text and has no unknown token.
 
     Args:
@@ -41,7 +47,9 @@ def train_byte_level_bpe(texts: Iterable[str], vocab_size: int):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
 
 
-def train_joint_tokenizer(files: Sequence[str | Path], vocab_size: int, languages: Sequence[str] | None = None):
+def train_joint_tokenizer(
+    files: Sequence[str | Path], vocab_size: int, languages: Sequence[str] | None = None
+) -> "PreTrainedTokenizerFast":
     """Train one byte-level BPE over both sides of parallel text: the vocabulary that three-way tying needs.
 
     Args:
@@ -66,7 +74,7 @@ def train_joint_tokenizer(files: Sequence[str | Path], vocab_size: int, language
     return joint_tokenizer((line.strip() for text in texts for line in text.split("\n")), vocab_size, languages)
 
 
-def joint_tokenizer(lines: Iterable[str], vocab_size: int, languages: Sequence[str] = ()):
+def joint_tokenizer(lines: Iterable[str], vocab_size: int, languages: Sequence[str] = ()) -> "PreTrainedTokenizerFast":
     """As `train_joint_tokenizer`, from lines in memory."""
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
@@ -106,7 +114,7 @@ def language_token(language: str) -> str:
     return f"<{language}>"
 
 
-def _trained(texts: Iterable[str], vocab_size: int, special_tokens: list[str]):
+def _trained(texts: Iterable[str], vocab_size: int, special_tokens: list[str]) -> "Tokenizer":
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     least = 256 + len(special_tokens)

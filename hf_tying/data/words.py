@@ -8,6 +8,7 @@ batch goes on where row `b` of the batch before it ended.
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import Dataset
@@ -15,6 +16,11 @@ from transformers.utils import logging
 
 from ..config import TyingError
 from .text import read_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
 
 logger = logging.get_logger(__name__)
 
@@ -30,7 +36,7 @@ def read_words(file: str | Path) -> list[str]:
     return [word for line in read_text(Path(file)).splitlines() for word in (*line.split(), EOS)]
 
 
-def train_word_level(file: str | Path, others: Iterable[str | Path] = ()):
+def train_word_level(file: str | Path, others: Iterable[str | Path] = ()) -> "PreTrainedTokenizerFast":
     """A word-level tokenizer whose vocabulary is that of a training file, the most frequent word first.
 
     Args:
@@ -67,7 +73,7 @@ def train_word_level(file: str | Path, others: Iterable[str | Path] = ()):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
 
 
-def encode_words(file: str | Path, tokenizer) -> torch.Tensor:
+def encode_words(file: str | Path, tokenizer: "PreTrainedTokenizerBase") -> torch.Tensor:
     """The ids of all words of a file, (words,), int64: what `tokenizer` makes of each line, one after the other.
 
     Raises:
@@ -99,7 +105,7 @@ class ContiguousText(Dataset):
         TyingError: for a text that has not one piece for each column.
     """
 
-    def __init__(self, tokens: torch.Tensor, batch_size: int, time_steps: int):
+    def __init__(self, tokens: torch.Tensor, batch_size: int, time_steps: int) -> None:
         if batch_size < 1 or time_steps < 1:
             raise TyingError(f"batch_size={batch_size}, time_steps={time_steps}: expected 1 or more of both.")
         rows = len(tokens) // batch_size

@@ -1,11 +1,13 @@
 """Perplexity from summed negative log-likelihoods and token counts, and two functions that put it in a `Trainer`."""
 
 import math
+from collections.abc import Sequence
 
 import datasets
 import evaluate
 import torch
 import torch.nn.functional as F
+from transformers import EvalPrediction
 
 _DESCRIPTION = """
 Perplexity of a language model: exp of the mean negative log-likelihood per token. The mean is taken over the tokens of
@@ -45,7 +47,9 @@ class Perplexity(evaluate.Metric):
             ),
         )
 
-    def _compute(self, negative_log_likelihoods, token_counts) -> dict[str, float | int]:
+    def _compute(
+        self, negative_log_likelihoods: Sequence[float], token_counts: Sequence[int]
+    ) -> dict[str, float | int]:
         tokens = int(sum(token_counts))
         if tokens <= 0:
             raise ValueError(
@@ -74,7 +78,7 @@ def sequence_scores(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: tor
     return torch.stack((losses.sum(dim=1), (targets != -100).sum(dim=1).float()), dim=1)
 
 
-def perplexity_of(predictions) -> dict[str, float | int]:
+def perplexity_of(predictions: EvalPrediction) -> dict[str, float | int]:
     """`Trainer(compute_metrics=perplexity_of)`, together with `sequence_scores`.
 
     Args:

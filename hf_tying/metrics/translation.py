@@ -2,10 +2,14 @@
 `Seq2SeqTrainer`."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import datasets
 import evaluate
 import numpy as np
+from numpy.typing import ArrayLike
+from transformers import EvalPrediction
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .._extras import require
 
@@ -50,13 +54,25 @@ class _SacreBleu(evaluate.Metric):
     """What the two have in common: inputs, their checks, and the bootstrap."""
 
     # evaluate appends the description of the inputs to these docstrings.
-    def add_batch(self, *, predictions=None, references=None, **kwargs):
+    def add_batch(
+        self,
+        *,
+        predictions: Sequence[str] | None = None,
+        references: Sequence[str] | Sequence[Sequence[str]] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Add sentences, to be scored by `compute` with all that were added."""
         _check(predictions, references)
         if len(predictions):
             super().add_batch(predictions=predictions, references=references, **kwargs)
 
-    def compute(self, *, predictions=None, references=None, **kwargs):
+    def compute(
+        self,
+        *,
+        predictions: Sequence[str] | None = None,
+        references: Sequence[str] | Sequence[Sequence[str]] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any] | None:
         """Score what is given here and what was added before."""
         if predictions is not None or references is not None:
             self.add_batch(predictions=predictions, references=references)
@@ -81,7 +97,13 @@ class Bleu(_SacreBleu):
     def _info(self) -> evaluate.MetricInfo:
         return self._metric_info("BLEU", _BLEU, _INPUTS.format("BLEU", _BLEU_OPTIONS, _BLEU_RESULTS, "Bleu", "Bleu"))
 
-    def _compute(self, predictions, references, bootstrap: int = 0, **options) -> dict:
+    def _compute(
+        self,
+        predictions: Sequence[str],
+        references: Sequence[str] | Sequence[Sequence[str]],
+        bootstrap: int = 0,
+        **options: Any,
+    ) -> dict:
         result, score = _scored(_sacrebleu("BLEU", options), predictions, references, bootstrap)
         names = ("precisions", "counts", "totals", "bp", "sys_len", "ref_len")
         return result | {name: getattr(score, name) for name in names}
@@ -93,12 +115,18 @@ class ChrF(_SacreBleu):
     def _info(self) -> evaluate.MetricInfo:
         return self._metric_info("chrF", _CHRF, _INPUTS.format("CHRF", _CHRF_OPTIONS, "", "ChrF", "ChrF"))
 
-    def _compute(self, predictions, references, bootstrap: int = 0, **options) -> dict:
+    def _compute(
+        self,
+        predictions: Sequence[str],
+        references: Sequence[str] | Sequence[Sequence[str]],
+        bootstrap: int = 0,
+        **options: Any,
+    ) -> dict:
         return _scored(_sacrebleu("CHRF", options), predictions, references, bootstrap)[0]
 
 
 def translation_metrics(
-    tokenizer, target_language: str | None = None, **bleu_options
+    tokenizer: PreTrainedTokenizerBase, target_language: str | None = None, **bleu_options: Any
 ) -> Callable[..., dict[str, float]]:
     """Make `compute_metrics` for `Seq2SeqTrainer(args=Seq2SeqTrainingArguments(predict_with_generate=True))`.
 
@@ -121,7 +149,7 @@ def translation_metrics(
     bleu_options = {"trg_lang": target_language, **bleu_options}
     _sacrebleu("BLEU", bleu_options)
 
-    def compute_metrics(prediction) -> dict[str, float]:
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         ids = prediction.predictions
         generated = _up_to_the_end(ids[0] if isinstance(ids, tuple) else ids, tokenizer)
         labels = [row[row != -100] for row in np.asarray(prediction.label_ids)]
@@ -135,7 +163,7 @@ def translation_metrics(
     return compute_metrics
 
 
-def generated_text(ids, tokenizer) -> list[str]:
+def generated_text(ids: ArrayLike, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Sentences from the token ids that `generate` or `Seq2SeqTrainer.predict` gives.
 
     Args:
@@ -147,7 +175,7 @@ def generated_text(ids, tokenizer) -> list[str]:
     return _text(_up_to_the_end(ids, tokenizer), tokenizer)
 
 
-def _up_to_the_end(ids, tokenizer) -> list[np.ndarray]:
+def _up_to_the_end(ids: ArrayLike, tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
     end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     rows = [row[row != -100] for row in np.asarray(ids)]
     # BART begins to decode with its end token, so the first one does not count.
@@ -155,11 +183,11 @@ def _up_to_the_end(ids, tokenizer) -> list[np.ndarray]:
     return [row[: found[0] + 1] if len(found) else row for row, found in zip(rows, ends, strict=True)]
 
 
-def _text(rows, tokenizer) -> list[str]:
+def _text(rows: Sequence[np.ndarray], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [text.strip() for text in tokenizer.batch_decode([row.tolist() for row in rows], skip_special_tokens=True)]
 
 
-def _check(predictions, references) -> None:
+def _check(predictions: Sequence[str] | None, references: Sequence[str] | Sequence[Sequence[str]] | None) -> None:
     for name, sentences in (("predictions", predictions), ("references", references)):
         if sentences is None or isinstance(sentences, str):
             raise ValueError(f"The {name} are {sentences!r}: expected a list of sentences.")
@@ -173,7 +201,7 @@ def _check(predictions, references) -> None:
             raise ValueError(f"Prediction {i} has no reference: expected at least one.")
 
 
-def _sacrebleu(name: str, options: dict):
+def _sacrebleu(name: str, options: dict) -> Any:
     """sacrebleu's own metric of that name."""
     metrics = require("sacrebleu.metrics", name, "metrics")
     if name == "BLEU":
@@ -187,7 +215,9 @@ def _sacrebleu(name: str, options: dict):
     return getattr(metrics, name)(**options)
 
 
-def _scored(metric, predictions: Sequence[str], references: Sequence, bootstrap: int):
+def _scored(
+    metric: Any, predictions: Sequence[str], references: Sequence, bootstrap: int
+) -> tuple[dict[str, Any], Any]:
     from sacrebleu.significance import _bootstrap_resample, estimate_ci
 
     if bootstrap < 0 or bootstrap == 1:

@@ -1,13 +1,14 @@
 """Word similarity: do words that people find alike have rows that point the same way?"""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import datasets
 import evaluate
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 _DESCRIPTION = """
 Spearman's rank correlation between the cosine similarities of word pairs and the scores that people gave them. Pairs
@@ -42,7 +43,7 @@ class WordSimilarity(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions, references) -> dict[str, float | int]:
+    def _compute(self, predictions: Sequence[float], references: Sequence[float]) -> dict[str, float | int]:
         known = ~np.isnan(np.asarray(predictions, dtype=np.float64))
         found = spearman(np.asarray(predictions)[known], np.asarray(references)[known])
         return {"spearman": found, "pairs": int(known.sum()), "unknown": int((~known).sum())}
@@ -116,7 +117,7 @@ def word_similarities(
     return cosines.masked_fill(first < 0, math.nan).tolist()
 
 
-def spearman(first, second) -> float:
+def spearman(first: ArrayLike, second: ArrayLike) -> float:
     """Spearman's rank correlation; equal values share the mean of their ranks.
 
     Args:

@@ -70,7 +70,7 @@ class Averaging:
         patience: evaluations; 5 in the paper.
     """
 
-    def __init__(self, model: nn.Module, patience: int):
+    def __init__(self, model: nn.Module, patience: int) -> None:
         self.model, self.patience = model, patience
         self.history: list[float] = []
         self.updates = 0

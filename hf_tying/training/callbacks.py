@@ -1,10 +1,18 @@
 """`TyingCallback`: a Trainer that says when a tie breaks, what each role does, and changes ties on the way."""
 
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import IntervalStrategy, PreTrainedModel, TrainerCallback
+from transformers import (
+    IntervalStrategy,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.utils import logging
 
 from ..config import TyingError
@@ -78,7 +86,7 @@ class TyingCallback(TrainerCallback):
         input_gradient_scale: float | None = None,
         diagnose_with: PreTrainedModel | None = None,
         diagnose_steps: int | None = None,
-    ):
+    ) -> None:
         check_when("untie_at", untie_at)
         check_when("freeze_until", freeze_until)
         if freeze is not None and freeze not in ROLES:
@@ -103,12 +111,27 @@ class TyingCallback(TrainerCallback):
         self._handles: list = []
         self._untie_step: int | None = None
 
-    def on_init_end(self, args, state, control, model=None, **kwargs):
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> None:
         # A stock class would load a checkpoint of the untied model into the tied matrix, the last name over the first.
         if (self.untie_at is not None or self.freeze is not None) and model is not None and args.world_size == 1:
             guard(unwrapped(model))
 
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
         self._let_go()  # of a run that was broken off
         assert_tied(model)
         if optimizer is not None:
@@ -132,7 +155,15 @@ class TyingCallback(TrainerCallback):
         if self.input_gradient_scale is not None:
             self._handles = scale_input_gradient(inner, self.input_gradient_scale)
 
-    def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
         if self._untie_step is not None and state.global_step >= self._untie_step:
             self._untie_step = None
             # Warnings, here and below, so that they are seen: transformers shows nothing lower unless it is asked to.
@@ -147,10 +178,25 @@ class TyingCallback(TrainerCallback):
         if self._meter is not None:
             self._meter.attach() if _is_logged(args, state) else self._meter.detach()
 
-    def on_save(self, args, state, control, model=None, **kwargs):
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> None:
         assert_tied(model)
 
-    def on_log(self, args, state, control, logs=None, model=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        model: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> None:
         if logs is None or "loss" not in logs:
             return
         found = self._measured() if self._meter is not None else {}
@@ -160,7 +206,9 @@ class TyingCallback(TrainerCallback):
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(found)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._let_go()
 
     def _measured(self) -> dict[str, float]:
@@ -175,7 +223,13 @@ class TyingCallback(TrainerCallback):
         self._unseen = unseen
         return self._meter.norms()
 
-    def _plan_untying(self, args, state, model: PreTrainedModel, optimizer) -> None:
+    def _plan_untying(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        model: PreTrainedModel,
+        optimizer: torch.optim.Optimizer | None,
+    ) -> None:
         step = step_of(self.untie_at, state.max_steps)
         tied = bool(groups_of(model))
         if state.global_step > step:
@@ -200,7 +254,7 @@ class TyingCallback(TrainerCallback):
             guard(model, save_format="portable")
         self._untie_step = step
 
-    def _is_past(self, state, when: float | int | None) -> bool:
+    def _is_past(self, state: TrainerState, when: float | int | None) -> bool:
         return when is not None and state.global_step >= step_of(when, state.max_steps)
 
     def _let_go(self) -> None:
@@ -219,7 +273,7 @@ class TyingCallback(TrainerCallback):
         self._frozen = []
 
 
-def _warn_of_multiplied_gradient(args, model: PreTrainedModel) -> None:
+def _warn_of_multiplied_gradient(args: TrainingArguments, model: PreTrainedModel) -> None:
     times = args.world_size * args.gradient_accumulation_steps
     # With label smoothing the loss is Trainer's own.
     if times == 1 or args.label_smoothing_factor or not getattr(model, "accepts_loss_kwargs", True):
@@ -233,7 +287,7 @@ def _warn_of_multiplied_gradient(args, model: PreTrainedModel) -> None:
         )
 
 
-def _refuse_processes(args) -> None:
+def _refuse_processes(args: TrainingArguments) -> None:
     if args.world_size > 1:
         raise TyingError(
             f"untie_at and freeze need one process, found {args.world_size}: DistributedDataParallel and sharding do "
@@ -242,7 +296,7 @@ def _refuse_processes(args) -> None:
         )
 
 
-def _is_logged(args, state) -> bool:
+def _is_logged(args: TrainingArguments, state: TrainerState) -> bool:
     """Whether the step that begins ends in a log; by epochs, any step may be the last one before it."""
     if args.logging_strategy != IntervalStrategy.STEPS:
         return args.logging_strategy == IntervalStrategy.EPOCH

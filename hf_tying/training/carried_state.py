@@ -3,15 +3,27 @@ next, their losses and their learning rates, and evaluation over a whole text; a
 
 import math
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
-from transformers.trainer_utils import get_last_checkpoint
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+)
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.utils import ModelOutput
 
 from ..config import TyingError
 from ..data.words import ContiguousText
@@ -53,7 +65,7 @@ class CarriedStateArguments(TrainingArguments):
         },
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         # Each process has some of the columns, and the same ones in every batch.
         self.accelerator_config.split_batches = True
@@ -77,7 +89,14 @@ class CarriedStateTrainer(Trainer):
         TyingError: for another kind of dataset, or a checkpoint without a state.
     """
 
-    def __init__(self, model=None, args=None, *, train_dataset=None, **kwargs):
+    def __init__(
+        self,
+        model: PreTrainedModel | None = None,
+        args: CarriedStateArguments | None = None,
+        *,
+        train_dataset: ContiguousText | None = None,
+        **kwargs: Any,
+    ) -> None:
         if train_dataset is not None:
             if not isinstance(train_dataset, ContiguousText):
                 raise TyingError(f"train_dataset is a {type(train_dataset).__name__}: expected a ContiguousText.")
@@ -99,7 +118,7 @@ class CarriedStateTrainer(Trainer):
 
     # --- training ----------------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """As in `Trainer`; the state is taken up where the checkpoint left it."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
@@ -113,7 +132,7 @@ class CarriedStateTrainer(Trainer):
             )
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
-    def create_scheduler(self, num_training_steps: int, optimizer=None):
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         """`decay ** max(epoch - decay_after, 0)`, unless another scheduler is asked for."""
         if self.lr_scheduler is None and self.args.decay != 1:
             updates = math.ceil(self.train_dataset.pieces / self.args.gradient_accumulation_steps)  # in an epoch
@@ -125,7 +144,9 @@ class CarriedStateTrainer(Trainer):
             self.args.lr_scheduler_type = "constant"  # Trainer's default, which no recipe here means
         return super().create_scheduler(num_training_steps, optimizer)
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, torch.Tensor]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
         """The batches of one update, and what the sum of their losses is divided by."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         divisor = self.train_dataset.batch_size
@@ -133,7 +154,13 @@ class CarriedStateTrainer(Trainer):
             divisor = divisor * self.train_dataset.time_steps * max(len(batches), 1)
         return batches, torch.tensor(divisor, device=device)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, ModelOutput]:
         """As in `Trainer`, from the state that the batch before has left, which is no part of the gradient."""
         inputs = {**inputs, "state": self._epoch.state, "use_cache": True}
         if num_items_in_batch is not None:
@@ -162,7 +189,12 @@ class CarriedStateTrainer(Trainer):
 
     # --- evaluation --------------------------------------------------------------------------------------------------
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(
+        self,
+        eval_dataset: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
         """Perplexity of a whole text at batch 1, each piece from the state that the one before it has left."""
         texts = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(texts, dict):
@@ -192,7 +224,7 @@ class CarriedStateTrainer(Trainer):
 
 
 @torch.no_grad()
-def negative_log_likelihood(model, tokens: torch.Tensor) -> float:
+def negative_log_likelihood(model: PreTrainedModel, tokens: torch.Tensor) -> float:
     """The sum over all words of a text but the first, in nats; the state is carried from the first to the last.
 
     Args:
@@ -221,12 +253,12 @@ def negative_log_likelihood(model, tokens: torch.Tensor) -> float:
 class _Epoch:
     """What is carried through an epoch: the state, and the sums of its reports."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.state, self.batches, self.words = None, 0, 0
         self.loss: torch.Tensor | float = 0.0
         self.start, self.timed_words = time.perf_counter(), 0
 
-    def count(self, cross_entropy: torch.Tensor, divisor, inputs: dict) -> None:
+    def count(self, cross_entropy: torch.Tensor, divisor: torch.Tensor | int, inputs: dict) -> None:
         self.loss = self.loss + (cross_entropy * divisor).double()
         self.words += inputs["input_ids"].numel()
         self.timed_words += inputs["input_ids"].numel()
@@ -246,7 +278,7 @@ class _Epoch:
         save_file(tensors, path)
 
     @classmethod
-    def load(cls, path: Path, device) -> "_Epoch":
+    def load(cls, path: Path, device: torch.device) -> "_Epoch":
         epoch, tensors = cls(), load_file(path, device=str(device))
         epoch.batches, epoch.words = tensors.pop("counts").tolist()
         epoch.loss = tensors.pop("loss")
@@ -258,14 +290,18 @@ class _Epoch:
 class _KeepState(TrainerCallback):
     """Begins each epoch with a new state or that of a checkpoint, and saves it with each checkpoint."""
 
-    def __init__(self, trainer: CarriedStateTrainer):
+    def __init__(self, trainer: CarriedStateTrainer) -> None:
         self.trainer = trainer
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.trainer.averaging is not None and self.trainer._resumed is not None:
             self.trainer.averaging.load(self.trainer._resumed)
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         trainer = self.trainer
         trainer._epoch = _Epoch()
         if trainer._resumed is not None:
@@ -274,21 +310,25 @@ class _KeepState(TrainerCallback):
                 trainer._epoch = epoch
             trainer._resumed = None
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.trainer.averaging is not None:
             self.trainer.averaging.updated()
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
         if self.trainer._epoch.state is not None:
             self.trainer._epoch.save(folder / self.trainer._file)
         if self.trainer.averaging is not None and state.is_world_process_zero:
             self.trainer.averaging.save(folder)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.trainer.averaging is not None:
             self.trainer.averaging.finish()
 
 
-def _detached(state) -> tuple:
+def _detached(state: tuple[tuple[torch.Tensor, torch.Tensor], ...]) -> tuple:
     return tuple(tuple(part.detach() for part in layer) for layer in state)

@@ -1,8 +1,11 @@
 """Training without a head (CWT, Godey et al. 2023), and the head that is recovered afterwards."""
 
 import tempfile
+from typing import Any
 
 import torch
+from torch import nn
+from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import logging
 
@@ -39,7 +42,14 @@ class HeadlessTrainer(Trainer):
         >>> recover_lm_head(model, data, args=TrainingArguments("recovered", learning_rate=1e-4, max_steps=200))
     """
 
-    def __init__(self, model=None, args=None, *positional, objective: ContrastiveObjective | None = None, **kwargs):
+    def __init__(
+        self,
+        model: PreTrainedModel | None = None,
+        args: TrainingArguments | None = None,
+        *positional: Any,
+        objective: ContrastiveObjective | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.objective = ContrastiveObjective() if objective is None else objective
         if not isinstance(self.objective, ContrastiveObjective):
             raise TyingError(
@@ -55,11 +65,17 @@ class HeadlessTrainer(Trainer):
                 "out, or evaluate after recover_lm_head(model) by a plain Trainer."
             )
 
-    def call_model_init(self, trial=None):
+    def call_model_init(self, trial: Any = None) -> PreTrainedModel:
         """A new model of `model_init`, with the objective."""
         return use_tied_loss(super().call_model_init(trial), objective=self.objective)
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, Any, Any]:
         """The contrastive loss; no logits."""
         if objective_of(model) is None:  # the head was recovered since
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
@@ -69,11 +85,11 @@ class HeadlessTrainer(Trainer):
 
 def recover_lm_head(
     model: PreTrainedModel,
-    train_dataset=None,
+    train_dataset: Dataset | None = None,
     *,
     how: str = "clone",
     args: TrainingArguments | None = None,
-    **trainer_kwargs,
+    **trainer_kwargs: Any,
 ) -> PreTrainedModel:
     """Give a model that was trained without a head its softmax matrix, in place, and train it by cross entropy.
 

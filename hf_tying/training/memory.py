@@ -10,7 +10,7 @@ from torch import nn
 class SavedActivations:
     """What autograd has saved: storages by their address, each counted once however many views of it are saved."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module) -> None:
         self._storages: dict[int, torch.UntypedStorage] = {}
         self._not_counted = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
 

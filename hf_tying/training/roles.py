@@ -46,7 +46,7 @@ class RoleMeter:
         model: a model with declared groups. Only names with a role are measured.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._handles: list = []
         self._watched: list[tuple[str, str]] = []
@@ -99,7 +99,7 @@ class RoleMeter:
         self._watched.append(key)
         parameters: list[nn.Parameter] = []
 
-        def before(module, args):
+        def before(module: nn.Module, args: tuple) -> None:
             parameter = module._parameters.get("weight")
             if torch.is_grad_enabled() and parameter is not None and parameter.requires_grad:
                 view = parameter.view_as(parameter)
@@ -107,7 +107,7 @@ class RoleMeter:
                 parameters.append(parameter)
                 module._parameters["weight"] = view
 
-        def after(module, args, output):
+        def after(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
             if parameters:
                 module._parameters["weight"] = parameters.pop()
 
@@ -149,7 +149,7 @@ def scale_input_gradient(model: nn.Module, scale: float) -> list:
         >>> rows.register_hook(lambda grad: grad * scale)
     """
 
-    def after(module, args, output):
+    def after(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
         if torch.is_grad_enabled() and output.requires_grad:
             output.register_hook(lambda grad: grad * scale)
 

@@ -8,6 +8,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from ..config import TyingConfig, TyingError
+from ..ties.groups import TieGroup
 from ..ties.modeling import TiedModelMixin
 from ..ties.slots import find_parameter, named_slots
 from ..ties.tying import tie, untie
@@ -128,7 +129,9 @@ def check_when(name: str, when: float | int | None) -> None:
         )
 
 
-def _part(model, optimizer, group, inside: list[str], role: str) -> None:
+def _part(
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer | None, group: TieGroup, inside: list[str], role: str
+) -> None:
     """Take the names `inside` out of `group`, as one matrix among themselves."""
     refuse_unheld(model, optimizer)
     before = named_slots(model)

@@ -32,7 +32,7 @@ class TiedEncoderDecoderConfig(TyingConfigMixin, EncoderDecoderConfig):
     model_type = "encoder-decoder"
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> EncoderDecoderConfig:
         """As in transformers; what `AutoConfig` calls for each file of this model type."""
         if cls is TiedEncoderDecoderConfig and config_dict.get("tying") is None and kwargs.get("tying") is None:
             return EncoderDecoderConfig.from_dict(config_dict, **kwargs)

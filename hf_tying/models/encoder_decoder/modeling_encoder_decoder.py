@@ -1,8 +1,11 @@
 """`TiedEncoderDecoderModel`: any encoder and any decoder of transformers, tied across the two."""
 
+from typing import Any
+
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.encoder_decoder.configuration_encoder_decoder import EncoderDecoderConfig
 from transformers.models.encoder_decoder.modeling_encoder_decoder import EncoderDecoderModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import cached_file, logging
 
 from ...config import SCHEMES, TyingConfig, TyingError
@@ -54,7 +57,7 @@ class TiedEncoderDecoderModel(TiedModelMixin, EncoderDecoderModel):
         encoder: PreTrainedModel | None = None,
         decoder: PreTrainedModel | None = None,
         init_from: str | None = None,
-    ):
+    ) -> None:
         if config is None and encoder is not None and decoder is not None:
             config = TiedEncoderDecoderConfig.from_encoder_decoder_configs(encoder.config, decoder.config)
         elif type(config) is EncoderDecoderConfig:  # what the stock `from_encoder_decoder_pretrained` makes
@@ -75,12 +78,12 @@ class TiedEncoderDecoderModel(TiedModelMixin, EncoderDecoderModel):
         cls,
         encoder_pretrained_model_name_or_path: str | None = None,
         decoder_pretrained_model_name_or_path: str | None = None,
-        *model_args,
+        *model_args: Any,
         tying: str | dict | TyingConfig | None = None,
         init_from: str | None = None,
-        tokenizer=None,
-        target_tokenizer=None,
-        **kwargs,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        target_tokenizer: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
     ) -> "TiedEncoderDecoderModel":
         """As in `EncoderDecoderModel`, then tied.
 
@@ -106,7 +109,7 @@ class TiedEncoderDecoderModel(TiedModelMixin, EncoderDecoderModel):
         return model
 
     @classmethod
-    def register_for_auto_class(cls, auto_class="AutoModelForSeq2SeqLM") -> None:
+    def register_for_auto_class(cls, auto_class: str = "AutoModelForSeq2SeqLM") -> None:
         """Nothing to register: the file is one of the stock `EncoderDecoderModel`, and is published without code."""
         logger.warning("A TiedEncoderDecoderModel is published without code: transformers' own class reads its file.")
 

@@ -1,5 +1,7 @@
 """The config of the LSTM language model."""
 
+from typing import Any
+
 from transformers.configuration_utils import PreTrainedConfig
 
 from hf_tying.config import TyingConfigMixin, TyingError
@@ -83,7 +85,7 @@ class TiedLSTMConfig(TyingConfigMixin, PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if self.dropout_kind not in ("standard", "variational"):
             raise TyingError(f"dropout_kind={self.dropout_kind!r}: expected 'standard' or 'variational'.")
@@ -109,7 +111,7 @@ class TiedLSTMConfig(TyingConfigMixin, PreTrainedConfig):
             )
 
     @classmethod
-    def named(cls, size: str, **changes) -> "TiedLSTMConfig":
+    def named(cls, size: str, **changes: Any) -> "TiedLSTMConfig":
         """A size of the papers: `zaremba_` or `inan_` and `small`, `medium` or `large`, or `awd`.
 
         Raises:

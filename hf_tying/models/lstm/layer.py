@@ -15,7 +15,7 @@ class LSTMLayer(nn.LSTM):
     The papers' cell has one bias for each gate. Torch has two, which are counted twice and learn at twice the rate.
     """
 
-    def __init__(self, input_size: int, hidden_size: int):
+    def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__(input_size, hidden_size, batch_first=True)
         del self.bias_hh_l0
         self.register_buffer("bias_hh_l0", torch.zeros(4 * hidden_size), persistent=False)

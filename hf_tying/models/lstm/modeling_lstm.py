@@ -1,6 +1,7 @@
 """`TiedLSTMForCausalLM`: the LSTM language model of Zaremba, Press & Wolf, Inan and Merity."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -78,7 +79,7 @@ class TiedLSTMPreTrainedModel(TiedModelMixin, PreTrainedModel):
 class TiedLSTMModel(TiedLSTMPreTrainedModel):
     """The embedding and the layers, without the softmax."""
 
-    def __init__(self, config: TiedLSTMConfig):
+    def __init__(self, config: TiedLSTMConfig) -> None:
         super().__init__(config)
         widths = [config.embedding_size, *config.layer_widths]
         self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_size)
@@ -94,7 +95,7 @@ class TiedLSTMModel(TiedLSTMPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> TiedLSTMModelOutput | tuple:
         """
         Args:
@@ -173,7 +174,7 @@ class TiedLSTMForCausalLM(TiedLSTMPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "lstm.embed_tokens.weight"}
 
-    def __init__(self, config: TiedLSTMConfig):
+    def __init__(self, config: TiedLSTMConfig) -> None:
         super().__init__(config)
         self.lstm = TiedLSTMModel(config)
         self.lm_head = nn.Linear(config.layer_widths[-1], config.vocab_size, bias=config.output_bias)
@@ -190,7 +191,7 @@ class TiedLSTMForCausalLM(TiedLSTMPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         return_dict: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> TiedLSTMOutput | tuple:
         """
         Args:
@@ -264,7 +265,7 @@ class TiedLSTMForCausalLM(TiedLSTMPreTrainedModel, GenerationMixin):
         cache: tuple[LayerState, ...] | None = None,
         is_first_iteration: bool = False,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> dict:
         """The whole prompt at first, which follows what a given `state` has read; then the words that are new.
 
@@ -277,7 +278,9 @@ class TiedLSTMForCausalLM(TiedLSTMPreTrainedModel, GenerationMixin):
             return inputs | {"input_ids": input_ids}
         return inputs | {"input_ids": input_ids[:, -next_sequence_length:]}
 
-    def _update_model_kwargs_for_generation(self, outputs: ModelOutput, model_kwargs: dict, *args, **kwargs) -> dict:
+    def _update_model_kwargs_for_generation(
+        self, outputs: ModelOutput, model_kwargs: dict, *args: Any, **kwargs: Any
+    ) -> dict:
         """Private: the state goes on under the name that this version of transformers carries and reorders."""
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
         if outputs.get("state") is not None:
@@ -285,7 +288,9 @@ class TiedLSTMForCausalLM(TiedLSTMPreTrainedModel, GenerationMixin):
             model_kwargs["state" if "state" in utils.ALL_CACHE_NAMES else "cache"] = outputs.state
         return model_kwargs
 
-    def _expand_inputs_for_generation(self, expand_size: int = 1, *args, state=None, **kwargs) -> tuple:
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, *args: Any, state: tuple[LayerState, ...] | None = None, **kwargs: Any
+    ) -> tuple:
         """Private: a state that is given has a row for each beam, or for each sequence that is returned."""
         input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size, *args, **kwargs)
         if state is not None:
