@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.table import Table
 from torch import nn
+from transformers.modeling_utils import PreTrainedModel
 
 from ..config import TyingError
 from ..report.tables import Report
@@ -178,7 +179,7 @@ def gradient_shares(history: list[dict]) -> dict[str, list[tuple[int, float]]]:
     return shares
 
 
-def _matrices(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, list[str]]]:
+def _matrices(model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, list[str]]]:
     """The distinct matrices of a model, and the roles of each. A matrix is named after its tie group, or its role."""
     group_of = {name: group.name for group in groups_of(model) for name in group.names}
     found: dict[str, torch.Tensor] = {}
