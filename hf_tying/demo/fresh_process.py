@@ -6,12 +6,16 @@ The demo imports `score` as well: what is compared is computed by the same lines
 """
 
 import sys
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def score(model, blocks: torch.Tensor, batch_size: int = 32) -> dict[str, torch.Tensor]:
+
+def score(model: "PreTrainedModel", blocks: torch.Tensor, batch_size: int = 32) -> dict[str, torch.Tensor]:
     """Mean negative log-likelihood of the blocks, logits of the first, and parameters counted once each.
 
     Args:
@@ -36,7 +40,7 @@ def score(model, blocks: torch.Tensor, batch_size: int = 32) -> dict[str, torch.
     }
 
 
-def main(blocks_file: str, answer_file: str, folder: str, plugin: str | None = None):
+def main(blocks_file: str, answer_file: str, folder: str, plugin: str | None = None) -> None:
     if plugin:
         from hf_tying import assert_tied
     from transformers import AutoModelForCausalLM, AutoTokenizer

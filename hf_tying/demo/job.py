@@ -1,11 +1,13 @@
 """The job from text to proof, in the order in which it happens."""
 
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
 from rich.markup import escape
 from transformers import set_seed
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .._extras import require
@@ -32,6 +34,9 @@ from .report import (
 )
 from .settings import REPORT, DemoSettings
 from .training import Run, train
+
+if TYPE_CHECKING:
+    import datasets
 
 
 @one_thread()
@@ -93,7 +98,12 @@ def run_demo(settings: DemoSettings, console: Console | None = None) -> bool:
     return all(check.holds for check in checks)
 
 
-def _describe(corpus: Corpus, tokenizer, training_blocks, validation_blocks) -> dict:
+def _describe(
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    training_blocks: "datasets.Dataset",
+    validation_blocks: "datasets.Dataset",
+) -> dict:
     block_size = len(training_blocks[0]["input_ids"])
     return {
         "name": corpus.name,
@@ -105,7 +115,7 @@ def _describe(corpus: Corpus, tokenizer, training_blocks, validation_blocks) -> 
     }
 
 
-def _announce(console: Console, settings: DemoSettings, corpus: dict):
+def _announce(console: Console, settings: DemoSettings, corpus: dict) -> None:
     tokens = settings.steps * settings.batch_size * settings.block_size
     console.print(
         f"[bold]Text[/]   {escape(corpus['name'])}: {corpus['characters']:,} characters, "
@@ -161,7 +171,7 @@ def _prompt(corpus: Corpus) -> str:
     return " ".join(words[:6])
 
 
-def _sample(tied: Run, tokenizer, prompt: str, seed: int) -> dict[str, str]:
+def _sample(tied: Run, tokenizer: PreTrainedTokenizerBase, prompt: str, seed: int) -> dict[str, str]:
     """What the tied model makes of `prompt`: 64 tokens."""
     tokens = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(tied.model.device)
     set_seed(seed)
@@ -177,7 +187,7 @@ def _sample(tied: Run, tokenizer, prompt: str, seed: int) -> dict[str, str]:
     return {"prompt": prompt, "continuation": tokenizer.decode(output[0, tokens.shape[1] :])}
 
 
-def _conclude(console: Console, settings: DemoSettings, results: dict, checks: list[Check]):
+def _conclude(console: Console, settings: DemoSettings, results: dict, checks: list[Check]) -> None:
     console.print(comparison_table(results["untied"], results["tied"], settings.scheme))
     sample = results["sample"]
     text = f"[italic]{escape(sample['prompt'])}[/]{escape(sample['continuation'])}"

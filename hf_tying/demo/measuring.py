@@ -8,7 +8,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, set_seed
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+
+from .settings import DemoSettings, TranslationSettings
 
 
 @contextmanager
@@ -55,7 +66,9 @@ class RecordingCollator:
         keys (`tuple[str, ...]`): what of a batch goes into the digest.
     """
 
-    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]], keys: tuple[str, ...]):
+    def __init__(
+        self, collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]], keys: tuple[str, ...]
+    ) -> None:
         self.digest = hashlib.sha256()
         self._collate, self._keys = collate, keys
 
@@ -69,32 +82,47 @@ class RecordingCollator:
 class StepClock(TrainerCallback):
     """Seconds of every optimizer step."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.seconds: list[float] = []
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._begin = time.perf_counter()
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.seconds.append(time.perf_counter() - self._begin)
 
 
 class _OneLineProgress(ProgressCallback):
     """The trainer's own bar with the model's name and the losses on it, in place of a line for each log."""
 
-    def __init__(self, name: str, shown: dict[str, str]):
+    def __init__(self, name: str, shown: dict[str, str]) -> None:
         super().__init__()
         self._name, self._shown = name, shown
         self._losses: dict[str, str] = {}
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         self.training_bar.set_description(f"{self._name:>9}")
 
-    def on_prediction_step(self, args, state, control, **kwargs):
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         pass
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         for key, label in self._shown.items():
             if key in logs:
                 self._losses[label] = f"{logs[key]:.4g}"
@@ -102,7 +130,7 @@ class _OneLineProgress(ProgressCallback):
             self.training_bar.set_postfix(self._losses)
 
 
-def common_arguments(settings) -> dict[str, Any]:
+def common_arguments(settings: DemoSettings | TranslationSettings) -> dict[str, Any]:
     """What both demos ask of `TrainingArguments`: a cosine after a tenth of warm-up, thirty logs, six evaluations."""
     return {
         "output_dir": str(settings.output_dir),

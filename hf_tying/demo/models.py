@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, set_seed
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..config import TyingError, nearest
@@ -39,7 +39,7 @@ _SIZES: dict[str, Any] = {
 }
 
 
-def small_config(model_type: str, vocab_size: int, block_size: int):
+def small_config(model_type: str, vocab_size: int, block_size: int) -> PreTrainedConfig:
     """A config of `model_type` with the demo's sizes, untied.
 
     Args:
@@ -71,7 +71,7 @@ def small_config(model_type: str, vocab_size: int, block_size: int):
         )
 
 
-def build_pair(config, scheme: str, seed: int) -> tuple[PreTrainedModel, PreTrainedModel]:
+def build_pair(config: PreTrainedConfig, scheme: str, seed: int) -> tuple[PreTrainedModel, PreTrainedModel]:
     """The untied model and its tied twin, whose tied matrix starts as the untied one's input embedding.
 
     Args:
@@ -106,7 +106,7 @@ def differing_at_the_start(untied: PreTrainedModel, tied: PreTrainedModel) -> li
     ]
 
 
-def start_with_rows_of_unit_norm(embedding: torch.nn.Parameter):
+def start_with_rows_of_unit_norm(embedding: torch.nn.Parameter) -> None:
     """Draw an embedding from N(0, 1 / width) in place of N(0, 0.02^2), for all models: each ends better by it.
 
     AdamW moves every row of a softmax matrix by a full learning rate from the first step on, whether its word occurs
@@ -115,13 +115,13 @@ def start_with_rows_of_unit_norm(embedding: torch.nn.Parameter):
     torch.nn.init.normal_(embedding, std=embedding.shape[1] ** -0.5)
 
 
-def _try_out(model: PreTrainedModel):
+def _try_out(model: PreTrainedModel) -> None:
     """One forward and backward pass on a copy: not every model of the list can be trained on token ids alone."""
     tokens = torch.zeros((1, 4), dtype=torch.long)
     copy.deepcopy(model).train()(input_ids=tokens, labels=tokens).loss.backward()
 
 
-def takes(config, name: str) -> bool:
+def takes(config: PreTrainedConfig, name: str) -> bool:
     """Whether a size of this name may be set: the config has it, with a value, and does not compute it."""
     computed = getattr(type(config), name, None)
     if isinstance(computed, property) and computed.fset is None:
@@ -129,7 +129,7 @@ def takes(config, name: str) -> bool:
     return getattr(config, name, None) is not None or (name == "head_dim" and hasattr(config, name))
 
 
-def refuse_big(config, auto_class, script: str = "run_clm.py"):
+def refuse_big(config: PreTrainedConfig, auto_class: type, script: str = "run_clm.py") -> None:
     """Refuse what `auto_class` would make of a config if it is too big for a demo; no weight is made for that."""
     with refusing(config.model_type, script), torch.device("meta"):
         size = auto_class.from_config(config).num_parameters()

@@ -61,7 +61,9 @@ def _reload_check(claim: str, folder: Path, expected: dict, blocks: torch.Tensor
     return Check(claim, holds, evidence)
 
 
-def in_fresh_process(script: str, question: dict[str, torch.Tensor], *arguments: str):
+def in_fresh_process(
+    script: str, question: dict[str, torch.Tensor], *arguments: str
+) -> tuple[dict[str, torch.Tensor], str]:
     """Run `script QUESTION ANSWER arguments...`, two safetensors files first, in a Python of its own.
 
     Args:

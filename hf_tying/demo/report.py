@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from rich.markup import escape
 from rich.table import Table
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .proof import Check
 from .settings import REPORT, DemoSettings, TranslationSettings
@@ -20,7 +21,9 @@ from .settings import REPORT, DemoSettings, TranslationSettings
 _VERSIONS = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "accelerate")
 
 
-def save_models(settings: DemoSettings | TranslationSettings, tokenizer, models: dict[str, Any]) -> dict[str, Path]:
+def save_models(
+    settings: DemoSettings | TranslationSettings, tokenizer: PreTrainedTokenizerBase, models: dict[str, Any]
+) -> dict[str, Path]:
     """Write each model with the tokenizer to the folder of its name; what an earlier demo wrote there is replaced.
 
     Args:
@@ -94,7 +97,7 @@ def measurement_table(
     return table
 
 
-def plot_curves(runs: dict[str, Any], score: Callable[[Any], str], path: Path):
+def plot_curves(runs: dict[str, Any], score: Callable[[Any], str], path: Path) -> None:
     """A picture of three: training loss, validation loss, and what each role gives to the tied matrix's gradient.
 
     Args:
@@ -159,7 +162,7 @@ def report(
     }
 
 
-def write_report(content: dict[str, Any], folder: Path):
+def write_report(content: dict[str, Any], folder: Path) -> None:
     """Write `report.json` into `folder`, by way of a temporary name: a reader never finds half a report."""
     scratch = folder / f".{REPORT}.tmp"
     scratch.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")

@@ -22,13 +22,13 @@ class _Settings:
     batch_size: int = 4
     learning_rate: float = 3e-3
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise TyingError(f"{name} is {getattr(self, name)}: expected at least 1.")
         self._check_output_dir()
 
-    def _check_output_dir(self):
+    def _check_output_dir(self) -> None:
         """Refuse to write among files that are not the demo's: it replaces folders called `untied` and the like."""
         for folder in (self.output_dir, *self.output_dir.parents):
             if folder.exists() and not folder.is_dir():
@@ -67,7 +67,7 @@ class DemoSettings(_Settings):
     scheme: str = "two_way"
     block_size: int = 128
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if TyingConfig(scheme=self.scheme).scheme == "none":
             raise TyingError("Scheme 'none' ties nothing, so there is nothing to compare: expected two_way.")
         super().__post_init__()

@@ -1,13 +1,16 @@
 """Train one of the two models with `Trainer` and measure it."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from ..metrics import perplexity_of, sequence_scores
 from .measuring import RecordingCollator, StepClock, common_arguments, optimizer_bytes, train_quietly
 from .settings import DemoSettings
+
+if TYPE_CHECKING:
+    import datasets
 
 
 @dataclass
@@ -38,8 +41,8 @@ def train(
     model: PreTrainedModel,
     name: str,
     settings: DemoSettings,
-    training_blocks,
-    validation_blocks,
+    training_blocks: "datasets.Dataset",
+    validation_blocks: "datasets.Dataset",
     callbacks: list[TrainerCallback] | None = None,
 ) -> Run:
     """Train `model` in place for `settings.steps` steps.
@@ -88,5 +91,5 @@ def _arguments(settings: DemoSettings) -> TrainingArguments:
 class _RecordingCollator(RecordingCollator):
     """The default collator, recorded; labels are the inputs themselves."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(default_data_collator, keys=("input_ids",))

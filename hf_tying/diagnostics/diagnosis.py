@@ -3,10 +3,12 @@
 import json
 import re
 from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.table import Table
 from torch import nn
+from transformers.modeling_utils import PreTrainedModel
 
 from ..config import TyingError
 from ..report.tables import Report
@@ -14,6 +16,9 @@ from ..ties.anatomy import roles
 from ..ties.slots import find_parameter
 from ..ties.verify import groups_of, unwrapped
 from .geometry import Alignment, alignment, effective_rank
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ class RoleDiagnostics(Report):
                 )
         return table
 
-    def _draw(self, figure) -> None:
+    def _draw(self, figure: "Figure") -> None:
         aligned = any(matrix.alignment for matrix in self.matrices)
         panels = 1 + aligned + bool(self.history)
         figure.set_size_inches(4.2 * panels, 3.6)
@@ -119,7 +124,7 @@ class RoleDiagnostics(Report):
 
 
 def diagnose(
-    model: nn.Module, twin: nn.Module | None = None, *, history: list[dict] | None = None, **options
+    model: nn.Module, twin: nn.Module | None = None, *, history: list[dict] | None = None, **options: Any
 ) -> RoleDiagnostics:
     """Compare the matrices of `model` with those of an untied twin: whose matrix has each become like?
 
@@ -174,7 +179,7 @@ def gradient_shares(history: list[dict]) -> dict[str, list[tuple[int, float]]]:
     return shares
 
 
-def _matrices(model) -> tuple[dict[str, torch.Tensor], dict[str, list[str]]]:
+def _matrices(model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, list[str]]]:
     """The distinct matrices of a model, and the roles of each. A matrix is named after its tie group, or its role."""
     group_of = {name: group.name for group in groups_of(model) for name in group.names}
     found: dict[str, torch.Tensor] = {}

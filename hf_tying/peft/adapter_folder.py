@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import torch
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 
-def read_adapter(path: str | os.PathLike, subfolder: str | None = None, **hub) -> tuple[PeftConfig, dict]:
+def read_adapter(path: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> tuple[PeftConfig, dict]:
     """Read the settings and the tensors of a saved adapter of any type. The tensors are on the CPU.
 
     Args:

@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import InitVar, dataclass, field
 from enum import Enum
+from typing import Any
 
 from peft import PeftConfig
 
@@ -23,7 +24,7 @@ class TiedPeftType(str, Enum):  # noqa: UP042, PEFT takes the name from `str(mem
     TIED_LORA = "TIED_LORA"
 
 
-def is_tied_lora(config) -> bool:
+def is_tied_lora(config: Any) -> bool:
     """Whether `config` is the config of a Tied-LoRA adapter. Anything else is not, `None` included."""
     return getattr(config, "peft_type", None) == TiedPeftType.TIED_LORA
 
@@ -151,7 +152,13 @@ class TiedLoraConfig(PeftConfig):
     rank_pattern: InitVar[dict | None] = None
     alpha_pattern: InitVar[dict | None] = None
 
-    def __post_init__(self, tied_lora_alpha, tied_lora_dropout, rank_pattern, alpha_pattern):
+    def __post_init__(
+        self,
+        tied_lora_alpha: float | None,
+        tied_lora_dropout: float | None,
+        rank_pattern: dict | None,
+        alpha_pattern: dict | None,
+    ) -> None:
         super().__post_init__()
         for name, given in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
             if given:

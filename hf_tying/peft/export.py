@@ -3,6 +3,7 @@
 import os
 from copy import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
@@ -25,7 +26,7 @@ def export_to_lora(
     out: str | os.PathLike,
     adapter_name: str = "default",
     subfolder: str | None = None,
-    **hub,
+    **hub: Any,
 ) -> Path:
     """Write a Tied-LoRA adapter as a LoRA adapter, which stock PEFT and everything else that reads LoRA can load.
 
@@ -75,7 +76,7 @@ def export_to_lora(
 
 
 def read_tied_adapter(
-    path: str | os.PathLike, subfolder: str | None = None, **hub
+    path: str | os.PathLike, subfolder: str | None = None, **hub: Any
 ) -> tuple[TiedLoraConfig, dict[str, torch.Tensor]]:
     """Read the settings of a saved Tied-LoRA adapter, and its tensors by their names in a model.
 

@@ -1,6 +1,8 @@
 """One adapted module of Tied-LoRA: the base layer, its own v, and the shared factors that it uses."""
 
 import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -24,7 +26,7 @@ class TiedLoraLayer(BaseTunerLayer):
     adapter_layer_names = ("tied_lora_v",)
     other_param_names = ("tied_lora_dropout", "uses")
 
-    def __init__(self, base_layer: nn.Module, module_name: str, **kwargs):
+    def __init__(self, base_layer: nn.Module, module_name: str, **kwargs: Any) -> None:
         self.base_layer = base_layer
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
@@ -84,7 +86,7 @@ class TiedLoraLayer(BaseTunerLayer):
     def _get_available_adapters(self) -> set[str]:
         return set(self.uses)
 
-    def _set_shared_requires_grad(self, adapter_names, value: bool) -> None:
+    def _set_shared_requires_grad(self, adapter_names: Iterable[str], value: bool) -> None:
         for name in adapter_names:
             for kind, factor in self.factors(name).items():
                 factor.requires_grad_(value and kind in self.uses[name].trained)
@@ -106,12 +108,12 @@ class TiedLoraLayer(BaseTunerLayer):
             self._set_shared_requires_grad(self.uses, False)
         self._follow()
 
-    def set_requires_grad(self, adapter_names, requires_grad: bool = True) -> None:
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         super().set_requires_grad(names, requires_grad)
         self._set_shared_requires_grad([name for name in names if name in self.uses], requires_grad)
 
-    def requires_grad_(self, requires_grad: bool = True):
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
         # transformers freezes an adapter that it has loaded by this.
         self._set_shared_requires_grad(self.uses, requires_grad)
         return super().requires_grad_(requires_grad)
@@ -132,7 +134,7 @@ class TiedLoraLayer(BaseTunerLayer):
 
     # The update.
 
-    def _v(self, adapter_name: str, device) -> torch.Tensor | None:
+    def _v(self, adapter_name: str, device: torch.device | None) -> torch.Tensor | None:
         return self.tied_lora_v[adapter_name](device=device) if adapter_name in self.tied_lora_v else None
 
     def get_lora_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -184,7 +186,9 @@ class TiedLoraLayer(BaseTunerLayer):
         u = None if used.u is None else used.u(device=x.device)
         return scaled_linear(low, b, u, self._v(adapter_name, x.device), used.scaling)
 
-    def forward(self, x: torch.Tensor, *args, adapter_names: list[str] | None = None, **kwargs) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> torch.Tensor:
         """The base layer's output, with the updates of the active adapters.
 
         Args:
@@ -207,7 +211,7 @@ class TiedLoraLayer(BaseTunerLayer):
                 result = result + self._update(name, x)
         return result.to(dtype)
 
-    def _mixed_forward(self, x, *args, adapter_names, **kwargs):
+    def _mixed_forward(self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> torch.Tensor:
         if len(x) != len(adapter_names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
@@ -272,7 +276,7 @@ class TiedLoraLayer(BaseTunerLayer):
 class Linear(TiedLoraLayer, nn.Module):
     """An adapted `nn.Linear`, GPT-2 `Conv1D`, or quantised linear layer."""
 
-    def __init__(self, base_layer: nn.Module, module_name: str, fan_in_fan_out: bool = False, **kwargs):
+    def __init__(self, base_layer: nn.Module, module_name: str, fan_in_fan_out: bool = False, **kwargs: Any) -> None:
         nn.Module.__init__(self)
         TiedLoraLayer.__init__(self, base_layer, module_name, **kwargs)
         self.fan_in_fan_out = fan_in_fan_out
@@ -284,22 +288,22 @@ class Embedding(TiedLoraLayer, nn.Module):
     The padding row keeps what the base has: it has no update, as it gets no gradient.
     """
 
-    def __init__(self, base_layer: nn.Module, module_name: str, **kwargs):
+    def __init__(self, base_layer: nn.Module, module_name: str, **kwargs: Any) -> None:
         nn.Module.__init__(self)
         TiedLoraLayer.__init__(self, base_layer, module_name, **kwargs)
         self.fan_in_fan_out = False
 
-    def get_lora_factors(self, adapter_name):
+    def get_lora_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
         a, b = super().get_lora_factors(adapter_name)
         padding = self.get_base_layer().padding_idx
         if padding is not None:  # its row has no update, also where A is that of an embedding without padding
             a = a.index_fill(1, torch.tensor(padding, device=a.device), 0)
         return a, b
 
-    def _down(self, adapter_name, x, matrix):
+    def _down(self, adapter_name: str, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         return F.embedding(x, matrix.T, padding_idx=self.get_base_layer().padding_idx)
 
-    def _update(self, adapter_name, x):
+    def _update(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         update = super()._update(adapter_name, x)
         padding = self.get_base_layer().padding_idx
         if padding is not None:

@@ -9,6 +9,7 @@ import math
 import weakref
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, Self
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -28,11 +29,13 @@ class Factor(nn.Module):
         shape: shape of the weight.
     """
 
-    def __init__(self, *shape: int):
+    def __init__(self, *shape: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape))
 
-    def forward(self, rows: int | None = None, columns: int | None = None, device=None) -> torch.Tensor:
+    def forward(
+        self, rows: int | None = None, columns: int | None = None, device: torch.device | str | None = None
+    ) -> torch.Tensor:
         """The weight, or its first `rows` and `columns`, which a smaller module uses."""
         weight = self.weight
         if type(self) is not Factor or not isinstance(weight, nn.Parameter):
@@ -52,17 +55,17 @@ class TiedMatrices(AuxiliaryTrainingWrapper):
     adapter_layer_names = ("tied_lora_A", "tied_lora_B", "tied_lora_u")
     other_param_names = ("tied_lora_A", "tied_lora_B", "tied_lora_u")
 
-    def __init__(self, adapter_name: str):
+    def __init__(self, adapter_name: str) -> None:
         super().__init__(nn.Identity(), adapter_name)
 
-    def init_modules(self, adapter_name, **kwargs):
+    def init_modules(self, adapter_name: str, **kwargs: Any) -> None:
         self.tied_lora_A = nn.ModuleDict()
         self.tied_lora_B = nn.ModuleDict()
         self.tied_lora_u = nn.ModuleDict()
         # The key is the adapter, the name of A and the name of u.
         self.slots: dict[tuple[str, str, str], InputSlot] = {}
 
-    def update(self, adapter_name, **kwargs):
+    def update(self, adapter_name: str, **kwargs: Any) -> None:
         super().update(adapter_name)
         for factors in self._all_factors():
             if adapter_name not in factors:
@@ -94,10 +97,10 @@ class TiedMatrices(AuxiliaryTrainingWrapper):
     def _get_available_adapters(self) -> set[str]:
         return set(self._adapters)
 
-    def check_set_adapter(self, adapter_name):
+    def check_set_adapter(self, adapter_name: str | list[str]) -> None:
         return None
 
-    def set_adapter(self, adapter_names, inference_mode: bool = False) -> None:
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Do nothing: the layers say which adapter is active, see `follow`."""
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -116,13 +119,15 @@ class TiedMatrices(AuxiliaryTrainingWrapper):
         self.slots = {key: slot for key, slot in self.slots.items() if key[0] != adapter_name}
         self._active_adapter = [name for name in new_active_adapters or [] if name in self._adapters]
 
-    def adapter_state_dict(self, adapter_name, state_dict):
+    def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {}  # `TiedLoraModel` saves the factors of a whole adapter, by the names of `tensor_names`
 
-    def adapter_state_dict_load_map(self, adapter_name):
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         return {}
 
-    def unload_and_optionally_merge_module(self, merge, safe_merge, adapter_names):
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> Self:
         # Only the layers are merged. `TiedLoraModel._replace_module` removes this module from its owner.
         return self
 
@@ -134,7 +139,7 @@ class InputSlot:
     that made it.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.members: set[str] = set()
         self._kept: tuple | None = None
 
@@ -161,18 +166,18 @@ class InputSlot:
         source, matrix = weakref.ref(x, self._forget), weakref.ref(weight)
         self._kept = (source, matrix, _state(x, weight), waiting, value) if waiting else None
 
-    def _forget(self, source) -> None:
+    def _forget(self, source: weakref.ref) -> None:
         if self._kept is not None and self._kept[0] is source:
             self._kept = None
 
     # A copy starts empty: what an unfinished pass has left cannot be copied.
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> "InputSlot":
         copied = type(self)()
         copied.members = set(self.members)
         return copied
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {"members": self.members, "_kept": None}
 
 
@@ -204,14 +209,14 @@ class LayerFactors:
 
     A, B, u = (property(lambda self, kind=kind: self.factor(kind)) for kind in "ABu")
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         if "places" not in state:  # a pickle of 0.1, which has the factors themselves
             found = {kind: state.pop(kind) for kind in "ABu"}
             state["places"] = {kind: ({"": factor}, "") for kind, factor in found.items() if factor is not None}
         self.__dict__.update(state)
 
 
-def _same(value):
+def _same(value: torch.Tensor) -> torch.Tensor:
     return value
 
 

@@ -1,9 +1,12 @@
 """Merges of adapters over a tie: a delta is written into the shared matrix once, or the merge is refused."""
 
 import copy
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ..config import TyingError
@@ -13,7 +16,7 @@ from ..ties.groups import TieGroup
 from ..ties.slots import find_parameter, find_slot, fit_rows, set_parameter, state_key
 
 
-def guard_merges(wrapped, tuner, args, kwargs):
+def guard_merges(wrapped: Callable[..., Any], tuner: BaseTuner, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Around the methods of PEFT's `BaseTuner` that write deltas into base weights: keep the ties of the base model.
 
     A model without ties and without a projection goes straight through.
@@ -96,7 +99,7 @@ def _delta(model: nn.Module, name: str, adapters: list[str]) -> torch.Tensor | N
 
 
 @contextmanager
-def untied_while_merging(model: nn.Module):
+def untied_while_merging(model: nn.Module) -> Iterator[None]:
     """Give each name of a tie its own copy while PEFT writes, then make them one again.
 
     A delta that PEFT writes to every name is then added to the one matrix once.

@@ -1,11 +1,15 @@
 """`TiedLoraModel`: the tuner of Tied-LoRA, which puts adapters into a model, runs, merges and saves them."""
 
+import re
 import warnings
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
+from typing import Any
 
+import torch
 from peft.tuners.lora import LoraConfig, LoraModel
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -62,7 +66,7 @@ class TiedLoraModel(BaseTuner):
 
     # Before anything is changed.
 
-    def _prepare_adapter_config(self, peft_config, model_config):
+    def _prepare_adapter_config(self, peft_config: TiedLoraConfig, model_config: dict[str, Any]) -> TiedLoraConfig:
         if peft_config.target_modules is None:
             names = {name.rpartition(".")[2] for name, _ in self.model.named_modules()}
             usual = {name for trio in QKV for name in trio if names.issuperset(trio)} | (names & set(FUSED_QKV))
@@ -94,7 +98,7 @@ class TiedLoraModel(BaseTuner):
             "modules_to_save."
         )
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # The config says which modules are adapted. The names in a file of Tied-LoRA do not.
         kwargs.pop("state_dict", None)
         try:
@@ -104,7 +108,7 @@ class TiedLoraModel(BaseTuner):
             raise NoMatchingPeftModuleError(f"{error} {near}".strip()) from None
         self.peft_config[adapter_name].adapted_modules = _adapted_modules(model, adapter_name)
 
-    def _check_target_module_exists(self, peft_config, key):
+    def _check_target_module_exists(self, peft_config: TiedLoraConfig, key: str) -> bool | re.Match[str] | None:
         found = BaseTuner._check_target_module_exists(of_all_layers(peft_config), key)
         if not found:
             return found
@@ -113,7 +117,16 @@ class TiedLoraModel(BaseTuner):
 
     # Injection.
 
-    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
+    def _create_and_replace(
+        self,
+        peft_config: TiedLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
         layer = target if isinstance(target, TiedLoraLayer) else self._new_layer(peft_config, target, current_key)
         planned = self._planned[layer.module_name]
         if layer is not target:
@@ -151,7 +164,7 @@ class TiedLoraModel(BaseTuner):
         found.update(adapter_name)
         return found
 
-    def _replace_module(self, parent, child_name, new_module, child):
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, TiedMatrices):  # the adapters are being unloaded
             delattr(parent, child_name)
             return
@@ -173,7 +186,7 @@ class TiedLoraModel(BaseTuner):
     # Forward passes and merges.
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args, **kwargs):
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None:
             yield
@@ -255,7 +268,14 @@ class TiedLoraModel(BaseTuner):
     # Names in a file.
 
     @classmethod
-    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: TiedLoraConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
         # The caller's config may serve other models too: what it says is written anew for the file of each.
         config.adapted_modules = _adapted_modules(model, adapter_name)
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
@@ -281,7 +301,9 @@ class TiedLoraModel(BaseTuner):
         return key
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: TiedLoraConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         config.adapted_modules = _adapted_modules(model, adapter_name)
         names = {}
         for key in model.state_dict():
@@ -324,7 +346,7 @@ def _tell_of_nothing_shared(config: TiedLoraConfig, names: dict[str, FactorNames
         )
 
 
-def _nearest(targets, model: nn.Module) -> str:
+def _nearest(targets: str | Iterable[str] | None, model: nn.Module) -> str:
     """The tail of a message: the names of modules in the model that are most like the targets that were not found."""
     if not targets:
         return ""
@@ -336,5 +358,7 @@ def _nearest(targets, model: nn.Module) -> str:
     return f"Modules that can be adapted: {', '.join(sorted(names)[:12]) or 'none'}."
 
 
-def _pass_adapter_names(module, args, kwargs, adapter_names):
+def _pass_adapter_names(
+    module: nn.Module, args: tuple, kwargs: dict[str, Any], adapter_names: list[str]
+) -> tuple[tuple, dict[str, Any]]:
     return args, kwargs | {"adapter_names": adapter_names}

@@ -22,9 +22,11 @@ it is; after the training, push both forms with `trainer.model.push_to_hub(repo)
 import inspect
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
@@ -38,7 +40,7 @@ CARD = "README.md"
 
 
 def save_with_lora(
-    model: PeftModel, out: str | os.PathLike, repo_id: str | None = None, tags: list[str] | None = None, **kwargs
+    model: PeftModel, out: str | os.PathLike, repo_id: str | None = None, tags: list[str] | None = None, **kwargs: Any
 ) -> None:
     """Write both forms of the Tied-LoRA adapters of a model, and the card. An error leaves `out` as it was.
 
@@ -84,7 +86,7 @@ def push_with_lora(
     create_pr: bool = False,
     max_shard_size: int | str | None = None,
     tags: list[str] | None = None,
-):
+) -> CommitInfo:
     """Push both forms in one commit. The arguments are those of `PeftModel.push_to_hub`.
 
     This does not call transformers' `push_to_hub`, which overwrites PEFT's card and does not upload nested folders.
@@ -120,7 +122,7 @@ def push_with_lora(
 # Wrappers around PEFT's own methods; `hf_tying.hook` puts them there.
 
 
-def save_pretrained(wrapped, model: PeftModel, args, kwargs):
+def save_pretrained(wrapped: Callable[..., Any], model: PeftModel, args: tuple, kwargs: dict[str, Any]) -> None:
     """Around `PeftModel.save_pretrained`: an argument `also_lora` for Tied-LoRA, `False` by default."""
     if not _has_tied_lora(model):
         return wrapped(*args, **kwargs)
@@ -130,7 +132,7 @@ def save_pretrained(wrapped, model: PeftModel, args, kwargs):
     return save_with_lora(model, given.pop("save_directory"), **given.pop("kwargs", {}), **given)
 
 
-def push_to_hub(wrapped, model: PeftModel, args, kwargs):
+def push_to_hub(wrapped: Callable[..., Any], model: PeftModel, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Around `PeftModel.push_to_hub`: an argument `also_lora` for Tied-LoRA, `True` by default."""
     if not _has_tied_lora(model):
         return wrapped(*args, **kwargs)

@@ -5,10 +5,14 @@ is still as it was.
 """
 
 import inspect
+import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from peft import PeftConfig, load_peft_weights
+from peft import PeftConfig, PeftModel, load_peft_weights
+from transformers import PreTrainedModel
 
 from .config import is_tied_lora
 from .plan import check_adapter_file
@@ -17,7 +21,9 @@ from .tensor_names import state_from_file
 _HUB_ARGUMENTS = inspect.signature(hf_hub_download).parameters.keys() - {"repo_id", "filename"}
 
 
-def from_pretrained(wrapped, cls, args, kwargs):
+def from_pretrained(
+    wrapped: Callable[..., Any], cls: type[PeftModel], args: tuple, kwargs: dict[str, Any]
+) -> PeftModel:
     """Around `PeftModel.from_pretrained`: check the adapter's file against the model first."""
     given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
     hub = given.get("kwargs", {})
@@ -25,7 +31,7 @@ def from_pretrained(wrapped, cls, args, kwargs):
     return wrapped(*args, **kwargs)
 
 
-def load_adapter(wrapped, model, args, kwargs):
+def load_adapter(wrapped: Callable[..., Any], model: PeftModel, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Around `PeftModel.load_adapter`: check the file against the base model first, under the settings that will hold.
 
     Those of an adapter that the model has stay, whatever the file's config says.
@@ -36,7 +42,13 @@ def load_adapter(wrapped, model, args, kwargs):
     return wrapped(*args, **kwargs)
 
 
-def _check(model, path, config, key_mapping, kwargs: dict) -> None:
+def _check(
+    model: Any,
+    path: str | os.PathLike | None,
+    config: PeftConfig | None,
+    key_mapping: dict[str, str] | None,
+    kwargs: dict,
+) -> None:
     hub = {name: value for name, value in kwargs.items() if name in _HUB_ARGUMENTS}
     config = config or _config_at(path, hub)
     if is_tied_lora(config) and isinstance(model, torch.nn.Module) and not kwargs.get("ignore_mismatched_sizes"):
@@ -44,14 +56,14 @@ def _check(model, path, config, key_mapping, kwargs: dict) -> None:
         check_adapter_file(config, model, load_peft_weights(path, device="cpu", **hub), renamed)
 
 
-def _config_at(path, hub: dict) -> PeftConfig | None:
+def _config_at(path: str | os.PathLike | None, hub: dict) -> PeftConfig | None:
     try:
         return PeftConfig.from_pretrained(path, **hub)
     except (OSError, ValueError, KeyError, TypeError):
         return None  # the stock method reads it next, and says what is wrong
 
 
-def load_natively(wrapped, model, args, kwargs):
+def load_natively(wrapped: Callable[..., Any], model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Around `PeftAdapterMixin.load_adapter`: check the file, and pass on its tensors by their names in a model.
 
     transformers reads an adapter's file without asking PEFT, which would translate the names.
@@ -70,7 +82,7 @@ def load_natively(wrapped, model, args, kwargs):
     return wrapped(*bound.args, **bound.kwargs)
 
 
-def update_offload(wrapped, model, args, kwargs):
+def update_offload(wrapped: Callable[..., Any], model: PeftModel, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Around `PeftModel._update_offload`: pass on an adapter's tensors by their names in a model.
 
     PEFT puts an adapter's weights beside those of the offloaded layers, by the layers' names.
@@ -85,7 +97,7 @@ def update_offload(wrapped, model, args, kwargs):
 # PEFT swaps and mixes adapters of a closed list of types.
 
 
-def refuse_hotswap(wrapped, instance, args, kwargs):
+def refuse_hotswap(wrapped: Callable[..., Any], instance: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Around `check_hotswap_configs_compatible`: refuse Tied-LoRA with the way out."""
     if any(is_tied_lora(config) for config in (*args, *kwargs.values())):
         raise ValueError(
@@ -95,7 +107,7 @@ def refuse_hotswap(wrapped, instance, args, kwargs):
     return wrapped(*args, **kwargs)
 
 
-def refuse_mixed_model(wrapped, instance, args, kwargs):
+def refuse_mixed_model(wrapped: Callable[..., Any], instance: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Around `_check_config_compatible` of a `PeftMixedModel`: refuse Tied-LoRA with the way out."""
     if any(is_tied_lora(config) for config in (*args, *kwargs.values())):
         raise ValueError(

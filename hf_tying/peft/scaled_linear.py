@@ -1,5 +1,7 @@
 """The second half of the update, `low diag(u) B^T diag(v)`, which keeps only its factors for the backward pass."""
 
+from typing import Any
+
 import torch
 from torch.nn import functional as F
 
@@ -31,7 +33,7 @@ def scaled_linear(
     return _ScaledLinear.apply(low, b, u, v, scaling)
 
 
-def _weight(b, u, v, scaling):
+def _weight(b: torch.Tensor, u: torch.Tensor | None, v: torch.Tensor | None, scaling: float) -> torch.Tensor:
     columns = u * scaling if u is not None and scaling != 1 else scaling if u is None else u
     weight = b if u is None and scaling == 1 else b * columns
     return weight if v is None else weight * v.unsqueeze(-1)
@@ -41,18 +43,20 @@ class _ScaledLinear(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(low, b, u, v, scaling):
+    def forward(
+        low: torch.Tensor, b: torch.Tensor, u: torch.Tensor | None, v: torch.Tensor | None, scaling: float
+    ) -> torch.Tensor:
         return F.linear(low, _weight(b, u, v, scaling))
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
         *factors, ctx.scaling = inputs
         ctx.save_for_backward(*factors)
         ctx.save_for_forward(*factors)
         ctx.dtype = output.dtype
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # Of operations that autograd knows, on the inputs themselves: so it has a derivative too.
         low, b, u, v = ctx.saved_tensors
         of_low = of_b = of_u = of_v = None
@@ -73,7 +77,14 @@ class _ScaledLinear(torch.autograd.Function):
         return of_low, of_b, of_u, of_v, None
 
     @staticmethod
-    def jvp(ctx, low_t, b_t, u_t, v_t, _):
+    def jvp(
+        ctx: Any,
+        low_t: torch.Tensor | None,
+        b_t: torch.Tensor | None,
+        u_t: torch.Tensor | None,
+        v_t: torch.Tensor | None,
+        _: None,
+    ) -> torch.Tensor:
         low, b, u, v = ctx.saved_tensors
         # The output is linear in each factor: its derivative is the sum with one of them replaced by its own.
         terms = [] if low_t is None else [(low_t, b, u, v)]

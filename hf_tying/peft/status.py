@@ -1,12 +1,18 @@
 """PEFT's status of a model's adapters, for Tied-LoRA: a row is an adapted layer, with the factors that it shares."""
 
+from collections.abc import Callable
+from typing import Any
+
 from peft import PeftModel
+from peft.peft_model import TunerLayerStatus
 
 from .layer import TiedLoraLayer
 from .matrices import TiedMatrices
 
 
-def layer_status(wrapped, instance, args, kwargs):
+def layer_status(
+    wrapped: Callable[..., Any], instance: Any, args: tuple, kwargs: dict[str, Any]
+) -> list[TunerLayerStatus]:
     """Around `get_layer_status`: leave out the holder of the shared factors, and tell of them in the layers' rows.
 
     The holder is no adapted layer. PEFT would count it as one, and call a merge into all layers "irregular".
@@ -21,7 +27,7 @@ def layer_status(wrapped, instance, args, kwargs):
     return [row for row in rows if not isinstance(modules[row.name], TiedMatrices)]
 
 
-def _tell(row, adapter: str, layer: TiedLoraLayer) -> None:
+def _tell(row: TunerLayerStatus, adapter: str, layer: TiedLoraLayer) -> None:
     """Whether the layer's factors of one adapter are trained, and where they are."""
     factors = layer.factors(adapter)
     if adapter in layer.tied_lora_v:

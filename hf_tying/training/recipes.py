@@ -1,7 +1,7 @@
-"""How the papers trained their LSTM language models: keywords of `CarriedStateArguments`, by the names of the sizes.
+"""The papers' training of their LSTM language models: keywords of `CarriedStateArguments`, by the names of the sizes.
 
-Zaremba et al. 2014 section 4 and their released code (Press & Wolf 2016 use the same); Inan et al. 2016 section 5 with
-a third party's decay; Merity et al. 2017 section 5.
+Sources: Zaremba et al. 2014 section 4 and their released code (also Press & Wolf 2016); Inan et al. 2016 section 5,
+with the decay of another implementation; Merity et al. 2017 section 5.
 """
 
 

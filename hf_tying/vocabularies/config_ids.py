@@ -3,6 +3,7 @@
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ..config import TyingError
 from ..ties.anatomy import Anatomy
@@ -11,7 +12,9 @@ from ..ties.vocabulary import vocabularies_of
 from .joint import JointVocabulary
 
 
-def padding_move(anatomy: Anatomy, joint: JointVocabulary, target_tokenizer) -> tuple[int, int] | None:
+def padding_move(
+    anatomy: Anatomy, joint: JointVocabulary, target_tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, int] | None:
     """The padding id of the source side before and after; `None` where it stays.
 
     Raises:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..ties.anatomy import Anatomy
@@ -18,7 +19,10 @@ logger = logging.get_logger(__name__)
 
 
 def join_vocabularies(
-    model: PreTrainedModel, source_tokenizer, target_tokenizer=None, overlap: str = "word"
+    model: PreTrainedModel,
+    source_tokenizer: PreTrainedTokenizerBase,
+    target_tokenizer: PreTrainedTokenizerBase | None = None,
+    overlap: str = "word",
 ) -> tuple[PreTrainedModel, Any]:
     """Give a trained translation model with two vocabularies one joint vocabulary, in place.
 

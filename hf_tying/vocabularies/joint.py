@@ -5,9 +5,14 @@ Nothing here knows a model.
 
 import functools
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..config import TyingError, nearest
 from .conventions import convention_of, piece_of, spelled
+
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
 
 #: The rules by which words of two vocabularies become one; see `join_vocabularies`.
 OVERLAPS = ("word", "spelling", "none")
@@ -21,7 +26,7 @@ class VocabularySide:
         vocabulary (`dict[str, int]`): the ids of its words, from `vocabularies_of`.
     """
 
-    def __init__(self, tokenizer, vocabulary: dict[str, int]):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", vocabulary: dict[str, int]) -> None:
         # Of two words with one id, the first in the order of the alphabet.
         self.words = {index: word for word, index in reversed(sorted(vocabulary.items()))}
         self.convention = convention_of(vocabulary)
@@ -52,7 +57,7 @@ class JointVocabulary:
     target_size: int
     source_ids: dict[int, int]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         ids = self.source_ids.values()
         own = sorted(index for index in ids if index >= self.target_size)
         if len(set(ids)) < len(ids) or own != list(range(self.target_size, self.target_size + len(own))):

@@ -1,10 +1,15 @@
 """What `join_vocabularies` refuses, before anything is changed: matrices and tokenizers that cannot become one."""
 
+from typing import TYPE_CHECKING
+
 from ..config import TyingError
 from ..ties.anatomy import Anatomy
 from ..ties.slots import find_slot, why_no_parameter
 from ..ties.vocabulary import vocabularies_of
 from .joint import VocabularySide
+
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 
 def refuse_missing_matrices(anatomy: Anatomy) -> None:
@@ -65,7 +70,7 @@ def refuse_unjoinable_matrices(anatomy: Anatomy) -> None:
             )
 
 
-def refuse_two_ends(tokenizer) -> None:
+def refuse_two_ends(tokenizer: "PreTrainedTokenizerBase") -> None:
     """A tokenizer with two vocabularies (Marian, FSMT) ends texts of both sides with the id of the source's end."""
     end = tokenizer.special_tokens_map.get("eos_token") or tokenizer.special_tokens_map.get("sep_token")
     ids = [vocabulary.get(end) for vocabulary in vocabularies_of(tokenizer)]

@@ -3,9 +3,13 @@
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 
-def with_one_vocabulary(tokenizer, vocabulary: dict[str, int]):
+def with_one_vocabulary(tokenizer: "PreTrainedTokenizerBase", vocabulary: dict[str, int]) -> "PreTrainedTokenizerBase":
     """A tokenizer of the same class and settings that has `vocabulary` for both sides.
 
     Args:

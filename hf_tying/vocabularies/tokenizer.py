@@ -1,11 +1,13 @@
 """The tokenizer of a joint vocabulary: `JointTokenizer` over any two, or a stock class where it can have one."""
 
 import copy
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from transformers import AutoTokenizer, BatchEncoding, PreTrainedConfig, PreTrainedTokenizer
-from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
+from transformers import AddedToken, AutoTokenizer, BatchEncoding, PreTrainedConfig, PreTrainedTokenizer
+from transformers.tokenization_utils_base import PaddingStrategy, PreTrainedTokenizerBase, TruncationStrategy
 
 from ..config import TyingError
 from ..ties.vocabulary import vocabularies_of
@@ -43,12 +45,12 @@ class JointTokenizer(PreTrainedTokenizer):
 
     def __init__(
         self,
-        source_tokenizer=None,
-        target_tokenizer=None,
+        source_tokenizer: PreTrainedTokenizerBase | None = None,
+        target_tokenizer: PreTrainedTokenizerBase | None = None,
         joint: JointVocabulary | None = None,
         joint_file: str | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         if source_tokenizer is None or target_tokenizer is None:
             raise TyingError("A JointTokenizer is made of two: expected source_tokenizer and target_tokenizer.")
         if _splits_source_only(target_tokenizer):
@@ -103,7 +105,7 @@ class JointTokenizer(PreTrainedTokenizer):
         """From each word to its id. A word of the source is named as the target's convention spells it."""
         return dict(self._ids)
 
-    def _add_tokens(self, new_tokens, special_tokens: bool = False) -> int:
+    def _add_tokens(self, new_tokens: Sequence[str | AddedToken], special_tokens: bool = False) -> int:
         for token in new_tokens:
             if str(token) not in self._ids:
                 raise TyingError(
@@ -133,8 +135,8 @@ class JointTokenizer(PreTrainedTokenizer):
 
     def _encode_plus(
         self,
-        text,
-        text_pair=None,
+        text: str | list,
+        text_pair: str | list | None = None,
         padding_strategy: PaddingStrategy = PaddingStrategy.DO_NOT_PAD,
         truncation_strategy: TruncationStrategy = TruncationStrategy.DO_NOT_TRUNCATE,
         max_length: int | None = None,
@@ -142,7 +144,7 @@ class JointTokenizer(PreTrainedTokenizer):
         padding_side: str | None = None,
         return_tensors: str | None = None,
         return_attention_mask: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BatchEncoding:
         tokenizer = self.target_tokenizer if self._for_target else self.source_tokenizer
         tokenizer.truncation_side = self.truncation_side
@@ -174,7 +176,9 @@ class JointTokenizer(PreTrainedTokenizer):
     def _joint_ids(self, ids: list[int]) -> list[int]:
         return ids if self._for_target else [self.joint.source_ids[index] for index in ids]
 
-    def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs) -> list[str]:
+    def tokenize(
+        self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any
+    ) -> list[str]:
         """The words of the joint vocabulary that `text` is made of, as the source side splits it."""
         encoded = self._encode_plus(text, pair, add_special_tokens=add_special_tokens, **kwargs)
         return self.convert_ids_to_tokens(encoded["input_ids"])
@@ -183,7 +187,9 @@ class JointTokenizer(PreTrainedTokenizer):
         """As the source's tokenizer adds them."""
         return self.source_tokenizer.num_special_tokens_to_add(pair)
 
-    def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None) -> list[int]:
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
         """Refuse: each side's tokenizer adds its special tokens to a text, not to ids.
 
         Raises:
@@ -193,7 +199,7 @@ class JointTokenizer(PreTrainedTokenizer):
 
     # --- from ids to text --------------------------------------------------------------------------------------------
 
-    def _decode(self, token_ids, skip_special_tokens: bool = False, **kwargs) -> str:
+    def _decode(self, token_ids: int | Sequence[int], skip_special_tokens: bool = False, **kwargs: Any) -> str:
         ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
         self.convert_ids_to_tokens(ids)  # refuses what is no id
         if all(index < self.joint.target_size for index in ids):
@@ -222,7 +228,9 @@ class JointTokenizer(PreTrainedTokenizer):
         return tuple(files)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *init_inputs, subfolder: str = "", **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *init_inputs: Any, subfolder: str = "", **kwargs: Any
+    ) -> Self:
         """Open a saved one like any tokenizer. `AutoTokenizer` opens the two inside, without remote code."""
         where = {key: kwargs[key] for key in _WHERE if key in kwargs}
         for side in ("source_tokenizer", "target_tokenizer"):
@@ -245,7 +253,12 @@ def register() -> None:
     AutoTokenizer.register(JointTokenizerConfig, JointTokenizer, exist_ok=True)
 
 
-def tokenizer_over(joint: JointVocabulary, source_tokenizer, target_tokenizer, overlap: str):
+def tokenizer_over(
+    joint: JointVocabulary,
+    source_tokenizer: PreTrainedTokenizerBase,
+    target_tokenizer: PreTrainedTokenizerBase,
+    overlap: str,
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a joint vocabulary: a stock one where its class can have one, else a `JointTokenizer`.
 
     Args:
@@ -266,6 +279,6 @@ def tokenizer_over(joint: JointVocabulary, source_tokenizer, target_tokenizer, o
     return JointTokenizer(copy.deepcopy(source_tokenizer), copy.deepcopy(target_tokenizer), joint)
 
 
-def _splits_source_only(tokenizer) -> bool:
+def _splits_source_only(tokenizer: PreTrainedTokenizerBase) -> bool:
     source, target = vocabularies_of(tokenizer)
     return source != target and not hasattr(tokenizer, "_switch_to_target_mode")

@@ -8,12 +8,16 @@ The demo imports `answer` as well: what is compared is computed by the same line
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def answer(model, question: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+
+def answer(model: "PreTrainedModel", question: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Logits of given translations, translations by beam search, and parameters counted once each.
 
     Args:
@@ -42,7 +46,7 @@ def answer(model, question: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
-def main(question_file: str, answer_file: str, way: str, *folders: str):
+def main(question_file: str, answer_file: str, way: str, *folders: str) -> None:
     if way == "hf_tying":
         from hf_tying import assert_tied
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer

@@ -99,7 +99,7 @@ def _samples(corpora: Corpora, run: TranslationRun) -> list[dict[str, str]]:
     ]
 
 
-def _announce(console: Console, settings: TranslationSettings, corpus: dict):
+def _announce(console: Console, settings: TranslationSettings, corpus: dict) -> None:
     console.print(
         f"[bold]Pairs[/]  {escape(corpus['name'])}, {corpus['source_language']} to {corpus['target_language']}: "
         f"{corpus['training_pairs']:,} to train on, {corpus['validation_pairs']:,} held out; no line of either side "
@@ -112,7 +112,9 @@ def _announce(console: Console, settings: TranslationSettings, corpus: dict):
     )
 
 
-def _conclude(console: Console, settings: TranslationSettings, results: dict, samples: list[dict], checks: list):
+def _conclude(
+    console: Console, settings: TranslationSettings, results: dict, samples: list[dict], checks: list
+) -> None:
     scores = [
         ("exact match", "exact_match", "{:.3f}".format),
         ("BLEU", "bleu", "{:.2f}".format),

@@ -4,7 +4,8 @@ import copy
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel, set_seed
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel, set_seed
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ...ties.anatomy import roles
 from ...ties.slots import find_parameter, find_slot
@@ -39,7 +40,7 @@ _TOLD = (
 )
 
 
-def small_config(model_type: str, tokenizer, max_length: int):
+def small_config(model_type: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> PreTrainedConfig:
     """A config of `model_type` with the demo's sizes and the tokenizer's ids.
 
     Args:
@@ -59,7 +60,7 @@ def small_config(model_type: str, tokenizer, max_length: int):
         return AutoConfig.for_model(model_type, **fields)
 
 
-def build_models(config, max_length: int, seed: int) -> dict[str, PreTrainedModel]:
+def build_models(config: PreTrainedConfig, max_length: int, seed: int) -> dict[str, PreTrainedModel]:
     """The untied model and its tied twins, whose tied matrix starts as the untied one's target embedding.
 
     Args:
@@ -89,7 +90,7 @@ def build_models(config, max_length: int, seed: int) -> dict[str, PreTrainedMode
     return models
 
 
-def _stock(config, scheme: str) -> PreTrainedModel:
+def _stock(config: PreTrainedConfig, scheme: str) -> PreTrainedModel:
     """A model that has nothing tied yet, of the form in which its stock class can be tied by `scheme`.
 
     Marian has a form for each; in the right one each matrix is in the file once, and stock transformers re-tie it.
@@ -100,7 +101,7 @@ def _stock(config, scheme: str) -> PreTrainedModel:
     return tie(AutoModelForSeq2SeqLM.from_config(config), "none")
 
 
-def _start_apart(model: PreTrainedModel):
+def _start_apart(model: PreTrainedModel) -> None:
     """Draw each of the three matrices anew: what was tied has left copies of one draw."""
     for role in roles(model).values():
         start_with_rows_of_unit_norm(find_parameter(model, role.name))
@@ -110,7 +111,7 @@ def _start_apart(model: PreTrainedModel):
                 find_parameter(model, role.name)[padding] = 0  # as stock models start
 
 
-def _try_out(model: PreTrainedModel):
+def _try_out(model: PreTrainedModel) -> None:
     """One forward and backward pass and one token on a copy: not every type can be trained on token ids alone."""
     model, tokens = copy.deepcopy(model).train(), torch.full((1, 4), model.config.eos_token_id)
     model(input_ids=tokens, labels=tokens).loss.backward()

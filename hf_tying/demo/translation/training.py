@@ -5,7 +5,10 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ...metrics import Bleu, ChrF
 from ...metrics.translation import generated_text
@@ -127,7 +130,11 @@ def training_order(corpora: Corpora, settings: TranslationSettings) -> list[int]
 
 
 def translated(
-    model: PreTrainedModel, tokenizer, sentences: list[str], max_length: int, batch_size: int = 128
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sentences: list[str],
+    max_length: int,
+    batch_size: int = 128,
 ) -> list[str]:
     """Greedy translations, in the order of the sentences.
 
@@ -169,12 +176,12 @@ def _arguments(settings: TranslationSettings) -> Seq2SeqTrainingArguments:
 class _RecordingTrainer(Seq2SeqTrainer):
     """Counts the tokens of each step, and keeps a digest of what the model was given to learn from."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.digest = hashlib.sha256()
         self.tokens: list[int] = []
 
-    def training_step(self, model, inputs, *args, **kwargs):
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         for key in ("input_ids", "labels"):
             self.digest.update(inputs[key].cpu().numpy().tobytes())
         self.tokens.append(int(inputs["attention_mask"].sum() + (inputs["labels"] != -100).sum()))
