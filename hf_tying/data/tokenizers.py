@@ -6,9 +6,14 @@ Byte-level BPE (Radford et al. 2019, section 2.2) can write any text and has no 
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..config import TyingError
 from .text import read_text
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
 
 #: Ends every document: the one special token of `train_byte_level_bpe`.
 END_OF_TEXT = "<|endoftext|>"
@@ -21,12 +26,13 @@ _LANGUAGE = re.compile(r"[a-z]{2,3}([-_][A-Za-z0-9]{2,8})*")
 _NO_LANGUAGES = ("txt", "tok", "raw", "bpe")
 
 
-def train_byte_level_bpe(texts: Iterable[str], vocab_size: int):
+def train_byte_level_bpe(texts: Iterable[str], vocab_size: int, progress: bool = False) -> "PreTrainedTokenizerFast":
     """Train a byte-level BPE (Radford et al. 2019, section 2.2), which can write any text and has no unknown token.
 
     Args:
         texts (`Iterable[str]`): the training documents, never the validation ones.
         vocab_size (`int`): entries at most, special token included; at least 257. A short text gives fewer.
+        progress (`bool`, default `False`): show progress bars.
 
     Returns:
         `PreTrainedTokenizerFast` with `<|endoftext|>` as its beginning and its end. It has no padding token: many
@@ -37,11 +43,13 @@ def train_byte_level_bpe(texts: Iterable[str], vocab_size: int):
     """
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = _trained(texts, vocab_size, [END_OF_TEXT])
+    tokenizer = _trained(texts, vocab_size, [END_OF_TEXT], progress)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
 
 
-def train_joint_tokenizer(files: Sequence[str | Path], vocab_size: int, languages: Sequence[str] | None = None):
+def train_joint_tokenizer(
+    files: Sequence[str | Path], vocab_size: int, languages: Sequence[str] | None = None
+) -> "PreTrainedTokenizerFast":
     """Train one byte-level BPE over both sides of parallel text: the vocabulary that three-way tying needs.
 
     Args:
@@ -66,8 +74,10 @@ def train_joint_tokenizer(files: Sequence[str | Path], vocab_size: int, language
     return joint_tokenizer((line.strip() for text in texts for line in text.split("\n")), vocab_size, languages)
 
 
-def joint_tokenizer(lines: Iterable[str], vocab_size: int, languages: Sequence[str] = ()):
-    """As `train_joint_tokenizer`, from lines in memory."""
+def joint_tokenizer(
+    lines: Iterable[str], vocab_size: int, languages: Sequence[str] = (), progress: bool = False
+) -> "PreTrainedTokenizerFast":
+    """As `train_joint_tokenizer`, from lines in memory; `progress` shows progress bars."""
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
@@ -79,7 +89,7 @@ def joint_tokenizer(lines: Iterable[str], vocab_size: int, languages: Sequence[s
             f"The languages {list(languages)} are no vocabulary's: expected each once, and none whose token is "
             f"{PAD}, {BOS} or {EOS}."
         )
-    tokenizer = _trained(lines, vocab_size, special)
+    tokenizer = _trained(lines, vocab_size, special, progress)
     tokenizer.post_processor = TemplateProcessing(
         single=f"$A {EOS}", pair=f"$A {EOS} $B {EOS}", special_tokens=[(EOS, special.index(EOS))]
     )
@@ -106,7 +116,7 @@ def language_token(language: str) -> str:
     return f"<{language}>"
 
 
-def _trained(texts: Iterable[str], vocab_size: int, special_tokens: list[str]):
+def _trained(texts: Iterable[str], vocab_size: int, special_tokens: list[str], progress: bool) -> "Tokenizer":
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     least = 256 + len(special_tokens)
@@ -122,7 +132,7 @@ def _trained(texts: Iterable[str], vocab_size: int, special_tokens: list[str]):
         vocab_size=vocab_size,
         special_tokens=special_tokens,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        show_progress=progress,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
