@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-
 #: The token that ends every document, and the only special token of `train_byte_level_bpe`.
 END_OF_TEXT = "<|endoftext|>"
 
@@ -27,12 +26,13 @@ _LANGUAGE = re.compile(r"[a-z]{2,3}([-_][A-Za-z0-9]{2,8})*")
 _NO_LANGUAGES = ("txt", "tok", "raw", "bpe")
 
 
-def train_byte_level_bpe(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
+def train_byte_level_bpe(texts: Iterable[str], vocab_size: int, progress: bool = False) -> "PreTrainedTokenizerFast":
     """Train a byte-level BPE (Radford et al. 2019, section 2.2), which can write any text and has no unknown token.
 
     Args:
         texts (`Iterable[str]`): training documents, without the validation documents.
         vocab_size (`int`): largest number of entries, with the special token; at least 257. A short text gives fewer.
+        progress (`bool`): show progress bars. Default `False`.
 
     Returns:
         `PreTrainedTokenizerFast` with `<|endoftext|>` as its first and its last token. It has no padding token: many
@@ -43,7 +43,7 @@ def train_byte_level_bpe(texts: Iterable[str], vocab_size: int) -> "PreTrainedTo
     """
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = _trained(texts, vocab_size, [END_OF_TEXT])
+    tokenizer = _trained(texts, vocab_size, [END_OF_TEXT], progress)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
 
 
@@ -74,13 +74,16 @@ def train_joint_tokenizer(
     return joint_tokenizer((line.strip() for text in texts for line in text.split("\n")), vocab_size, languages)
 
 
-def joint_tokenizer(lines: Iterable[str], vocab_size: int, languages: Sequence[str] = ()) -> "PreTrainedTokenizerFast":
+def joint_tokenizer(
+    lines: Iterable[str], vocab_size: int, languages: Sequence[str] = (), progress: bool = False
+) -> "PreTrainedTokenizerFast":
     """Train a joint tokenizer as `train_joint_tokenizer` does, from lines in memory.
 
     Args:
         lines (`Iterable[str]`): training lines of all languages.
         vocab_size (`int`): largest number of entries, with the special tokens.
         languages (`Sequence[str]`): codes of the languages. Default: none.
+        progress (`bool`): show progress bars. Default `False`.
 
     Raises:
         TyingError: if `vocab_size` is too small, or a language is given twice or has the token of another purpose.
@@ -96,7 +99,7 @@ def joint_tokenizer(lines: Iterable[str], vocab_size: int, languages: Sequence[s
             f"The languages {list(languages)} do not make a vocabulary: expected each once, and none whose token is "
             f"{PAD}, {BOS} or {EOS}."
         )
-    tokenizer = _trained(lines, vocab_size, special)
+    tokenizer = _trained(lines, vocab_size, special, progress)
     tokenizer.post_processor = TemplateProcessing(
         single=f"$A {EOS}", pair=f"$A {EOS} $B {EOS}", special_tokens=[(EOS, special.index(EOS))]
     )
@@ -123,7 +126,7 @@ def language_token(language: str) -> str:
     return f"<{language}>"
 
 
-def _trained(texts: Iterable[str], vocab_size: int, special_tokens: list[str]) -> "Tokenizer":
+def _trained(texts: Iterable[str], vocab_size: int, special_tokens: list[str], progress: bool) -> "Tokenizer":
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     least = 256 + len(special_tokens)
@@ -139,7 +142,7 @@ def _trained(texts: Iterable[str], vocab_size: int, special_tokens: list[str]) -
         vocab_size=vocab_size,
         special_tokens=special_tokens,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        show_progress=progress,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer

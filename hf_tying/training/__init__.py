@@ -10,11 +10,13 @@ _HOME = {
     "HeadlessTrainer": "headless",
     "ObjectiveArguments": "arguments",
     "RECIPES": "recipes",
+    "ScriptParser": "command_line",
     "TyingArguments": "arguments",
     "TyingCallback": "callbacks",
     "average_into": "averaging",
-    "config_with_overrides": "arguments",
+    "config_with_overrides": "model_config",
     "recover_lm_head": "headless",
+    "resume_path": "resuming",
     "set_accepts_loss_kwargs": "callbacks",
 }
 

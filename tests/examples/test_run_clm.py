@@ -113,11 +113,12 @@ def test_a_saved_model_is_tuned_further_from_the_command_line(uninterrupted, tex
     "changes, message",
     [
         ({"train_file": "missing.txt"}, "There is no file 'missing.txt'"),
-        ({"block_size": 100_000}, "shorter than one block of 100000"),
-        ({"scheme": "two-way"}, "Unknown tying scheme 'two-way'"),
+        ({"block_size": 2000}, "shorter than one block of 2000"),
+        ({"block_size": 3000}, "--block_size 3000 is more than the 2048 positions of this llama"),
+        ({"scheme": "two-way"}, "--scheme 'two-way' in .* expected one of none, two_way"),
         ({"model_name_or_path": "gpt2"}, "one of --model_name_or_path"),
     ],
-    ids=["missing file", "long blocks", "unknown scheme", "two models"],
+    ids=["missing file", "long blocks", "longer blocks", "unknown scheme", "two models"],
 )
 def test_bad_input_is_named_and_nothing_is_written(flags, changes, message, tmp_path, monkeypatch):
     (tmp_path / "flags.json").write_text(json.dumps(flags | {"output_dir": str(tmp_path / "out")} | changes))
@@ -128,9 +129,11 @@ def test_bad_input_is_named_and_nothing_is_written(flags, changes, message, tmp_
 
 
 def test_an_error_ends_the_script_with_its_message(tmp_path):
-    result = run_clm("--model_type", "llama", "--train_file", "missing.txt", "--output_dir", tmp_path / "out")
+    result = run_clm(
+        "--model_type", "llama", "--do_train", "--train_file", "missing.txt", "--output_dir", tmp_path / "out"
+    )
     assert result.returncode == 1
     assert result.stderr.endswith(
-        "error: There is no file 'missing.txt'. Expected text in a .txt, .json or .csv file.\n"
+        "error: There is no file 'missing.txt'. Expected text in a .txt, .json, .jsonl or .csv file.\n"
     )
     assert "Traceback" not in result.stderr

@@ -95,8 +95,8 @@ def test_overrides_give_the_config_that_its_constructor_gives(model_type, overri
     assert found.to_dict() != AutoConfig.for_model(model_type, vocab_size=99).to_dict()
 
 
-def test_a_key_that_the_config_has_not_is_refused_as_in_transformers():
-    with pytest.raises(ValueError, match="key hiden_size"):
+def test_a_key_that_the_config_has_not_is_refused_with_the_nearest():
+    with pytest.raises(TyingError, match="key 'hiden_size' is not in .*nearest names are 'hidden_size'"):
         config_with_overrides(partial(AutoConfig.for_model, "llama"), "hiden_size=64")
 
 

@@ -179,9 +179,7 @@ def _map(problem: Problem, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> to
     return torch.linalg.eigh(equations)[1][:, 0].view(r, r)
 
 
-def _complete(
-    problem: Problem, of_a: dict[str, torch.Tensor], of_u: dict[str, torch.Tensor] | None = None
-) -> Factors:
+def _complete(problem: Problem, of_a: dict[str, torch.Tensor], of_u: dict[str, torch.Tensor] | None = None) -> Factors:
     """All factors from A: u first, unless it is given, then the B and v that fit best."""
     factors = Factors(A=of_a)
     coordinates = {module: _coordinates(problem, module, of_a[names.A]) for module, names in problem.names.items()}
