@@ -86,7 +86,8 @@ def _common_ending(names: list[str]) -> str:
 
 def _state(group: GroupReport) -> tuple:
     held = None if group.in_file is None else tuple(name in set(group.in_file) for name in group.names)
-    return group.status, group.declared, held, tuple(group.roles.get(name) for name in group.names)
+    apart = tuple(name in set(group.apart) for name in group.names)
+    return group.status, group.declared, held, apart, tuple(group.roles.get(name) for name in group.names)
 
 
 def _relative(names: tuple[str, ...]) -> tuple[tuple, ...]:

@@ -43,6 +43,7 @@ def adapter_groups(model: nn.Module) -> list[GroupReport]:
                     in_file=None,
                     copies=distinct,
                     status="tied" if distinct == 1 else "broken",
+                    apart=[module for module, other in held if other is not weight],
                     part=part,
                 )
             )

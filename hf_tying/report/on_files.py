@@ -78,6 +78,7 @@ def report_on_files(folder: Path, source: str) -> TyingReport:
                 copies=len({copies[n] for n in used}) if apart and not kept.startswith("use:") and used else 1,
                 carriers=carriers,
                 status="broken" if broken else "apart" if apart and kept == "keep_untied" else "tied",
+                apart=[n for n in in_file if copies[n] != copies[in_file[0]]],
                 compared=compared,
             )
         )
@@ -85,19 +86,18 @@ def report_on_files(folder: Path, source: str) -> TyingReport:
         if not in_file:
             findings.append(missing_in_file(rows[-1], "the file"))
         elif broken:
-            findings.append(_values_differ(rows[-1], copies))
+            findings.append(_values_differ(rows[-1]))
     buffers = set() if blank is None else {name for name, _ in blank.named_buffers()}
     held = sum(prod(shape) for key, (shape, _) in header.items() if key not in buffers) - repeated
     return TyingReport(source, architecture, entry.scheme if entry else None, held, rows, findings)
 
 
-def _values_differ(group: GroupReport, copies: dict[str, int]) -> Finding:
-    other = next(name for name in copies if copies[name] != copies[group.in_file[0]])
+def _values_differ(group: GroupReport) -> Finding:
     return Finding(
         "T001",
         "error",
         f"group {group.name!r}: expected one value for its names, found two in the file: {group.in_file[0]!r} and "
-        f"{other!r} differ. transformers loads them untied, and hf_tying refuses them.",
+        f"{group.apart[0]!r} differ. transformers loads them untied, and hf_tying refuses them.",
         f"Choose when loading: from_pretrained(..., tying={{'on_conflict': 'use:{group.in_file[0]}'}}) or "
         "'keep_untied'.",
         group.name,

@@ -8,7 +8,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from ..ties.anatomy import Anatomy
 from ..ties.groups import TieGroup, scheme_of
-from ..ties.slots import find_parameter
+from ..ties.slots import find_parameter, parameter_at_work
 from ..ties.verify import groups_of, problems, unwrapped
 from .records import Finding, GroupReport, TyingReport, group_report
 
@@ -37,9 +37,11 @@ def report_on_model(model: nn.Module) -> TyingReport:
     broken = {finding.group for finding in findings}
     rows = []
     for group in groups:
-        held = [find_parameter(model, name) for name in group.names]
-        some = next((parameter for parameter in held if parameter is not None), None)
-        distinct = len({id(parameter) for parameter in held})
+        # Of a broken tie counts what is at work: PEFT puts a copy beside a parameter that stays where it was.
+        find = parameter_at_work if group.name in broken else find_parameter
+        held = {name: find(model, name) for name in group.names}
+        some = next((parameter for parameter in held.values() if parameter is not None), None)
+        distinct = len({id(parameter) for parameter in held.values()})
         used = [name for name in group.names if name not in anatomy.carriers] or group.names
         rows.append(
             group_report(
@@ -51,9 +53,10 @@ def report_on_model(model: nn.Module) -> TyingReport:
                 some.element_size() if some is not None else 0,
                 declared=group in declared,
                 actual=distinct == 1 and some is not None,
-                copies=len({id(find_parameter(model, name)) for name in used}),
+                copies=len({id(held[name]) for name in used}),
                 carriers=anatomy.carriers,
                 status="by hand" if group not in declared else "broken" if group.name in broken else "tied",
+                apart=[name for name in group.names if held[name] is not held[group.root]],
             )
         )
     parameters = sum(p.numel() for p in {id(p): p for p in anatomy.slots.values()}.values())

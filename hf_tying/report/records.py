@@ -57,10 +57,12 @@ class GroupReport:
         parameters_saved: number of elements that the tie saves.
         bytes_saved: bytes of weights that it saves in memory.
         optimizer_bytes_saved: bytes of AdamW's two moments that it saves, kept in the weights' dtype.
-        file_bytes_saved: bytes that it saves in the file. `None` for a live model. A portable file holds every name: it
-            saves nothing, or less, since it also holds names that carry a matrix without using it (T5's `shared`).
+        parameters_held: number of elements that are left with the tie.
+        file_bytes_saved: bytes that it saves in the file. `None` for a live model. A portable file holds every name:
+            it saves nothing, or less, since it also has names that carry a matrix without using it (T5's `shared`).
         status: `"tied"`; `"broken"`: declared, and not so; `"by hand"`: tied, and not declared, so that a file loses
             it; `"apart"`: the values in the file differ, and its config says to keep them (`keep_untied`).
+        apart: the names that are not what the root is; empty for a tie that holds.
         compared: how the values of several names in the file were compared: `"whole"`, or `"samples"` of matrices too
             large to be read whole. `None` where nothing was compared.
         part: which factor of an adapter it is, such as `"A"`; `None` for parameters of a model.
@@ -77,8 +79,10 @@ class GroupReport:
     parameters_saved: int
     bytes_saved: int
     optimizer_bytes_saved: int
+    parameters_held: int
     file_bytes_saved: int | None = None
     status: str = "tied"
+    apart: list[str] = field(default_factory=list)
     compared: str | None = None
     part: str | None = None
 
@@ -168,6 +172,7 @@ def group_report(
     copies: int = 1,
     carriers: Container[str] = (),
     status: str = "tied",
+    apart: list[str] | None = None,
     compared: str | None = None,
     part: str | None = None,
 ) -> GroupReport:
@@ -188,6 +193,7 @@ def group_report(
         copies: how many different parameters the names beside the carriers are. Default 1, as in a tie that holds.
         carriers: names that hold a role's matrix without using it; it may have others too. Default none.
         status: see `GroupReport`. Default `"tied"`.
+        apart: see `GroupReport`. Default none.
         compared: see `GroupReport`. Default `None`: nothing was compared.
         part: see `GroupReport`. Default `None`, as for parameters of a model.
     """
@@ -206,8 +212,10 @@ def group_report(
         parameters_saved=saved,
         bytes_saved=saved * size,
         optimizer_bytes_saved=saved * size * _ADAMW_STATES,
+        parameters_held=len(counted) * elements - saved,
         file_bytes_saved=None if in_file is None else (len(counted) - len(in_file)) * elements * size,
         status=status,
+        apart=apart or [],
         compared=compared,
         part=part,
     )

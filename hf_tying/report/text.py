@@ -130,7 +130,7 @@ def _names(row: ModuleGroup, width: int) -> list[Text]:
     style = _BROKEN if row.status == "broken" else ""
     lines = [Text(), *(Text(line, style=f"bold {style}".strip()) for line in wrapped(_heading(row), width, 2))]
     roles = row.groups[0].roles if len(row.groups) == 1 else {}
-    if roles:
+    if roles or row.groups[0].apart:
         listed: list[str | None] = [*row.groups[0].names]
     else:
         listed = [place for block in row.blocks for place in row.places(block)]
@@ -141,8 +141,10 @@ def _names(row: ModuleGroup, width: int) -> list[Text]:
             lines.append(Text(f"{'':{margin}}... {len(listed) - _MOST_LINES + 1:,} more"))
             continue
         role = f"  {roles.get(name, '')}" if roles else ""
-        text = wrapped(printable(name), width - margin, 2)
-        lines += [Text(f"{role if i == 0 else '':<{margin}}{line}") for i, line in enumerate(text)]
+        apart = name in row.groups[0].apart
+        text = wrapped(printable(name) + "  (apart)" * apart, width - margin, 2)
+        style = _BROKEN if apart and row.status == "broken" else ""
+        lines += [Text(f"{role if i == 0 else '':<{margin}}{line}", style=style) for i, line in enumerate(text)]
     return lines
 
 
