@@ -29,6 +29,11 @@ class ModuleGroup:
         return [group for block in self.blocks for group in block]
 
     @property
+    def title(self) -> str:
+        """The name, with dots behind it if it stands for those of several alike."""
+        return self.name if len(self.blocks) == 1 else f"{self.name} ..."
+
+    @property
     def status(self) -> str:
         """The status of the tie groups, which is the same for all of them."""
         return self.blocks[0][0].status

@@ -1,6 +1,6 @@
 """Names of parameters and modules as people read them: as patterns, in lines, without controls."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from re import split
 
 from rich.cells import cell_len
@@ -60,14 +60,18 @@ def _alternatives(parts: tuple[str, ...]) -> str:
         return parts[0]
     if not all(map(is_index, parts)):
         return "{" + ",".join(parts) + "}"
+    return "{" + ranges([int(part) for part in parts]) + "}"
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Numbers in their order, those in a row as one: `0-3,7`."""
     runs: list[list[int]] = []
-    for number in sorted(map(int, parts)):
+    for number in sorted(numbers):
         if runs and number == runs[-1][1] + 1:
             runs[-1][1] = number
         else:
             runs.append([number, number])
-    listed = [str(a) if a == b else f"{a}-{b}" if b > a + 1 else f"{a},{b}" for a, b in runs]
-    return "{" + ",".join(listed) + "}"
+    return ",".join(str(a) if a == b else f"{a}-{b}" if b > a + 1 else f"{a},{b}" for a, b in runs)
 
 
 def wrapped(text: str, width: int, indent: int = 0) -> list[str]:

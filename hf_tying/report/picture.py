@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from .colors import BROKEN, OTHER, distinct_colors
 from .layer_order import is_index
 from .module_groups import ModuleGroup, module_groups
-from .names import printable, shortened
+from .names import printable, ranges, shortened
 from .records import GroupReport, TyingReport
 
 if TYPE_CHECKING:
@@ -42,8 +42,9 @@ def draw_report(report: TyingReport, figure: "Figure") -> None:
         figure: one that places its axes by `layout="constrained"`.
     """
     colors = distinct_colors(len(report.groups))
-    cells = [cell for i, group in enumerate(report.groups) for cell in cells_of(group, i)]
-    stacks = list(dict.fromkeys(cell.stack for cell in cells))[:_MOST_PANELS]
+    by_part = sorted(enumerate(report.groups), key=lambda numbered: numbered[1].part or "")
+    cells = [cell for i, group in by_part for cell in cells_of(group, i)]
+    stacks = sorted(dict.fromkeys(cell.stack for cell in cells), key=bool)[:_MOST_PANELS]  # names without layers first
     rows_of = {stack: list(dict.fromkeys(cell.row for cell in cells if cell.stack == stack)) for stack in stacks}
     bars = module_groups(report.groups)
     heights = [min(len(rows), _MOST_ROWS) * _ROW + 0.75 for rows in rows_of.values()]
@@ -56,6 +57,8 @@ def draw_report(report: TyingReport, figure: "Figure") -> None:
     for stack, panel in zip(stacks, axes, strict=False):
         own = [cell for cell in cells if cell.stack == stack]
         _draw_grid(panel, stack, rows_of[stack], own, colors)
+    if stacks:
+        axes[0].set_title("tied names: what has the same number and colour is one parameter", fontsize=9, loc="left")
     _draw_bars(axes[-1], report, bars, colors)
 
 
@@ -101,12 +104,11 @@ def _draw_grid(axes: "Axes", stack: str, rows: list[str], cells: list[Cell], col
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     if stack:
-        axes.set_xlabel(_plain(f"layer of {shortened(printable(stack), 60)}"), fontsize=_FONT)
+        axes.set_xlabel(_plain(f"layer of {shortened(printable(stack), 60)}"), fontsize=_FONT, loc="left")
         step = 1 if columns <= 24 else 5 if columns <= 100 else 20
         axes.set_xticks(range(0, columns, step), [str(i) for i in range(0, columns, step)], fontsize=_FONT)
     else:
         axes.set_xticks([])
-        axes.set_title("Tied names: one number and colour, one parameter", fontsize=9, loc="left")
 
 
 def _draw_cell(axes: "Axes", x: int, y: int, broken: bool, color: str) -> None:
@@ -133,7 +135,7 @@ def _draw_bars(axes: "Axes", report: TyingReport, rows: list[ModuleGroup], color
         pieces = [(group, colors[index_of[id(group)]]) for group in row.groups]
         for group, color in pieces:
             shared = min(prod(group.shape), group.parameters_held)
-            axes.barh(y, shared, 0.7, left=at, color=color, edgecolor="white", linewidth=0.3)
+            axes.barh(y, shared, 0.7, left=at, color=color, linewidth=0)
             at += shared
             if apart := group.parameters_held - shared:
                 axes.barh(y, apart, 0.7, left=at, color="white", edgecolor=BROKEN, hatch="xxx", linewidth=2)
@@ -143,11 +145,15 @@ def _draw_bars(axes: "Axes", report: TyingReport, rows: list[ModuleGroup], color
                 axes.barh(y, saved, 0.7, left=at, color="none", edgecolor=color, hatch="////", linewidth=0.6)
                 at += saved
         labels.append(_row_label(row, [index_of[id(group)] + 1 for group in row.groups]))
-    rest = report.parameters - sum(group.parameters_held for group in report.groups)
-    axes.barh(len(shown), max(rest, 0), 0.7, color=OTHER)
     labels.append(
         "all other parameters" if len(rows) == len(shown) else f"others, and {len(rows) - len(shown)} more rows"
     )
+    rest = max(report.parameters - sum(group.parameters_held for group in report.groups), 0)
+    widest = max((sum(g.parameters_held + g.parameters_saved for g in row.groups) for row in shown), default=0)
+    axes.barh(len(shown), rest, 0.7, color=OTHER)
+    if rest > 8 * widest > 0:  # on one scale with a whole model, the factors of an adapter would not be seen
+        axes.set_xlim(0, widest * 1.15)
+        axes.text(widest * 0.02, len(shown), f"{rest:,}, beyond the axis", va="center", fontsize=_FONT)
     axes.set_yticks(range(len(labels)), labels, fontsize=_FONT)
     for label, row in zip(axes.get_yticklabels(), shown, strict=False):
         if row.status == "broken":
@@ -176,10 +182,9 @@ def _legend(axes: "Axes", report: TyingReport) -> None:
 
 
 def _row_label(row: ModuleGroup, numbers: list[int]) -> str:
-    whole = numbers == list(range(numbers[0], numbers[-1] + 1))
-    listed = f"{numbers[0]}-{numbers[-1]}" if whole and len(numbers) > 1 else ", ".join(map(str, numbers))
+    listed = ranges(numbers)
     broken = "BROKEN " if row.status == "broken" else ""
-    return f"{broken}{shortened(listed, 14)}  {_label(row.name)}"
+    return f"{broken}{shortened(listed, 14)}  {_label(row.title)}"
 
 
 def _label(name: str) -> str:

@@ -64,14 +64,10 @@ def _table(rows: list[ModuleGroup], width: int) -> Table:
     for head in ("group", *heads):
         table.add_column(head, justify="right" if head in ("names", "saved") else "left", no_wrap=True)
     for row, row_cells in zip(rows, cells, strict=True):
-        name = "\n".join(wrapped(printable(_title(row)), first))
+        name = "\n".join(wrapped(printable(row.title), first))
         style = _BROKEN if row.status == "broken" else None
         table.add_row(*(Text(cell) for cell in (name, *row_cells)), style=style)
     return table
-
-
-def _title(row: ModuleGroup) -> str:
-    return row.name if len(row.blocks) == 1 else f"{row.name} ..."
 
 
 def _shape(row: ModuleGroup) -> str:
@@ -149,7 +145,7 @@ def _names(row: ModuleGroup, width: int) -> list[Text]:
 
 
 def _heading(row: ModuleGroup) -> str:
-    name = printable(_title(row))
+    name = printable(row.title)
     are = "should be one" if row.status == "broken" else "are one"
     if (count := len(row.blocks[0])) > 1:
         modules = "the modules in a line" if len(row.blocks) > 1 else "these modules"
