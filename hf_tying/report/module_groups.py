@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass, field
 from re import sub
+from typing import TYPE_CHECKING
 
 from .layer_order import is_index
 from .names import patterns
-from .records import GroupReport
+
+if TYPE_CHECKING:
+    from .records import GroupReport
 
 
 @dataclass(frozen=True)
@@ -21,10 +24,10 @@ class ModuleGroup:
     """
 
     name: str
-    blocks: list[list[GroupReport]] = field(default_factory=list)
+    blocks: list[list["GroupReport"]] = field(default_factory=list)
 
     @property
-    def groups(self) -> list[GroupReport]:
+    def groups(self) -> "list[GroupReport]":
         """The tie groups of the row."""
         return [group for block in self.blocks for group in block]
 
@@ -45,14 +48,14 @@ class ModuleGroup:
         counts = [len(self.blocks), len(first), len(first[0].names)]
         return " x ".join(str(count) for i, count in enumerate(counts) if count > 1 or i == 2)
 
-    def places(self, block: list[GroupReport]) -> list[str]:
+    def places(self, block: "list[GroupReport]") -> list[str]:
         """The names that a block ties, as patterns: of the modules if they share several parameters."""
         if len(block) == 1:
             return patterns(block[0].names)
         return patterns(modules_of(block[0]))
 
 
-def modules_of(group: GroupReport) -> list[str]:
+def modules_of(group: "GroupReport") -> list[str]:
     """The names of a group without the ending of its own name: the modules that share this parameter.
 
     `layers.mlp.weight` is the group of `h.0.mlp.weight` and `h.1.mlp.weight` if `h.0` and `h.1` were tied as `layers`.
@@ -61,7 +64,7 @@ def modules_of(group: GroupReport) -> list[str]:
     return [name.removesuffix(ending) for name in group.names]
 
 
-def module_groups(groups: list[GroupReport]) -> list[ModuleGroup]:
+def module_groups(groups: "list[GroupReport]") -> list[ModuleGroup]:
     """Put tie groups together that a reader takes for one.
 
     Groups become one row only if they have the same status, roles and places in the file: what is broken stands alone.
@@ -89,7 +92,7 @@ def _common_ending(names: list[str]) -> str:
     return ".".join(common[:count][::-1])
 
 
-def _state(group: GroupReport) -> tuple:
+def _state(group: "GroupReport") -> tuple:
     held = None if group.in_file is None else tuple(name in set(group.in_file) for name in group.names)
     apart = tuple(name in set(group.apart) for name in group.names)
     return group.status, group.declared, held, apart, tuple(group.roles.get(name) for name in group.names)

@@ -7,16 +7,17 @@ parameters than an eye has colours.
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
-from .colors import BROKEN, OTHER, distinct_colors
+from .drawing import BROKEN, OTHER, distinct_colors, plain
 from .layer_order import is_index
 from .module_groups import ModuleGroup, module_groups
 from .names import printable, ranges, shortened
-from .records import GroupReport, TyingReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.ticker import Formatter
+
+    from .records import GroupReport, TyingReport
 
 _WIDTH, _ROW, _FONT = 10.0, 0.24, 8  # inches, inches, points
 _LABEL = 44  # characters of a label beside the axes
@@ -34,7 +35,7 @@ class Cell(NamedTuple):
     apart: bool
 
 
-def draw_report(report: TyingReport, figure: "Figure") -> None:
+def draw_report(report: "TyingReport", figure: "Figure") -> None:
     """Draw a report in an empty figure, which takes the size that is needed.
 
     Args:
@@ -52,17 +53,19 @@ def draw_report(report: TyingReport, figure: "Figure") -> None:
     figure.set_size_inches(_WIDTH, sum(heights) + 0.5)
     scheme = f", scheme {report.scheme}" if report.scheme else ""
     title = f"{shortened(printable(report.architecture), 60)}: {report.parameters:,} parameters{scheme}"
-    figure.suptitle(_plain(title), fontsize=11)
+    figure.suptitle(plain(title), fontsize=11)
     axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     for stack, panel in zip(stacks, axes, strict=False):
         own = [cell for cell in cells if cell.stack == stack]
         _draw_grid(panel, stack, rows_of[stack], own, colors)
+    if more := len({cell.stack for cell in cells}) - len(stacks):
+        axes[len(stacks) - 1].set_xlabel(f"and {more:,} more stacks of layers", fontsize=_FONT, loc="left")
     if stacks:
         axes[0].set_title("tied names: what has the same number and colour is one parameter", fontsize=9, loc="left")
     _draw_bars(axes[-1], report, bars, colors)
 
 
-def cells_of(group: GroupReport, index: int) -> list[Cell]:
+def cells_of(group: "GroupReport", index: int) -> list[Cell]:
     """The cells of one group. A name without the number of a layer has a row of its own, in the stack `""`."""
     cells = []
     for name in group.names:
@@ -104,7 +107,7 @@ def _draw_grid(axes: "Axes", stack: str, rows: list[str], cells: list[Cell], col
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     if stack:
-        axes.set_xlabel(_plain(f"layer of {shortened(printable(stack), 60)}"), fontsize=_FONT, loc="left")
+        axes.set_xlabel(plain(f"layer of {shortened(printable(stack), 60)}"), fontsize=_FONT, loc="left")
         step = 1 if columns <= 24 else 5 if columns <= 100 else 20
         axes.set_xticks(range(0, columns, step), [str(i) for i in range(0, columns, step)], fontsize=_FONT)
     else:
@@ -125,7 +128,7 @@ def _write_number(axes: "Axes", cell: Cell, y: int, color: str, columns: int) ->
     axes.text(cell.layer, y, str(cell.group + 1), ha="center", va="center", fontsize=size, color=ink, bbox=box)
 
 
-def _draw_bars(axes: "Axes", report: TyingReport, rows: list[ModuleGroup], colors: list[str]) -> None:
+def _draw_bars(axes: "Axes", report: "TyingReport", rows: list[ModuleGroup], colors: list[str]) -> None:
     """A bar for each row of the table, in pieces of its parameters: held ones are solid, saved ones hatched."""
     index_of = {id(group): i for i, group in enumerate(report.groups)}
     shown = rows[:_MOST_ROWS]
@@ -167,7 +170,7 @@ def _draw_bars(axes: "Axes", report: TyingReport, rows: list[ModuleGroup], color
     _legend(axes, report)
 
 
-def _legend(axes: "Axes", report: TyingReport) -> None:
+def _legend(axes: "Axes", report: "TyingReport") -> None:
     from matplotlib.patches import Patch
 
     keys = [Patch(facecolor="#666666", label="held once")]
@@ -188,12 +191,7 @@ def _row_label(row: ModuleGroup, numbers: list[int]) -> str:
 
 
 def _label(name: str) -> str:
-    return _plain(shortened(printable(name), _LABEL))
-
-
-def _plain(text: str) -> str:
-    """Text that matplotlib does not take for a formula."""
-    return text.replace("$", r"\$")
+    return plain(shortened(printable(name), _LABEL))
 
 
 def _ink(color: str) -> str:

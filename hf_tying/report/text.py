@@ -1,5 +1,7 @@
 """The text of a `TyingReport`: a row for each module group, the sums, the faults, and the names that are tied."""
 
+from typing import TYPE_CHECKING
+
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -7,7 +9,9 @@ from rich.text import Text
 
 from .module_groups import ModuleGroup, module_groups
 from .names import printable, printable_text, wrapped
-from .records import TyingReport
+
+if TYPE_CHECKING:
+    from .records import TyingReport
 
 # Of a file that declares thousands of groups, a terminal shows the first; JSON has them all.
 _MOST_ROWS = 60
@@ -16,7 +20,7 @@ _STATUS = {"tied": "yes", "broken": "BROKEN"}
 _BROKEN = "bold red"
 
 
-def report_text(report: TyingReport, width: int) -> RenderableType:
+def report_text(report: "TyingReport", width: int) -> RenderableType:
     """Everything that is printed of a report, in lines of at most `width` columns.
 
     Names from a file are printed as they are, without markup and control characters.
@@ -100,7 +104,7 @@ def _saved(row: ModuleGroup) -> str:
     return f"{parameters:,}\n{size(sum(group.bytes_saved for group in row.groups))}"
 
 
-def _sums(report: TyingReport) -> str:
+def _sums(report: "TyingReport") -> str:
     sums = report.to_dict()
     file = [f"{size(sums['file_bytes_saved'])} in the file"] if sums["file_bytes_saved"] is not None else []
     saved = [
@@ -111,7 +115,7 @@ def _sums(report: TyingReport) -> str:
     return f"saved in all: {sums['parameters_saved']:,} parameters ({', '.join(saved)})"
 
 
-def _findings(report: TyingReport, width: int) -> list[Text]:
+def _findings(report: "TyingReport", width: int) -> list[Text]:
     lines = []
     for finding in report.findings[:_MOST_LINES]:
         text = f"{finding.code} {finding.message}" + (f" {finding.mend}" if finding.mend else "")
