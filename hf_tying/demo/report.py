@@ -8,15 +8,19 @@ import shutil
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.markup import escape
 from rich.table import Table
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from ..report.drawing import RUNS, color_of_role, points_of
 from .proof import Check
 from .settings import REPORT, DemoSettings, TranslationSettings
+
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 _VERSIONS = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "accelerate")
 
@@ -111,32 +115,37 @@ def plot_curves(runs: dict[str, Any], score: Callable[[Any], str], path: Path) -
     training, validation, gradient = figure.subplots(1, 3)
     *others, last = runs
     # The untied line is wide and pale so that it is seen under the others where they meet.
-    styles = [{"color": "tab:orange", "linewidth": 4, "alpha": 0.5}, {"color": "tab:green", "linewidth": 2.5}]
-    styles = dict(zip(others, styles, strict=False)) | {last: {"color": "tab:blue", "linewidth": 1.5}}
+    styles = [{"color": RUNS[0], "linewidth": 4, "alpha": 0.5}, {"color": RUNS[1], "linewidth": 2.5}]
+    styles = dict(zip(others, styles, strict=False)) | {last: {"color": RUNS[2], "linewidth": 1.5}}
     for name, run in runs.items():
         millions = sum(parameter.numel() for parameter in run.model.parameters()) / 1e6
-        training.plot(*_series(run, "loss"), label=f"{name}, {millions:.2f} M parameters", **styles[name])
+        label = f"{name}, {millions:.2f} M parameters"
+        training.plot(*(curve := _series(run, "loss")), label=label, **styles[name], **points_of(len(curve[0])))
         validation.plot(*_series(run, "eval_loss"), marker="o", label=f"{name}, {score(run)}", **styles[name])
     for key in sorted({key for log in runs[last].history for key in log if key.startswith("grad_share/")}):
-        gradient.plot(*_series(runs[last], key), label=key.rpartition("/")[2])
+        role, curve = key.rpartition("/")[2], _series(runs[last], key)
+        gradient.plot(*curve, label=role, color=color_of_role(role), **points_of(len(curve[0])))
 
     # Both losses on one scale, on which the first steps, where they fall fast, run out of the frame.
     losses = [loss for run in runs.values() for key in ("loss", "eval_loss") for loss in _series(run, key)[1]]
     top = max(loss for run in runs.values() for loss in _series(run, "eval_loss")[1])
     for axes in (training, validation):
         axes.set_ylim(min(losses) - 0.1, top + 0.4)
-    training.set(title="training", ylabel="loss in nats per token")
-    validation.set(title="validation")
     gradient.set(title="gradient of the tied matrix", ylabel="share that comes through each role", ylim=(0, 1))
+    training.set(title="training")
+    validation.set(title="validation")
+    for axes in (training, validation):
+        axes.set_ylabel("loss in nats per token")
     for axes in (training, validation, gradient):
         axes.set_xlabel("tokens seen, in thousands")
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
     figure.savefig(path, dpi=150)
 
 
 def report(
-    settings: DemoSettings | TranslationSettings, corpus: dict[str, Any], runs: dict[str, Any], results: dict
+    settings: DemoSettings | TranslationSettings, corpus: dict[str, Any], runs: dict[str, Any], results: dict[str, Any]
 ) -> dict[str, Any]:
     """All that was asked, measured and checked, as plain JSON values.
 

@@ -6,11 +6,15 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from ..config import TyingError
+from ..report.drawing import TIED, color_of_role, plain, points_of, whole_numbers
+from ..report.names import printable, shortened, wrapped
 from ..report.tables import Report
 from ..ties.anatomy import roles
 from ..ties.slots import find_parameter
@@ -18,6 +22,7 @@ from ..ties.verify import groups_of, unwrapped
 from .geometry import Alignment, alignment, effective_rank
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -71,8 +76,8 @@ class RoleDiagnostics(Report):
             logs |= {f"neighbours/{matrix.name}/{role}": found.neighbours for role, found in matrix.alignment.items()}
         return logs
 
-    def _table(self) -> Table:
-        table = Table(title="What each role does")
+    def _table(self, width: int) -> Table:
+        table = Table(title="What each role does", box=SIMPLE_HEAD, padding=(0, 1))
         for column in ("matrix", "effective rank", "role", "twin's rank", "alignment", "neighbours", "gradient share"):
             table.add_column(column, justify="left" if column in ("matrix", "role") else "right")
         for matrix in self.matrices:
@@ -80,7 +85,7 @@ class RoleDiagnostics(Report):
             for i, role in enumerate(matrix.alignment or matrix.roles):
                 found = matrix.alignment.get(role)
                 table.add_row(
-                    matrix.name if i == 0 else "",
+                    Text("\n".join(wrapped(printable(matrix.name), max(width - 66, 14))) if i == 0 else ""),
                     rank if i == 0 else "",
                     role,
                     _number(self.twin_effective_rank.get(role), 1),
@@ -92,35 +97,55 @@ class RoleDiagnostics(Report):
         return table
 
     def _draw(self, figure: "Figure") -> None:
-        aligned = any(matrix.alignment for matrix in self.matrices)
-        panels = 1 + aligned + bool(self.history)
-        figure.set_size_inches(4.2 * panels, 3.6)
+        aligned = {f"{m.name} to {role}": (role, found) for m in self.matrices for role, found in m.alignment.items()}
+        ranks = {m.name: (m.effective_rank, [*m.roles]) for m in self.matrices}
+        ranks |= {f"twin's {role}": (rank, [role]) for role, rank in self.twin_effective_rank.items()}
+        panels = 1 + bool(aligned) + bool(self.history)
+        rows = max(len(aligned) * 2, len(ranks), 4)
+        figure.set_size_inches(4.6 * panels, 1.6 + 0.35 * rows)
         axes = list(figure.subplots(1, panels, squeeze=False)[0])
         if aligned:
-            axis = axes.pop(0)
-            bars = {f"{m.name}\nto {role}": found for m in self.matrices for role, found in m.alignment.items()}
-            places = range(len(bars))
-            axis.bar([x - 0.2 for x in places], [found.cosine for found in bars.values()], 0.38, label="cosine")
-            axis.bar(
-                [x + 0.2 for x in places], [found.neighbours for found in bars.values()], 0.38, label="neighbours"
-            )
-            axis.set_xticks(list(places), list(bars), fontsize=8)
-            axis.set_title("alignment to the untied twin")
-            axis.legend(fontsize=8)
-        axis = axes.pop(0)
-        ranks = {matrix.name: matrix.effective_rank for matrix in self.matrices}
-        ranks |= {f"twin's\n{role}": rank for role, rank in self.twin_effective_rank.items()}
-        axis.bar(range(len(ranks)), list(ranks.values()), color="tab:green")
-        axis.set_xticks(range(len(ranks)), list(ranks), fontsize=8)
-        axis.set_title("effective rank")
+            _draw_alignment(axes.pop(0), aligned)
+        _draw_ranks(axes.pop(0), ranks)
         if self.history:
-            axis = axes.pop(0)
-            for name, points in self.history.items():
-                axis.plot([step for step, _ in points], [share for _, share in points], label=name)
-            axis.set_ylim(0, 1)
-            axis.set_xlabel("step")
-            axis.set_title("share of the gradient")
-            axis.legend(fontsize=8)
+            _draw_shares(axes.pop(0), self.history)
+
+
+def _draw_alignment(axes: "Axes", aligned: dict[str, tuple[str, Alignment]]) -> None:
+    for y, (role, found) in enumerate(aligned.values()):
+        color = color_of_role(role)
+        axes.barh(y - 0.19, found.cosine, 0.36, color=color)
+        axes.barh(y + 0.19, found.neighbours, 0.36, color="white", edgecolor=color, hatch="////")
+    _name_rows(axes, list(aligned))
+    axes.axvline(0, color="black", linewidth=0.6)
+    axes.set(title="alignment to the untied twin", xlabel="cosine (solid), shared neighbours (hatched)")
+
+
+def _draw_ranks(axes: "Axes", ranks: dict[str, tuple[float, list[str]]]) -> None:
+    for y, (rank, roles_of) in enumerate(ranks.values()):
+        axes.barh(y, rank, 0.7, color=color_of_role(roles_of[0]) if len(roles_of) == 1 else TIED)
+    _name_rows(axes, list(ranks))
+    axes.set(title="effective rank", xlabel="number of dimensions")
+
+
+def _draw_shares(axes: "Axes", history: dict[str, list[tuple[int, float]]]) -> None:
+    groups = list(dict.fromkeys(name.rpartition("/")[0] for name in history))
+    styles = ("-", "--", ":", "-.")
+    for name, points in history.items():
+        group, _, role = name.rpartition("/")
+        label = role if len(groups) == 1 else name
+        axes.plot(
+            [step for step, _ in points], [share for _, share in points], label=plain(shortened(printable(label), 30)),
+            color=color_of_role(role), linestyle=styles[groups.index(group) % len(styles)], **points_of(len(points)),
+        )  # fmt: skip
+    axes.set(title="gradient by role", xlabel="step", ylabel="share of the gradient", ylim=(0, 1))
+    whole_numbers(axes.xaxis)
+    axes.legend(fontsize=8)
+
+
+def _name_rows(axes: "Axes", labels: list[str]) -> None:
+    axes.set_yticks(range(len(labels)), [plain(shortened(printable(label), 34)) for label in labels], fontsize=8)
+    axes.invert_yaxis()
 
 
 def diagnose(

@@ -40,11 +40,15 @@ def assert_tied(model: nn.Module) -> None:
         TyingError: lists each broken group: expected, found, way out.
     """
     model = unwrapped(model)
-    groups = groups_of(model)
-    problems = [*violations(model, groups), *_parted_by_peft(model, groups)]
-    if problems:
-        listed = "\n".join(f"  - {problem}" for problem in problems)
+    if found := problems(model):
+        listed = "\n".join(f"  - {problem}" for problem in found)
         raise TyingError(f"{type(model).__name__} is not tied as declared:\n{listed}")
+
+
+def problems(model: PreTrainedModel) -> list[str]:
+    """One sentence for each reason why `model` is not tied as declared. One about a group begins with its name."""
+    groups = groups_of(model)
+    return [*violations(model, groups), *_parted_by_peft(model, groups)]
 
 
 # Attributes in which wrappers of whole models keep the model: torch.compile, activation checkpointing, FSDP1, DDP and
