@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.utils import logging
@@ -65,7 +66,7 @@ def fit_from_lora(
     restarts: int = 16,
     dtype: torch.dtype = torch.float64,
     device: str | torch.device = "cpu",
-    **config,
+    **config: Any,
 ) -> TiedLoraFit:
     """The Tied-LoRA adapter nearest to a LoRA adapter: a start for further training, or a smaller file.
 
@@ -146,7 +147,9 @@ def fit_updates(
         config: the adapter's settings. Its `adapted_modules` is set here.
         updates: the update of each module.
         kinds: "linear" or "embedding" for each module.
-        iterations, tolerance, restarts: as in `fit_from_lora`.
+        iterations: largest number of sweeps, as in `fit_from_lora`.
+        tolerance: relative gain below which the sweeps end, as in `fit_from_lora`.
+        restarts: number of random starts, as in `fit_from_lora`.
         rounded: the dtype that the factors will have. With it, the errors are those of the rounded factors.
 
     Returns:
@@ -187,6 +190,13 @@ def _alternate(
     Modules that share nothing, directly or through others, are separate problems.
 
     Args:
+        updates: the update of each module.
+        names: names of the factors of each module.
+        config: settings of the adapter.
+        iterations: largest number of sweeps of a problem.
+        tolerance: relative gain below which the sweeps end.
+        restarts: number of random starts.
+        rounded: dtype that the factors will have, for the errors; `None`: as they are computed.
         step: called with numbers of finished sweeps, which add up to `iterations` for each problem.
 
     Returns:

@@ -225,7 +225,7 @@ def _first_u(problem: Problem, coordinates: dict[str, torch.Tensor]) -> dict[str
 
 
 def _ratio(problem: Problem, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """u / u', from pairs of coordinates y = v b u and x = v' b u'."""
+    """The ratio u / u', from pairs of coordinates y = v b u and x = v' b u'."""
     pairs = [(y[: len(x)], x[: len(y)]) for y, x in pairs]
     if not problem.with_v:
         top, bottom = sum((y * x).sum(0) for y, x in pairs), sum((x * x).sum(0) for _, x in pairs)
