@@ -308,7 +308,7 @@ def _refuse_processes(args: TrainingArguments) -> None:
 
 
 def _is_logged(args: TrainingArguments, state: TrainerState) -> bool:
-    """Whether the step that begins may end in a log. With logs by epochs, each step may be the last one of its epoch."""
+    """Whether the step that begins may end in a log. With logs by epochs, each step may be the last of its epoch."""
     if args.logging_strategy != IntervalStrategy.STEPS:
         return args.logging_strategy == IntervalStrategy.EPOCH
     step = state.global_step + 1
