@@ -1,4 +1,4 @@
-"""What each role does to a tied matrix: how near it lies to an untied twin's matrices, its rank, its gradient."""
+"""Measurements of each role's effect on a tied matrix: alignment to an untied twin, rank, and gradient."""
 
 from typing import TYPE_CHECKING
 

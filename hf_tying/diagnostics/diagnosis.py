@@ -1,4 +1,4 @@
-"""`diagnose`: the matrices of a model beside those of an untied twin, with their ranks and their gradient shares."""
+"""`diagnose`: comparison of the matrices of a model with those of an untied twin, with ranks and gradient shares."""
 
 import json
 import re
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MatrixDiagnosis:
-    """One matrix of a model.
+    """The diagnosis of one matrix of a model.
 
     Args:
-        name: name of its tie group, or its role where it is tied to nothing.
-        roles: the roles that it has.
+        name: name of its tie group, or its role if it is not tied.
+        roles: roles of the matrix.
         shape: (V, D).
-        effective_rank: see `effective_rank`.
-        alignment: from each role of the twin to the `Alignment` of this matrix to the twin's; empty without a twin.
-        gradient_share: from each role to its mean share over the given logs; empty without logs.
+        effective_rank: effective rank, see `effective_rank`.
+        alignment: `Alignment` to the twin's matrix of each role; empty without a twin.
+        gradient_share: mean share of each role in the given logs, 0 to 1; empty without logs.
     """
 
     name: str
@@ -49,15 +49,15 @@ class MatrixDiagnosis:
 
 @dataclass(frozen=True)
 class RoleDiagnostics(Report):
-    """Made by `diagnose`.
+    """The result of `diagnose`.
 
     The table has a row for each matrix and role. The picture shows the alignment to the twin's roles, the effective
     ranks, and the gradient shares over the steps.
 
     Args:
         matrices: a `MatrixDiagnosis` for each embedding matrix of the model.
-        twin_effective_rank: from each role to the effective rank of the twin's matrix.
-        history: from `<name>/<role>` to its gradient shares, as (step, share); empty without logs.
+        twin_effective_rank: effective rank of the twin's matrix of each role; empty without a twin.
+        history: gradient shares of each `<name>/<role>`, as (step, share); empty without logs.
     """
 
     matrices: list[MatrixDiagnosis]
@@ -65,11 +65,11 @@ class RoleDiagnostics(Report):
     history: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
 
     def to_dict(self) -> dict:
-        """Plain types all through, ready for `json.dumps`."""
+        """Return the report as plain types, ready for `json.dumps`."""
         return json.loads(json.dumps(asdict(self)))
 
     def to_logs(self) -> dict[str, float]:
-        """`effective_rank/<name>`, and with a twin `alignment/<name>/<role>` and `neighbours/<name>/<role>`."""
+        """Return `effective_rank/<name>`, and with a twin `alignment/<name>/<role>` and `neighbours/<name>/<role>`."""
         logs = {f"effective_rank/{matrix.name}": matrix.effective_rank for matrix in self.matrices}
         for matrix in self.matrices:
             logs |= {f"alignment/{matrix.name}/{role}": found.cosine for role, found in matrix.alignment.items()}
@@ -151,14 +151,15 @@ def _name_rows(axes: "Axes", labels: list[str]) -> None:
 def diagnose(
     model: nn.Module, twin: nn.Module | None = None, *, history: list[dict] | None = None, **options: Any
 ) -> RoleDiagnostics:
-    """Compare the matrices of `model` with those of an untied twin: whose matrix has each become like?
+    """Compare the matrices of `model` with those of an untied twin.
 
     Args:
-        model: a `PreTrainedModel`, tied or not, also wrapped.
-        twin: the same architecture and vocabulary, trained untied. Its matrices are what each role alone would have
-            made. Default `None`: nothing is compared.
+        model: a `PreTrainedModel`, tied or untied, also wrapped.
+        twin: model of the same architecture and vocabulary, trained untied. Its matrices show what each role alone
+            learns. Default `None`: nothing is compared.
         history: `trainer.state.log_history` of a run with `TyingCallback(log_roles=True)`, for the gradient shares.
-        options: keywords of `alignment`: `method`, `neighbours`, `rows`, `sample`, `seed`.
+            Default: no shares.
+        **options: keywords of `alignment`: `method`, `neighbours`, `rows`, `sample`, `seed`.
 
     Returns:
         A `RoleDiagnostics`: `.to_dict()`, `.to_table()`, `.to_logs()`, `.plot(path)`.
@@ -195,7 +196,14 @@ def diagnose(
 
 
 def gradient_shares(history: list[dict]) -> dict[str, list[tuple[int, float]]]:
-    """The gradient shares in a Trainer's log history: from `<group>/<role>` to its (step, share), in their order."""
+    """Collect the gradient shares in the log history of a Trainer.
+
+    Args:
+        history: `trainer.state.log_history`.
+
+    Returns:
+        The (step, share) pairs of each `<group>/<role>`, in the order of the logs.
+    """
     shares: dict[str, list[tuple[int, float]]] = {}
     for entry in history:
         for key, value in entry.items():

@@ -1,4 +1,4 @@
-"""Two vocabularies become one: the words (`joint`), the tokenizer (`tokenizer`) and a trained model (`join`)."""
+"""Joins of two vocabularies: their words (`joint`), the tokenizer (`tokenizer`) and a trained model (`join`)."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""A stock tokenizer with two vocabularies, Marian's or FSMT's, made again with one."""
+"""Conversion of a stock tokenizer with two vocabularies (Marian, FSMT) to one with a single vocabulary."""
 
 import json
 from pathlib import Path
@@ -10,11 +10,14 @@ if TYPE_CHECKING:
 
 
 def with_one_vocabulary(tokenizer: "PreTrainedTokenizerBase", vocabulary: dict[str, int]) -> "PreTrainedTokenizerBase":
-    """A tokenizer of the same class and settings that has `vocabulary` for both sides.
+    """Make a tokenizer of the same class and settings with one vocabulary for both sides.
 
     Args:
-        tokenizer: a `MarianTokenizer` or `FSMTTokenizer`, unchanged.
-        vocabulary: from each word to its id.
+        tokenizer: a `MarianTokenizer` or `FSMTTokenizer`, which is not changed.
+        vocabulary: map from each word to its id.
+
+    Returns:
+        The new tokenizer.
     """
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -31,5 +34,5 @@ def with_one_vocabulary(tokenizer: "PreTrainedTokenizerBase", vocabulary: dict[s
         joined = type(tokenizer).from_pretrained(folder)
     joined.name_or_path = tokenizer.name_or_path
     if hasattr(tokenizer, "spm_files"):
-        joined.spm_files = list(tokenizer.spm_files)  # from where a copy in another process reads its pieces
+        joined.spm_files = list(tokenizer.spm_files)  # a copy in another process reads its pieces from there
     return joined
