@@ -98,7 +98,9 @@ class RoleDiagnostics(Report):
         return table
 
     def _draw(self, figure: "Figure") -> None:
-        aligned = {f"{m.name} to twin's {role}": (role, found) for m in self.matrices for role, found in m.alignment.items()}
+        aligned = {
+            f"{m.name} to twin's {role}": (role, found) for m in self.matrices for role, found in m.alignment.items()
+        }
         ranks = {m.name: (m.effective_rank, [*m.roles]) for m in self.matrices}
         ranks |= {f"twin's {role}": (rank, [role]) for role, rank in self.twin_effective_rank.items()}
         panels = 1 + bool(aligned) + bool(self.history)
