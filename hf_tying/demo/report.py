@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from ..report.drawing import RUNS, color_of_role, points_of
+from ..report.drawing import ROLES, RUNS, color_of_role, points_of
 from .proof import Check
 from .settings import REPORT, DemoSettings, TranslationSettings
 
@@ -122,13 +122,15 @@ def plot_curves(runs: dict[str, Any], score: Callable[[Any], str], path: Path) -
         label = f"{name}, {millions:.2f} M parameters"
         training.plot(*(curve := _series(run, "loss")), label=label, **styles[name], **points_of(len(curve[0])))
         validation.plot(*_series(run, "eval_loss"), marker="o", label=f"{name}, {score(run)}", **styles[name])
-    for key in sorted({key for log in runs[last].history for key in log if key.startswith("grad_share/")}):
-        role, curve = key.rpartition("/")[2], _series(runs[last], key)
+    shares = {key: key.rpartition("/")[2] for log in runs[last].history for key in log if "grad_share/" in key}
+    for key, role in sorted(shares.items(), key=lambda share: list(ROLES).index(share[1])):
+        curve = _series(runs[last], key)
         gradient.plot(*curve, label=role, color=color_of_role(role), **points_of(len(curve[0])))
 
     # Both losses on one scale, on which the first steps, where they fall fast, run out of the frame.
     losses = [loss for run in runs.values() for key in ("loss", "eval_loss") for loss in _series(run, key)[1]]
-    top = max(loss for run in runs.values() for loss in _series(run, "eval_loss")[1])
+    top = max(loss for run in runs.values() for key in ("loss", "eval_loss") for loss in _series(run, key)[1][-1:])
+    top = max(top, *(loss for run in runs.values() for loss in _series(run, "eval_loss")[1]))
     for axes in (training, validation):
         axes.set_ylim(min(losses) - 0.1, top + 0.4)
     gradient.set(title="gradient of the tied matrix", ylabel="share that comes through each role", ylim=(0, 1))

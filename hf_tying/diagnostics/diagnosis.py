@@ -13,7 +13,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from ..config import TyingError
-from ..report.drawing import TIED, color_of_role, plain, points_of, whole_numbers
+from ..report.drawing import TIED, color_of_role, number_by_steps, plain, points_of
 from ..report.names import printable, shortened, wrapped
 from ..report.tables import Report
 from ..ties.anatomy import roles
@@ -77,9 +77,10 @@ class RoleDiagnostics(Report):
         return logs
 
     def _table(self, width: int) -> Table:
-        table = Table(title="What each role does", box=SIMPLE_HEAD, padding=(0, 1))
-        for column in ("matrix", "effective rank", "role", "twin's rank", "alignment", "neighbours", "gradient share"):
-            table.add_column(column, justify="left" if column in ("matrix", "role") else "right")
+        table = Table(title="What each role does", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
+        heads = ("matrix", "effective\nrank", "role", "twin's\nrank", "alignment", "neighbours", "gradient\nshare")
+        for head in heads:
+            table.add_column(head, justify="left" if head in ("matrix", "role") else "right", no_wrap=True)
         for matrix in self.matrices:
             rank = f"{matrix.effective_rank:.1f} of {min(matrix.shape, default=0)}"
             for i, role in enumerate(matrix.alignment or matrix.roles):
@@ -97,7 +98,9 @@ class RoleDiagnostics(Report):
         return table
 
     def _draw(self, figure: "Figure") -> None:
-        aligned = {f"{m.name} to {role}": (role, found) for m in self.matrices for role, found in m.alignment.items()}
+        aligned = {
+            f"{m.name} to twin's {role}": (role, found) for m in self.matrices for role, found in m.alignment.items()
+        }
         ranks = {m.name: (m.effective_rank, [*m.roles]) for m in self.matrices}
         ranks |= {f"twin's {role}": (rank, [role]) for role, rank in self.twin_effective_rank.items()}
         panels = 1 + bool(aligned) + bool(self.history)
@@ -139,13 +142,13 @@ def _draw_shares(axes: "Axes", history: dict[str, list[tuple[int, float]]]) -> N
             color=color_of_role(role), linestyle=styles[groups.index(group) % len(styles)], **points_of(len(points)),
         )  # fmt: skip
     axes.set(title="gradient by role", xlabel="step", ylabel="share of the gradient", ylim=(0, 1))
-    whole_numbers(axes.xaxis)
+    number_by_steps(axes.xaxis, (step for points in history.values() for step, _ in points))
     axes.legend(fontsize=8)
 
 
 def _name_rows(axes: "Axes", labels: list[str]) -> None:
     axes.set_yticks(range(len(labels)), [plain(shortened(printable(label), 34)) for label in labels], fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(max(len(labels), 3) - 0.5, -0.5)  # a single bar is no block
 
 
 def diagnose(

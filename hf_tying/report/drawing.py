@@ -3,6 +3,8 @@
 Source: Okabe and Ito 2008, "Color Universal Design"; viridis of matplotlib, where more colours are needed.
 """
 
+from collections.abc import Iterable
+from math import gcd
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,7 +24,6 @@ ROLES = {"source": "#cc79a7", "target": "#56b4e9", "output": "#4d4d4d"}
 #: Lines of a comparison, the untied model first: none of them is the colour of a role.
 RUNS = ("#e69f00", "#009e73", "#0072b2")
 
-_GOLDEN = 0.6180339887
 # Longer curves are lines without points.
 _FEW = 12
 
@@ -34,8 +35,9 @@ def distinct_colors(count: int) -> list[str]:
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
-    viridis = colormaps["viridis"]
-    return [to_hex(viridis(_GOLDEN * i % 1)) for i in range(count)]
+    # Evenly over the map, in strides that share no divisor with `count`, so that each place is taken once.
+    stride = next(n for n in range(round(0.618 * count), count + 1) if gcd(n, count) == 1)
+    return [to_hex(colormaps["viridis"](i * stride % count / (count - 1))) for i in range(count)]
 
 
 def color_of_role(role: str) -> str:
@@ -57,8 +59,9 @@ def points_of(count: int) -> dict[str, Any]:
     return {"marker": "o", "markersize": 6 if count == 1 else 4} if count <= _FEW else {}
 
 
-def whole_numbers(axis: "Axis") -> None:
-    """Number an axis by steps, which have no halves."""
-    from matplotlib.ticker import MaxNLocator
+def number_by_steps(axis: "Axis", steps: Iterable[int]) -> None:
+    """Number an axis by the steps of its curves, which have no halves."""
+    from matplotlib.ticker import FixedLocator, MaxNLocator
 
-    axis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    known = sorted(set(steps))
+    axis.set_major_locator(FixedLocator(known) if len(known) < 6 else MaxNLocator(integer=True, nbins=6))

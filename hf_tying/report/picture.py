@@ -149,7 +149,9 @@ def _draw_bars(axes: "Axes", report: "TyingReport", rows: list[ModuleGroup], col
                 at += saved
         labels.append(_row_label(row, [index_of[id(group)] + 1 for group in row.groups]))
     labels.append(
-        "all other parameters" if len(rows) == len(shown) else f"others, and {len(rows) - len(shown)} more rows"
+        ("all other parameters" if shown else "all parameters: nothing is tied")
+        if len(rows) == len(shown)
+        else f"others, and {len(rows) - len(shown)} more rows"
     )
     rest = max(report.parameters - sum(group.parameters_held for group in report.groups), 0)
     widest = max((sum(g.parameters_held + g.parameters_saved for g in row.groups) for row in shown), default=0)
@@ -167,7 +169,8 @@ def _draw_bars(axes: "Axes", report: "TyingReport", rows: list[ModuleGroup], col
     axes.xaxis.set_major_formatter(_thousands())
     axes.tick_params(axis="x", labelsize=_FONT)
     axes.spines[["top", "right"]].set_visible(False)
-    _legend(axes, report)
+    if shown:
+        _legend(axes, report)
 
 
 def _legend(axes: "Axes", report: "TyingReport") -> None:

@@ -58,8 +58,8 @@ class GroupReport:
         bytes_saved: bytes of weights that it saves in memory.
         optimizer_bytes_saved: bytes of AdamW's two moments that it saves, kept in the weights' dtype.
         parameters_held: number of elements that are left with the tie.
-        file_bytes_saved: bytes that it saves in the file. `None` for a live model. A portable file holds every name:
-            it saves nothing, or less, since it also has names that carry a matrix without using it (T5's `shared`).
+        file_bytes_saved: bytes that it saves in the file, beside one that holds every name; 0 for a portable file.
+            `None` for a live model.
         status: `"tied"`; `"broken"`: declared, and not so; `"by hand"`: tied, and not declared, so that a file loses
             it; `"apart"`: the values in the file differ, and its config says to keep them (`keep_untied`).
         apart: the names that are not what the root is; empty for a tie that holds.
@@ -213,7 +213,7 @@ def group_report(
         bytes_saved=saved * size,
         optimizer_bytes_saved=saved * size * _ADAMW_STATES,
         parameters_held=len(counted) * elements - saved,
-        file_bytes_saved=None if in_file is None else (len(counted) - len(in_file)) * elements * size,
+        file_bytes_saved=None if in_file is None else (len(names) - len(in_file)) * elements * size,
         status=status,
         apart=apart or [],
         compared=compared,
