@@ -1,12 +1,16 @@
 """`tying_report`: the one entry to the reports on models, on their files and on adapters."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .on_files import local_folder, report_on_files
 from .records import TyingReport
 
+if TYPE_CHECKING:
+    from torch import nn
 
-def tying_report(model_or_path) -> TyingReport:
+
+def tying_report(model_or_path: "nn.Module | str | Path") -> TyingReport:
     """Report what is tied in a live model or in a checkpoint.
 
     Of a checkpoint, `config.json` and the safetensors headers are read, and no weight. Code that comes with a
