@@ -146,6 +146,9 @@ class TestAFileThatDoesNotFit:
             else:
                 with pytest.raises(RuntimeError, match="not known which row is whose; export it to LoRA"):
                     PeftModel.from_pretrained(towers(*after), folder)
+                # Not even where the new names are told: the rows are in the order of the old ones.
+                with pytest.raises(RuntimeError, match="not known which row is whose; export it to LoRA"):
+                    PeftModel.from_pretrained(towers(*after), folder, key_mapping={"^text": "zz_text"})
 
     def test_a_file_without_its_list_of_modules_is_refused_by_transformers(self, folder):
         path = folder / "adapter_config.json"

@@ -113,8 +113,8 @@ class TestModels:
     def test_a_module_that_is_named_whole_is_meant_whatever_its_layer(self):
         layers = "models.0.model.layers"
         targets = [f"{layers}.3.mlp.up_proj", "q_proj"]
-        model = adapted(Held(), layers_to_transform=[0], target_modules=targets)
-        assert sorted(layers_of(model)) == [f"{layers}.0.self_attn.q_proj", f"{layers}.3.mlp.up_proj"]
+        model = adapted(Held(), layers_to_transform=[1], target_modules=targets)
+        assert sorted(layers_of(model)) == [f"{layers}.1.self_attn.q_proj", f"{layers}.3.mlp.up_proj"]
 
     @pytest.mark.parametrize(
         ("model", "config", "told"),

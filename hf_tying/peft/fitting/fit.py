@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from math import sqrt
+from math import inf, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +202,8 @@ def _alternate(
     Returns:
         The factors; the squared error of each module; the largest number of sweeps of a problem.
     """
-    found, errors, most = Factors(), {}, 0
+    found, most = Factors(), 0
+    errors: dict[str, float] = {}
     for modules in _independent_modules(names):
         problem = Problem(
             {module: updates[module] for module in modules}, names, config.r, config.train_u, config.train_v
@@ -223,9 +224,9 @@ def _alternate(
 def _take_best_start(problem: Problem, restarts: int, iterations: int, tolerance: float) -> int:
     """Leave the problem at the start that is best after some sweeps. Returns how many it has had."""
     tried: Iterable[tuple[float, int, Factors]]
-    tried = ((float("inf"), 0, start) for start in starting_factors(problem, restarts))
+    tried = ((inf, 0, start) for start in starting_factors(problem, restarts))
     for sweeps, kept in _TRIALS:
-        after = []
+        after: list[tuple[float, int, Factors]] = []
         for _, done, start in tried:
             problem.factors = start
             problem.balance()
@@ -233,14 +234,14 @@ def _take_best_start(problem: Problem, restarts: int, iterations: int, tolerance
             if problem.error <= problem.floor:
                 return done
             after.append((problem.error, done, problem.factors))
-        tried = sorted(after, key=lambda trial: trial[0])[:kept]
-    _, done, problem.factors = tried[0]
+        tried = best = sorted(after, key=lambda trial: trial[0])[:kept]
+    _, done, problem.factors = best[0]
     return done
 
 
 def _independent_modules(names: dict[str, FactorNames]) -> list[list[str]]:
     """The modules in lists that share nothing with each other."""
-    groups: list[tuple[set, list[str]]] = []
+    groups: list[tuple[set[tuple[str, str]], list[str]]] = []
     for module, of in names.items():
         keys = {("A", of.A), ("B", of.B), ("u", of.u)}
         joined = [module]

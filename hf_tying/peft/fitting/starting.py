@@ -11,6 +11,8 @@ import torch
 
 from .alternating import Factors, Problem, Update
 
+#: Pairs of modules, by name.
+Pairs = list[tuple[str, str]]
 #: Number of pairs of layers from which a turn of A is computed. Each gives a start.
 _PAIRS = 3
 #: At larger ranks, the equations of the turn, r^2 x r^2, would take more time than the alternation.
@@ -43,7 +45,9 @@ def starting_factors(problem: Problem, restarts: int) -> Iterator[Factors]:
         yield _complete(problem, of_a, {name: draw(problem.r) for name in problem.users("u")})
 
 
-def _turned(problem: Problem, base: dict, matching: dict, attempt: int) -> dict[str, torch.Tensor]:
+def _turned(
+    problem: Problem, base: dict[str, torch.Tensor], matching: dict[str, list[Pairs]], attempt: int
+) -> dict[str, torch.Tensor]:
     """Each A turned to the basis in which u is diagonal.
 
     An A whose modules share a B with the modules of a turned A is turned to agree with that one instead.
@@ -70,7 +74,7 @@ def _turned(problem: Problem, base: dict, matching: dict, attempt: int) -> dict[
     return done
 
 
-def _common(problem: Problem, name: str, done: dict) -> tuple[str, list[tuple[str, str]]] | None:
+def _common(problem: Problem, name: str, done: dict[str, torch.Tensor]) -> tuple[str, Pairs] | None:
     """The largest list of pairs of modules that share a B, where the first has this A and the second a turned A.
 
     In one list, all first modules have the same u, and all second modules have the same u and A.
@@ -78,7 +82,7 @@ def _common(problem: Problem, name: str, done: dict) -> tuple[str, list[tuple[st
     Returns:
         `name` and the list; `None` if there is no such pair.
     """
-    found: dict[tuple, list] = {}
+    found: dict[tuple[str, str, str], Pairs] = {}
     for module in problem.users("A")[name]:
         of = problem.names[module]
         for other in problem.users("B")[of.B]:
@@ -137,7 +141,7 @@ def _unit(rows: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize(rows, dim=1)
 
 
-def _matching(problem: Problem, name: str) -> list[list[tuple[str, str]]]:
+def _matching(problem: Problem, name: str) -> list[Pairs]:
     """Pairs of modules with this A that share a B and have different u; one list for each two u."""
     by_u: dict[str, dict[str, str]] = {}
     for module in problem.users("A")[name]:
@@ -151,7 +155,7 @@ def _matching(problem: Problem, name: str) -> list[list[tuple[str, str]]]:
     return found
 
 
-def _turn(problem: Problem, a: torch.Tensor, pairs: list[tuple[str, str]]) -> torch.Tensor | None:
+def _turn(problem: Problem, a: torch.Tensor, pairs: Pairs) -> torch.Tensor | None:
     """The turn W, `(r, r)`, such that `W @ a` is A: it has the eigenvectors of W^-1 diag(u / u') W."""
     matrix = _map(problem, [tuple(_coordinates(problem, module, a) for module in pair) for pair in pairs])
     values, vectors = torch.linalg.eig(matrix)
@@ -202,7 +206,7 @@ def _complete(problem: Problem, of_a: dict[str, torch.Tensor], of_u: dict[str, t
     return factors
 
 
-def _without_u(problem: Problem, factors: Factors, module: str, coordinates: dict) -> torch.Tensor:
+def _without_u(problem: Problem, factors: Factors, module: str, coordinates: dict[str, torch.Tensor]) -> torch.Tensor:
     t = coordinates[module]
     if not problem.with_u:
         return t
