@@ -260,6 +260,15 @@ def test_an_error_while_writing_leaves_the_folder_as_it_was(tmp_path, monkeypatc
     shutil.rmtree(tmp_path / "lora")
 
 
+def test_the_settings_are_replaced_last(tmp_path, monkeypatch):
+    """Who reads the folder meanwhile finds the old settings."""
+    export_to_lora(tied_lora(base_of("llama")), tmp_path)
+    moved, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda source, place: (moved.append(Path(place).name), replace(source, place)))
+    export_to_lora(tied_lora(base_of("llama"), seed=2), tmp_path)
+    assert moved == ["adapter_model.safetensors", "adapter_config.json"]
+
+
 class TestTheCommand:
     @pytest.fixture
     def hf_tying(self, monkeypatch, capsys):
