@@ -105,8 +105,8 @@ class TiedLoraModel(BaseTuner):
             model: model to adapt, in place.
             adapter_name: name of the adapter.
             *args: further arguments of PEFT's method.
-            **kwargs: further arguments of PEFT's method. `state_dict` is not used, because the config names the adapted
-                modules, and the names in a file of Tied-LoRA do not.
+            **kwargs: further arguments of PEFT's method. `state_dict` is not used, because only the config has the
+                names of the adapted modules.
 
         Raises:
             NoMatchingPeftModuleError: no module has a name in `target_modules`. The message has the nearest names.
