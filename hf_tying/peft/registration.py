@@ -1,7 +1,10 @@
-"""Wrappers around what PEFT and transformers do only for their own adapter types, so that it works for Tied-LoRA.
+"""Wrappers for functions of PEFT and transformers that know only built-in adapter types, so that Tied-LoRA works.
 
-`hf_tying.hook` says which functions they are put around. A file that does not fit its model is refused while the model
-is still as it was.
+`hf_tying.hook` lists the functions that they wrap. A file that does not fit its model is refused before the model is
+changed.
+
+Each wrapper has the arguments of wrapt: the wrapped function, the object that it is bound to, and the arguments of the
+call.
 """
 
 import inspect
@@ -24,7 +27,11 @@ _HUB_ARGUMENTS = inspect.signature(hf_hub_download).parameters.keys() - {"repo_i
 def from_pretrained(
     wrapped: Callable[..., Any], cls: type[PeftModel], args: tuple, kwargs: dict[str, Any]
 ) -> PeftModel:
-    """Around `PeftModel.from_pretrained`: check the adapter's file against the model first."""
+    """Wrap `PeftModel.from_pretrained`, and check the adapter's file against the model first.
+
+    Raises:
+        RuntimeError: the file does not fit the model.
+    """
     given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
     hub = given.get("kwargs", {})
     _check(given.get("model"), given.get("model_id"), given.get("config"), given.get("key_mapping"), hub)
@@ -32,9 +39,12 @@ def from_pretrained(
 
 
 def load_adapter(wrapped: Callable[..., Any], model: PeftModel, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Around `PeftModel.load_adapter`: check the file against the base model first, under the settings that will hold.
+    """Wrap `PeftModel.load_adapter`, and check the file against the base model first.
 
-    Those of an adapter that the model has stay, whatever the file's config says.
+    If the model already has an adapter of this name, its settings are used, and not those of the file.
+
+    Raises:
+        RuntimeError: the file does not fit the model.
     """
     given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
     base, hub = model.get_base_model(), given.get("kwargs", {})
@@ -60,13 +70,16 @@ def _config_at(path: str | os.PathLike | None, hub: dict) -> PeftConfig | None:
     try:
         return PeftConfig.from_pretrained(path, **hub)
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # the stock method reads it next, and says what is wrong
+        return None  # the stock method reads it next, and raises its own error
 
 
 def load_natively(wrapped: Callable[..., Any], model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Around `PeftAdapterMixin.load_adapter`: check the file, and pass on its tensors by their names in a model.
+    """Wrap `PeftAdapterMixin.load_adapter`: check the file, and pass on its tensors by their names in a model.
 
-    transformers reads an adapter's file without asking PEFT, which would translate the names.
+    transformers reads an adapter's file without PEFT, which would convert the names.
+
+    Raises:
+        RuntimeError: the file does not fit the model.
     """
     bound = inspect.signature(wrapped).bind(*args, **kwargs)
     given = bound.arguments
@@ -83,9 +96,9 @@ def load_natively(wrapped: Callable[..., Any], model: PreTrainedModel, args: tup
 
 
 def update_offload(wrapped: Callable[..., Any], model: PeftModel, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Around `PeftModel._update_offload`: pass on an adapter's tensors by their names in a model.
+    """Wrap `PeftModel._update_offload`, and pass on an adapter's tensors by their names in a model.
 
-    PEFT puts an adapter's weights beside those of the offloaded layers, by the layers' names.
+    PEFT stores an adapter's weights beside those of the offloaded layers, by the names of the layers.
     """
     offload_index, weights = args
     for config in model.peft_config.values():
@@ -94,11 +107,15 @@ def update_offload(wrapped: Callable[..., Any], model: PeftModel, args: tuple, k
     return wrapped(offload_index, weights, **kwargs)
 
 
-# PEFT swaps and mixes adapters of a closed list of types.
+# PEFT swaps and mixes only adapters of a fixed list of types.
 
 
 def refuse_hotswap(wrapped: Callable[..., Any], instance: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Around `check_hotswap_configs_compatible`: refuse Tied-LoRA with the way out."""
+    """Wrap `check_hotswap_configs_compatible`, and refuse Tied-LoRA with a way out.
+
+    Raises:
+        ValueError: a config is one of Tied-LoRA.
+    """
     if any(is_tied_lora(config) for config in (*args, *kwargs.values())):
         raise ValueError(
             "PEFT swaps LoRA adapters only. Export this one, which is exact: hf_tying.peft.export_to_lora(adapter, "
@@ -108,7 +125,11 @@ def refuse_hotswap(wrapped: Callable[..., Any], instance: Any, args: tuple, kwar
 
 
 def refuse_mixed_model(wrapped: Callable[..., Any], instance: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Around `_check_config_compatible` of a `PeftMixedModel`: refuse Tied-LoRA with the way out."""
+    """Wrap `_check_config_compatible` of a `PeftMixedModel`, and refuse Tied-LoRA with a way out.
+
+    Raises:
+        ValueError: a config is one of Tied-LoRA.
+    """
     if any(is_tied_lora(config) for config in (*args, *kwargs.values())):
         raise ValueError(
             "A PeftMixedModel (mixed=True) takes adapters of a fixed list of types, and Tied-LoRA is not among them. "

@@ -27,7 +27,7 @@ from ..tiny import tiny_model
         (dict(share_by="name"), "share_by='name': expected one of 'module', 'shape', 'all'"),
         (dict(bias="lora_only"), "bias='lora_only': expected 'none', 'all' or 'tied_lora_only'"),
         (dict(layer_groups=[0, 1]), "expected lists of indices"),
-        (dict(layer_groups=[[0, 1], [1]]), "layer 1 stands in more than one group"),
+        (dict(layer_groups=[[0, 1], [1]]), "layer 1 is in more than one group"),
         (dict(layer_groups=7), "layer_groups=7: expected lists of indices"),
         (dict(layer_groups=[["0"], [1]]), "expected lists of indices"),
         (dict(target_modules=".*q_proj", layers_to_transform=[0]), "regular expression can name the layers"),

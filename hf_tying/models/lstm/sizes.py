@@ -25,8 +25,8 @@ def _inan(width: int, scale: float, dropout: float) -> dict:
     return _zaremba(width, scale, dropout) | {"dropout_kind": "variational", "shared_recurrent_mask": True}
 
 
-# The paper does not state Inan's rates. These are the settings of another implementation for the Penn Treebank
-# (icoxfog417's tying-wv-and-wc), read as shares to keep.
+# The text of the paper that was used does not state Inan's rates. These are the settings of another implementation for
+# the Penn Treebank (icoxfog417's tying-wv-and-wc), read as shares to keep.
 SIZES: dict[str, dict] = {
     "zaremba_small": _zaremba(200, 0.1, 0.0),
     "zaremba_medium": _zaremba(650, 0.05, 0.5),
