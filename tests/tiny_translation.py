@@ -141,11 +141,8 @@ def beams(model: PreTrainedModel, **kwargs) -> torch.Tensor:
     """What beam search with a cache gives for the sources of `translation_inputs`."""
     inputs = translation_inputs(model)
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    return (
-        model.eval()
-        .generate(**inputs, num_beams=beam_count(model, 3), max_new_tokens=6, do_sample=False, **kwargs)
-        .contiguous()
-    )
+    inputs |= {"num_beams": beam_count(model, 3), "max_new_tokens": 6, "do_sample": False}
+    return model.eval().generate(**inputs, **kwargs).contiguous()
 
 
 def translation_step(model: PreTrainedModel) -> None:
