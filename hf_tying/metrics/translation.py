@@ -96,15 +96,17 @@ class ChrF(_SacreBleu):
 
 
 def translation_metrics(
-    tokenizer, target_language: str | None = None, **bleu_options
+    tokenizer, target_language: str | None = None, references: list[str] | None = None, **bleu_options
 ) -> Callable[..., dict[str, float]]:
     """Make `compute_metrics` for `Seq2SeqTrainer(args=Seq2SeqTrainingArguments(predict_with_generate=True))`.
 
-    The references are the labels: what `max_target_length` cuts from a sentence is not scored.
+    Without `references` they are the labels, from which `max_target_length` has cut and in which a language code may
+    stand (M2M100's `__fr__`).
 
     Args:
         tokenizer: of the target side.
         target_language (`str`, *optional*): its code; chooses BLEU's tokenization of Chinese, Japanese and Korean.
+        references (`list[str]`, *optional*): the whole sentences, in the order of the evaluation's rows.
         **bleu_options: further options of `Bleu`, such as `tokenize` and `lowercase`.
 
     Returns:
@@ -122,8 +124,10 @@ def translation_metrics(
     def compute_metrics(prediction) -> dict[str, float]:
         ids = prediction.predictions
         generated = _up_to_the_end(ids[0] if isinstance(ids, tuple) else ids, tokenizer)
-        labels = [row[row != -100] for row in np.asarray(prediction.label_ids)]
-        texts = dict(predictions=_text(generated, tokenizer), references=_text(labels, tokenizer))
+        whole = references
+        if whole is None:
+            whole = _text([row[row != -100] for row in np.asarray(prediction.label_ids)], tokenizer)
+        texts = dict(predictions=_text(generated, tokenizer), references=whole)
         return {
             "bleu": Bleu(keep_in_memory=True).compute(**texts, **bleu_options)["score"],
             "chrf": ChrF(keep_in_memory=True).compute(**texts)["score"],
