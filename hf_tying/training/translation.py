@@ -81,9 +81,8 @@ def translation_config(
     target = target_tokenizer or tokenizer
     usual = ("vocab_size", "decoder_vocab_size")
     names = ("src_vocab_size", "tgt_vocab_size") if hasattr(stock, "tgt_vocab_size") else usual
-    fields = {
-        name: rows_needed(side) for name, side in zip(names, (tokenizer, target), strict=True) if hasattr(stock, name)
-    }
+    sizes = zip(names, map(rows_needed, (tokenizer, target)), strict=True)
+    fields = {name: size for name, size in sizes if hasattr(stock, name)}
     fields |= special_ids(target)
     if target is not tokenizer:
         if names[1] not in fields:
