@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from ..metrics import perplexity_of, sequence_scores
+from ..objectives.own_loss import set_accepts_loss_kwargs
 from .measuring import RecordingCollator, StepClock, common_arguments, optimizer_bytes, train_quietly
 from .settings import DemoSettings
 
@@ -60,7 +61,7 @@ def train(
     """
     collator, clock = _RecordingCollator(), StepClock()
     trainer = Trainer(
-        model=model,
+        model=set_accepts_loss_kwargs(model),
         args=_arguments(settings),
         data_collator=collator,
         train_dataset=training_blocks,

@@ -128,16 +128,19 @@ class ChrF(_SacreBleu):
 
 
 def translation_metrics(
-    tokenizer: PreTrainedTokenizerBase, target_language: str | None = None, **bleu_options: Any
+    tokenizer: PreTrainedTokenizerBase,
+    target_language: str | None = None,
+    references: list[str] | None = None,
+    **bleu_options: Any,
 ) -> Callable[..., dict[str, float]]:
     """Make `compute_metrics` for `Seq2SeqTrainer(args=Seq2SeqTrainingArguments(predict_with_generate=True))`.
-
-    The references are the labels, so the words that `max_target_length` cuts off are not scored.
 
     Args:
         tokenizer: tokenizer of the target side.
         target_language (`str`, *optional*): code of the target language, by which BLEU tokenizes Chinese, Japanese and
             Korean. Default: sacrebleu's usual tokenization.
+        references (`list[str]`, *optional*): whole sentences, in the order of the evaluation's rows. Default: the
+            labels, from which `max_target_length` has cut, and in which a language code may stand (M2M100's `__fr__`).
         **bleu_options: further options of `Bleu`, such as `tokenize` and `lowercase`.
 
     Returns:
@@ -155,8 +158,10 @@ def translation_metrics(
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         ids = prediction.predictions
         generated = _up_to_the_end(ids[0] if isinstance(ids, tuple) else ids, tokenizer)
-        labels = [row[row != -100] for row in np.asarray(prediction.label_ids)]
-        texts = dict(predictions=_text(generated, tokenizer), references=_text(labels, tokenizer))
+        whole = references
+        if whole is None:
+            whole = _text([row[row != -100] for row in np.asarray(prediction.label_ids)], tokenizer)
+        texts = dict(predictions=_text(generated, tokenizer), references=whole)
         return {
             "bleu": Bleu(keep_in_memory=True).compute(**texts, **bleu_options)["score"],
             "chrf": ChrF(keep_in_memory=True).compute(**texts)["score"],

@@ -320,3 +320,32 @@ def test_an_error_ends_the_script_with_one_line(text, tmp_path):
     [line] = result.stderr.strip().splitlines()
     assert line.startswith("error: ") and "has 10 lines" in line and "has 5: expected as many" in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_sentences_without_references_are_translated(form, marian, text, flags, tmp_path, monkeypatch):
+    folder, _ = marian
+    more = {key: flags[key] for key in flags if key not in ("model_type", "config_overrides")}
+    more |= {"do_train": False, "do_eval": False, "source_lang": "en", "target_lang": "de"}
+    if form == "text":
+        more["test_source_file"] = str(text / "test.en")
+    else:
+        rows = [{"translation": {"en": line}} for line in (text / "test.en").read_text().splitlines()]
+        (tmp_path / "test.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        more["test_file"] = str(tmp_path / "test.json")
+    run(tmp_path, monkeypatch, more | {"model_name_or_path": str(folder), "output_dir": str(tmp_path / "out")})
+    assert translations(tmp_path / "out") == translations(folder)
+    assert "predict_bleu" not in results(tmp_path / "out")
+
+
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_eval_and_predict_score_the_same_lines_alike(strategy, marian, text, flags, tmp_path, monkeypatch):
+    folder, _ = marian
+    more = {key: flags[key] for key in flags if key not in ("model_type", "config_overrides")}
+    more |= text_flags(text, ["test"]) | {"train_sampling_strategy": strategy, "do_train": False}
+    more |= {f"validation_{side}_file": more[f"test_{side}_file"] for side in ("source", "target")}
+    # Cut references are shorter than what is scored.
+    more |= {"max_target_length": 6, "generation_max_length": 24, "model_name_or_path": str(folder)}
+    run(tmp_path, monkeypatch, more | {"output_dir": str(tmp_path / "out")})
+    found = results(tmp_path / "out")
+    assert found["eval_bleu"] == found["predict_bleu"] > 50 and found["eval_chrf"] == found["predict_chrf"]

@@ -12,6 +12,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ...metrics import Bleu, ChrF
 from ...metrics.translation import generated_text
+from ...objectives.own_loss import set_accepts_loss_kwargs
 from ...training.translation import translation_collator
 from ..measuring import StepClock, common_arguments, optimizer_bytes, train_quietly
 from ..settings import TranslationSettings
@@ -72,7 +73,7 @@ def train(
     """
     clock = StepClock()
     trainer = _RecordingTrainer(
-        model=model,
+        model=set_accepts_loss_kwargs(model),
         args=_arguments(settings),
         data_collator=translation_collator(model, corpora.tokenizer),
         train_dataset=corpora.train_ids.select(training_order(corpora, settings)),
