@@ -4,6 +4,7 @@ import os
 import warnings
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -74,7 +75,7 @@ def test_the_bars_are_as_long_as_what_is_held_and_saved(form):
 @every_form
 def test_no_label_lies_over_another(form):
     figure = drawn(tying_report(MODELS[form]()))
-    renderer = figure.canvas.get_renderer()
+    renderer = FigureCanvasAgg(figure).get_renderer()
     width, height = figure.get_size_inches() * figure.dpi
     labels = [text for axes in figure.axes for text in (*axes.get_yticklabels(), axes.xaxis.label, axes.title)]
     labels += [axes._left_title for axes in figure.axes] + [figure._suptitle]
