@@ -152,7 +152,7 @@ def _name_rows(axes: "Axes", labels: list[str]) -> None:
 
 
 def diagnose(
-    model: nn.Module, twin: nn.Module | None = None, *, history: list[dict] | None = None, **options: Any
+    model: nn.Module, twin: nn.Module | None = None, *, history: list[dict[str, Any]] | None = None, **options: Any
 ) -> RoleDiagnostics:
     """Compare the matrices of `model` with those of an untied twin.
 
@@ -198,7 +198,7 @@ def diagnose(
     return RoleDiagnostics(matrices, {role: effective_rank(matrix) for role, matrix in twins.items()}, shares)
 
 
-def gradient_shares(history: list[dict]) -> dict[str, list[tuple[int, float]]]:
+def gradient_shares(history: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
     """Collect the gradient shares in the log history of a Trainer.
 
     Args:

@@ -22,8 +22,8 @@ TIED_FOLDER = "tied_lora"
 
 
 def export_to_lora(
-    model_or_path: nn.Module | str | os.PathLike,
-    out: str | os.PathLike,
+    model_or_path: nn.Module | str | os.PathLike[str],
+    out: str | os.PathLike[str],
     adapter_name: str = "default",
     subfolder: str | None = None,
     **hub: Any,
@@ -76,7 +76,7 @@ def export_to_lora(
 
 
 def read_tied_adapter(
-    path: str | os.PathLike, subfolder: str | None = None, **hub: Any
+    path: str | os.PathLike[str], subfolder: str | None = None, **hub: Any
 ) -> tuple[TiedLoraConfig, dict[str, torch.Tensor]]:
     """Read the settings of a saved Tied-LoRA adapter, and its tensors by their names in a model.
 

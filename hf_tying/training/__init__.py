@@ -26,20 +26,25 @@ __all__ = [
     "HeadlessTrainer",
     "ObjectiveArguments",
     "RECIPES",
+    "ScriptParser",
     "TyingArguments",
     "TyingCallback",
     "average_into",
     "config_with_overrides",
     "recover_lm_head",
+    "resume_path",
     "set_accepts_loss_kwargs",
 ]
 
 if TYPE_CHECKING:
-    from .arguments import ObjectiveArguments, TyingArguments, config_with_overrides
+    from .arguments import ObjectiveArguments, TyingArguments
     from .averaging import average_into
     from .callbacks import TyingCallback, set_accepts_loss_kwargs
     from .carried_state import CarriedStateArguments, CarriedStateTrainer
+    from .command_line import ScriptParser
     from .headless import HeadlessTrainer, recover_lm_head
+    from .model_config import config_with_overrides
     from .recipes import RECIPES
+    from .resuming import resume_path
 else:
     __getattr__, __dir__ = lazy_names(globals(), _HOME)

@@ -89,7 +89,7 @@ class HeadlessTrainer(Trainer):
 
 def recover_lm_head(
     model: PreTrainedModel,
-    train_dataset: Dataset | None = None,
+    train_dataset: "Dataset[Any] | None" = None,
     *,
     how: str = "clone",
     args: TrainingArguments | None = None,

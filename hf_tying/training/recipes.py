@@ -4,8 +4,10 @@ Sources: Zaremba et al. 2014 section 4 and their released code (also Press & Wol
 with the decay of another implementation; Merity et al. 2017 section 5.
 """
 
+from typing import Any
 
-def _sgd(time_steps: int, epochs: int, decay: float, decay_after: int, clip: float) -> dict:
+
+def _sgd(time_steps: int, epochs: int, decay: float, decay_after: int, clip: float) -> dict[str, Any]:
     return {
         "time_steps": time_steps,
         "per_device_train_batch_size": 20,
@@ -18,7 +20,7 @@ def _sgd(time_steps: int, epochs: int, decay: float, decay_after: int, clip: flo
     }
 
 
-RECIPES: dict[str, dict] = {
+RECIPES: dict[str, dict[str, Any]] = {
     "zaremba_small": _sgd(20, 13, 0.5, 4, 5.0),
     "zaremba_medium": _sgd(35, 39, 0.8, 6, 5.0),
     "zaremba_large": _sgd(35, 55, 1 / 1.15, 14, 10.0),

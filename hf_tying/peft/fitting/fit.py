@@ -54,9 +54,9 @@ class TiedLoraFit:
 
 
 def fit_from_lora(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     r: int,
-    out: str | os.PathLike | None = None,
+    out: str | os.PathLike[str] | None = None,
     variant: str | None = None,
     *,
     subfolder: str | None = None,
