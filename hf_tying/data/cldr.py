@@ -115,7 +115,7 @@ def _refuse_unfit(source: "Locale", target: "Locale") -> None:
         named, known = len(named_codes(locale)), len(named_codes(type(locale)("en")))
         if named < _FEWEST_NAMES:
             raise TyingError(
-                f"CLDR knows too little of {str(locale)!r}: it names {named} of {known} territories, languages and "
+                f"CLDR has too few names in {str(locale)!r}: it names {named} of {known} territories, languages and "
                 f"currencies in it, expected at least {_FEWEST_NAMES}. Choose another language."
             )
 

@@ -353,7 +353,7 @@ def _tell_of_nothing_shared(config: TiedLoraConfig, names: dict[str, FactorNames
         logger.warning(
             f"Tied-LoRA: no two layers share a factor, of {len(names)} adapted modules ({', '.join(list(names)[:3])}, "
             "...). Say where the layers are by layers_pattern='name of the list of layers', or share by "
-            "share_by='shape'; tie_A=False, tie_B=False says that it is meant."
+            "share_by='shape'. If this is intended, set tie_A=False and tie_B=False."
         )
 
 

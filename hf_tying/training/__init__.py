@@ -1,4 +1,4 @@
-"""What training needs beside `Trainer`: flags that declare ties and objectives, the callback, the papers' trainers."""
+"""Tools for training beside `Trainer`: flags that declare ties and objectives, the callback, the papers' trainers."""
 
 from typing import TYPE_CHECKING
 

@@ -303,7 +303,7 @@ def _refuse_processes(args: TrainingArguments) -> None:
         raise TyingError(
             f"untie_at and freeze need one process, found {args.world_size}: DistributedDataParallel and sharding do "
             "not know a parameter that is made, or frozen, after the model was wrapped. Do it before Trainer: "
-            "untie(model), and requires_grad_(False) on what shall be frozen."
+            "untie(model), and requires_grad_(False) on the parameters to freeze."
         )
 
 
@@ -362,7 +362,7 @@ def assert_optimized(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
     if matrices and len(left_out) < len(trained) / 2:
         raise TyingError(
             f"{what}. {', '.join(matrices)} would never be trained: the optimizer was made before tie() or untie(), "
-            "or its parameter groups leave that out. Make the optimizer after tie() and untie(); for what shall not "
-            "be trained: requires_grad_(False)."
+            "or its parameter groups leave it out. Make the optimizer after tie() and untie(), and set "
+            "requires_grad_(False) on parameters that are not to be trained."
         )
-    logger.warning(f"{what}. They stay as they are; requires_grad_(False) says that it is meant.")
+    logger.warning(f"{what}. They are not trained. If this is intended, set requires_grad_(False) on them.")

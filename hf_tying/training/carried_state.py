@@ -113,8 +113,8 @@ class CarriedStateTrainer(Trainer):
             if train_dataset.batch_size != args.per_device_train_batch_size:
                 raise TyingError(
                     f"The text has {train_dataset.batch_size} columns, and the batch has "
-                    f"{args.per_device_train_batch_size} rows: expected as many, since a row goes on where that of "
-                    "the batch before it ended."
+                    f"{args.per_device_train_batch_size} rows: expected as many, because each row continues that "
+                    "of the previous batch."
                 )
         kwargs.setdefault("data_collator", default_data_collator)
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
@@ -143,11 +143,11 @@ class CarriedStateTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
-                raise TyingError(f"There is no checkpoint in {self.args.output_dir} to go on from.")
+                raise TyingError(f"There is no checkpoint in {self.args.output_dir} to resume from.")
         self._resumed = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         if self._resumed is not None and not (self._resumed / self._file).is_file():
             raise TyingError(
-                f"{self._resumed} has no {self._file}, without which the text cannot be gone on with: expected a "
+                f"{self._resumed} has no {self._file}, without which training cannot be resumed: expected a "
                 "checkpoint that a CarriedStateTrainer of as many processes wrote."
             )
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)

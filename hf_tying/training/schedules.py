@@ -95,7 +95,7 @@ def refuse_unheld(model: PreTrainedModel, optimizer: torch.optim.Optimizer | Non
         parameter = find_parameter(model, group.root)
         if optimizer is not None and parameter.requires_grad and id(parameter) not in stepped:
             raise TyingError(
-                f"Group {group.name!r} ({', '.join(group.names)}) cannot be taken apart in training: "
+                f"Group {group.name!r} ({', '.join(group.names)}) cannot be untied in training: "
                 f"{type(optimizer).__name__} does not hold its matrix (it was made before the tie, or it flattens or "
                 "shards parameters, as DeepSpeed and FSDP do). Expected an optimizer over the model's own parameters; "
                 "else untie(model) before training."

@@ -299,7 +299,7 @@ def test_over_long_lines_are_cut_with_one_warning_that_counts_them(tmp_path, tol
             "Unknown language 'jp': expected the code of a locale in CLDR, such as 'en' or 'pt-BR'; the nearest are",
         ),
         (["--target_lang", "en"], "are the same language"),
-        (["--target_lang", "vo"], "CLDR knows too little of 'vo'"),
+        (["--target_lang", "vo"], "CLDR has too few names in 'vo'"),
         (["--train_file", "{tmp}/missing.jsonl"], "There is no file"),
         (["--train_file", "{pairs}"], "has no 'en'"),
         ([*OWN, "--target_lang", "xx"], "are both 'xx'"),
