@@ -160,7 +160,11 @@ class TestStatusAndConversion:
             change()
             yield peft.get_model_status(model.base_model.model), peft.get_layer_status(model)
 
-    @pytest.mark.parametrize("settings", [{}, {"variant": "TL5"}, {"train_A": False, "train_B": False}], ids=str)
+    @pytest.mark.parametrize(
+        "settings",
+        [{}, {"variant": "TL5"}, {"train_A": False, "train_B": False}, {f"train_{kind}": False for kind in "ABu"}],
+        ids=str,
+    )
     def test_the_status_is_that_of_lora(self, settings):
         lora = self.states(LoraConfig(target_modules=QKV["llama"]))
         ours = self.states(TiedLoraConfig(r=4, target_modules=QKV["llama"], **settings))
