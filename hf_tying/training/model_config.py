@@ -14,6 +14,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from ..config import TyingError, nearest
 
+# These register the model types of this package with the Auto classes.
+from ..models import encoder_decoder, lstm  # noqa: F401
+
 _TRUE, _FALSE, _NONE = ("true", "1", "y", "yes"), ("false", "0", "n", "no"), ("null", "none")
 
 

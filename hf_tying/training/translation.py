@@ -214,7 +214,17 @@ def translation_collator(
         inputs = torch.cat([start, labels[:, :-1]], dim=1)
         return inputs.masked_fill(inputs == -100, model.config.pad_token_id)
 
-    return DataCollatorForSeq2Seq(tokenizer, SimpleNamespace(prepare_decoder_input_ids_from_labels=shifted), **kwargs)
+    return _Collator(tokenizer, SimpleNamespace(prepare_decoder_input_ids_from_labels=shifted), **kwargs)
+
+
+class _Collator(DataCollatorForSeq2Seq):
+    """Leaves `labels` out of a batch that has none: `Seq2SeqTrainer` asks a loss of any batch that names them."""
+
+    def __call__(self, features: list[dict[str, Any]], return_tensors: str | None = None) -> dict[str, Any]:
+        batch = super().__call__(features, return_tensors)
+        if batch.get("labels", 0) is None:
+            del batch["labels"]
+        return batch
 
 
 class TwoTokenizersCallback(TrainerCallback):
