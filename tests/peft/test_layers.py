@@ -60,7 +60,7 @@ class TestNames:
         names = ["m.0.h.3.q", "m.1.h.3.q", "m.0.other.q"]
         assert places(names, "h") == [("m.0.h.3", 3, "q"), ("m.1.h.3", 3, "q"), (*OUTSIDE, "m.0.other.q")]
         assert places(names, ["none", "m"])[0] == ("m.0", 0, "h.3.q")
-        assert places(["h.2.h.3.q"], "h") == [("h.2", 2, "h.3.q")]  # the outer one of two lists of that name
+        assert places(["m.h.2.h.3.q"], "h") == [("m.h.2", 2, "h.3.q")]  # the outer one of two lists of that name
         assert find_layers({}, "h") == {} and Place(None, None, "q") == find_layers({"q": SQUARE})["q"]
 
 
