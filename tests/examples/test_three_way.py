@@ -11,7 +11,7 @@ import pytest
 import sacrebleu
 import torch
 from rich.console import Console
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, Seq2SeqTrainer
 
 from hf_tying import TyingError, assert_tied
 
@@ -72,6 +72,19 @@ def experiment(script, texts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "out"
     printed = start(script, texts, folder)
     return folder, printed, json.loads((folder / "report.json").read_text())
+
+
+def test_the_trainer_is_told_that_the_model_takes_the_mean_itself(script, texts, tmp_path, monkeypatch):
+    models = []
+
+    def made(self, model, **kwargs):
+        models.append(model)
+        raise InterruptedError
+
+    monkeypatch.setattr(Seq2SeqTrainer, "__init__", made)
+    with pytest.raises(InterruptedError):
+        start(script, texts, tmp_path / "out")
+    assert models[0].accepts_loss_kwargs is False
 
 
 def by_scheme(report) -> dict[str, dict]:

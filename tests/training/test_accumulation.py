@@ -1,8 +1,10 @@
 """One update is one gradient, however its rows are spread over processes and steps of accumulation."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
+from datasets import Dataset
 from transformers import (
     EncoderDecoderConfig,
     EncoderDecoderModel,
@@ -12,6 +14,8 @@ from transformers import (
 )
 
 from hf_tying import TyingCallback, use_tied_loss
+from hf_tying.demo import training as language_model
+from hf_tying.demo.translation import training as translation
 from hf_tying.objectives.own_loss import averages_own_loss
 from hf_tying.training import set_accepts_loss_kwargs
 
@@ -139,3 +143,23 @@ def test_the_callback_warns_of_a_multiplied_gradient(arch, how, accumulated, mor
     ]
     assert bool(told) is warned
     assert not warned or "multiplied by 2 (1 processes x 2 accumulation steps)" in told[0]
+
+
+class Made(Exception):
+    """A trainer was made of a model."""
+
+
+@pytest.mark.parametrize("demo", [language_model, translation], ids=["language model", "translation"])
+def test_the_demo_tells_the_trainer_what_the_loss_is(demo, monkeypatch):
+    def made(self, model, **kwargs):
+        raise Made(model)
+
+    monkeypatch.setattr(Trainer, "__init__", made)
+    monkeypatch.setattr(demo, "_arguments", lambda settings: None)
+    monkeypatch.setattr(translation, "training_order", lambda corpora, settings: [])
+    model, rows = tiny_model("bart"), Dataset.from_dict({"input_ids": [[1]]})
+    corpora = SimpleNamespace(tokenizer=None, train_ids=rows, validation_ids=rows)
+    data = (corpora,) if demo is translation else (rows, rows)
+    with pytest.raises(Made):
+        demo.train(model, "name", None, *data)
+    assert model.accepts_loss_kwargs is False
