@@ -4,6 +4,7 @@ Configs compute some of their fields from others: the width of a head, the kinds
 changes are given to the constructor, and never set on a config that has done its sums.
 """
 
+import copy
 import dataclasses
 import inspect
 import json
@@ -11,6 +12,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.utils import logging
 
 from ..config import TyingError, nearest
 
@@ -35,7 +37,7 @@ def config_with_overrides(make: Callable[..., PreTrainedConfig], overrides: str 
     default = make()
     if not overrides:
         return default
-    given = {key: _typed(key, value, getattr(default, key, None)) for key, value in parse_overrides(overrides).items()}
+    given = {key: _typed(key, value, _value(default, key)) for key, value in parse_overrides(overrides).items()}
     known = _fields(default)
     for key in given:
         if key not in known:
@@ -53,7 +55,7 @@ def config_with_overrides(make: Callable[..., PreTrainedConfig], overrides: str 
     except Exception as error:  # a constructor may raise anything for sizes that it cannot have
         raise TyingError(f"--config_overrides {overrides}: {' '.join(str(error).split())}") from error
     for key, value in given.items():
-        found = getattr(config, key)
+        found = _value(config, key)
         if (
             value is not None
             and found != value
@@ -138,23 +140,44 @@ def maker_from(config: PreTrainedConfig) -> Callable[..., PreTrainedConfig]:
 
     A file has all fields, the computed ones too. Those that the constructor computes again from the others are left to
     it: with `head_dim` = `hidden_size` / `num_attention_heads` in the file, a change of `hidden_size` changes both.
+
+    Raises:
+        TyingError: for a config that its constructor does not make again from its own fields.
     """
     kept = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "transformers_version")}
+    if _made_again(config, kept) != config.to_dict():
+        raise TyingError(f"A config of type {config.model_type!r} cannot be made again from its fields.")
     for key in list(kept):
         without = {name: value for name, value in kept.items() if name != key}
-        try:
-            again = type(config)(**without)
-        except Exception:  # a constructor may raise anything when it lacks a field
-            continue
-        if again.to_dict() == config.to_dict():
+        if _made_again(config, without) == config.to_dict():
             kept = without
-    return lambda **changes: type(config)(**kept | changes)
+    return lambda **changes: type(config)(**copy.deepcopy(kept) | changes)
+
+
+def _made_again(config: PreTrainedConfig, fields: dict[str, Any]) -> dict[str, Any] | None:
+    """All fields that the constructor makes of some, without its warnings; `None` where it refuses them."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        return type(config)(**copy.deepcopy(fields)).to_dict()
+    except Exception:  # a constructor may raise anything when it lacks a field
+        return None
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _fields(config: PreTrainedConfig) -> set[str]:
     cls = type(config)
     declared = {field.name for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
     return declared | {*config.to_dict(), *config.attribute_map, *inspect.signature(cls).parameters}
+
+
+def _value(config: PreTrainedConfig, key: str) -> Any:
+    """A field of a config; `None` where it has none that is the same in all layers."""
+    try:
+        return getattr(config, key, None)
+    except RuntimeError:
+        return None
 
 
 def _typed(key: str, value: Any, default: Any) -> Any:

@@ -1,6 +1,7 @@
 """`--config_overrides` go into the constructor, so that nothing that a config has computed is left behind."""
 
 import json
+import logging
 from functools import partial
 
 import pytest
@@ -85,3 +86,20 @@ def test_a_registered_type_is_known_and_another_is_not():
     for unknown in ("tied_lstn", "t5"):
         with pytest.raises(TyingError, match=f"{unknown}: transformers has no AutoModelForCausalLM of it"):
             make(unknown)
+
+
+def test_making_a_config_again_warns_of_nothing_and_leaves_the_loaded_one(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    AutoConfig.for_model("llama", vocab_size=50_000, eos_token_id=40_000).save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    before = json.dumps(loaded.to_dict(), default=str)
+    AutoConfig.for_model("llama", eos_token_id=45_000)
+    assert "within the vocabulary" in caplog.text  # what is said of a config that lacks its own vocab_size
+    caplog.clear()
+    maker_from(loaded)().rope_parameters["rope_theta"] = 3.0
+    assert not caplog.records and json.dumps(loaded.to_dict(), default=str) == before
+
+
+def test_a_config_that_is_not_made_again_is_refused():
+    with pytest.raises(TyingError, match="'moshi' cannot be made again"):
+        maker_from(AutoConfig.for_model("moshi"))
