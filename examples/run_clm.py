@@ -28,6 +28,7 @@ import psutil
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -151,7 +152,9 @@ def config_maker(args: ModelArguments, declared: TyingConfig | None) -> Callable
     else:
 
         def make(**fields: Any) -> PreTrainedConfig:
-            return type_config(args.model_type, AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **fields)
+            return type_config(
+                args.model_type, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **fields
+            )
 
     def configured(**fields: Any) -> PreTrainedConfig:
         config = config_with_overrides(lambda **changes: make(**fields | changes), args.config_overrides)

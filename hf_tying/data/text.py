@@ -131,14 +131,29 @@ def blocks_for_language_modeling(
     from datasets import Dataset
 
     encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    tokens = [token for document in encoded for token in (*document, tokenizer.eos_token_id)]
-    blocks = [tokens[i : i + block_size] for i in range(0, len(tokens) - block_size + 1, block_size)]
+    blocks = joined_blocks(encoded, tokenizer.eos_token_id, block_size)
     if not blocks:
+        count = sum(map(len, encoded)) + len(encoded)
         raise TyingError(
-            f"The text has {len(tokens)} tokens, less than one block of {block_size}. Give more text, or a smaller "
-            "block."
+            f"The text has {count} tokens, less than one block of {block_size}. Give more text, or a smaller block."
         )
     return Dataset.from_dict({"input_ids": blocks, "labels": blocks})
+
+
+def joined_blocks(documents: Iterable[list[int]], end: int | None, block_size: int) -> list[list[int]]:
+    """Join documents of token ids, and cut them into blocks.
+
+    Args:
+        documents: token ids of each document.
+        end: token that closes a document, unless the document ends with it; `None`: no token.
+        block_size: number of tokens in a block. The rest at the end, less than one block, is dropped.
+    """
+    tokens: list[int] = []
+    for document in documents:
+        tokens += document
+        if end is not None and document[-1:] != [end]:
+            tokens.append(end)
+    return [tokens[i : i + block_size] for i in range(0, len(tokens) - block_size + 1, block_size)]
 
 
 def _language_reference() -> Iterable[Document]:

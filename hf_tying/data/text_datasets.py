@@ -5,12 +5,11 @@ import csv
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import TyingError
-from .text import refuse_encoding
+from .text import joined_blocks, refuse_encoding
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -23,13 +22,13 @@ _PIECE = 1 << 20
 
 @dataclass(frozen=True)
 class TextSplit:
-    """The rows of a split, and where the text stands in them.
+    """The rows of a split, and the column of their text.
 
     Args:
-        name: `"train"` or `"validation"`, and for messages where it comes from.
-        rows: the dataset.
-        column: the column that has the text.
-        by_line: the rows are the lines of one document. Otherwise each row is a document.
+        name: name of the split, `"train"` or `"validation"`.
+        rows: dataset of the split.
+        column: column of the text.
+        by_line: whether the rows are the lines of one document. Default `False`: each row is a document.
     """
 
     name: str
@@ -55,13 +54,13 @@ def read_text_file(name: str, file: str | Path, column: str = "text", streaming:
     """Read a split from one file: text, JSON lines or CSV by its suffix; or from a folder that `save_to_disk` wrote.
 
     Args:
-        name: `"train"` or `"validation"`.
-        file: UTF-8 text in `.txt`, `.json`, `.jsonl` or `.csv`.
-        column: the column of JSON and CSV that has the text.
-        streaming: read while training, for text that is larger than memory and disk cache.
+        name: name of the split, `"train"` or `"validation"`.
+        file: file with UTF-8 text in `.txt`, `.json`, `.jsonl` or `.csv`.
+        column: column of the text in JSON and CSV. Default `"text"`.
+        streaming: whether to read while training, for text larger than memory and disk cache. Default `False`.
 
     Raises:
-        TyingError: for a file that is missing, empty, not UTF-8, of another suffix, or without the column.
+        TyingError: if the file is missing, empty, not UTF-8, of another suffix, or without the column.
     """
     from datasets import load_dataset
 
@@ -98,13 +97,13 @@ def read_text_dataset(
     """Read the splits of a dataset on the Hub, or of a folder that `save_to_disk` wrote. Each row is a document.
 
     Args:
-        name_or_folder: the dataset.
-        config_name: its configuration.
-        column: the column that has the text.
-        streaming: see `read_text_file`.
+        name_or_folder: id of the dataset, or the folder.
+        config_name: configuration of the dataset. Default: none.
+        column: column of the text. Default `"text"`.
+        streaming: whether to read while training, as for `read_text_file`. Default `False`.
 
     Raises:
-        TyingError: for a dataset that cannot be loaded, or without the column.
+        TyingError: if the dataset cannot be loaded, or does not have the column.
     """
     from datasets import DatasetDict, load_dataset, load_from_disk
 
@@ -148,10 +147,11 @@ def token_blocks(
     """Tokenize a split, close each document with the end-of-text token, join all, and cut into blocks.
 
     Args:
-        split: the text.
-        tokenizer: its end token closes a document, unless it does so itself. One without an end token closes none.
-        block_size: tokens in a block; less than one block in a thousand rows is dropped.
-        processes: processes that tokenize, not for a stream.
+        split: split with the text.
+        tokenizer: tokenizer whose end token closes a document, unless it does so itself. Without an end token,
+            documents are not closed.
+        block_size: number of tokens in a block. Less than one block in a thousand rows is dropped.
+        processes: number of processes that tokenize. It has no effect on a stream. Default: this process.
 
     Returns:
         Rows of `input_ids` and `labels`, both of `block_size` tokens and equal; the model shifts them.
@@ -167,12 +167,7 @@ def token_blocks(
     def cut(batch: dict[str, list]) -> dict[str, list]:
         texts = [split._checked(text, number) for number, text in enumerate(batch[column])]
         encoded = tokenizer(texts, add_special_tokens=not by_line, return_attention_mask=False, verbose=False)
-        documents = encoded["input_ids"]
-        if not by_line and end is not None:
-            documents = [ids if ids and ids[-1] == end else [*ids, end] for ids in documents]
-        tokens = list(chain.from_iterable(documents))
-        stops = range(block_size, len(tokens) + 1, block_size)
-        blocks = [tokens[stop - block_size : stop] for stop in stops]
+        blocks = joined_blocks(encoded["input_ids"], None if by_line else end, block_size)
         return {"input_ids": blocks, "labels": blocks}
 
     stream = not hasattr(rows, "__len__")

@@ -4,13 +4,13 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 import torch
-from torch.nn import functional as F
 
 from .compilation import untraced
 from .gradient import is_plain
 from .log_probs_autograd import LogProbsRequest, walked_log_probs
 from .logit_tiles import LogitSettings
 from .options import CrossEntropyOptions, check_operands, is_learned, with_learned_scale
+from .reference import whole_logits
 
 OUTPUTS = ("log_probs", "entropy", "top1", "logsumexp", "mean_logits", "log_sum_sq_probs")
 
@@ -120,21 +120,16 @@ def reference_log_probs(
     request: LogProbsRequest,
 ) -> dict[str, torch.Tensor]:
     """The outputs of `request` by name in plain torch, the logits whole; for transformed and sharded tensors."""
-    exact = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
-    settings, options = request.settings, request.settings.options
-    logits = F.linear(hidden.to(exact), weight.to(exact), None if bias is None else bias.to(exact))
-    if options.logit_scale is not None:
-        logits = logits * options.logit_scale
-    if options.logit_softcap is not None:
-        logits = options.logit_softcap * torch.tanh(logits / options.logit_softcap)
-    logits = logits / settings.temperature
+    options = request.settings.options
+    logits = whole_logits(hidden, weight, bias, options.logit_scale, options.logit_softcap)
+    logits = logits / request.settings.temperature
     counted = labels != options.ignore_index
     places = labels.masked_fill(~counted, 0)[..., None]
     log_probs = logits.log_softmax(-1)
     compute: dict[str, Callable[[], torch.Tensor]] = {
         "log_probs": lambda: log_probs.gather(-1, places)[..., 0],
         # Of a word that is forbidden the product is 0, and so is its gradient.
-        "entropy": lambda: -(log_probs.exp() * log_probs.clamp(min=torch.finfo(exact).min)).sum(-1),
+        "entropy": lambda: -(log_probs.exp() * log_probs.clamp(min=torch.finfo(logits.dtype).min)).sum(-1),
         "top1": lambda: logits.argmax(-1) == places[..., 0],
         "logsumexp": lambda: logits.logsumexp(-1),
         "mean_logits": lambda: logits.detach().mean(-1),

@@ -23,16 +23,11 @@ def reference_cross_entropy(
     Arguments, shapes and result are those of `tied_cross_entropy`. It differs from torch in one case: with every label
     ignored the mean is 0, not NaN.
     """
-    exact = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
-    logits = F.linear(hidden.to(exact), weight.to(exact), None if bias is None else bias.to(exact))
-    if logit_scale is not None:
-        logits = logits * logit_scale
-    if logit_softcap is not None:
-        logits = logit_softcap * torch.tanh(logits / logit_softcap)
+    logits = whole_logits(hidden, weight, bias, logit_scale, logit_softcap)
     losses = F.cross_entropy(
         logits.reshape(-1, weight.shape[0]),
         labels.reshape(-1),
-        weight=None if class_weight is None else class_weight.to(exact),
+        weight=None if class_weight is None else class_weight.to(logits.dtype),
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         reduction="none",
@@ -44,7 +39,22 @@ def reference_cross_entropy(
     counted = labels.reshape(-1) != ignore_index
     items = counted.sum()
     if class_weight is not None:
-        items = (class_weight.to(exact)[labels.reshape(-1).masked_fill(~counted, 0)] * counted).sum()
+        items = (class_weight.to(logits.dtype)[labels.reshape(-1).masked_fill(~counted, 0)] * counted).sum()
     if num_items_in_batch is not None:
         items = torch.as_tensor(num_items_in_batch, device=losses.device)
     return losses.sum() / items.masked_fill(items == 0, 1)
+
+
+def whole_logits(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    logit_scale: float | torch.Tensor | None,
+    logit_softcap: float | None,
+) -> torch.Tensor:
+    """`softcap(logit_scale * (hidden @ weight.T + bias))`, (..., V), in float32, or in float64 for float64 tensors."""
+    exact = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
+    logits = F.linear(hidden.to(exact), weight.to(exact), None if bias is None else bias.to(exact))
+    if logit_scale is not None:
+        logits = logits * logit_scale
+    return logits if logit_softcap is None else logit_softcap * torch.tanh(logits / logit_softcap)

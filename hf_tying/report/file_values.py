@@ -27,7 +27,7 @@ class ValuesOnDisk:
         """Number the values of some names: names with equal values have the same number.
 
         Args:
-            keys_of: from a name to the tensors that hold it, which are several where a file holds experts one by one.
+            keys_of: tensors that hold each name, several where a file holds experts one by one.
 
         Returns:
             The number of each name, from 0; and how they were compared, as in `GroupReport.compared`.

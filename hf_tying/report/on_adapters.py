@@ -54,7 +54,7 @@ def report_on_adapter(folder: Path) -> TyingReport:
     """Report a saved adapter. Its settings and the header of its file are read, and no weight.
 
     Args:
-        folder: with `adapter_config.json` and `adapter_model.safetensors`.
+        folder: folder with `adapter_config.json` and `adapter_model.safetensors`.
 
     Raises:
         TyingError: the adapter is of another type, or its files are missing, truncated or malformed.

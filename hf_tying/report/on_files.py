@@ -20,7 +20,7 @@ def report_on_files(folder: Path, source: str) -> TyingReport:
     several names of a group, their bytes are compared.
 
     Args:
-        folder: with `config.json` and safetensors files.
+        folder: folder with `config.json` and safetensors files.
         source: what the report calls the checkpoint.
 
     Raises:

@@ -48,7 +48,7 @@ class GroupReport:
     Args:
         name: the group's name.
         names: its parameter names, the root first. For a factor of Tied-LoRA: the modules that share it.
-        roles: from a name to its role, for the names that have one.
+        roles: role of each name that has one.
         shape: shape of the one matrix.
         dtype: dtype of its elements, as torch spells it (`"float32"`).
         declared: whether the config, or the class under its flags, ties these names.
@@ -183,7 +183,7 @@ def group_report(
     Args:
         name: the group's name.
         names: its parameter names.
-        role_of: from names to roles; it may have other names too.
+        role_of: role of each name; it may have other names too.
         shape: shape of the one matrix.
         dtype: dtype of its elements.
         size: bytes of one element.

@@ -1,7 +1,6 @@
 """Flags for `HfArgumentParser`, beside `TrainingArguments`: what to tie, and what to train by."""
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import LOSSES, SCHEMES, TyingConfig, TyingError
 from ..losses.contrastive import NEGATIVES
 from ..objectives.objective import AugmentedObjective, ContrastiveObjective, Objective
+from .flag_files import read_mapping
 
 if TYPE_CHECKING:
     from .callbacks import TyingCallback
@@ -207,24 +207,5 @@ class ObjectiveArguments:
 
 
 def _read_groups(path: Path) -> dict[str, Any]:
-    way_out = 'Expected JSON or YAML such as {"embeddings": ["model.embed_tokens.weight", "lm_head.weight"]}.'
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TyingError(f"The groups file {str(path)!r} cannot be read: {error}. {way_out}") from error
-    try:
-        groups = json.loads(text) if path.suffix == ".json" else _yaml(text)
-    except ValueError as error:
-        raise TyingError(f"The groups file {str(path)!r} cannot be parsed: {error}. {way_out}") from error
-    if not isinstance(groups, dict) or not groups:
-        raise TyingError(f"The groups file {str(path)!r} holds no mapping of groups. {way_out}")
-    return groups
-
-
-def _yaml(text: str) -> Any:
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
+    expected = 'Expected JSON or YAML such as {"embeddings": ["model.embed_tokens.weight", "lm_head.weight"]}.'
+    return read_mapping(path, "The groups file", expected)

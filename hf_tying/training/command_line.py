@@ -1,7 +1,6 @@
 """The flags of a training script: from the command line, from a JSON or YAML file, or from both."""
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,17 +10,18 @@ from typing import Any, NoReturn
 from transformers import HfArgumentParser
 
 from ..config import TyingError, nearest
+from .flag_files import read_mapping
 
 
 class ScriptParser(HfArgumentParser):
     """`HfArgumentParser` whose refusals are one `TyingError`, and in whose files a flag has the type of the flag.
 
-    `script.py flags.yaml --learning_rate 1e-4`: a flag beside a file overrides it. What stands in the file is read as
-    if it stood on the command line, so that YAML's `1e-3`, which is text there, is a number here.
-    Names may have dashes or underscores.
+    In `script.py flags.yaml --learning_rate 1e-4`, the flag overrides the file. A value in the file is read as on the
+    command line, so YAML's `1e-3`, which YAML takes for text, is a number. Names may have dashes or underscores.
 
     Args:
-        dataclass_types: the argument classes, such as `TrainingArguments`.
+        dataclass_types: argument classes, such as `TrainingArguments`.
+        **kwargs: keywords of `HfArgumentParser`.
 
     Example:
         >>> model_args, training_args = ScriptParser((ModelArguments, TrainingArguments)).parse()
@@ -33,14 +33,17 @@ class ScriptParser(HfArgumentParser):
         self.allow_abbrev = False
 
     def parse(self, arguments: Sequence[str] | None = None) -> tuple[Any, ...]:
-        """One instance of each argument class.
+        """Parse a command line.
 
         Args:
-            arguments: the command line without the script's name; by default that of the process.
+            arguments: command line without the script's name. Default: that of the process.
+
+        Returns:
+            One instance of each argument class.
 
         Raises:
-            TyingError: for an unknown flag, with the nearest names; a value that the flag cannot have; a file that
-                cannot be read; and all that the argument classes refuse.
+            TyingError: if a flag is unknown (with the nearest names), a value does not fit its flag, a file cannot be
+                read, or an argument class refuses a value.
         """
         arguments = list(sys.argv[1:] if arguments is None else arguments)
         if arguments and Path(arguments[0]).suffix in (".json", ".yaml", ".yml"):
@@ -58,10 +61,12 @@ class ScriptParser(HfArgumentParser):
         return tuple(parsed)
 
     def error(self, message: str) -> NoReturn:
+        """Raise a `TyingError`, where `argparse` ends the process."""
         raise TyingError(message)
 
     def _set_defaults_from(self, file: Path) -> None:
-        for key, value in _mapping(file).items():
+        expected = "Expected flags such as {model_type: llama}."
+        for key, value in read_mapping(file, "The file of flags", expected).items():
             action = self._option_string_actions.get(f"--{str(key).replace('-', '_')}")
             if action is None:
                 self._refuse(f"--{key}", f" in {str(file)!r}")
@@ -98,24 +103,3 @@ def naming(flags: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, AttributeError) as error:
         raise TyingError(f"{flags}: {' '.join(str(error).split())}") from error
-
-
-def _mapping(file: Path) -> dict[str, Any]:
-    """The flags in a JSON or YAML file."""
-    try:
-        text = file.read_text(encoding="utf-8")
-        found = json.loads(text) if file.suffix == ".json" else _yaml(text)
-    except (OSError, ValueError) as error:
-        raise TyingError(f"The flags in {str(file)!r} cannot be read: {' '.join(str(error).split())}.") from error
-    if not isinstance(found, dict):
-        raise TyingError(f"{str(file)!r} has no flags: expected a mapping such as {{model_type: llama}}.")
-    return found
-
-
-def _yaml(text: str) -> Any:
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error

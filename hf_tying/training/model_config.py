@@ -8,7 +8,7 @@ import copy
 import dataclasses
 import inspect
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Container
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
@@ -26,9 +26,9 @@ def config_with_overrides(make: Callable[..., PreTrainedConfig], overrides: str 
     """Make a config with the values that `--config_overrides` gives to its constructor.
 
     Args:
-        make: makes the config; takes fields as keywords, which go before its own.
-        overrides: such as `"hidden_size=64,num_hidden_layers=2"`. A value that begins with `[`, `{` or `"` is JSON:
-            `'layer_types=["full_attention","full_attention"]'`. `None` for no changes.
+        make: function that makes the config. It takes fields as keywords, which override its own.
+        overrides: changes, such as `"hidden_size=64,num_hidden_layers=2"`; `None` for no changes. A value that begins
+            with `[`, `{` or `"` is JSON: `'layer_types=["full_attention","full_attention"]'`.
 
     Raises:
         TyingError: for text of another form, a field that the config does not have, and a value that the constructor
@@ -98,22 +98,25 @@ def parse_overrides(text: str) -> dict[str, Any]:
     return found
 
 
-def type_config(model_type: str, auto_class: type, types: Collection[str], **fields: Any) -> PreTrainedConfig:
+def type_config(
+    model_type: str, models: Container[type[PreTrainedConfig]], types: Collection[str], **fields: Any
+) -> PreTrainedConfig:
     """The default config of a model type, with some fields given to its constructor.
 
     Args:
-        model_type: such as `"llama"`.
-        auto_class: such as `AutoModelForCausalLM`; it must have a model of this type.
-        types: names to suggest for one that is unknown.
-        fields: of the config.
+        model_type: type of the model, such as `"llama"`.
+        models: config classes that have a model for the task, such as `MODEL_FOR_CAUSAL_LM_MAPPING`.
+        types: names to suggest for an unknown type, such as `MODEL_FOR_CAUSAL_LM_MAPPING_NAMES`.
+        **fields: fields of the config.
 
     Raises:
         TyingError: for a type without such a model, with the nearest names; and for one whose config holds another
             config for the text, which `fields` would not reach.
     """
-    if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in auto_class._model_mapping:
+    if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in models:
         raise TyingError(
-            f"--model_type {model_type}: transformers has no {auto_class.__name__} of it{nearest(model_type, types)}."
+            f"--model_type {model_type}: transformers has no model of this type for the task"
+            f"{nearest(model_type, types)}."
         )
     config = AutoConfig.for_model(model_type, **fields)
     text = config.get_text_config()

@@ -1,4 +1,4 @@
-"""What `--resume_from_checkpoint` names."""
+"""The checkpoint that `--resume_from_checkpoint` names."""
 
 from pathlib import Path
 
@@ -11,14 +11,17 @@ from ..ties.verify import groups_of
 
 
 def resume_path(args: TrainingArguments) -> str | None:
-    """The folder to resume from, or `None` for a fresh start.
+    """Find the folder to resume from.
 
     Args:
-        args: `resume_from_checkpoint` is a checkpoint's folder, or `"last"` (or `true`) for the one of most steps in
-            `output_dir`.
+        args: arguments whose `resume_from_checkpoint` is the folder of a checkpoint, or `"last"` (or `true`) for the
+            checkpoint with the most steps in `output_dir`.
+
+    Returns:
+        The folder, or `None` for a fresh start.
 
     Raises:
-        TyingError: for a folder that does not exist or is not a checkpoint of `Trainer`.
+        TyingError: if the folder does not exist, or is not a checkpoint of `Trainer`.
     """
     asked = args.resume_from_checkpoint
     if asked is None or asked is False or str(asked).lower() in ("false", "none", ""):
@@ -42,8 +45,8 @@ def untie_as_saved(model: PreTrainedModel, checkpoint: str) -> PreTrainedModel:
     """Untie a model that resumes from a checkpoint written after `untie_at`, whose config says that nothing is tied.
 
     Args:
-        model: as it is made for the whole run, tied.
-        checkpoint: the folder to resume from.
+        model: model as it is made for the whole run, tied.
+        checkpoint: folder to resume from.
 
     Returns:
         The same model.

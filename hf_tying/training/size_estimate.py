@@ -18,15 +18,15 @@ _KEPT_BY_LAYER = 16
 
 @dataclass(frozen=True)
 class SizeEstimate:
-    """How big a model is.
+    """Size of a model, and of a training step.
 
     Args:
-        model_type: of its config.
-        parameters: each tied one counted once.
-        saved: parameters that the tie groups save.
-        scheme: its ties by name.
-        weight_bytes: of all weights.
-        training_bytes: of a training step with AdamW, roughly; it leaves out what the libraries take for themselves.
+        model_type: type of the model, as in its config.
+        parameters: number of parameters, each tied one counted once.
+        saved: number of parameters that the tie groups save.
+        scheme: name of its ties.
+        weight_bytes: bytes of all weights.
+        training_bytes: bytes of a training step with AdamW, estimated, without what the libraries need themselves.
     """
 
     model_type: str
@@ -55,13 +55,13 @@ def estimate_size(model: PreTrainedModel, sequences: int, tokens: int) -> SizeEs
     """Estimate what a training step of `model` needs.
 
     Args:
-        model: may stand on the `meta` device, where it has no values.
-        sequences: in a batch of one device.
-        tokens: in a sequence.
+        model: model, also on the `meta` device, where it has no values.
+        sequences: number of sequences in a batch of one device.
+        tokens: number of tokens in a sequence.
     """
     groups = groups_of(model)
     saved = sum((len(group.names) - 1) * find_parameter(model, group.root).numel() for group in groups)
-    weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    weight_bytes = model.get_memory_footprint(return_buffers=False)
     config: PreTrainedConfig = model.config.get_text_config(decoder=True)
     size = next(model.parameters()).element_size()
     layers = getattr(config, "num_hidden_layers", None) or 1
@@ -69,7 +69,7 @@ def estimate_size(model: PreTrainedModel, sequences: int, tokens: int) -> SizeEs
     by_token = _LOGITS * 4 * (getattr(config, "vocab_size", None) or 0) + _KEPT_BY_LAYER * size * layers * width
     return SizeEstimate(
         model_type=model.config.model_type,
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=model.num_parameters(),
         saved=saved,
         scheme=_scheme(model, bool(groups)),
         weight_bytes=weight_bytes,

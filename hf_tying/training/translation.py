@@ -1,5 +1,7 @@
-"""What a translation model must be told by its tokenizers before it trains: sizes, special ids, language codes and the
-decoder's inputs; and a callback that keeps two tokenizers with it."""
+"""The settings that a translation model takes from its tokenizers before training, and the batches it trains on.
+
+These are sizes, special ids, language codes and the decoder's inputs. A callback saves two tokenizers with the model.
+"""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,8 +35,10 @@ _INSTEAD = {"bos_token_id": "cls_token_id", "eos_token_id": "sep_token_id", "pad
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
-    """`bos_token_id`, `eos_token_id` and `pad_token_id` of a tokenizer, with `[CLS]`, `[SEP]` and the end token as
-    stand-ins where it has none."""
+    """Read `bos_token_id`, `eos_token_id` and `pad_token_id` of a tokenizer.
+
+    Where it has none, they are the ids of `[CLS]`, `[SEP]` and the end token.
+    """
     ids = {name: getattr(tokenizer, name) for name in _INSTEAD}
     return {name: getattr(tokenizer, _INSTEAD[name]) if value is None else value for name, value in ids.items()}
 
@@ -52,21 +56,21 @@ def translation_config(
     target_tokenizer: PreTrainedTokenizerBase | None = None,
     **changes: Any,
 ) -> PreTrainedConfig:
-    """The default config of a type of translation model, with the sizes and special ids of its tokenizers.
+    """Make the default config of a type of translation model, with the sizes and special ids of its tokenizers.
 
     The decoder starts with the padding (Marian, T5), the end (BART) or the beginning, as in the type's own default.
     Types that can scale their embedding (Marian, BART, M2M100) start with rows of unit norm, times the root of the
     width (Vaswani et al. 2017, section 3.4): with 0.02, attention stays flat for hundreds of steps in a small model.
 
     Args:
-        model_type (`str`): such as `"marian"`, `"bart"` or `"t5"`.
-        tokenizer: of the source side, and of the target side if it is the only one.
-        target_tokenizer (*optional*): of the target side; Marian then gets separate embeddings.
-        changes: further fields of the config.
+        model_type (`str`): type of the model, such as `"marian"`, `"bart"` or `"t5"`.
+        tokenizer: tokenizer of the source side, and of the target side if it is the only one.
+        target_tokenizer (*optional*): tokenizer of the target side. Marian then gets separate embeddings.
+        **changes: further fields of the config.
 
     Raises:
-        TyingError: for a type that transformers does not know or that is no encoder-decoder, and for two tokenizers
-            with a type that has one vocabulary.
+        TyingError: if transformers does not have the type, if it is not an encoder-decoder, or if it has one
+            vocabulary and there are two tokenizers.
     """
     if model_type not in CONFIG_MAPPING:
         raise TyingError(
@@ -107,7 +111,7 @@ def translation_config(
 
 
 def fill_special_ids(model: PreTrainedModel, target_tokenizer: PreTrainedTokenizerBase) -> None:
-    """Tell two joined models (`EncoderDecoderModel`) the special ids that nobody has told them; others have theirs."""
+    """Set the special ids that the configs of two joined models (`EncoderDecoderModel`) lack."""
     if not hasattr(model.config, "encoder"):
         return
     ids = special_ids(target_tokenizer)
@@ -123,17 +127,17 @@ def use_languages(
     source_language: str | None,
     target_language: str | None,
 ) -> None:
-    """Tell a multilingual tokenizer (mBART, M2M100, NLLB) its languages, and the model the code to begin with.
+    """Set the languages of a multilingual tokenizer (mBART, M2M100, NLLB), and the model's code to begin with.
 
     Args:
-        model: its configs get the code as `forced_bos_token_id`, or as `decoder_start_token_id` where the tokenizer
-            closes a sentence with the code (mBART). With a tokenizer that knows no languages nothing is done.
-        tokenizer: of both sides.
-        source_language (`str`): a code of this tokenizer: `en_XX`, `en` or `eng_Latn`.
-        target_language (`str`): the same.
+        model: translation model. Its configs get the code as `forced_bos_token_id`, or as `decoder_start_token_id`
+            where the tokenizer closes a sentence with the code (mBART). A tokenizer without languages changes nothing.
+        tokenizer: tokenizer of both sides.
+        source_language (`str`): code of the source language in this tokenizer: `en_XX`, `en` or `eng_Latn`.
+        target_language (`str`): code of the target language.
 
     Raises:
-        TyingError: for a language that is not given or that the tokenizer does not know.
+        TyingError: if a language is not given, or the tokenizer does not have it.
     """
     if not hasattr(tokenizer, "set_tgt_lang_special_tokens"):
         return
@@ -162,17 +166,17 @@ def check_fit(
     max_source_length: int,
     max_target_length: int,
 ) -> None:
-    """Each side of a model has a row for every token and a position for every place.
+    """Check that each side of a model has a row for every token, and a position for every place.
 
     Args:
-        model: a translation model.
-        tokenizer: of the source side.
-        target_tokenizer: of the target side; may be the same.
-        max_source_length (`int`): tokens in a source sentence at most.
-        max_target_length (`int`): tokens in a target sentence at most.
+        model: translation model.
+        tokenizer: tokenizer of the source side.
+        target_tokenizer: tokenizer of the target side; it may be the same.
+        max_source_length (`int`): largest number of tokens in a source sentence.
+        max_target_length (`int`): largest number of tokens in a target sentence.
 
     Raises:
-        TyingError: for a side with more tokens than its embedding has rows, or longer than its positions.
+        TyingError: if a side has more tokens than its embedding has rows, or longer sentences than positions.
     """
     sides = {
         "source": (getattr(model.config, "encoder", model.config), tokenizer, max_source_length),
@@ -196,15 +200,15 @@ def check_fit(
 def translation_collator(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **kwargs: Any
 ) -> DataCollatorForSeq2Seq:
-    """Pad a batch of `encode_parallel`, and shift its labels right to be the decoder's inputs.
+    """Make a collator that pads a batch of `encode_parallel`, and shifts its labels right for the decoder.
 
     The inputs are made here since label smoothing takes the labels from the model, and some (M2M100, Blenderbot) would
     then have none. Labels stay as they are: FSMT's own shift writes its padding over the -100 in them.
 
     Args:
-        model: it says how labels are shifted.
-        tokenizer: of the source side.
-        **kwargs: of `DataCollatorForSeq2Seq`, such as `pad_to_multiple_of`.
+        model: model that says how labels are shifted.
+        tokenizer: tokenizer of the source side.
+        **kwargs: keywords of `DataCollatorForSeq2Seq`, such as `pad_to_multiple_of`.
     """
 
     def shifted(labels: torch.Tensor) -> torch.Tensor:
@@ -233,19 +237,21 @@ class TwoTokenizersCallback(TrainerCallback):
     The `Trainer` itself gets no `processing_class` then: it would give the special ids of that one to the decoder.
 
     Args:
-        tokenizer: of the source side.
-        target_tokenizer: of the target side.
+        tokenizer: tokenizer of the source side.
+        target_tokenizer: tokenizer of the target side.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer, self.target_tokenizer = tokenizer, target_tokenizer
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save both tokenizers with the checkpoint."""
         self._save(Path(args.output_dir, f"checkpoint-{state.global_step}"), state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Save both tokenizers with the model."""
         self._save(Path(args.output_dir), state)
 
     def _save(self, folder: Path, state: TrainerState) -> None:

@@ -8,24 +8,10 @@ import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_tying import tie
-from hf_tying.cli import main
 
 from ..processes import run_python
 
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "numpy", "tokenizers", "matplotlib"}
-
-
-@pytest.fixture
-def hf_tying(monkeypatch, capsys):
-    """Run the command line in this process: exit status, standard output, standard error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["hf-tying", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        return end.value.code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -1,28 +1,15 @@
 """`hf-tying inspect`: exit codes 0, 1, 2 and 3, with JSON and without, and what a terminal is sent."""
 
 import json
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from hf_tying import tie
-from hf_tying.cli import main
 
 from ..processes import run_python
 from ..tiny import tiny_model, untied_model
-
-
-@pytest.fixture
-def hf_tying(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["hf-tying", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        return end.value.code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture

@@ -139,7 +139,7 @@ def test_a_file_of_flags_is_typed_as_the_command_line_is(text, tmp_path, refused
         ({"lerning_rate": "1e-3"}, "Unknown flag --lerning_rate in .*'--learning_rate'"),
         ({"learning_rate": "fast"}, "--learning_rate 'fast' in .* expected float"),
         ({"use_cpu": "maybe"}, "--use_cpu 'maybe' in .* expected true or false"),
-        ([1], "has no flags: expected a mapping"),
+        ([1], "does not hold a mapping. Expected flags"),
     ]:
         (tmp_path / "flags.yaml").write_text(yaml.safe_dump(content))
         assert re.search(message, refused("run_clm", tmp_path / "flags.yaml", "--train_file", text))

@@ -41,11 +41,11 @@ def test_groups_come_from_a_file_beside_a_scheme_or_alone(name, tmp_path):
     "content, message",
     [
         (None, "cannot be read"),
-        (b"{", "cannot be parsed"),
-        (b"a: [b", "cannot be parsed"),
+        (b"{", "cannot be read"),
+        (b"a: [b", "cannot be read"),
         (b"\xff\xfe", "cannot be read"),
-        (b"[1, 2]", "holds no mapping of groups"),
-        (b"{}", "holds no mapping of groups"),
+        (b"[1, 2]", "does not hold a mapping"),
+        (b"{}", "does not hold a mapping"),
         (b'{"alone": ["a.weight"]}', "a tie needs at least two"),
     ],
 )

@@ -5,7 +5,7 @@ import logging
 from functools import partial
 
 import pytest
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_tying import TyingError
@@ -81,10 +81,10 @@ def test_wrong_overrides_are_refused_in_one_line(model_type, overrides, message)
 
 
 def test_a_registered_type_is_known_and_another_is_not():
-    make = partial(type_config, auto_class=AutoModelForCausalLM, types=MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    make = partial(type_config, models=MODEL_FOR_CAUSAL_LM_MAPPING, types=MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     assert make("tied_lstm").model_type == "tied_lstm"
     for unknown in ("tied_lstn", "t5"):
-        with pytest.raises(TyingError, match=f"{unknown}: transformers has no AutoModelForCausalLM of it"):
+        with pytest.raises(TyingError, match=f"{unknown}: transformers has no model of this type for the task"):
             make(unknown)
 
 

@@ -79,7 +79,7 @@ def fit_from_lora(
         path: folder or Hub id of a LoRA adapter. Its ranks, alphas and scalings may differ among modules.
         r: rank of the tied adapter. It may well be higher than LoRA's, because one matrix serves many modules.
         out: folder to write the result to. Default: none; the result has a method `save`.
-        variant: as in `TiedLoraConfig`. Default: TL6, changed by the switches in `config`.
+        variant: variant of the paper, as in `TiedLoraConfig`. Default: TL6, changed by the switches in `config`.
         subfolder: the subfolder of `path` that has the adapter. Default: none.
         token: token for the Hub.
         iterations: the most sweeps over all factors. Default 300.
