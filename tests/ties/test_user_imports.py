@@ -50,7 +50,7 @@ CARRIED = {
 }  # fmt: skip
 REFUSED = {
     "star": ("from hf_tying import *", {}),
-    "no such name": (f"{PLAIN}, nothing_here", {}),
+    "a value without a home": (f"{PLAIN}, __version__", {}),
     "by a string": (f'{PLAIN}\nimport importlib\nM = importlib.import_module("hf_tying.losses")', {}),
     "as a value": (f"{PLAIN}\nimport hf_tying\nIT = hf_tying", {}),
     "on a line with another": (f"import os; {PLAIN}", {}),
