@@ -67,6 +67,16 @@ TIES = (
     Change(_MODELS, "PreTrainedModel.from_pretrained", f"{_HERE}:take_tying", "it takes `tying=`, for any class"),
     Change(_MODELS, "PreTrainedModel.save_pretrained", f"{_HERE}:adopt_ties",
            "ties of a model inside are saved with the outer one"),
+    *(Change(f"transformers.{module}", "custom_object_save", f"{_HERE}:carry_code",
+             "published code of a custom class loads without this package",
+             without="the class is published as it is, and needs this package")
+      for module in ("modeling_utils", "configuration_utils", "tokenization_utils_base")),
+    *(Change(f"transformers.{module}", f"{name}.push_to_hub", f"{_HERE}:check_code",
+             "published code is imported without this package before a repository is created")
+      for module, name in (("modeling_utils", "PreTrainedModel"), ("configuration_utils", "PreTrainedConfig"),
+                           ("tokenization_utils_base", "PreTrainedTokenizerBase"))),
+    Change("transformers.trainer", "Trainer.init_hf_repo", f"{_HERE}:check_trainers_code",
+           "published code is imported without this package before a repository is created"),
     Change(_CONFIGS, "AutoConfig.from_pretrained", f"{_HERE}:register_models", "it finds our model types"),
     Change(_CONFIGS, "AutoConfig.for_model", f"{_HERE}:register_models", "it finds our model types"),
     Change(_TOKENIZERS, "AutoTokenizer.from_pretrained", f"{_HERE}:register_tokenizer", "it finds JointTokenizer"),
@@ -236,12 +246,43 @@ def adopt_ties(
     wrapped: Callable[..., Any], model: "PreTrainedModel", args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Wrapper of `PreTrainedModel.save_pretrained`: ties of a model inside are saved as ties of `model`."""
+    if getattr(model, "_auto_class", None) is not None:
+        from .ties.remote_code import code_of, refuse_overwriting, refuse_unloadable
+
+        given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+        if code_of(model):
+            refuse_overwriting(model, given["save_directory"])
+        if given.get("push_to_hub"):
+            refuse_unloadable(model)
     if _holds_ties(model):
         from .ties.inner import adopt_inner_ties
 
         if adopt_inner_ties(model):
             return model.save_pretrained(*args, **kwargs)  # the method of its new class
     return wrapped(*args, **kwargs)
+
+
+def carry_code(wrapped: Callable[..., Any], instance: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Wrapper of `custom_object_save`: what the class needs of this package is copied beside it."""
+    from .ties.remote_code import save_code
+
+    return save_code(wrapped, *args, **kwargs)
+
+
+def check_code(wrapped: Callable[..., Any], instance: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Wrapper of `push_to_hub`: refuse code that others could not import."""
+    if getattr(instance, "_auto_class", None) is not None:
+        from .ties.remote_code import refuse_unloadable
+
+        refuse_unloadable(instance)
+    return wrapped(*args, **kwargs)
+
+
+def check_trainers_code(
+    wrapped: Callable[..., Any], trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Wrapper of `Trainer.init_hf_repo`: refuse code that others could not import."""
+    return check_code(wrapped, trainer.model, args, kwargs)
 
 
 def check_checkpoint(

@@ -24,7 +24,6 @@ from .declared import stock_keys
 from .extensions import honour_extensions
 from .groups import TieGroup, resolve, subgroups
 from .record import refuse_contradicting_flag, write_config
-from .remote_code import carry_along
 from .resizing import fit_tied, follow_bias, refuse_other_values, replace_tied, resize
 from .roles import ask
 from .slots import (
@@ -330,8 +329,6 @@ class TiedModelMixin(MixinBase):
             if not adapters_only:
                 state_dict = self._file_state(state_dict, config.save_format)
             super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
-            if self._auto_class is not None and is_main_process:
-                carry_along(save_directory)
         finally:
             if entry is not None:  # a model inside another one shares its config, whose names are the outer model's
                 self.config.tying = entry
