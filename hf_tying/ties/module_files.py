@@ -117,7 +117,7 @@ def _plain(module: nn.Module, action: str) -> nn.Module:
     if hasattr(part, "save_pretrained") and hasattr(part, "config"):
         stock = "model.save_pretrained(folder)" if action == "save" else "type(model).from_pretrained(folder)"
         raise TyingError(f"Cannot {action} a {type(part).__name__} so: it is a PreTrainedModel. Use {stock}.")
-    refuse_unfit(part, action)
+    refuse_unfit(part, action, plain=True)
     return part
 
 

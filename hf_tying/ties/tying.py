@@ -75,7 +75,7 @@ def tie(
             values without `init_from`, quantised sides, tensors on the meta device, an adapted (PEFT) model, different
             vocabularies.
     """
-    refuse_unfit(model, "tie")
+    refuse_unfit(model, "tie", plain=True)
     config = TyingConfig.of(scheme_or_groups)
     if on_conflict is not None:
         config = config.replace(on_conflict=on_conflict)
@@ -117,7 +117,7 @@ def untie(model: Model, names: list[str] | str | None = None) -> Model:
     Raises:
         TyingError: for a name that is not tied, or an adapted (PEFT) model.
     """
-    refuse_unfit(model, "untie")
+    refuse_unfit(model, "untie", plain=True)
     if isinstance(model, PreTrainedModel):
         refuse_foreign_entry(model.config)
     anatomy = Anatomy(model)
@@ -127,8 +127,8 @@ def untie(model: Model, names: list[str] | str | None = None) -> Model:
     return model
 
 
-def refuse_unfit(model: nn.Module, action: str) -> None:
-    """Refuse a model whose ties cannot be changed.
+def refuse_unfit(model: nn.Module, action: str, plain: bool = False) -> None:
+    """Refuse a model whose ties cannot be changed. `plain` says whether a plain `nn.Module` will do.
 
     Raises:
         TyingError: for a model that carries adapters, for wrappers, and for what holds a `PreTrainedModel` or is no
@@ -144,7 +144,7 @@ def refuse_unfit(model: nn.Module, action: str) -> None:
     if isinstance(model, PreTrainedModel):
         return
     inside = model.modules() if isinstance(model, nn.Module) else ()
-    if not isinstance(model, nn.Module) or any(isinstance(module, PreTrainedModel) for module in inside):
+    if not plain or not isinstance(model, nn.Module) or any(isinstance(each, PreTrainedModel) for each in inside):
         raise TyingError(f"Cannot {action} {why_unsupported(model)}")
     if (part := tied_part(model)) is not model:
         raise TyingError(
