@@ -76,7 +76,9 @@ def read_json(path: str | Path) -> dict:
     path = Path(path)
     try:
         if (size := path.stat().st_size) > _LARGEST_JSON:
-            raise TyingError(f"{path.name} in {path.parent} has {size:,} bytes: more than {_LARGEST_JSON:,} are not read.")
+            raise TyingError(
+                f"{path.name} in {path.parent} has {size:,} bytes: more than {_LARGEST_JSON:,} are not read."
+            )
         content = json.loads(path.read_text(encoding="utf-8"))
     except TyingError:
         raise

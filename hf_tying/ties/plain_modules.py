@@ -1,7 +1,7 @@
 """The ties of a plain `nn.Module`: a record on the module, and hooks by which `load_state_dict` keeps them.
 
-A plain module has no config. So the record is two attributes of the module: `tie_groups`, as under `TiedModelMixin`, and
-`_tying`, the entry that `config.json` would have. Copies and pickles carry both. The class stays as it is.
+A plain module has no config. So the record is two attributes of the module: `tie_groups`, as under `TiedModelMixin`,
+and `_tying`, the entry that `config.json` would have. Copies and pickles carry both. The class stays as it is.
 """
 
 from typing import Any

@@ -143,8 +143,8 @@ def refuse_unfit(model: nn.Module, action: str, plain: bool = False) -> None:
         )
     if isinstance(model, PreTrainedModel):
         return
-    inside = model.modules() if isinstance(model, nn.Module) else ()
-    if not plain or not isinstance(model, nn.Module) or any(isinstance(each, PreTrainedModel) for each in inside):
+    holds_a_model = isinstance(model, nn.Module) and any(isinstance(each, PreTrainedModel) for each in model.modules())
+    if not plain or not isinstance(model, nn.Module) or holds_a_model:
         raise TyingError(f"Cannot {action} {why_unsupported(model)}")
     if (part := tied_part(model)) is not model:
         raise TyingError(

@@ -109,8 +109,8 @@ def why_unsupported(model: object) -> str:
         listed = ", ".join(f"{name!r} ({type(inside[name]).__name__})" for name in outermost)
         return f"{expected}. This module holds {listed}: give that one, before it is wrapped."
     return (
-        f"{expected}. A plain nn.Module has no config, which this needs. Derive its class from PreTrainedModel, with a "
-        "config class, and self.post_init() at the end of __init__. tie, untie, assert_tied, tying_report, save_tied, "
+        f"{expected}. A plain nn.Module has no config, which this needs. Derive its class from PreTrainedModel, with "
+        "a config class, and self.post_init() at the end of __init__. tie, untie, assert_tied, tying_report, save_tied, "
         "load_tied and hf_tying.losses work with any module."
     )
 
@@ -132,7 +132,7 @@ def groups_of(model: nn.Module) -> list[TieGroup]:
         for group in vars(module).get("tie_groups", ())
     ]
     held = join_chains(chains)
-    return [TieGroup(f"{names[0]}", tuple(names)) for names in held]
+    return [TieGroup(names[0], tuple(names)) for names in held]
 
 
 def violations(model: nn.Module, groups: Iterable[TieGroup]) -> Iterator[str]:
@@ -214,7 +214,11 @@ def _undeclared(groups: list[TieGroup], anatomy: Anatomy) -> Iterator[str]:
 
 def _config_differs(anatomy: Anatomy, groups: list[TieGroup]) -> Iterator[str]:
     model = anatomy.model
-    if not isinstance(model, PreTrainedModel) or entry_of(model.config) is None or not getattr(model, "_is_declared_class", lambda: True)():
+    if (
+        not isinstance(model, PreTrainedModel)
+        or entry_of(model.config) is None
+        or not getattr(model, "_is_declared_class", lambda: True)()
+    ):
         return  # the record of another head lacks the names that only this class has
     record = TyingConfig.in_config(anatomy.model.config)
     located: list[Collection[str]] = [
