@@ -4,7 +4,6 @@ import sys
 from collections.abc import Iterable
 
 from torch import nn
-from transformers.modeling_utils import PreTrainedModel
 
 from ..ties.anatomy import Anatomy
 from ..ties.groups import TieGroup, scheme_of
@@ -65,7 +64,7 @@ def report_on_model(model: nn.Module) -> TyingReport:
     return TyingReport(name, name, scheme, parameters, rows + adapters, findings + broken_adapters(adapters))
 
 
-def find_faults(model: PreTrainedModel, groups: Iterable[TieGroup]) -> list[Finding]:
+def find_faults(model: nn.Module, groups: Iterable[TieGroup]) -> list[Finding]:
     """What `assert_tied` would refuse in a model, as findings in its own sentences."""
     findings = []
     for sentence in problems(model):

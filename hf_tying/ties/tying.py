@@ -134,7 +134,7 @@ def refuse_unfit(model: nn.Module, action: str, plain: bool = False) -> None:
         TyingError: for a model that carries adapters, for wrappers, and for what holds a `PreTrainedModel` or is no
             module.
     """
-    modules = model.modules() if isinstance(model, nn.Module) else ()
+    modules = [*model.modules()] if isinstance(model, nn.Module) else []
     if any("base_layer" in module._modules or "original_module" in module._modules for module in modules):
         raise TyingError(
             f"Cannot {action} a model that carries adapters ({type(model).__name__}): its layers are wrapped by "
@@ -143,13 +143,13 @@ def refuse_unfit(model: nn.Module, action: str, plain: bool = False) -> None:
         )
     if isinstance(model, PreTrainedModel):
         return
-    holds_a_model = isinstance(model, nn.Module) and any(isinstance(each, PreTrainedModel) for each in model.modules())
+    holds_a_model = any(isinstance(module, PreTrainedModel) for module in modules)
     if not plain or not isinstance(model, nn.Module) or holds_a_model:
         raise TyingError(f"Cannot {action} {why_unsupported(model)}")
     if (part := tied_part(model)) is not model:
         raise TyingError(
-            f"Cannot {action} a {type(model).__name__}: it is a wrapper. {action} the {type(part).__name__} inside it, "
-            "before it is wrapped."
+            f"Cannot {action} a {type(model).__name__}: it is a wrapper. {action} the {type(part).__name__} inside "
+            "it, before it is wrapped."
         )
 
 

@@ -46,7 +46,7 @@ def assert_tied(model: nn.Module) -> None:
         raise TyingError(f"{type(model).__name__} is not tied as declared:\n{listed}")
 
 
-def problems(model: PreTrainedModel) -> list[str]:
+def problems(model: nn.Module) -> list[str]:
     """One sentence for each reason why `model` is not tied as declared. One about a group begins with its name."""
     groups = groups_of(model)
     return [*violations(model, groups), *_parted_by_peft(model, groups)]
@@ -110,8 +110,8 @@ def why_unsupported(model: object) -> str:
         return f"{expected}. This module holds {listed}: give that one, before it is wrapped."
     return (
         f"{expected}. A plain nn.Module has no config, which this needs. Derive its class from PreTrainedModel, with "
-        "a config class, and self.post_init() at the end of __init__. tie, untie, assert_tied, tying_report, save_tied, "
-        "load_tied and hf_tying.losses work with any module."
+        "a config class, and self.post_init() at the end of __init__. tie, untie, assert_tied, tying_report, "
+        "save_tied, load_tied and hf_tying.losses work with any module."
     )
 
 
