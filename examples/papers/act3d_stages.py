@@ -43,7 +43,7 @@ class Arguments:
 
 @dataclass
 class Scenes:
-    """A batch: `points` (batch, POINTS, 3), `colours` (batch, POINTS, COLOURS), `wanted` (batch, COLOURS), `target`."""
+    """A batch: `points` (batch, POINTS, 3), `colours` (batch, POINTS, COLOURS), `wanted` (batch, COLOURS), target."""
 
     points: torch.Tensor
     colours: torch.Tensor

@@ -209,7 +209,7 @@ def _is_made(group: str) -> bool:
     return group in made or group.rpartition("_")[0] in made
 
 
-def _group_names(model: PreTrainedModel) -> dict[str, list[str]]:
+def _group_names(model: nn.Module) -> dict[str, list[str]]:
     """The groups that the model has by name, so that names and roots stay as the user chose them."""
     return {group.name: list(group.names) for group in getattr(model, "tie_groups", None) or []}
 
