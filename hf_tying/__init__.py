@@ -23,6 +23,8 @@ _HOME = {
     "untie": "ties.tying",
     "assert_tied": "ties.verify",
     "tying_report": "report.dispatch",
+    "save_tied": "ties.module_files",
+    "load_tied": "ties.module_files",
     "use_tied_loss": "objectives.tied_loss",
     "use_projection": "projection.model",
     "merge_projection": "projection.model",
@@ -39,6 +41,8 @@ __all__ = [
     "untie",
     "assert_tied",
     "tying_report",
+    "save_tied",
+    "load_tied",
     "use_tied_loss",
     "use_projection",
     "merge_projection",
@@ -50,6 +54,7 @@ if TYPE_CHECKING:
     from .projection.model import merge_projection, use_projection
     from .report.dispatch import tying_report
     from .ties.modeling import TiedModelMixin
+    from .ties.module_files import load_tied, save_tied
     from .ties.slots import names_of
     from .ties.tying import tie, untie
     from .ties.verify import assert_tied

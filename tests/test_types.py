@@ -26,7 +26,7 @@ NAMES = [f"{room}.{name}" for room in ROOMS for name in importlib.import_module(
 #: Uses of the public names: what a checker must say of each line, in the words that it has for it.
 USES = {
     "hf_tying.tie(3, scheme=4, nonsense=True)": 'No parameter named "nonsense"',
-    'hf_tying.tie(3, "two_way")': '"Literal[3]" is not assignable to "PreTrainedModel"',
+    'hf_tying.tie(3, "two_way")': '"Literal[3]" is not assignable to "Module"',
     "hf_tying.tei": '"tei" is not a known attribute',
     "from hf_tying import tei": '"tei" is unknown import symbol',
     "hf_tying.assert_tied()": 'Argument missing for parameter "model"',

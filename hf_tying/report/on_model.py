@@ -4,12 +4,11 @@ import sys
 from collections.abc import Iterable
 
 from torch import nn
-from transformers.modeling_utils import PreTrainedModel
 
 from ..ties.anatomy import Anatomy
 from ..ties.groups import TieGroup, scheme_of
 from ..ties.slots import find_parameter, parameter_at_work
-from ..ties.verify import groups_of, problems, unwrapped
+from ..ties.verify import groups_of, problems, tied_part
 from .records import Finding, GroupReport, TyingReport, group_report
 
 
@@ -17,17 +16,17 @@ def report_on_model(model: nn.Module) -> TyingReport:
     """Report the declared groups of `model`, then the ties that nobody declared, then what adapters share.
 
     Args:
-        model: a `PreTrainedModel`, also wrapped.
+        model: a `PreTrainedModel` or a plain `nn.Module`, also wrapped.
 
     Raises:
-        TyingError: there is no `PreTrainedModel` in it.
+        TyingError: it is no module, or a plain module that holds a `PreTrainedModel`.
     """
     adapters: list[GroupReport] = []
     if "peft" in sys.modules and hasattr(model, "peft_config"):
         from .on_adapters import adapter_groups
 
         adapters = adapter_groups(model)
-    model = unwrapped(model)
+    model = tied_part(model)
     anatomy = Anatomy(model)
     declared = groups_of(model)
     known = {name for group in declared for name in group.names}
@@ -65,7 +64,7 @@ def report_on_model(model: nn.Module) -> TyingReport:
     return TyingReport(name, name, scheme, parameters, rows + adapters, findings + broken_adapters(adapters))
 
 
-def find_faults(model: PreTrainedModel, groups: Iterable[TieGroup]) -> list[Finding]:
+def find_faults(model: nn.Module, groups: Iterable[TieGroup]) -> list[Finding]:
     """What `assert_tied` would refuse in a model, as findings in its own sentences."""
     findings = []
     for sentence in problems(model):

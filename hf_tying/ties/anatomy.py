@@ -1,6 +1,7 @@
 """One reading of a model: its slots, its modules, what is tied in it, what its classes declare, and its roles."""
 
 from functools import cached_property
+from typing import Any
 
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
@@ -16,7 +17,8 @@ class Anatomy:
     It does not follow later changes of the model: make a new one after a change.
 
     Args:
-        model: any `PreTrainedModel`, also on the meta device or under adapters. Nothing here changes it.
+        model: any `PreTrainedModel`, also on the meta device or under adapters; or a plain `nn.Module`, which declares
+            nothing. Nothing here changes it.
 
     Example:
         >>> anatomy = Anatomy(BartForConditionalGeneration(config))
@@ -24,8 +26,8 @@ class Anatomy:
         Role(name='model.encoder.embed_tokens.weight', carriers=('model.shared.weight',))
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model
 
     @cached_property
     def places(self) -> list[tuple[str, nn.Module]]:

@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from ..config import TyingConfig, TyingError
 from .anatomy import Anatomy
-from .groups import TieGroup, groups_held, locate, make_groups
+from .groups import TieGroup, declaration_of, groups_held, locate, make_groups
 from .slots import (
     difference,
     find_parameter,
@@ -52,9 +52,9 @@ def tie_loaded(model: PreTrainedModel, missing: set[str]) -> list[TieGroup]:
             )
             parts, filled = [list(group.names)], []
         else:
-            parts = _parts(present, lambda name: parameter_of(model, name))
+            parts = parts_by_value(present, lambda name: parameter_of(model, name))
             if len(parts) > 1:
-                parts = _settle(config, group, parts, lambda name: parameter_of(model, name))
+                parts = settle(config, group, parts, lambda name: parameter_of(model, name))
             filled = [name for name in group.names if name in unfilled]
         for i, part in enumerate(parts):
             names = [name for name in group.names if name in part or i == 0 and name in filled]
@@ -88,7 +88,7 @@ def initial_parameter(model: PreTrainedModel, group: TieGroup) -> nn.Parameter:
     return loaded[0][1] if loaded else parameter_of(model, group.root)
 
 
-def check_loaded_state(model: PreTrainedModel, state: dict, prefix: str, action: str = "load") -> dict[str, str]:
+def check_loaded_state(model: nn.Module, state: dict, prefix: str, action: str = "load") -> dict[str, str]:
     """Refuse a state dict with different values for the names of one group, unless `on_conflict` chooses one.
 
     An entry that lies in the model's own memory brings no value: loaders put the live state dict below what they read.
@@ -105,17 +105,17 @@ def check_loaded_state(model: PreTrainedModel, state: dict, prefix: str, action:
     Raises:
         TyingError: when values differ and nothing was chosen, or cannot be compared; nothing is changed then.
     """
-    config = TyingConfig.in_config(model.config)
+    config = declaration_of(model)
     brought = {}
     for group in groups_held(model):
         keys = {name: key for name in group.names if (key := prefix + state_key(model, name)) in state}
         if action == "load":
             live = find_parameter(model, group.root)
             keys = {name: key for name, key in keys.items() if not _is_memory_of(live, state[key])} or keys
-        parts = _parts(list(keys), lambda name: state[keys[name]])  # noqa: B023
+        parts = parts_by_value(list(keys), lambda name: state[keys[name]])  # noqa: B023
         if len(parts) > 1:
             if action == "load" and config.on_conflict.startswith("use:"):
-                chosen = _settle(config, group, parts, lambda name: state[keys[name]])[0][0]  # noqa: B023
+                chosen = settle(config, group, parts, lambda name: state[keys[name]])[0][0]  # noqa: B023
                 for key in keys.values():
                     state[key] = state[keys[chosen]]
                 brought[group.root] = chosen
@@ -144,7 +144,7 @@ def with_all_names(model: PreTrainedModel, state: Mapping) -> dict:
     return filled
 
 
-def tie_assigned(model: PreTrainedModel, incompatible_keys: object) -> None:
+def tie_assigned(model: nn.Module, incompatible_keys: object) -> None:
     """Make groups one parameter again after `load_state_dict(assign=True)` has replaced their parameters."""
     names = vars(model).pop("_assigned_names", {})
     for group in getattr(model, "tie_groups", ()):  # a model inside that was untied still has the hook
@@ -162,7 +162,7 @@ def _is_memory_of(parameter: nn.Parameter | None, value: object) -> bool:
         return False
 
 
-def _parts(names: list[str], value_of: Callable[[str], torch.Tensor]) -> list[list[str]]:
+def parts_by_value(names: list[str], value_of: Callable[[str], torch.Tensor]) -> list[list[str]]:
     """Partition `names` by value. Two tensors on the meta device are both offloaded to disk, and count as equal."""
     parts: list[list[str]] = []
     for name in names:
@@ -177,10 +177,25 @@ def _parts(names: list[str], value_of: Callable[[str], torch.Tensor]) -> list[li
     return parts
 
 
-def _settle(
-    config: TyingConfig, group: TieGroup, parts: list[list[str]], value_of: Callable[[str], torch.Tensor]
+def settle(
+    config: TyingConfig,
+    group: TieGroup,
+    parts: list[list[str]],
+    value_of: Callable[[str], torch.Tensor],
+    choose: str = "the `tying` entry of config.json, or from_pretrained(..., tying={**entry, 'on_conflict': ...})",
 ) -> list[list[str]]:
-    """The parts to keep apart, as `on_conflict` says."""
+    """The parts to keep apart, as `on_conflict` says.
+
+    Args:
+        config: the declaration, with `on_conflict`.
+        group: group whose names differ.
+        parts: its names, by value (see `parts_by_value`).
+        value_of: value of a name.
+        choose: where a choice is written, for the message. Default: the config of a `PreTrainedModel`.
+
+    Raises:
+        TyingError: when nothing was chosen, or a name that is not in conflict.
+    """
     names = [name for part in parts for name in part]
     if config.on_conflict == "keep_untied":
         logger.warning(f"Group {group.name!r} has different values in the file: kept untied, the config is corrected.")
@@ -196,10 +211,8 @@ def _settle(
     apart = difference(value_of(parts[0][0]), value_of(parts[1][0]))
     raise TyingError(
         f"The file has different values for names that the config ties (group {group.name!r}): {parts[0][0]!r} and "
-        f"{parts[1][0]!r}, {apart}. No weights are dropped unasked. Choose by the `tying` entry of "
-        "config.json, or "
-        f"from_pretrained(..., tying={{**entry, 'on_conflict': ...}}): 'use:{parts[0][0]}' or 'use:{parts[1][0]}' "
-        "takes one for all, 'keep_untied' keeps both and corrects the config."
+        f"{parts[1][0]!r}, {apart}. No weights are dropped unasked. Choose by {choose}: 'use:{parts[0][0]}' or "
+        f"'use:{parts[1][0]}' takes one for all, 'keep_untied' keeps both and corrects the config."
     )
 
 

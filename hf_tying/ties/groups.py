@@ -37,6 +37,13 @@ def groups_held(model: nn.Module) -> list[TieGroup]:
     return getattr(model, "tie_groups", [])
 
 
+def declaration_of(model: nn.Module) -> TyingConfig:
+    """The declaration on record: in the config of a `PreTrainedModel`, on a plain module itself."""
+    if (entry := vars(model).get("_tying")) is not None:
+        return TyingConfig.from_dict(entry)
+    return TyingConfig.in_config(getattr(model, "config", None))
+
+
 def scheme_of(anatomy: Anatomy, groups: Iterable[TieGroup]) -> str:
     """The scheme that ties the roles of a model exactly as `groups` do. `"none"` if there is no such scheme."""
     group_of = {name: group for group in groups for name in group.names}
@@ -100,7 +107,7 @@ def scheme_chains(anatomy: Anatomy, scheme: str, strict: bool = True) -> list[li
         fits = [s for s, members in SCHEMES.items() if all(role in found for role in members)]
         raise TyingError(
             f"{type(anatomy.model).__name__} cannot be tied {scheme}: it has no {' and no '.join(missing)} embedding. "
-            f"Roles found: {have}. Schemes it can have: {', '.join(fits)}."
+            f"Roles found: {have}. Schemes it can have: {', '.join(fits)}.{_without_accessors(anatomy.model)}"
         )
     for a, b in anatomy.one_slot:
         if strict and not {a, b} <= set(SCHEMES[scheme]):
@@ -112,6 +119,16 @@ def scheme_chains(anatomy: Anatomy, scheme: str, strict: bool = True) -> list[li
     joined = [name for role in SCHEMES[scheme] if role in found for name in found[role].names]
     alone = [list(place.names) for role, place in found.items() if role not in SCHEMES[scheme]]
     return [chain for chain in [joined, *alone] if len(chain) > 1]
+
+
+def _without_accessors(model: nn.Module) -> str:
+    """The way out for a class that has no accessors by which its roles could be found."""
+    if all(hasattr(model, f"get_{side}_embeddings") for side in ("input", "output")):
+        return ""
+    return (
+        " Name the parameters instead: tie(model, ['embedding.weight', 'head.weight']); or give the class "
+        "get_input_embeddings() and get_output_embeddings()."
+    )
 
 
 def make_groups(anatomy: Anatomy, chains: list[list[str]], named: dict[str, list[str]]) -> list[TieGroup]:
@@ -212,7 +229,8 @@ def explicit_groups(anatomy: Anatomy, config: TyingConfig, strict: bool = True) 
 
 def locate(anatomy: Anatomy, name: str) -> str | None:
     """`name` as this class spells it. A base model has no prefix where a model with a head has one."""
-    prefix = f"{anatomy.model.base_model_prefix}." if anatomy.model.base_model_prefix else ""
+    base = getattr(anatomy.model, "base_model_prefix", "")  # a plain module has none
+    prefix = f"{base}." if base else ""
     for candidate in [name, name.removeprefix(prefix), prefix + name]:
         if candidate in anatomy.slots or candidate in anatomy.modules:
             return candidate

@@ -10,6 +10,8 @@ from ..config import TyingError
 
 _INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
+# The index of the largest published models has some ten megabytes.
+_LARGEST_JSON = 256 * 2**20
 
 
 def read_header(path: str | Path) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -69,11 +71,17 @@ def read_json(path: str | Path) -> dict:
     """Read a JSON object from a file.
 
     Raises:
-        TyingError: when it is missing, not JSON, not an object, or nested beyond reason.
+        TyingError: when it is missing, not JSON, not an object, larger or nested deeper than any real one.
     """
     path = Path(path)
     try:
+        if (size := path.stat().st_size) > _LARGEST_JSON:
+            raise TyingError(
+                f"{path.name} in {path.parent} has {size:,} bytes: more than {_LARGEST_JSON:,} are not read."
+            )
         content = json.loads(path.read_text(encoding="utf-8"))
+    except TyingError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         reason = "nested too deep" if isinstance(error, RecursionError) else error
         raise TyingError(f"{path.name} in {path.parent} cannot be read as JSON: {reason}.") from error

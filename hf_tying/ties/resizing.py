@@ -156,14 +156,15 @@ def _narrowed(stock_resize: Callable) -> Callable:
     return resized
 
 
-def fit_tied(model: PreTrainedModel) -> None:
+def fit_tied(model: nn.Module) -> None:
     """Update the sizes that modules state beside a tied matrix to its rows."""
     for group in groups_held(model):
         for name in group.names:
             module, attribute = slot_of(model, name)
             if attribute == "weight" and isinstance(module.weight, nn.Parameter):
                 fit_rows(module)
-    _fit_two_sizes(model)
+    if isinstance(model, PreTrainedModel):
+        _fit_two_sizes(model)
 
 
 def _refuse_other_rows(model: PreTrainedModel) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
@@ -58,7 +58,7 @@ class Role:
 
 
 def find_roles(
-    model: PreTrainedModel, declared: Iterable[list[str]], places: list[tuple[str, nn.Module]]
+    model: nn.Module, declared: Iterable[list[str]], places: list[tuple[str, nn.Module]]
 ) -> dict[str, Role]:
     """The roles that `model` has, in the order `source`, `target`, `output`.
 
@@ -70,7 +70,7 @@ def find_roles(
     Any other name that the architecture ties is used, and its values count.
 
     Args:
-        model: any `PreTrainedModel`, also under adapters.
+        model: any `PreTrainedModel`, also under adapters; or a plain module, which has roles by its accessors.
         declared: chains of names that the architecture can tie, whatever its config says.
         places: modules of the model, see `slots.places_of`.
     """
@@ -134,22 +134,28 @@ def _has_matrix(module: nn.Module | None) -> bool:
     return weight is not None and getattr(weight, "ndim", 2) <= 2
 
 
-def _is_carrier(model: PreTrainedModel, name: str) -> bool:
+def _config_of(model: nn.Module) -> Any:
+    """The config of a `PreTrainedModel`. A plain module has none, whatever it calls `config`."""
+    return model.config if isinstance(model, PreTrainedModel) else None
+
+
+def _is_carrier(model: nn.Module, name: str) -> bool:
     """Whether `name` is a matrix that its architecture only carries, beside the lookups that use it."""
     place = name.removesuffix(".weight")
-    known = IDLE_MODULES.get(getattr(model.config, "model_type", ""))
+    known = IDLE_MODULES.get(getattr(_config_of(model), "model_type", ""))
     return place in known if known else place.rpartition(".")[2] == "shared"
 
 
-def _role_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+def _role_modules(model: nn.Module) -> dict[str, nn.Module]:
     modules = {"output": ask(model, "get_output_embeddings")}
-    if table := ROLE_MODULES.get(getattr(model.config, "model_type", "")):
+    config = _config_of(model)
+    if table := ROLE_MODULES.get(getattr(config, "model_type", "")):
         for role, path in table.items():
             try:
-                modules[role] = model.base_model.get_submodule(path)
+                modules[role] = cast(PreTrainedModel, model).base_model.get_submodule(path)
             except AttributeError:
                 modules.pop(role, None)  # a base model without the head, an encoder without the decoder
-    elif getattr(model.config, "is_encoder_decoder", False):
+    elif getattr(config, "is_encoder_decoder", False):
         modules["source"] = ask(ask(model, "get_encoder"), "get_input_embeddings")
         modules["target"] = ask(ask(model, "get_decoder"), "get_input_embeddings")
     if modules.get("target") is None:
@@ -157,7 +163,7 @@ def _role_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     return {role: module for role, module in modules.items() if isinstance(module, nn.Module)}
 
 
-def _has_decoder(model: PreTrainedModel) -> bool:
+def _has_decoder(model: nn.Module) -> bool:
     decoder = ask(model, "get_decoder")
     return decoder is not None and decoder is not model and decoder is not ask(model, "get_encoder")
 

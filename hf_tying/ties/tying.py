@@ -14,18 +14,19 @@ from .classes import with_mixin
 from .extensions import honour_extensions, refuse_misfits
 from .groups import TieGroup, explicit_groups, make_groups, scheme_chains
 from .modeling import TiedModelMixin, set_groups
+from .plain_modules import hold, refuse_extensions
 from .record import refuse_foreign_entry, write_config
 from .resizing import fit_tied
 from .shared_configs import own_config
 from .slots import difference, parameter_of, same_values, untie_others, why_incomparable
-from .verify import why_unsupported
+from .verify import tied_part, why_unsupported
 from .vocabulary import vocabularies_of
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 logger = logging.get_logger(__name__)
-Model = TypeVar("Model", bound=PreTrainedModel)
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def tie(
@@ -38,6 +39,9 @@ def tie(
 ) -> Model:
     """Tie parameters of a live model, in place. From then on `TiedModelMixin` keeps the tie.
 
+    A plain `nn.Module` keeps its class. Its record is on the module (deepcopy and pickle carry it), hooks on
+    `load_state_dict` keep the tie, `assert_tied` checks it, and `save_tied` writes it.
+
     A scheme declares all embeddings: roles that it does not name get their own matrix. Explicit
     groups are added to the ties that the model has. Nothing is changed if anything is wrong.
 
@@ -47,7 +51,8 @@ def tie(
     An optimizer made before holds matrices that the model no longer has: make it again.
 
     Args:
-        model: any `PreTrainedModel`; its class gets `TiedModelMixin` in front, under the same name.
+        model: any `PreTrainedModel`; its class gets `TiedModelMixin` in front, under the same name. Or a plain
+            `nn.Module`; a scheme needs its `get_input_embeddings` and `get_output_embeddings`.
         scheme_or_groups: declaration of the ties: `"none"`, `"two_way"`, `"source_target"`, `"three_way"`; or a
             list of parameter names (one group, the first is its root); or a dict of named groups; or a dict from each
             tied name to its source, as in transformers' `_tied_weights_keys`; or a `TyingConfig`. The name of a module
@@ -70,12 +75,15 @@ def tie(
             values without `init_from`, quantised sides, tensors on the meta device, an adapted (PEFT) model, different
             vocabularies.
     """
-    refuse_unfit(model, "tie")
-    refuse_foreign_entry(model.config)
+    refuse_unfit(model, "tie", plain=True)
     config = TyingConfig.of(scheme_or_groups)
     if on_conflict is not None:
         config = config.replace(on_conflict=on_conflict)
-    refuse_misfits(model, config)
+    if isinstance(model, PreTrainedModel):
+        refuse_foreign_entry(model.config)
+        refuse_misfits(model, config)
+    else:
+        refuse_extensions(model, config)
     anatomy = Anatomy(model)
     groups = _plan_tie(anatomy, config)
     _refuse_meta(anatomy, groups)
@@ -83,7 +91,8 @@ def tie(
     values = _values_to_take(anatomy, groups, init_from)
     further = config.declared_extensions()  # extensions that are not named stay
     _apply(anatomy, groups, values, on_conflict=config.on_conflict, save_format=config.save_format, **further)
-    honour_extensions(model, config)
+    if isinstance(model, PreTrainedModel):
+        honour_extensions(model, config)
     return model
 
 
@@ -98,7 +107,7 @@ def untie(model: Model, names: list[str] | str | None = None) -> Model:
     parameter without gradient. Name it to untie it all the same.
 
     Args:
-        model: any `PreTrainedModel`, tied by this package, by its own class, or by hand.
+        model: any `PreTrainedModel` or plain `nn.Module`, tied by this package, by its own class, or by hand.
         names: names to take out of their groups: parameters, modules (for all tied parameters below them) and whole
             groups. Default `None`: all.
 
@@ -108,8 +117,9 @@ def untie(model: Model, names: list[str] | str | None = None) -> Model:
     Raises:
         TyingError: for a name that is not tied, or an adapted (PEFT) model.
     """
-    refuse_unfit(model, "untie")
-    refuse_foreign_entry(model.config)
+    refuse_unfit(model, "untie", plain=True)
+    if isinstance(model, PreTrainedModel):
+        refuse_foreign_entry(model.config)
     anatomy = Anatomy(model)
     remaining = _without_ties(anatomy) if names is None else _without_names(anatomy, names)
     groups = make_groups(anatomy, [chain for chain in remaining if len(chain) > 1], _group_names(model))
@@ -117,21 +127,30 @@ def untie(model: Model, names: list[str] | str | None = None) -> Model:
     return model
 
 
-def refuse_unfit(model: nn.Module, action: str) -> None:
-    """Refuse a model whose ties cannot be changed.
+def refuse_unfit(model: nn.Module, action: str, plain: bool = False) -> None:
+    """Refuse a model whose ties cannot be changed. `plain` says whether a plain `nn.Module` will do.
 
     Raises:
-        TyingError: for a model that carries adapters, and for anything that is not a `PreTrainedModel`.
+        TyingError: for a model that carries adapters, for wrappers, and for what holds a `PreTrainedModel` or is no
+            module.
     """
-    modules = model.modules() if isinstance(model, nn.Module) else ()
+    modules = [*model.modules()] if isinstance(model, nn.Module) else []
     if any("base_layer" in module._modules or "original_module" in module._modules for module in modules):
         raise TyingError(
             f"Cannot {action} a model that carries adapters ({type(model).__name__}): its layers are wrapped by "
             f"PEFT. {action} the base model before get_peft_model, or take the adapters off first by "
             "`model.unload()`."
         )
-    if not isinstance(model, PreTrainedModel):
+    if isinstance(model, PreTrainedModel):
+        return
+    holds_a_model = any(isinstance(module, PreTrainedModel) for module in modules)
+    if not plain or not isinstance(model, nn.Module) or holds_a_model:
         raise TyingError(f"Cannot {action} {why_unsupported(model)}")
+    if (part := tied_part(model)) is not model:
+        raise TyingError(
+            f"Cannot {action} a {type(model).__name__}: it is a wrapper. {action} the {type(part).__name__} inside "
+            "it, before it is wrapped."
+        )
 
 
 # --- the plan: groups and values, from a reading of the model --------------------------------------------------------
@@ -190,7 +209,7 @@ def _is_made(group: str) -> bool:
     return group in made or group.rpartition("_")[0] in made
 
 
-def _group_names(model: PreTrainedModel) -> dict[str, list[str]]:
+def _group_names(model: nn.Module) -> dict[str, list[str]]:
     """The groups that the model has by name, so that names and roots stay as the user chose them."""
     return {group.name: list(group.names) for group in getattr(model, "tie_groups", None) or []}
 
@@ -260,9 +279,12 @@ def _refuse_absent_values(anatomy: Anatomy, names: Iterable[str]) -> None:
 def _refuse_meta(anatomy: Anatomy, groups: list[TieGroup]) -> None:
     for name in (name for group in groups for name in group.names):
         if anatomy.slots[name].is_meta:
+            declare = "declare the tie in the config: config.tying = {'version': 1, 'scheme': ...}"
+            if not isinstance(anatomy.model, PreTrainedModel):
+                declare = "let load_tied(module, folder) fill and tie it"
             raise TyingError(
                 f"Cannot tie {name!r}: it is on the meta device and has no value. Load the weights first, or "
-                "declare the tie in the config: config.tying = {'version': 1, 'scheme': ...}."
+                f"{declare}."
             )
 
 
@@ -306,18 +328,22 @@ def _apply(anatomy: Anatomy, groups: list[TieGroup], values: dict[str, torch.Ten
         **changes: further changes of the config's entry (see `record.write_config`).
     """
     model = anatomy.model
-    own_config(model)
+    if isinstance(model, PreTrainedModel):
+        own_config(model)
     untie_others(model, groups)
     with torch.no_grad():
         for root, value in values.items():
             parameter_of(model, root).copy_(value)  # the root keeps its identity
-    if not isinstance(model, TiedModelMixin):
-        model.__class__ = with_mixin(TiedModelMixin, type(model))
-    assert isinstance(model, TiedModelMixin)  # for type checkers
-    model._ties_made = True
-    set_groups(model, groups)
-    fit_tied(model)
-    write_config(model, anatomy, **changes)
+    if isinstance(model, PreTrainedModel):
+        if not isinstance(model, TiedModelMixin):
+            model.__class__ = with_mixin(TiedModelMixin, type(model))
+        assert isinstance(model, TiedModelMixin)  # for type checkers
+        model._ties_made = True
+        set_groups(model, groups)
+        fit_tied(model)
+        write_config(model, anatomy, **changes)
+    else:
+        hold(model, groups, **changes)
     # A warning, since transformers shows nothing below that level by default.
     logger.warning(f"{type(model).__name__}: {_described(groups)}.")
 

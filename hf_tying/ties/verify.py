@@ -34,18 +34,19 @@ def assert_tied(model: nn.Module) -> None:
     place of one side is a broken tie.
 
     Args:
-        model: a `PreTrainedModel`, also wrapped by PEFT, DistributedDataParallel or torch.compile.
+        model: a `PreTrainedModel` or a plain `nn.Module`, also wrapped by PEFT, DistributedDataParallel, torch.compile
+            or torch's `AveragedModel`. A plain module declares what `tie` or `load_tied` has tied in it.
 
     Raises:
         TyingError: lists each broken group: expected, found, way out.
     """
-    model = unwrapped(model)
+    model = tied_part(model)
     if found := problems(model):
         listed = "\n".join(f"  - {problem}" for problem in found)
         raise TyingError(f"{type(model).__name__} is not tied as declared:\n{listed}")
 
 
-def problems(model: PreTrainedModel) -> list[str]:
+def problems(model: nn.Module) -> list[str]:
     """One sentence for each reason why `model` is not tied as declared. One about a group begins with its name."""
     groups = groups_of(model)
     return [*violations(model, groups), *_parted_by_peft(model, groups)]
@@ -54,6 +55,7 @@ def problems(model: PreTrainedModel) -> list[str]:
 # Attributes in which wrappers of whole models keep the model: torch.compile, activation checkpointing, FSDP1, DDP and
 # DeepSpeed.
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
+_LIBRARIES = ("torch.", "accelerate.", "deepspeed.", "peft.")
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
@@ -64,13 +66,36 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
     """
     inner: Any = model
     while not isinstance(inner, PreTrainedModel):
-        if hasattr(inner, "get_base_model"):
-            inner = inner.get_base_model()
-        else:
-            inner = next((held for name in _WRAPPERS if (held := getattr(inner, name, None)) is not None), None)
-        if inner is None:
+        if (inner := _wrapped(inner)) is None:
             raise TyingError(f"Cannot read the ties of {why_unsupported(model)}")
     return inner
+
+
+def tied_part(model: nn.Module) -> nn.Module:
+    """The module whose names a tie has: the `PreTrainedModel` inside wrappers, or the plain module inside them.
+
+    Raises:
+        TyingError: for what is no module, and for a plain module that holds a `PreTrainedModel`, which is tied itself.
+    """
+    inner: Any = model
+    while inner is not None and not isinstance(inner, PreTrainedModel):
+        inner = _wrapped(inner)
+    if inner is not None:
+        return inner
+    if not isinstance(model, nn.Module) or any(isinstance(module, PreTrainedModel) for module in model.modules()):
+        raise TyingError(f"Cannot read the ties of {why_unsupported(model)}")
+    inner = model
+    # A module may have a child called `module`: only the wrappers of libraries are taken off.
+    while type(inner).__module__.startswith(_LIBRARIES) and isinstance(held := _wrapped(inner), nn.Module):
+        inner = held
+    return inner
+
+
+def _wrapped(model: Any) -> Any:
+    """What a wrapper holds; `None` where there is nothing."""
+    if hasattr(model, "get_base_model"):
+        return model.get_base_model()
+    return next((held for name in _WRAPPERS if (held := getattr(model, name, None)) is not None), None)
 
 
 def why_unsupported(model: object) -> str:
@@ -84,20 +109,33 @@ def why_unsupported(model: object) -> str:
         listed = ", ".join(f"{name!r} ({type(inside[name]).__name__})" for name in outermost)
         return f"{expected}. This module holds {listed}: give that one, before it is wrapped."
     return (
-        f"{expected}. A plain nn.Module has no config that could record a tie. Derive its class from PreTrainedModel, "
-        "with a config class, and self.post_init() at the end of __init__; or tie by hand (module.head.weight = "
-        "module.embedding.weight), and save with safetensors.torch.save_model, which keeps such a tie. "
-        "hf_tying.losses works with any module."
+        f"{expected}. A plain nn.Module has no config, which this needs. Derive its class from PreTrainedModel, with "
+        "a config class, and self.post_init() at the end of __init__. tie, untie, assert_tied, tying_report, "
+        "save_tied, load_tied and hf_tying.losses work with any module."
     )
 
 
-def groups_of(model: PreTrainedModel) -> list[TieGroup]:
-    """The declared groups of a model: those of `TiedModelMixin`, else those that its class declares."""
+def groups_of(model: nn.Module) -> list[TieGroup]:
+    """The declared groups of a model: those on record, else those that its class declares.
+
+    A plain module without a record has those of the modules inside it.
+    """
     known = getattr(model, "tie_groups", None)
-    return list(known) if known is not None else declared_groups(Anatomy(model))
+    if known is not None:
+        return list(known)
+    if isinstance(model, PreTrainedModel):
+        return declared_groups(Anatomy(model))
+    anatomy = Anatomy(model)
+    chains = [
+        [f"{place}.{name}" for name in group.names]
+        for place, module in anatomy.places
+        for group in vars(module).get("tie_groups", ())
+    ]
+    held = join_chains(chains)
+    return [TieGroup(names[0], tuple(names)) for names in held]
 
 
-def violations(model: PreTrainedModel, groups: Iterable[TieGroup]) -> Iterator[str]:
+def violations(model: nn.Module, groups: Iterable[TieGroup]) -> Iterator[str]:
     """One sentence for each difference between `model` and what `groups` and its config declare."""
     groups, anatomy = list(groups), Anatomy(model)
     for group in groups:
@@ -120,20 +158,25 @@ def _broken(model: nn.Module, group: TieGroup, slots: dict) -> Iterator[str]:
         elif root is not None and parameter is not root and not offloaded(model, name):
             yield (
                 f"group {group.name!r}: expected {name!r} and {group.root!r} to be one parameter, found two "
-                f"({_apart(parameter, root)}; to keep both: untie(model, [{name!r}])."
+                f"({_apart(parameter, root, _again(model, group))}; to keep both: untie(model, [{name!r}])."
             )
 
 
-def _apart(parameter: nn.Parameter, root: nn.Parameter) -> str:
+def _again(model: nn.Module, group: TieGroup) -> str:
+    """The call that makes `group` one again, if its values are equal."""
+    return "model.tie_weights()" if isinstance(model, PreTrainedModel) else f"tie(model, {list(group.names)})"
+
+
+def _apart(parameter: nn.Parameter, root: nn.Parameter, again: str) -> str:
     """Describe how two parameters that should be one differ, and how to make them one again."""
     if parameter.is_meta or root.is_meta:
-        return "on the meta device). To tie them again: load the weights, then model.tie_weights()"
+        return f"on the meta device). To tie them again: load the weights, then {again}"
     if hasattr(parameter, "device_mesh") or hasattr(root, "device_mesh"):
         return "sharded apart). Shard them together: fully_shard([module_a, module_b]), or leave both to the root"
     if (why := why_incomparable(parameter) or why_incomparable(root)) is not None:
         return f"one {why})"
     if same_values(parameter, root):
-        return "equal so far). To tie them again: model.tie_weights()"
+        return f"equal so far). To tie them again: {again}"
     return f"{difference(parameter, root)}). To tie them again: tie(model, ..., init_from=<the name to keep>)"
 
 
@@ -145,9 +188,16 @@ def _stale_sizes(model: nn.Module, group: TieGroup, slots: dict) -> Iterator[str
         for attribute in ("num_embeddings", "out_features"):
             if (size := getattr(module, attribute, rows)) != rows:
                 yield (
-                    f"group {group.name!r}: {name!r} has {rows} rows, but its module says {attribute}={size}. Resize "
-                    "by model.resize_token_embeddings(...) on the whole model, or call model.tie_weights()."
+                    f"group {group.name!r}: {name!r} has {rows} rows, but its module says {attribute}={size}. "
+                    f"{_resize(model)}call {_again(model, group)}."
                 )
+
+
+def _resize(model: nn.Module) -> str:
+    """The way to resize a `PreTrainedModel`, as the start of a sentence that goes on with another way out."""
+    if isinstance(model, PreTrainedModel):
+        return "Resize by model.resize_token_embeddings(...) on the whole model, or "
+    return "To take the size of the matrix: "
 
 
 def _undeclared(groups: list[TieGroup], anatomy: Anatomy) -> Iterator[str]:
@@ -164,7 +214,11 @@ def _undeclared(groups: list[TieGroup], anatomy: Anatomy) -> Iterator[str]:
 
 def _config_differs(anatomy: Anatomy, groups: list[TieGroup]) -> Iterator[str]:
     model = anatomy.model
-    if entry_of(model.config) is None or not getattr(model, "_is_declared_class", lambda: True)():
+    if (
+        not isinstance(model, PreTrainedModel)
+        or entry_of(model.config) is None
+        or not getattr(model, "_is_declared_class", lambda: True)()
+    ):
         return  # the record of another head lacks the names that only this class has
     record = TyingConfig.in_config(anatomy.model.config)
     located: list[Collection[str]] = [
@@ -181,7 +235,7 @@ def _config_differs(anatomy: Anatomy, groups: list[TieGroup]) -> Iterator[str]:
         )
 
 
-def _parted_by_peft(model: PreTrainedModel, groups: list[TieGroup]) -> Iterator[str]:
+def _parted_by_peft(model: nn.Module, groups: list[TieGroup]) -> Iterator[str]:
     """Ties that `modules_to_save` breaks: it replaces one side by a copy, which is trained alone."""
     carriers = Anatomy(model).carriers if groups else ()
     for group in groups:

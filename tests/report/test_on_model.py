@@ -100,6 +100,14 @@ def test_wrappers_are_looked_through():
     assert tying_report(adapted).groups == expected
 
 
-def test_something_else_than_a_model_is_refused():
-    with pytest.raises(TyingError, match="Linear"):
-        tying_report(torch.nn.Linear(2, 2))
+def test_something_else_than_a_module_is_refused():
+    with pytest.raises(TyingError, match="int"):
+        tying_report(3)
+
+
+def test_a_plain_module_is_reported_with_the_tie_made_by_hand():
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    assert tying_report(module).groups == []
+    module[1].weight = module[0].weight
+    (group,) = tying_report(module).groups
+    assert (group.names, group.declared, group.actual) == (["0.weight", "1.weight"], False, True)

@@ -10,8 +10,10 @@ from hf_tying import (
     TyingCallback,
     TyingError,
     assert_tied,
+    load_tied,
     merge_projection,
     names_of,
+    save_tied,
     tie,
     tying_report,
     untie,
@@ -25,16 +27,21 @@ from hf_tying.losses import tied_cross_entropy, tied_embedding
 from ..tiny import tiny_model
 
 ACTS = {
-    "tie": lambda model: tie(model, "two_way"),
-    "untie": untie,
-    "assert_tied": assert_tied,
-    "tying_report": tying_report,
     "use_tied_loss": use_tied_loss,
     "use_projection": use_projection,
     "merge_projection": merge_projection,
     "callback": lambda model: TyingCallback().on_train_begin(None, None, None, model=model),
     "join_vocabularies": lambda model: join_vocabularies(model, None, None),
     "diagnose": diagnose,
+}
+#: These take a plain module, and refuse one that holds a model, or what is no module.
+TIES = {
+    "tie": lambda model: tie(model, "two_way"),
+    "untie": untie,
+    "assert_tied": assert_tied,
+    "tying_report": tying_report,
+    "save_tied": lambda model: save_tied(model, "never_written"),
+    "load_tied": lambda model: load_tied(model, "never_read"),
 }
 #: These say what they need of a model, which a plain module and a wrapper lack alike.
 OF_A_HEAD = ("use_projection", "merge_projection")
@@ -90,16 +97,16 @@ def test_a_plain_module_is_refused_with_what_to_do(act):
     assert all(parameter is before[name] for name, parameter in module.named_parameters())
 
 
-@pytest.mark.parametrize("act", [act for act in ACTS if act not in OF_A_HEAD])
+@pytest.mark.parametrize("act", [act for act in ACTS | TIES if act not in OF_A_HEAD])
 def test_a_module_that_holds_a_model_is_told_which(act):
     with pytest.raises(TyingError, match=r"a Holder: .* holds 'decoder' \(GPT2LMHeadModel\): give that one"):
-        ACTS[act](Holder())
+        (ACTS | TIES)[act](Holder())
 
 
-@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("act", ACTS | TIES)
 def test_what_is_no_module_is_refused(act):
     with pytest.raises(TyingError, match="int"):
-        ACTS[act](3)
+        (ACTS | TIES)[act](3)
 
 
 def test_a_tie_by_hand_is_kept_by_safetensors(tmp_path):
