@@ -1,4 +1,4 @@
-"""All that importing the package changes in transformers and PEFT: the table `CHANGES`.
+"""All that importing the package changes in transformers, PEFT and Accelerate: the table `CHANGES`.
 
 With these changes, stock classes honour a `tying` entry of their config: `AutoModelForCausalLM.from_pretrained(path)`
 gives a tied model or a `TyingError`, never a silently untied one. A config without the entry gives what it always
@@ -74,6 +74,12 @@ TIES = (
     Change("transformers.integrations.peft", "PeftAdapterMixin.load_adapter", f"{_HERE}:load_adapter",
            "transformers loads an adapter's file by its names in the model, or refuses it",
            without="only PEFT loads a Tied-LoRA adapter"),
+    Change("accelerate.accelerator", "fsdp2_prepare_model", f"{_HERE}:shard_ties_whole",
+           "FSDP2 keeps a tie in one unit, and the tie is checked",
+           without="torch refuses a tie over several units"),
+    Change("accelerate.utils.fsdp_utils", "fsdp2_prepare_auto_wrap_policy", f"{_HERE}:wrap_no_part_of_a_tie",
+           "a module with a part of a tie is no unit of FSDP2",
+           without="torch refuses a tie over several units"),
 )  # fmt: skip
 
 #: Tied-LoRA. These changes wait until PEFT has been imported whole, because what is ours in them builds on it.
@@ -225,6 +231,21 @@ def load_adapter(wrapped, model, args, kwargs):
     except ImportError:  # a PEFT outside the tested range, of which `_add_tied_lora` has told
         return wrapped(*args, **kwargs)
     return ours(wrapped, model, args, kwargs)
+
+
+def shard_ties_whole(wrapped, instance, args, kwargs):
+    """Around `fsdp2_prepare_model`, by the name that `Accelerator.prepare` calls: a tie lies in one unit."""
+    from .parallel.fsdp2 import prepare_model
+
+    return prepare_model(wrapped, args, kwargs)
+
+
+def wrap_no_part_of_a_tie(wrapped, instance, args, kwargs):
+    """Around `fsdp2_prepare_auto_wrap_policy`: while `shard_ties_whole` is at work, what holds a part of a tie is no
+    unit."""
+    from .parallel.fsdp2 import wrap_policy
+
+    return wrap_policy(wrapped, args, kwargs)
 
 
 # Our classes are registered with the Auto classes at first use. While those are being imported, the stock modules that

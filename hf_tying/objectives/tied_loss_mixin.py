@@ -1,7 +1,7 @@
 """The forward pass of a model under `use_tied_loss`: `TiedLossMixin`, which is put in front of the model's class."""
 
 import inspect
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import nn
@@ -10,6 +10,7 @@ from transformers.utils import ModelOutput, logging
 
 from ..losses.gradient import is_plain, is_transformed
 from ..ties.participation import Participation
+from ..ties.sharding import is_dtensor, keep_whole, linear_replaced_by, unit_of
 from ..ties.slots import find_parameter
 from .deferred_logits import DeferredLogits
 from .step_loss import LossSettings, needs_deferred
@@ -43,12 +44,11 @@ class TiedLossMixin:
                     "it has no labels; Trainer's label_smoothing_factor and compute_loss_func take them away", settings
                 )
             return forward(*args, **kwargs)
-        matrix = embedding = find_parameter(self, self._softmax_name)
-        if objective is not None:
-            embedding = find_parameter(self, self._embedding_name)
-        whole = self._why_whole(matrix, embedding)
+        whole = self._why_whole()
         if whole is not None and objective is not None:
             raise needs_deferred(whole, settings)
+        # Looked up at each use: FSDP2 puts the whole matrix in its place when it gathers the unit.
+        matrix, embedding = (partial(find_parameter, self, name) for name in self._matrices())
         softmax = TiedSoftmax(matrix, settings, kwargs.get("num_items_in_batch"), embedding, defers=whole is None)
         with softmax:
             outputs = forward(*args, **kwargs)
@@ -70,14 +70,25 @@ class TiedLossMixin:
             logger.warning_once(f"The loss of {type(self).__name__} is computed by the usual path: {whole}.")
         return _without_logits(outputs)
 
-    def _why_whole(self, matrix: torch.Tensor, embedding: torch.Tensor) -> str | None:
+    def _matrices(self) -> tuple[str, str]:
+        """The names of the softmax matrix and of the embedding that the loss reads."""
+        return self._softmax_name, self._softmax_name if self._tied_loss.objective is None else self._embedding_name
+
+    def _why_whole(self) -> str | None:
         """What stands in the way of deferred logits in this step; `None`: nothing."""
-        for parameter in (matrix, embedding):
-            if not is_plain(parameter):
-                if is_transformed():
-                    return "the step is transformed (by torch.func, forward-mode AD or a trace)"
+        if (replaced := linear_replaced_by()) is not None:
+            return replaced
+        for name in dict.fromkeys(self._matrices()):
+            parameter = find_parameter(self, name)
+            if is_plain(parameter):
+                continue
+            if is_transformed():
+                return "the step is transformed (by torch.func, forward-mode AD or a trace)"
+            unit = unit_of(self, name) if is_dtensor(parameter) else None
+            if unit is None:
                 kind = type(parameter).__name__
                 return f"the softmax matrix or the embedding is a {kind} (sharded over processes, or quantised)"
+            keep_whole(unit)
         hooked = _hooked(self, self._softmax_name)
         return None if hooked is None else f"a hook reads the output of {hooked!r}"
 
@@ -124,12 +135,14 @@ def _hooked(model: nn.Module, name: str) -> str | None:
     return None
 
 
+# Their own hooks pass on whatever is no tensor: torch's tracker (of `FlopCounterMode`), FSDP2, ZeRO-3.
+_ENGINES = ("torch.utils.module_tracker", "torch.distributed.fsdp", "deepspeed.runtime.zero")
+
+
 def _reads_output(hook) -> bool:
-    """Whether a hook may look at its module's output. Torch's own tracker (of `FlopCounterMode`) does not."""
-    return (
-        not getattr(hook, "reads_no_output", False)
-        and getattr(hook, "__module__", None) != "torch.utils.module_tracker"
-    )
+    """Whether a hook may look at its module's output."""
+    engine = (getattr(hook, "__module__", None) or "").startswith(_ENGINES)
+    return not engine and not getattr(hook, "reads_no_output", False)
 
 
 def _without_logits(value):

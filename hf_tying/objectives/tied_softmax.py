@@ -1,5 +1,6 @@
 """The torch function mode of a training step: it replaces the product with the softmax matrix by deferred logits."""
 
+from collections.abc import Callable
 from weakref import WeakSet
 
 import torch
@@ -18,10 +19,12 @@ class TiedSoftmax(TorchFunctionMode):
     """Inside this mode, products with `matrix` are deferred, and its rows are looked up by `tied_embedding`.
 
     Args:
-        matrix: (V, D), the softmax matrix; in a tied model also an embedding.
+        matrix: (V, D), the softmax matrix; in a tied model also an embedding. Or a function that gives the parameter
+            which stands for it now: FSDP2 puts the whole one in its place while a unit is gathered.
         settings: how the loss is computed.
         num_items_in_batch: number by which the model will divide a sum of losses. Default `None`: the model has none.
-        embedding: the input embedding, which an objective needs. Default `None`: `matrix`.
+        embedding: the input embedding, which an objective needs, or a function as for `matrix`. Default `None`:
+            `matrix`.
         defers: `False` leaves the products as they are. Default `True`.
 
     Attributes:
@@ -30,14 +33,27 @@ class TiedSoftmax(TorchFunctionMode):
     """
 
     def __init__(
-        self, matrix: nn.Parameter, settings: LossSettings, num_items_in_batch=None, embedding=None, defers=True
+        self,
+        matrix: nn.Parameter | Callable[[], nn.Parameter],
+        settings: LossSettings,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        embedding: nn.Parameter | Callable[[], nn.Parameter] | None = None,
+        defers: bool = True,
     ):
         super().__init__()
-        self.matrix = matrix
-        self.embedding = matrix if embedding is None else embedding
-        self.loss = StepLoss(settings, num_items_in_batch, None if self.embedding is matrix else embedding)
+        self._matrix, self._embedding = _now(matrix), _now(matrix if embedding is None else embedding)
+        apart = self.embedding is not self.matrix
+        self.loss = StepLoss(settings, num_items_in_batch, self._embedding if apart else None)
         self.defers, self.deferred = defers, False
         self.grad, self._products = torch.is_grad_enabled(), WeakSet()
+
+    @property
+    def matrix(self) -> nn.Parameter:
+        return self._matrix()
+
+    @property
+    def embedding(self) -> nn.Parameter:
+        return self._embedding()
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -72,10 +88,15 @@ class TiedSoftmax(TorchFunctionMode):
 
     def _is_matrix(self, weight) -> bool:
         """Whether `weight` is the parameter itself, or the view of it that a `RoleMeter` puts in its place."""
-        return weight is self.matrix or getattr(weight, "_base", None) is self.matrix
+        matrix = self.matrix
+        return weight is matrix or getattr(weight, "_base", None) is matrix
 
     def _is_embedding(self, weight) -> bool:
         return weight is self.embedding or self._is_matrix(weight)
+
+
+def _now(parameter: nn.Parameter | Callable[[], nn.Parameter]) -> Callable[[], nn.Parameter]:
+    return parameter if callable(parameter) else lambda: parameter
 
 
 def _argument(args: tuple, kwargs: dict, position: int, name: str):

@@ -25,6 +25,7 @@ from .record import refuse_contradicting_flag, write_config
 from .remote_code import carry_along
 from .resizing import fit_tied, follow_bias, refuse_other_values, replace_tied, resize
 from .roles import ask
+from .sharding import gathered
 from .slots import (
     canonical,
     find_parameter,
@@ -168,7 +169,9 @@ class TiedModelMixin:
                 continue
             root, *others = (find_parameter(self, name) for name in group.names)
             whole = root is not None and all(p is not None and p.is_meta == root.is_meta for p in others)
-            if not whole or not all(p.is_meta or same_values(p, root) for p in others):
+            with gathered((root, *others)):
+                whole = whole and all(p.is_meta or same_values(p, root) for p in others)
+            if not whole:
                 problems = "; ".join(violations(self, [group]))
                 raise TyingError(f"tie_weights() would overwrite trained values and changes nothing: {problems}")
             share_parameter(self, group.names, root)

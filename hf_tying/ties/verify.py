@@ -9,6 +9,7 @@ from ..config import TyingConfig, TyingError, entry_of
 from .anatomy import Anatomy
 from .declared import join_chains
 from .groups import TieGroup, declared_groups, locate
+from .sharding import is_dtensor
 from .slots import (
     difference,
     find_parameter,
@@ -104,7 +105,7 @@ def _apart(parameter: nn.Parameter, root: nn.Parameter) -> str:
     """How two parameters that should be one differ, and what makes them one again."""
     if parameter.is_meta or root.is_meta:
         return "on the meta device). To tie them again: load the weights, then model.tie_weights()"
-    if hasattr(parameter, "device_mesh") or hasattr(root, "device_mesh"):
+    if is_dtensor(parameter) or is_dtensor(root):
         return "sharded apart). Shard them together: fully_shard([module_a, module_b]), or leave both to the root"
     if (why := why_incomparable(parameter) or why_incomparable(root)) is not None:
         return f"one {why})"
