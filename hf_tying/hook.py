@@ -1,4 +1,4 @@
-"""All that importing the package changes in transformers, PEFT and Accelerate: the table `CHANGES`.
+"""All that importing the package changes in transformers, PEFT, Accelerate and DeepSpeed: the table `CHANGES`.
 
 With these changes, stock classes honour a `tying` entry of their config: `AutoModelForCausalLM.from_pretrained(path)`
 gives a tied model or a `TyingError`, never a silently untied one. A config without the entry gives what it always
@@ -80,6 +80,8 @@ TIES = (
     Change("accelerate.utils.fsdp_utils", "fsdp2_prepare_auto_wrap_policy", f"{_HERE}:wrap_no_part_of_a_tie",
            "a module with a part of a tie is no unit of FSDP2",
            without="torch refuses a tie over several units"),
+    Change("deepspeed", "initialize", f"{_HERE}:hold_matrices",
+           "ZeRO-3 keeps the softmax matrix of a tied loss gathered until the loss"),
 )  # fmt: skip
 
 #: Tied-LoRA. These changes wait until PEFT has been imported whole, because what is ours in them builds on it.
@@ -246,6 +248,15 @@ def wrap_no_part_of_a_tie(wrapped, instance, args, kwargs):
     from .parallel.fsdp2 import wrap_policy
 
     return wrap_policy(wrapped, args, kwargs)
+
+
+def hold_matrices(wrapped, instance, args, kwargs):
+    """Around `deepspeed.initialize`: the matrices that a tied loss reads are gathered for the whole of a step."""
+    made = wrapped(*args, **kwargs)
+    for module in made[0].modules():
+        if getattr(module, "_tied_loss", None) is not None:
+            module.hold_matrices()
+    return made
 
 
 # Our classes are registered with the Auto classes at first use. While those are being imported, the stock modules that

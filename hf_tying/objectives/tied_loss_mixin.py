@@ -10,7 +10,7 @@ from transformers.utils import ModelOutput, logging
 
 from ..losses.gradient import is_plain, is_transformed
 from ..ties.participation import Participation
-from ..ties.sharding import is_dtensor, keep_whole, linear_replaced_by, unit_of
+from ..ties.sharding import gather_for, is_dtensor, is_partitioned, keep_whole, linear_replaced_by, unit_of
 from ..ties.slots import find_parameter
 from .deferred_logits import DeferredLogits
 from .step_loss import LossSettings, needs_deferred
@@ -74,12 +74,18 @@ class TiedLossMixin:
         """The names of the softmax matrix and of the embedding that the loss reads."""
         return self._softmax_name, self._softmax_name if self._tied_loss.objective is None else self._embedding_name
 
+    def hold_matrices(self) -> None:
+        """Let ZeRO-3 gather the matrices of the loss for the whole of a step, not only while their modules are used."""
+        gather_for(self, (find_parameter(self, name) for name in dict.fromkeys(self._matrices())))
+
     def _why_whole(self) -> str | None:
         """What stands in the way of deferred logits in this step; `None`: nothing."""
         if (replaced := linear_replaced_by()) is not None:
             return replaced
         for name in dict.fromkeys(self._matrices()):
             parameter = find_parameter(self, name)
+            if is_partitioned(parameter):
+                return f"DeepSpeed ZeRO-3 has partitioned {name!r}: call use_tied_loss after deepspeed.initialize"
             if is_plain(parameter):
                 continue
             if is_transformed():
@@ -136,7 +142,7 @@ def _hooked(model: nn.Module, name: str) -> str | None:
 
 
 # Their own hooks pass on whatever is no tensor: torch's tracker (of `FlopCounterMode`), FSDP2, ZeRO-3.
-_ENGINES = ("torch.utils.module_tracker", "torch.distributed.fsdp", "deepspeed.runtime.zero")
+_ENGINES = ("torch.utils.module_tracker", "torch.distributed.fsdp", "deepspeed.")
 
 
 def _reads_output(hook) -> bool:

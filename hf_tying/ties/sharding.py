@@ -63,6 +63,13 @@ def gathered(parameters: Iterable[torch.Tensor | None], write: bool = False) -> 
         yield
 
 
+def gather_for(module: nn.Module, parameters: Iterable[torch.Tensor]) -> None:
+    """Let ZeRO-3 gather those of `parameters` that it has partitioned whenever `module` is used, forward and back."""
+    for parameter in parameters:
+        if hasattr(parameter, "ds_id"):
+            sys.modules["deepspeed"].zero.register_external_parameter(module, parameter)
+
+
 def data_parallel_size(model: nn.Module) -> int:
     """How many processes train copies of `model` on batches of their own: all, but for those of one tensor-parallel
     or pipelined copy (transformers' `distributed_config`)."""
