@@ -18,6 +18,7 @@ from hf_tying import TyingConfig, assert_tied, tie, use_projection, use_tied_los
 from hf_tying.config import ProjectionConfig
 from hf_tying.models import TiedLSTMConfig, TiedLSTMForCausalLM
 from hf_tying.objectives import AugmentedObjective, ContrastiveObjective
+from hf_tying.ties.slots import canonical
 
 from .objectives.helpers import three_way
 from .tied_lora import tied_lora
@@ -104,6 +105,7 @@ class Trained:
 
     gradient: dict[str, torch.Tensor]
     weights: dict[str, torch.Tensor]
+    start: dict[str, torch.Tensor]
     without_logits: bool
 
 
@@ -129,6 +131,7 @@ def _alone(model: nn.Module) -> Trained:
 def train(model, forward, backward, step, zero_grad, full_gradient, full) -> Trained:
     """Two steps. `full_gradient` and `full` give the whole tensors of a parameter; all processes call them together."""
     gradient, without_logits = {}, True
+    start = {plain(name): full(p) for name, p in model.named_parameters()}
     for i in range(STEPS):
         zero_grad()
         outputs = forward()
@@ -140,11 +143,11 @@ def train(model, forward, backward, step, zero_grad, full_gradient, full) -> Tra
             gradient = {plain(name): value.clone() for name, value in found.items() if value is not None}
         step()
     assert_tied(model)
-    return Trained(gradient, {plain(name): full(p) for name, p in model.named_parameters()}, without_logits)
+    return Trained(gradient, {plain(name): full(p) for name, p in model.named_parameters()}, start, without_logits)
 
 
 def plain(name: str) -> str:
-    return name.replace("_checkpoint_wrapped_module.", "").removeprefix("module.")
+    return canonical(name).removeprefix("module.")
 
 
 def apart(found: Trained, expected: Trained) -> dict:
@@ -157,6 +160,7 @@ def apart(found: Trained, expected: Trained) -> dict:
     return {
         "gradient": largest(found.gradient, expected.gradient),
         "weights": largest(found.weights, expected.weights),
+        "moved": largest(found.weights, expected.start),
         "names": sorted(found.weights.keys() ^ expected.weights.keys()),
         "without gradient": sorted(
             name for name in found.gradient.keys() ^ expected.gradient.keys()

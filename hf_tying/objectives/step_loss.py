@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +31,7 @@ class StepLoss:
     Args:
         settings: of the model.
         num_items_in_batch: number by which the model will divide a sum of losses. Default `None`: the model has none.
-        embedding: gives the input embedding, (V, D), which an objective needs. Default `None`: the softmax matrix.
+        embedding: (V, D), the input embedding, which an objective needs. Default `None`: the softmax matrix.
 
     Attributes:
         parts: parts of the objective's loss by name, each a detached scalar, divided as the model will divide the
@@ -40,7 +39,7 @@ class StepLoss:
         was_asked: whether the model has asked for a cross entropy, and got it with these settings.
     """
 
-    def __init__(self, settings: LossSettings, num_items_in_batch=None, embedding: Callable | None = None):
+    def __init__(self, settings: LossSettings, num_items_in_batch=None, embedding: torch.Tensor | None = None):
         self.settings, self.num_items_in_batch, self.embedding = settings, num_items_in_batch, embedding
         self.parts: dict[str, torch.Tensor] = {}
         self.was_asked = False
@@ -72,7 +71,7 @@ class StepLoss:
                 "cap): it has none."
             )
         # For a tied model, the head's `weight` and not the parameter: a `RoleMeter` has put its own view there.
-        embedding = weight if self.embedding is None else self.embedding()
+        embedding = weight if self.embedding is None else self.embedding
         loss, parts = objective.loss(hidden, weight, target, bias, options, embedding, settings.memory_budget)
         for name, part in parts.items():
             self.parts[name] = self.parts.get(name, 0.0) + part * options.upstream

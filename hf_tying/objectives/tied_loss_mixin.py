@@ -1,7 +1,8 @@
 """The forward pass of a model under `use_tied_loss`: `TiedLossMixin`, which is put in front of the model's class."""
 
 import inspect
-from functools import cache, partial
+import sys
+from functools import cache
 
 import torch
 from torch import nn
@@ -47,9 +48,14 @@ class TiedLossMixin:
         whole = self._why_whole()
         if whole is not None and objective is not None:
             raise needs_deferred(whole, settings)
-        # Looked up at each use: FSDP2 puts the whole matrix in its place when it gathers the unit.
-        matrix, embedding = (partial(find_parameter, self, name) for name in self._matrices())
-        softmax = TiedSoftmax(matrix, settings, kwargs.get("num_items_in_batch"), embedding, defers=whole is None)
+        if "torch._dynamo" in sys.modules and hasattr(self, "set_reshard_after_forward"):
+            # FSDP2's hooks break the graph of a whole model, and dynamo would go on inside the mode below, which it
+            # traces wrongly there. Layers that are compiled by themselves stay so.
+            forward = torch.compiler.disable(forward)
+        matrix, embedding = self._parameters_now()
+        now = self._parameters_now if is_dtensor(matrix) or is_dtensor(embedding) else None
+        items = kwargs.get("num_items_in_batch")
+        softmax = TiedSoftmax(matrix, settings, items, embedding, defers=whole is None, now=now)
         with softmax:
             outputs = forward(*args, **kwargs)
         if self._participation is not None and softmax.loss.was_asked:
@@ -73,6 +79,10 @@ class TiedLossMixin:
     def _matrices(self) -> tuple[str, str]:
         """The names of the softmax matrix and of the embedding that the loss reads."""
         return self._softmax_name, self._softmax_name if self._tied_loss.objective is None else self._embedding_name
+
+    def _parameters_now(self) -> tuple[nn.Parameter, nn.Parameter]:
+        matrix, embedding = self._matrices()
+        return find_parameter(self, matrix), find_parameter(self, embedding)
 
     def hold_matrices(self) -> None:
         """Let ZeRO-3 gather the matrices of the loss for the whole of a step, not only while their modules are used."""

@@ -19,13 +19,13 @@ class TiedSoftmax(TorchFunctionMode):
     """Inside this mode, products with `matrix` are deferred, and its rows are looked up by `tied_embedding`.
 
     Args:
-        matrix: (V, D), the softmax matrix; in a tied model also an embedding. Or a function that gives the parameter
-            which stands for it now: FSDP2 puts the whole one in its place while a unit is gathered.
+        matrix: (V, D), the softmax matrix; in a tied model also an embedding.
         settings: how the loss is computed.
         num_items_in_batch: number by which the model will divide a sum of losses. Default `None`: the model has none.
-        embedding: the input embedding, which an objective needs, or a function as for `matrix`. Default `None`:
-            `matrix`.
+        embedding: the input embedding, which an objective needs. Default `None`: `matrix`.
         defers: `False` leaves the products as they are. Default `True`.
+        now: gives the parameters that stand for `matrix` and `embedding` at this moment: FSDP2 puts whole ones in
+            their place when it gathers a unit. Default `None`: they stay.
 
     Attributes:
         loss: the loss of the step.
@@ -34,32 +34,30 @@ class TiedSoftmax(TorchFunctionMode):
 
     def __init__(
         self,
-        matrix: nn.Parameter | Callable[[], nn.Parameter],
+        matrix: nn.Parameter,
         settings: LossSettings,
         num_items_in_batch: int | torch.Tensor | None = None,
-        embedding: nn.Parameter | Callable[[], nn.Parameter] | None = None,
+        embedding: nn.Parameter | None = None,
         defers: bool = True,
+        now: Callable[[], tuple[nn.Parameter, nn.Parameter]] | None = None,
     ):
         super().__init__()
-        self._matrix, self._embedding = _now(matrix), _now(matrix if embedding is None else embedding)
-        apart = self.embedding is not self.matrix
-        self.loss = StepLoss(settings, num_items_in_batch, self._embedding if apart else None)
+        self.matrix = matrix
+        self.embedding = matrix if embedding is None else embedding
+        self.loss = StepLoss(settings, num_items_in_batch, None if self.embedding is matrix else embedding)
+        self._now = now
         self.defers, self.deferred = defers, False
         self.grad, self._products = torch.is_grad_enabled(), WeakSet()
-
-    @property
-    def matrix(self) -> nn.Parameter:
-        return self._matrix()
-
-    @property
-    def embedding(self) -> nn.Parameter:
-        return self._embedding()
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if self._products and (written := written_to(function, args, kwargs)):
             for product in list(self._products):
                 product.before_write(written)
+        if self._now is not None and function in (F.linear, F.embedding, F.cross_entropy):
+            self.matrix, self.embedding = self._now()
+            if self.loss.embedding is not None:
+                self.loss.embedding = self.embedding
         if function is F.linear and self._is_matrix(_argument(args, kwargs, 1, "weight")) and self._is_of_step(args):
             self.deferred = True
             self._products.add(product := DeferredLogits.of(self.loss, *args, **kwargs))
@@ -88,15 +86,10 @@ class TiedSoftmax(TorchFunctionMode):
 
     def _is_matrix(self, weight) -> bool:
         """Whether `weight` is the parameter itself, or the view of it that a `RoleMeter` puts in its place."""
-        matrix = self.matrix
-        return weight is matrix or getattr(weight, "_base", None) is matrix
+        return weight is self.matrix or getattr(weight, "_base", None) is self.matrix
 
     def _is_embedding(self, weight) -> bool:
         return weight is self.embedding or self._is_matrix(weight)
-
-
-def _now(parameter: nn.Parameter | Callable[[], nn.Parameter]) -> Callable[[], nn.Parameter]:
-    return parameter if callable(parameter) else lambda: parameter
 
 
 def _argument(args: tuple, kwargs: dict, position: int, name: str):
