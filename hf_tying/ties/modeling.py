@@ -34,12 +34,11 @@ from .slots import (
     named_slots,
     same_values,
     share_parameter,
-    stands_in,
     state_key,
     untie_others,
     unwrap,
 )
-from .verify import offloaded, violations
+from .verify import is_split, offloaded, violations
 
 logger = logging.get_logger(__name__)
 
@@ -233,10 +232,8 @@ class TiedModelMixin:
         honour_extensions(self, TyingConfig.in_config(self.config), strict=False)
 
     def _raise_if_split(self) -> None:
-        for group in self.tie_groups:
-            at_work = any(stands_in(self, name) or offloaded(self, name) for name in group.names)
-            if not is_one(self, group.names) and not at_work:
-                self._raise_if_broken("train")
+        if is_split(self, self.tie_groups):
+            self._raise_if_broken("train")
         self._tell_frozen()
 
     def _tell_frozen(self) -> None:

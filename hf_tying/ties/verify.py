@@ -6,6 +6,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from ..config import TyingConfig, TyingError, entry_of
+from .across_ranks import differing_copies, raised_on_every_rank
 from .anatomy import Anatomy
 from .declared import join_chains
 from .groups import TieGroup, declared_groups, locate
@@ -17,12 +18,13 @@ from .slots import (
     is_one,
     parameter_at_work,
     same_values,
+    stands_in,
     why_incomparable,
     why_no_parameter,
 )
 
 
-def assert_tied(model: nn.Module) -> None:
+def assert_tied(model: nn.Module, across_ranks: bool = False) -> None:
     """Raise unless every tie that `model` declares holds: one `nn.Parameter` in every place of each group.
 
     Identity counts, not equal values: two equal matrices drift apart at the first optimizer step. A model that
@@ -35,13 +37,22 @@ def assert_tied(model: nn.Module) -> None:
 
     Args:
         model: a `PreTrainedModel`, also wrapped by PEFT, DistributedDataParallel or torch.compile.
+        across_ranks: of several processes, all must call it then: what is broken on one is raised on each, with its
+            rank; and a tied matrix that several hold must have one value, compared by SHA-256. Default `False`: each
+            process looks at its own model.
 
     Raises:
         TyingError: lists each broken group: expected, found, way out.
     """
+    if across_ranks:
+        with raised_on_every_rank():
+            assert_tied(model)
     model = unwrapped(model)
     groups = groups_of(model)
-    problems = [*violations(model, groups), *_parted_by_peft(model, groups)]
+    if across_ranks:
+        problems = differing_copies(model, groups)
+    else:
+        problems = [*violations(model, groups), *_parted_by_peft(model, groups)]
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
         raise TyingError(f"{type(model).__name__} is not tied as declared:\n{listed}")
@@ -66,6 +77,15 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
         if inner is None:
             raise TyingError(f"Expected a PreTrainedModel (or a wrapper around one), found {type(model).__name__}.")
     return inner
+
+
+def is_split(model: PreTrainedModel, groups: Iterable[TieGroup]) -> bool:
+    """Whether one of `groups` is not one parameter now, and nothing at work stands in for it: a quick look, for every
+    step."""
+    return any(
+        not is_one(model, group.names) and not any(stands_in(model, n) or offloaded(model, n) for n in group.names)
+        for group in groups
+    )
 
 
 def groups_of(model: PreTrainedModel) -> list[TieGroup]:

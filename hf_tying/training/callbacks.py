@@ -1,17 +1,22 @@
 """`TyingCallback`: a Trainer that says when a tie breaks, what each role does, and changes ties on the way."""
 
 from collections import Counter
+from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import IntervalStrategy, PreTrainedModel, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from ..config import TyingError
+from ..config import TyingError, entry_of
 from ..diagnostics.diagnosis import diagnose
 from ..objectives.own_loss import averages_own_loss, set_accepts_loss_kwargs
+from ..parallel.checkpoints import seal_checkpoint
+from ..ties.across_ranks import on_any_rank, raised_on_every_rank
 from ..ties.anatomy import Anatomy
-from ..ties.verify import assert_tied, groups_of, unwrapped
+from ..ties.groups import TieGroup
+from ..ties.verify import assert_tied, groups_of, is_split, unwrapped
 from .roles import ROLES, RoleMeter, measured_roles, scale_input_gradient
 from .schedules import check_when, freeze_role, guard, refuse_unheld, step_of, untie_trained
 
@@ -24,8 +29,12 @@ class TyingCallback(TrainerCallback):
     """Assert the ties when training begins and whenever a checkpoint is saved; and, if asked to, watch the roles of
     tied matrices, untie in mid-run, freeze a role, or scale its gradient.
 
+    Of several processes each is told what any of them has lost, by its rank and within the step; they send one number
+    for that at each step, and the digests of tied matrices at train begin and before a save.
+
     A "moment" is a fraction of all steps (a float above 0, up to 1.0) or a number of steps (an int from 1).
 
+    Each checkpoint gets a seal when it is whole (`complete.json`, see `hf_tying.parallel.last_complete_checkpoint`).
     The optimizer is compared with the model too (`assert_optimized`): it may have been made before a `tie` or `untie`.
     A warning tells of a model whose gradient `Trainer` multiplies by the processes and the steps of accumulation
     (`set_accepts_loss_kwargs`).
@@ -102,6 +111,7 @@ class TyingCallback(TrainerCallback):
         self._frozen: list[nn.Parameter] = []
         self._handles: list = []
         self._untie_step: int | None = None
+        self._groups: list[TieGroup] = []
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         # A stock class would load a checkpoint of the untied model into the tied matrix, the last name over the first.
@@ -110,9 +120,10 @@ class TyingCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         self._let_go()  # of a run that was broken off
-        assert_tied(model)
+        assert_tied(model, across_ranks=True)
         if optimizer is not None:
-            assert_optimized(model, optimizer)
+            with raised_on_every_rank():
+                assert_optimized(model, optimizer)
         if self.untie_at is not None or self.freeze is not None:
             _refuse_processes(args)
         inner = unwrapped(model)
@@ -125,7 +136,8 @@ class TyingCallback(TrainerCallback):
             logger.warning(f"Step {state.global_step}: role {self.freeze} is frozen {until}.")
         if self.diagnose_with is not None:
             diagnose(inner, self.diagnose_with)  # what is wrong with the twin is said now
-        for group in groups_of(inner):
+        self._groups = groups_of(inner)
+        for group in self._groups:
             logger.info(f"Training with group {group.name!r} as one parameter: {', '.join(group.names)}.")
         if self.log_roles:
             self._meter = RoleMeter(inner)
@@ -133,6 +145,9 @@ class TyingCallback(TrainerCallback):
             self._handles = scale_input_gradient(inner, self.input_gradient_scale)
 
     def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if args.world_size > 1 and on_any_rank(is_split(unwrapped(model), self._groups), args.device):
+            with raised_on_every_rank():
+                assert_tied(model)
         if self._untie_step is not None and state.global_step >= self._untie_step:
             self._untie_step = None
             # Warnings, here and below, so that they are seen: transformers shows nothing lower unless it is asked to.
@@ -147,8 +162,19 @@ class TyingCallback(TrainerCallback):
         if self._meter is not None:
             self._meter.attach() if _is_logged(args, state) else self._meter.detach()
 
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if control.should_save:  # before anything is written
+            assert_tied(model, across_ranks=True)
+
+    on_epoch_end = on_step_end
+
     def on_save(self, args, state, control, model=None, **kwargs):
-        assert_tied(model)
+        with raised_on_every_rank():
+            assert_tied(model)
+        # All processes have written their files by now.
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if args.should_save and folder.is_dir():
+            seal_checkpoint(folder, state.global_step, entry_of(unwrapped(model).config))
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
         if logs is None or "loss" not in logs:
