@@ -2,6 +2,8 @@
 
 import inspect
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -11,8 +13,16 @@ from transformers.utils import ModelOutput, logging
 
 from ..losses.gradient import is_plain, is_transformed
 from ..ties.participation import Participation
-from ..ties.sharding import gather_for, is_dtensor, is_partitioned, keep_whole, linear_replaced_by, unit_of
-from ..ties.slots import find_parameter
+from ..ties.sharding import (
+    gather_for,
+    is_dtensor,
+    is_partitioned,
+    is_row_split,
+    keep_whole,
+    linear_replaced_by,
+    unit_of,
+)
+from ..ties.slots import find_parameter, find_slot
 from .deferred_logits import DeferredLogits
 from .step_loss import LossSettings, needs_deferred
 from .tied_softmax import TiedSoftmax
@@ -55,9 +65,10 @@ class TiedLossMixin:
         matrix, embedding = self._parameters_now()
         now = self._parameters_now if is_dtensor(matrix) or is_dtensor(embedding) else None
         items = kwargs.get("num_items_in_batch")
-        softmax = TiedSoftmax(matrix, settings, items, embedding, defers=whole is None, now=now)
-        with softmax:
-            outputs = forward(*args, **kwargs)
+        with self._head_without_gathering(whole is None and is_row_split(matrix)) as product:
+            softmax = TiedSoftmax(matrix, settings, items, embedding, whole is None, now, product)
+            with softmax:
+                outputs = forward(*args, **kwargs)
         if self._participation is not None and softmax.loss.was_asked:
             self._participation.took_part()
         if objective is not None:
@@ -84,8 +95,20 @@ class TiedLossMixin:
         matrix, embedding = self._matrices()
         return find_parameter(self, matrix), find_parameter(self, embedding)
 
+    @contextmanager
+    def _head_without_gathering(self, split: bool) -> Iterator[Callable[[torch.Tensor], torch.Tensor] | None]:
+        """Inside this context the head gives what its class does. Tensor parallelism has given it a forward of its
+        own, which gathers the logits: that one is yielded."""
+        head = vars(find_slot(self, self._softmax_name)[0])
+        gathering = head.pop("forward", None) if split else None
+        try:
+            yield gathering
+        finally:
+            if gathering is not None:
+                head["forward"] = gathering
+
     def hold_matrices(self) -> None:
-        """Let ZeRO-3 gather the matrices of the loss for the whole of a step, not only while their modules are used."""
+        """Let ZeRO-3 gather the matrices of the loss for the whole of a step, not only while they are used."""
         gather_for(self, (find_parameter(self, name) for name in dict.fromkeys(self._matrices())))
 
     def _why_whole(self) -> str | None:
@@ -101,6 +124,8 @@ class TiedLossMixin:
             if is_transformed():
                 return "the step is transformed (by torch.func, forward-mode AD or a trace)"
             unit = unit_of(self, name) if is_dtensor(parameter) else None
+            if unit is None and is_row_split(parameter) and self._tied_loss.objective is None:
+                continue
             if unit is None:
                 kind = type(parameter).__name__
                 return f"the softmax matrix or the embedding is a {kind} (sharded over processes, or quantised)"

@@ -1,10 +1,10 @@
 """FSDP2 through Accelerate: a parameter of several modules lies in one unit.
 
 Accelerate makes a unit of each layer, and one of the final norm, the input embedding and the head. FSDP2 gathers and
-frees each unit by itself, so two of them cannot have one parameter, and torch refuses that: for an encoder-decoder, for
-BERT, for layers that share a matrix. Here every tie goes to the root: what holds some names of a group and not all is
-no unit of its own. The root stays gathered through a step, as does the unit that Accelerate makes of the embeddings, so
-they need no more memory there.
+frees each unit by itself, so two of them cannot have one parameter, and torch refuses that: for an encoder-decoder,
+for BERT, for layers that share a matrix. Here every tie goes to the root: what holds some names of a group and not all
+is no unit of its own. The root stays gathered through a step, as does the unit that Accelerate makes of the
+embeddings, so they need no more memory there.
 """
 
 import functools
@@ -39,7 +39,7 @@ def prepare_model(wrapped: Callable, args: tuple, kwargs: dict) -> nn.Module:
 def wrap_policy(wrapped: Callable, args: tuple, kwargs: dict) -> Callable[[nn.Module], bool] | None:
     """Around `fsdp2_prepare_auto_wrap_policy`: while a model is sharded, what holds a part of a tie is no unit.
 
-    Accelerate asks for the same policy to choose the layers whose activations are checkpointed: these stay as they are.
+    Accelerate asks for the same policy to choose the layers whose activations are checkpointed: that stays as it is.
     """
     policy, model = wrapped(*args, **kwargs), _kept_whole.get()
     if policy is None or model is None:

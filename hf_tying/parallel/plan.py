@@ -1,15 +1,26 @@
 """`parallel_plan`: where each tied matrix lies when a model is trained on many processes, and what keeps it one."""
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import TYPE_CHECKING
 
 import torch
+import transformers
 from rich.table import Table
 from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+)
 
 from ..config import TyingError, nearest
 from ..report.tables import Report
@@ -160,7 +171,7 @@ class ParallelPlan(Report):
 
 
 def parallel_plan(
-    model: nn.Module,
+    model: nn.Module | str | os.PathLike,
     mesh: Mapping[str, int],
     *,
     gather_dtype: torch.dtype | None = None,
@@ -174,7 +185,8 @@ def parallel_plan(
     the meta device is enough.
 
     Args:
-        model: a `PreTrainedModel`, also wrapped.
+        model: a `PreTrainedModel`, also wrapped; or the folder of a saved one, or its id on the Hub, of which the
+            config alone is read.
         mesh: sizes by axis: `pp` pipeline stages, `dp` copies (DDP; with `fsdp`, replicas), `fsdp` shards, `tp` parts
             of a matrix. Ranks count through `tp` first, then `fsdp`, `dp`, `pp`. An axis that is left out has size 1.
         gather_dtype: in which FSDP2 gathers parameters. Default `None`: their own.
@@ -184,11 +196,9 @@ def parallel_plan(
         TyingError: for an unknown axis, a size below 1, more stages than layers, or an encoder-decoder with stages.
 
     Example:
-        >>> with torch.device("meta"):
-        ...     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained("meta-llama/Llama-3.2-1B"))
-        >>> print(parallel_plan(model, {"dp": 64}))
+        >>> print(parallel_plan("meta-llama/Llama-3.2-1B", {"dp": 64}))
     """
-    model = unwrapped(model)
+    model = unwrapped(model) if isinstance(model, nn.Module) else _empty_model(model)
     sizes = _checked(mesh)
     anatomy = Anatomy(model)
     place = _Placement(anatomy, sizes, gather_dtype, reduce_dtype)
@@ -208,6 +218,19 @@ def parallel_plan(
         sent_untied=place.sent_by_the_busiest([*parts, *free]),
         notes=place.notes(plans),
     )
+
+
+def _empty_model(source: str | os.PathLike) -> PreTrainedModel:
+    """The model of a config, on the meta device: of the class that it names, or of an Auto class that has one."""
+    config = AutoConfig.from_pretrained(source)
+    named = (getattr(transformers, name, None) for name in getattr(config, "architectures", None) or ())
+    with torch.device("meta"):
+        if (architecture := next(filter(None, named), None)) is not None:
+            return architecture(config)
+        for auto in (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForMaskedLM, AutoModel):
+            with suppress(ValueError):  # it has no class for this config
+                return auto.from_config(config)
+    raise TyingError(f"{source}: transformers has no model for a config of type {config.model_type!r}.")
 
 
 def _checked(mesh: Mapping[str, int]) -> dict[str, int]:
@@ -256,8 +279,8 @@ class _Placement:
     # --- one parameter -----------------------------------------------------------------------------------------------
 
     def stage_of(self, name: str) -> int:
-        """The pipeline stage of a parameter, as transformers cuts: embeddings first, the rest of what is no layer last,
-        layers evenly, with those that remain at the end."""
+        """The pipeline stage of a parameter, as transformers cuts: embeddings first, the rest of what is no layer
+        last, layers evenly, with those that remain at the end."""
         last = self.sizes["pp"] - 1
         if match := _LAYER.search(name):
             return min(int(match[1]) // (self.layers // self.sizes["pp"]), last)

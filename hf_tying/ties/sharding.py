@@ -17,6 +17,13 @@ def is_dtensor(tensor: torch.Tensor | None) -> bool:
     return hasattr(tensor, "device_mesh")
 
 
+def is_row_split(tensor: torch.Tensor | None) -> bool:
+    """Whether tensor parallelism has given each process a block of rows of `tensor`, on a mesh of one dimension."""
+    if not is_dtensor(tensor) or tensor.device_mesh.ndim != 1:
+        return False
+    return tensor.placements[0].is_shard(0)
+
+
 def unit_of(model: nn.Module, name: str) -> nn.Module | None:
     """The FSDP2 unit in which the parameter `name` lies: its module, or the nearest one around it, that is a unit."""
     fully_shard = sys.modules.get("torch.distributed.fsdp")
