@@ -221,9 +221,12 @@ class TiedModelMixin:
         return result
 
     def __call__(self, *args, **kwargs):
-        """In training, a forward pass over a broken tie raises: the matrices would drift apart unseen."""
+        """In training, a forward pass over a broken tie raises, and one over the copies of a pipeline's stages: the
+        matrices would drift apart unseen."""
         if self.training and not torch.compiler.is_compiling() and not getattr(self, "_is_replica", False):
             self._raise_if_split()
+            if hasattr(self, "_pp_stage"):
+                self._refuse_stages()
         return super().__call__(*args, **kwargs)
 
     def __setstate__(self, state):
@@ -235,6 +238,16 @@ class TiedModelMixin:
         if is_split(self, self.tie_groups):
             self._raise_if_broken("train")
         self._tell_frozen()
+
+    def _refuse_stages(self) -> None:
+        """In a pipeline of transformers a tied matrix has a copy on each stage that uses it, and nothing sums their
+        gradients: it has a forward pass only."""
+        for group, names in TyingConfig.in_config(self.config).groups.items():
+            raise TyingError(
+                f"Cannot train {type(self).__name__} in pipeline stages: group {group!r} ({', '.join(names)}) has a "
+                "copy on each stage that uses it, and transformers' pipeline runs no backward pass that would keep "
+                "them one. Train it by DDP, FSDP2, ZeRO or tensor parallelism, or evaluate it: model.eval()."
+            )
 
     def _tell_frozen(self) -> None:
         """Say, once, that a matrix frozen by one name is frozen by all: in a model that trains for the most part.
