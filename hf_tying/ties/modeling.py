@@ -150,17 +150,25 @@ class TiedModelMixin:
         self._ties_made = True
         fit_tied(self)
 
-    def _resolve_when_whole(self) -> None:
-        """Before a file's values are tied: modules that a subclass has added since `post_init` are there, and those of
-        another stage of a pipeline are not."""
-        if vars(self).pop("_made_in_part", False):
-            config = TyingConfig.in_config(self.config)
-            self.tie_groups = resolve(Anatomy(self), config, self._is_declared_class())
-            declare(self, self.tie_groups)
+    def mark_tied_weights_as_initialized(self, loading_info) -> None:
+        """As in transformers, which asks for it before a file's values are tied."""
+        self._leave_other_stages()
+        super().mark_tied_weights_as_initialized(loading_info)
+
+    def _leave_other_stages(self) -> None:
+        """Names on another stage of a pipeline are not here to be tied."""
         if hasattr(self, "_pp_stage"):
             here = [[n for n in group.names if find_parameter(self, n) is not None] for group in self.tie_groups]
             pairs = zip(self.tie_groups, here, strict=True)
             declare(self, [TieGroup(group.name, tuple(names)) for group, names in pairs if len(names) > 1])
+
+    def _resolve_when_whole(self) -> None:
+        """Before a file's values are tied: modules that a subclass has added since `post_init` are there."""
+        if vars(self).pop("_made_in_part", False):
+            config = TyingConfig.in_config(self.config)
+            self.tie_groups = resolve(Anatomy(self), config, self._is_declared_class())
+            declare(self, self.tie_groups)
+        self._leave_other_stages()
 
     def _tie_again(self) -> None:
         for group in self.tie_groups:
