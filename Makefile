@@ -6,12 +6,14 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
+# Of two pins of one name, the first counts.
+CONSTRAINTS := constraints.txt
 SOURCES := hf_tying tests examples
 # Two workers of one thread each: what a small CI machine has. No test may ask the Hub for anything.
 # `worksteal` gives each worker one half of the files, so that what a file prepares for its tests is made once.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(RUN) -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-fast test-random test-upstream quality style
+.PHONY: demo docs test test-fast test-oldest test-newest test-random test-upstream quality style
 
 demo: $(INSTALLED)
 	$(RUN) -m hf_tying demo
@@ -23,8 +25,9 @@ test: $(INSTALLED)
 test-fast: $(INSTALLED)
 	$(PYTEST) -m "not slow" $(addprefix tests/,$(FAST))
 
-FAST := test_rooms.py cli data/test_parallel.py data/test_tokenizers.py data/test_words.py demo \
-    diagnostics/test_geometry.py examples/test_three_way.py losses/test_arithmetic.py losses/test_backends.py \
+FAST := test_extras.py test_rooms.py cli data/test_parallel.py data/test_tokenizers.py data/test_words.py demo \
+    diagnostics/test_geometry.py docs/test_pages.py examples/test_three_way.py losses/test_arithmetic.py \
+    losses/test_backends.py \
     losses/test_backward.py losses/test_bad_input.py losses/test_chunks.py losses/test_extreme_logits.py \
     losses/test_modules.py metrics models/test_lstm.py objectives/test_adapters.py objectives/test_declarations.py \
     objectives/test_deferred_logits.py objectives/test_loss_functions.py objectives/test_materialized_logits.py \
@@ -33,9 +36,14 @@ FAST := test_rooms.py cli data/test_parallel.py data/test_tokenizers.py data/tes
     peft/test_several_adapters.py peft/test_weighted.py projection report ties/test_absent_values.py \
     ties/test_bad_files.py ties/test_bad_input.py ties/test_class_form.py ties/test_extensions.py \
     ties/test_flows_adapters.py ties/test_flows_declarations.py ties/test_flows_loading.py \
-    ties/test_flows_state_dicts.py ties/test_names_of.py ties/test_roles.py ties/test_state_dicts_are_plain.py \
+    ties/test_flows_state_dicts.py ties/test_names_of.py ties/test_plain_modules.py ties/test_roles.py \
+    ties/test_state_dicts_are_plain.py \
     training/test_arguments.py training/test_averaging.py training/test_recipes.py training/test_translation.py \
     vocabularies
+
+# The whole suite at an end of the range of transformers (`TESTED` in hf_tying/hook.py), in .venv-oldest or .venv-newest.
+test-oldest test-newest: test-%:
+	$(MAKE) test VENV=.venv-$* CONSTRAINTS="constraints-$*.txt constraints.txt"
 
 # Every test in an order that is drawn, and printed as a seed: make test-random SEED=<that one> repeats it.
 test-random: $(INSTALLED)
@@ -52,10 +60,15 @@ test-upstream: $(INSTALLED)
 quality: $(INSTALLED_DEV)
 	$(RUN) -m ruff check $(SOURCES)
 	$(RUN) -m ruff format --check $(SOURCES)
+	$(RUN) -m basedpyright --pythonpath $(RUN)
 
 style: $(INSTALLED_DEV)
 	$(RUN) -m ruff check --fix $(SOURCES)
 	$(RUN) -m ruff format $(SOURCES)
+
+# The documents as a site in build/docs; a warning is an error.
+docs: $(INSTALLED_DEV)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --site-dir build/docs
 
 $(RUN):
 	$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('hf_tying needs Python 3.11 or newer, this is '\
@@ -63,10 +76,11 @@ $(RUN):
 	$(PYTHON) -m venv $(VENV)
 
 # The stamps are newer than these files exactly when what is installed is what they ask for.
-$(INSTALLED): setup.cfg pyproject.toml constraints.txt | $(RUN)
-	$(RUN) -m pip install --editable '.[test]' --constraint constraints.txt
+$(INSTALLED): setup.cfg pyproject.toml $(CONSTRAINTS) | $(RUN)
+	awk -F== '!pinned[$$1]++' $(CONSTRAINTS) > $(VENV)/constraints.txt
+	$(RUN) -m pip install --editable '.[test]' --constraint $(VENV)/constraints.txt
 	touch $@
 
 $(INSTALLED_DEV): $(INSTALLED)
-	$(RUN) -m pip install --editable '.[dev]' --constraint constraints.txt
+	$(RUN) -m pip install --editable '.[dev]' --constraint $(VENV)/constraints.txt
 	touch $@

@@ -43,6 +43,7 @@ from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, Seq2SeqTra
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_tying import TyingError
+from hf_tying.training import set_accepts_loss_kwargs
 
 #: What differs from the defaults of `Seq2SeqTrainingArguments`; each is still a flag.
 TRAINING_DEFAULTS = {
@@ -108,7 +109,7 @@ def run(arguments, training, task: Task, method: Method, seed: int, folder: Path
     model = get_peft_model(model, copy.deepcopy(method.config))
     recorder = Recorder()
     trainer = RecordedTrainer(
-        model=model,
+        model=set_accepts_loss_kwargs(model),
         args=training,
         train_dataset=task.data["train"],
         eval_dataset=task.data.get("validation"),

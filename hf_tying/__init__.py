@@ -5,6 +5,7 @@ imported, stock classes honour a `tying` entry of their config (see `hf_tying.ho
 """
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 from . import _moved, hook
 from ._lazy import lazy_names
@@ -28,9 +29,33 @@ _HOME = {
     "TyingCallback": "training.callbacks",
 }
 
-__all__ = ["TyingConfig", "TyingConfigMixin", "TyingError", *_HOME]
+__all__ = [
+    "TyingConfig",
+    "TyingConfigMixin",
+    "TyingError",
+    "TiedModelMixin",
+    "names_of",
+    "tie",
+    "untie",
+    "assert_tied",
+    "tying_report",
+    "use_tied_loss",
+    "use_projection",
+    "merge_projection",
+    "TyingCallback",
+]
 
-__getattr__, __dir__ = lazy_names(globals(), _HOME)
+if TYPE_CHECKING:
+    from .objectives.tied_loss import use_tied_loss
+    from .projection.model import merge_projection, use_projection
+    from .report.dispatch import tying_report
+    from .ties.modeling import TiedModelMixin
+    from .ties.slots import names_of
+    from .ties.tying import tie, untie
+    from .ties.verify import assert_tied
+    from .training.callbacks import TyingCallback
+else:
+    __getattr__, __dir__ = lazy_names(globals(), _HOME)
 
 
 hook.install()

@@ -1,14 +1,16 @@
 """Modules of version 0.1 by their old names, for pickles and imports that were written with them.
 
 `torch.save(model)` stores the classes of a model by module and name. A module that has moved is found by its old name,
-and answers with what its new places have. Nothing is imported before somebody asks for it.
+and has the names of the modules to which its contents have moved. Nothing is imported before its first use.
 """
 
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 #: From each old name below the package to where its contents are now.
 MOVED: dict[str, tuple[str, ...]] = {
@@ -42,17 +44,19 @@ _PACKAGE = __name__.rpartition(".")[0]
 
 
 class _Finder(MetaPathFinder, Loader):
-    def find_spec(self, fullname, path=None, target=None):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         old = fullname.removeprefix(f"{_PACKAGE}.")
         return ModuleSpec(fullname, self) if old != fullname and old in MOVED else None
 
-    def create_module(self, spec):
+    def create_module(self, spec: ModuleSpec) -> None:
         return None
 
     def exec_module(self, module: ModuleType) -> None:
         homes = MOVED[module.__name__.removeprefix(f"{_PACKAGE}.")]
 
-        def __getattr__(name: str):
+        def __getattr__(name: str) -> Any:
             if name.startswith("__"):  # asked by `inspect` of every module, also while the homes are half imported
                 raise AttributeError(name)
             for home in homes:
@@ -68,5 +72,5 @@ class _Finder(MetaPathFinder, Loader):
 
 
 def install() -> None:
-    """Let old names be imported; the last of all finders, so that it answers only for what is not there."""
+    """Install the finder of old names, as the last one, so that it is asked only for modules that do not exist."""
     sys.meta_path.append(_Finder())

@@ -1,4 +1,4 @@
-"""Where a tie is declared: `TyingConfig`, its plain-dict form in `config.json`, and the mixin for config classes.
+"""Declaration of ties: `TyingConfig`, its plain-dict form in `config.json`, and the mixin for config classes.
 
 Nothing here needs torch or model code, so that a declaration can be read and checked before any model exists.
 """
@@ -8,7 +8,13 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+# The base of `TyingConfigMixin`: a type checker sees the methods of the config class behind it.
+if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig as _ConfigBase
+else:
+    _ConfigBase = object
 
 VERSION = 1
 
@@ -27,12 +33,12 @@ LOSSES = ("stock", "tied")
 
 
 class Extension(NamedTuple):
-    """Who honours an entry of `tying` that is not a tie.
+    """The module that honours an entry of `tying` that is not a tie.
 
     Args:
-        module: in this package, with the functions that `hf_tying.ties.extensions` describes.
-        without: what becomes of the entry in a published class's own code, which runs where this package may not be
-            installed: the end of a warning. `None`: the module's room is carried along with that code.
+        module: module of this package, with the functions that `hf_tying.ties.extensions` describes.
+        without: effect of the entry in the code of a published class, which runs where this package may not be
+            installed: the end of a warning. `None`: the room of the module is copied along with that code.
     """
 
     module: str
@@ -46,8 +52,8 @@ EXTENSIONS: dict[str, Extension] = {
     "loss": Extension("objectives.tied_loss", without="the stock loss is used, of the same value"),
 }
 
-# A declaration comes from a file that somebody else wrote. Real ones have some thousand names of some hundred
-# characters (every parameter of every layer tied); beyond these bounds it is refused before any work is done on it.
+# A declaration may come from a file of unknown origin. Real ones have up to some thousand names of some hundred
+# characters (every parameter of every layer tied). Larger ones are refused before any work.
 _MOST_NAMES = 50_000
 _LONGEST_NAME = 512
 
@@ -58,7 +64,7 @@ class TyingError(ValueError):
 
 def nearest(name: str, candidates: Iterable[str], most: int = 3) -> str:
     """`"; the nearest names are 'a', 'b'"`, or nothing when none resembles `name`: the tail of many messages."""
-    tail = name.rsplit(".", 2)[-2:]  # of ten thousand names only those with a like ending are worth comparing
+    tail = name.rsplit(".", 2)[-2:]  # of ten thousand names, only those with a similar end are compared
     pool = [c for c in candidates if any(part in c for part in tail)] or list(candidates)
     matches = difflib.get_close_matches(name, pool[:2000], n=most, cutoff=0.4)
     return f"; the nearest names are {', '.join(repr(m) for m in matches)}" if matches else ""
@@ -69,9 +75,10 @@ class ProjectionConfig:
     """A projection before the softmax (PR, Press & Wolf 2016 section 3.2), and the penalty that keeps it small.
 
     Args:
-        bias (`bool`): the projection has a bias, as in the released code, with which the published perplexities were
-            made. Default `True`.
-        norm (`str`), strength (`float`, *optional*): of the penalty, see `hf_tying.losses.projection_penalty`.
+        bias (`bool`): whether the projection has a bias, as in the released code, with which the published
+            perplexities were made. Default `True`.
+        norm (`str`): norm of the penalty, see `hf_tying.losses.projection_penalty`.
+        strength (`float`, *optional*): factor of the penalty, see `hf_tying.losses.projection_penalty`.
 
     Raises:
         TyingError: for an unknown norm or a negative strength.
@@ -81,7 +88,7 @@ class ProjectionConfig:
     norm: str = "fro_squared_half"
     strength: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.norm not in ("fro_squared_half", "fro"):
             raise TyingError(f"Unknown norm {_short(self.norm)}: expected 'fro_squared_half' or 'fro'.")
         number = isinstance(self.strength, int | float) and not isinstance(self.strength, bool)
@@ -92,7 +99,7 @@ class ProjectionConfig:
 
     @classmethod
     def of(cls, value: "bool | dict[str, Any] | ProjectionConfig | None") -> "ProjectionConfig | None":
-        """What a `tying` entry may say: its fields, `True` for the defaults, `None` or `False` for no projection."""
+        """Read the value of an entry: a dict of fields, `True` for defaults, `None` or `False` for no projection."""
         if value is None or value is False:
             return None
         if value is True:
@@ -115,26 +122,27 @@ class ProjectionConfig:
 
 @dataclass(frozen=True)
 class TyingConfig:
-    """What is tied in a model: a scheme, explicit groups, or both. The same thing as the `tying` entry of
-    `config.json`.
+    """Declaration of the ties of a model: a scheme, explicit groups, or both.
+
+    It is the same as the `tying` entry of `config.json`.
 
     Args:
         scheme (`str`, *optional*): `"none"`, `"two_way"`, `"source_target"` or `"three_way"` (see `SCHEMES`). `None`
             leaves the embeddings to the model's own declaration (`tie_word_embeddings`).
-        groups (`dict[str, list[str]]`): further tie groups by name; each a list of at least two parameter names (or
+        groups (`dict[str, list[str]]`): further tie groups by name. Each is a list of at least two parameter names (or
             module names, which stand for all their parameters, pairwise). The first name of a group is its root, the
             name kept on disk. Names are plain strings, never patterns.
-        on_conflict (`str`): what to do when a file has different values for names of one group. `"error"` (the
-            default: nobody's weights are dropped unasked), `"keep_untied"` (the group is given up, the config says
-            so), or `"use:<parameter name>"`.
-        save_format (`str`, *optional*): `"dedup"` writes each group once, under its root; `"portable"` writes every
-            name, so that any stock loader gets the right values. `None`, the default, is dedup where the stock class
-            re-ties exactly these groups by itself, portable elsewhere.
-        loss (`str`): `"tied"` lets the model train through the tied softmax (`use_tied_loss`); `"stock"`, the default,
-            leaves its loss alone, and is not written to the file.
+        on_conflict (`str`): choice for a file with different values for names of one group: `"error"` (the default,
+            so that no weights are dropped unasked), `"keep_untied"` (the group is removed, also from the config), or
+            `"use:<parameter name>"`.
+        save_format (`str`, *optional*): form of the file. `"dedup"` writes each group once, under its root;
+            `"portable"` writes every name, so that any stock loader gets the right values. `None`, the default, is
+            dedup where the stock class re-ties exactly these groups by itself, portable elsewhere.
+        loss (`str`): loss of training steps. `"tied"` lets the model train through the tied softmax (`use_tied_loss`);
+            `"stock"`, the default, leaves its loss alone, and is not written to the file.
         projection (`ProjectionConfig`, *optional*): a projection before the softmax (PR), which also takes a dict or
             `True`. `None`, the default, is not written to the file.
-        extensions (`dict[str, Any]`): the values of further entries that `EXTENSIONS` knows, by their keys.
+        extensions (`dict[str, Any]`): values of further entries of `EXTENSIONS`, by their keys.
 
     Raises:
         TyingError: for an unknown scheme, option or extension, a group of one, or one name in two groups.
@@ -152,7 +160,7 @@ class TyingConfig:
     projection: ProjectionConfig | None = None
     extensions: dict[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.scheme is not None and not (isinstance(self.scheme, str) and self.scheme in SCHEMES):
             hint = nearest(self.scheme, SCHEMES) if isinstance(self.scheme, str) else ""
             raise TyingError(
@@ -178,7 +186,7 @@ class TyingConfig:
                 )
 
     @classmethod
-    def from_dict(cls, entry: "dict[str, Any] | TyingConfig | None") -> "TyingConfig":
+    def from_dict(cls, entry: object) -> "TyingConfig":
         """Read the `tying` entry of a config (`None`, an absent entry, gives the empty declaration).
 
         Raises:
@@ -228,9 +236,12 @@ class TyingConfig:
         return cls.from_dict(entry_of(config))
 
     @classmethod
-    def of(cls, scheme_or_groups: "str | list[str] | dict[str, list[str]] | TyingConfig") -> "TyingConfig":
-        """What `tie(model, ...)` accepts: a scheme's name, one group, a dict of named groups, a dict from tied name to
-        source as in transformers' `_tied_weights_keys`, or a `TyingConfig`.
+    def of(cls, scheme_or_groups: "str | list[str] | tuple[str, ...] | dict[str, Any] | TyingConfig") -> "TyingConfig":
+        """Read a declaration in any of the forms that `tie(model, ...)` accepts.
+
+        Args:
+            scheme_or_groups: name of a scheme, one group, a dict of named groups, a dict from tied name to source as
+                in transformers' `_tied_weights_keys`, the dict of an entry, or a `TyingConfig`.
 
         Raises:
             TyingError: for anything else.
@@ -273,8 +284,8 @@ class TyingConfig:
         entry = self.to_dict()
         return {key: entry[key] for key in EXTENSIONS if key in entry}
 
-    def replace(self, **changes) -> "TyingConfig":
-        """A copy with some fields changed; also an extension by its key, which `None` takes away."""
+    def replace(self, **changes: Any) -> "TyingConfig":
+        """A copy with some fields changed, or extensions by their keys; `None` removes an extension."""
         further = {key: changes.pop(key) for key in [*changes] if key in EXTENSIONS and key not in _FIELDS}
         if further:
             kept = self.extensions | further
@@ -287,25 +298,25 @@ _FIELDS = TyingConfig.__dataclass_fields__.keys() - {"extensions"}
 
 
 def entry_of(config: Any) -> dict[str, Any] | None:
-    """The `tying` entry of a model's config; `None` where it has none, or where a field of that name is another's.
+    """The `tying` entry of a model's config; `None` where it has none, or where that field has another meaning.
 
     The config is a `PreTrainedConfig`, or the dict in its file. An entry of this package is a dict with one of its
-    keys. The mere name of a scheme is taken for a mistake.
+    keys. The name of a scheme alone is refused as a mistake.
 
     Raises:
-        TyingError: for the name of a scheme in the place of an entry.
+        TyingError: for the name of a scheme instead of an entry.
     """
     value = config.get("tying") if isinstance(config, dict) else getattr(config, "tying", None)
     if isinstance(value, TyingConfig):
         return value.to_dict()
     if isinstance(value, str) and value in SCHEMES:
-        return TyingConfig.from_dict(value)  # refuses it, with the form that is expected
+        return TyingConfig.from_dict(value).to_dict()  # refuses it, with the form that is expected
     ours = _FIELDS | EXTENSIONS.keys() | {"version"}
     return value if isinstance(value, dict) and (not value or value.keys() & ours) else None
 
 
-class TyingConfigMixin:
-    """Give a config class the keyword `tying`, checked when the config is made.
+class TyingConfigMixin(_ConfigBase):
+    """Mixin that gives a config class the keyword `tying`, which is checked when the config is made.
 
     The live value is the same plain dict as in `config.json`; `tying_config` reads it as a `TyingConfig`.
 
@@ -318,15 +329,15 @@ class TyingConfigMixin:
 
     tying: dict[str, Any] | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         tying = kwargs.pop("tying", self.tying)
         super().__post_init__(**kwargs)
-        # Always on the instance: `to_dict` writes what instances carry, and a class default would be shared.
+        # Always on the instance: `to_dict` writes attributes of instances, and a class default would be shared.
         self.tying = TyingConfig.from_dict(tying).to_dict() if tying is not None else None
 
     @property
     def tying_config(self) -> TyingConfig:
-        """The declaration; empty when nothing is declared."""
+        """The declaration. It is empty when nothing is declared."""
         return TyingConfig.from_dict(self.tying)
 
 
@@ -360,7 +371,7 @@ def _checked_groups(groups: Any) -> dict[str, list[str]]:
 
 
 def _groups_of_pairs(source_of: dict[str, str]) -> dict[str, list[str]]:
-    """Groups from `{tied name: source}`; each source, the root of its group, stands first."""
+    """Groups from `{tied name: source}`. Each source is the root of its group."""
     groups: dict[str, list[str]] = {}
     for name in source_of:
         root, seen = name, {name}
@@ -377,7 +388,7 @@ def _groups_of_pairs(source_of: dict[str, str]) -> dict[str, list[str]]:
 
 
 def _group_name(names: list) -> str:
-    """A readable name for a group given as a bare list: what its members have in common at the end."""
+    """A readable name for a group given as a list: the common end of its names."""
     if not names or not all(isinstance(name, str) for name in names):
         return "group"
     tails = zip(*(name.split(".")[::-1] for name in names), strict=False)
@@ -386,7 +397,7 @@ def _group_name(names: list) -> str:
 
 
 def _short(value: Any) -> str:
-    """`repr` for messages; never walks a hostile value deeper or longer than a message can show."""
+    """`repr` for messages. It never walks a hostile value deeper or longer than a message can show."""
     if isinstance(value, str):
         return repr(value if len(value) <= 80 else value[:77] + "...")
     if isinstance(value, int) and value.bit_length() > 200:

@@ -1,22 +1,29 @@
-"""All that importing the package changes in transformers, PEFT, Accelerate and DeepSpeed: the table `CHANGES`.
+"""The changes that importing the package makes in transformers, PEFT, Accelerate and DeepSpeed: the table `CHANGES`.
 
 With these changes, stock classes honour a `tying` entry of their config: `AutoModelForCausalLM.from_pretrained(path)`
-gives a tied model or a `TyingError`, never a silently untied one. A config without the entry gives what it always
-gave. PEFT knows Tied-LoRA, and does not merge an adapter into a tie that the merge would break.
+gives a tied model or a `TyingError`, never a silently untied one. A config without the entry works as before. PEFT
+knows Tied-LoRA, and does not merge an adapter into a tie that the merge would break.
 
-A change is made when its module is imported, before or after this package, so `import hf_tying` stays light.
+A change is made when its module is imported, before or after this package, so `import hf_tying` stays light. The
+same moment tells of a transformers newer than the versions that the tests have seen (`TESTED`).
 """
 
 import functools
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from operator import attrgetter
 from pkgutil import resolve_name
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from wrapt import when_imported, wrap_function_wrapper
 
 from .config import entry_of
+
+if TYPE_CHECKING:
+    from transformers.modeling_utils import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -26,10 +33,10 @@ class Change:
     Args:
         module: the module to change.
         name: the function, the method or the dict in that module.
-        ours: `"module:name"` of what is put there. A function gets it as a wrapper, with the arguments `(wrapped,
+        ours: our replacement, as `"module:name"`. A function gets it as a wrapper, with the arguments `(wrapped,
             instance, args, kwargs)` of wrapt. A dict gets it as its entry `TIED_LORA`.
-        why: what the change does.
-        without: what a version without this name does. Default `None`: every version has it, and its absence is an
+        why: effect of the change.
+        without: behaviour of versions without this name. Default `None`: every version has it, and its absence is an
             error. A private name may go at any time, so it always says this.
     """
 
@@ -41,6 +48,7 @@ class Change:
 
     @property
     def private(self) -> bool:
+        """Whether the name is private in its module."""
         return any(part.startswith("_") for part in self.name.split("."))
 
 
@@ -117,15 +125,20 @@ TIED_LORA = (
 #: The whole table.
 CHANGES = TIES + TIED_LORA
 
+#: The oldest and the newest transformers that the whole test suite passes on (`make test-oldest`, `make test-newest`).
+#: Every release between them may be used without a word, and a patch of the newest one too.
+TESTED = ("5.17.0", "5.24.0")
+
 
 def install() -> None:
-    """Arrange for all changes; called once, by `import hf_tying`."""
+    """Arrange for all changes, and for the word about an untested version; called once, by `import hf_tying`."""
+    when_imported("transformers")(warn_if_untested)
     for change in TIES:
         when_imported(change.module)(functools.partial(apply_change, change))
     when_imported("peft")(_add_tied_lora)
 
 
-def apply_change(change: Change, module) -> None:
+def apply_change(change: Change, module: ModuleType) -> None:
     """Make one change. A missing name is skipped where the table says what that means.
 
     Args:
@@ -149,11 +162,34 @@ def apply_change(change: Change, module) -> None:
         wrap_function_wrapper(module, change.name, resolve_name(change.ours))
 
 
-def _add_tied_lora(peft) -> None:
+def warn_if_untested(transformers: ModuleType) -> None:
+    """Warn of a transformers newer than the tested range. It is used all the same.
+
+    A cap in the package's metadata would keep users from a new transformers, or bring them an old `hf_tying` without a
+    word. What a new version has broken shows as an error: of the table above, or of the checks of the ties themselves.
+
+    Args:
+        transformers: the imported module.
+    """
+    from packaging.version import Version  # which transformers has imported by now
+
+    oldest, newest = TESTED
+    major, minor = Version(newest).release[:2]
+    if Version(transformers.__version__).release[:2] > (major, minor):
+        from transformers.utils import logging
+
+        logging.get_logger(__name__).warning(
+            f"hf_tying is tested with transformers {oldest} to {newest}, and this is {transformers.__version__}. If a "
+            "tie or an adapter fails where it did not before, look for a newer hf_tying, or go back by: "
+            f"pip install 'transformers<{major}.{minor + 1}'."
+        )
+
+
+def _add_tied_lora(peft: ModuleType) -> None:
     try:
         for change in TIED_LORA:
             resolve_name(change.ours)
-    except ImportError as error:  # a PEFT outside the tested range must not fail for all its other adapters
+    except ImportError as error:  # with a PEFT outside the tested range, its other adapters must still work
         from transformers.utils import logging
 
         logging.get_logger(__name__).warning(f"Tied-LoRA is not available with peft {peft.__version__}: {error}")
@@ -162,11 +198,13 @@ def _add_tied_lora(peft) -> None:
         when_imported(change.module)(functools.partial(apply_change, change))
 
 
-# Wrappers around functions of transformers.
+# Wrappers of functions of transformers.
 
 
-def honour_entry(wrapped, model, args, kwargs):
-    """Around `PreTrainedModel.post_init`: give the model's class the mixin of ties if the config declares any."""
+def honour_entry(
+    wrapped: Callable[..., Any], model: "PreTrainedModel", args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Wrapper of `PreTrainedModel.post_init`: give the model's class the mixin of ties if the config declares any."""
     from .ties.shared_configs import remember_config
 
     remember_config(model)
@@ -178,20 +216,23 @@ def honour_entry(wrapped, model, args, kwargs):
     if isinstance(model, TiedModelMixin):
         return wrapped(*args, **kwargs)
     model.__class__ = with_mixin(TiedModelMixin, type(model))
+    assert isinstance(model, TiedModelMixin)  # for type checkers
     model._post_init_tied(wrapped)
 
 
-def _declares_ties(model) -> bool:
+def _declares_ties(model: "PreTrainedModel") -> bool:
     """Whether the config has a `tying` entry, or a model inside has the mixin by an entry of its own config."""
     return entry_of(model.config) is not None or _holds_ties(model)
 
 
-def _holds_ties(model) -> bool:
+def _holds_ties(model: "PreTrainedModel") -> bool:
     return any("tie_groups" in vars(module) for module in model.modules())
 
 
-def take_tying(wrapped, cls, args, kwargs):
-    """Around `PreTrainedModel.from_pretrained`: `tying=` is the declaration for this load."""
+def take_tying(
+    wrapped: Callable[..., Any], cls: "type[PreTrainedModel]", args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> "PreTrainedModel":
+    """Wrapper of `PreTrainedModel.from_pretrained`: `tying=` is the declaration for this load."""
     if "tying" not in kwargs:
         return wrapped(*args, **kwargs)
     from .ties.declaring import from_pretrained
@@ -199,18 +240,22 @@ def take_tying(wrapped, cls, args, kwargs):
     return from_pretrained(wrapped, cls, args, kwargs)
 
 
-def adopt_ties(wrapped, model, args, kwargs):
-    """Around `PreTrainedModel.save_pretrained`: a tie that was made on a model inside is the outer one's too."""
+def adopt_ties(
+    wrapped: Callable[..., Any], model: "PreTrainedModel", args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Wrapper of `PreTrainedModel.save_pretrained`: ties of a model inside are saved as ties of `model`."""
     if _holds_ties(model):
         from .ties.inner import adopt_inner_ties
 
         if adopt_inner_ties(model):
-            return model.save_pretrained(*args, **kwargs)  # by the class that it has now
+            return model.save_pretrained(*args, **kwargs)  # the method of its new class
     return wrapped(*args, **kwargs)
 
 
-def check_checkpoint(wrapped, instance, args, kwargs):
-    """Around `PreTrainedModel._load_pretrained_model`: refuse what would break a tie before weights are read."""
+def check_checkpoint(
+    wrapped: Callable[..., Any], instance: object, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Wrapper of `PreTrainedModel._load_pretrained_model`: refuse what would break a tie before weights are read."""
     given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
     groups = getattr(given["model"], "tie_groups", None)
     if groups is not None:
@@ -221,8 +266,10 @@ def check_checkpoint(wrapped, instance, args, kwargs):
     return wrapped(*args, **kwargs)
 
 
-def load_adapter(wrapped, model, args, kwargs):
-    """Around `PeftAdapterMixin.load_adapter`: the method imports PEFT itself, which may be the first to do so."""
+def load_adapter(
+    wrapped: Callable[..., Any], model: "PreTrainedModel", args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Wrapper of `PeftAdapterMixin.load_adapter`: its names are those in the model. It may import PEFT first."""
     from transformers.utils import is_peft_available
 
     if not is_peft_available():
@@ -230,7 +277,7 @@ def load_adapter(wrapped, model, args, kwargs):
     import_module("peft")
     try:
         ours = import_module("hf_tying.peft.registration").load_natively
-    except ImportError:  # a PEFT outside the tested range, of which `_add_tied_lora` has told
+    except ImportError:  # a PEFT outside the tested range, for which `_add_tied_lora` has warned
         return wrapped(*args, **kwargs)
     return ours(wrapped, model, args, kwargs)
 
@@ -244,7 +291,8 @@ def shard_ties_whole(wrapped, instance, args, kwargs):
 
 def wrap_no_part_of_a_tie(wrapped, instance, args, kwargs):
     """Around `fsdp2_prepare_auto_wrap_policy`: while `shard_ties_whole` is at work, what holds a part of a tie is no
-    unit."""
+    unit.
+    """
     from .parallel.fsdp2 import wrap_policy
 
     return wrap_policy(wrapped, args, kwargs)
@@ -263,8 +311,8 @@ def hold_matrices(wrapped, instance, args, kwargs):
 # our classes build on may be incomplete.
 
 
-def register_models(wrapped, cls, args, kwargs):
-    """Around `AutoConfig.from_pretrained` and `for_model`: register the model types of this package."""
+def register_models(wrapped: Callable[..., Any], cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Wrapper of `AutoConfig.from_pretrained` and `for_model`: register the model types of this package."""
     from . import models
 
     for family in models.FAMILIES:
@@ -272,8 +320,8 @@ def register_models(wrapped, cls, args, kwargs):
     return wrapped(*args, **kwargs)
 
 
-def register_tokenizer(wrapped, cls, args, kwargs):
-    """Around `AutoTokenizer.from_pretrained`: register `JointTokenizer`."""
+def register_tokenizer(wrapped: Callable[..., Any], cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Wrapper of `AutoTokenizer.from_pretrained`: register `JointTokenizer`."""
     from .vocabularies import tokenizer
 
     tokenizer.register()

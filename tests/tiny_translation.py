@@ -15,6 +15,8 @@ from transformers import (
 )
 
 VOCAB, WIDTH = 64, 16
+#: transformers 5.17 counts the words of a beam by `vocab_size`, which is the source's where Marian has two sizes.
+COUNTS_BEAMS_BY_THE_SOURCE = version.parse(transformers.__version__) < version.parse("5.23")
 
 _BART = dict(
     vocab_size=VOCAB, d_model=WIDTH, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2,
@@ -129,14 +131,18 @@ def translation_logits(model: PreTrainedModel) -> torch.Tensor:
         return model(**translation_inputs(model)).logits.float().contiguous()
 
 
+def beam_count(model: PreTrainedModel, usual: int) -> int:
+    """How many beams stock transformers can search with: `usual`, or 1 if it can search with none."""
+    two_sizes = model.config.model_type == "marian" and model.config.vocab_size != model.config.decoder_vocab_size
+    return 1 if two_sizes and COUNTS_BEAMS_BY_THE_SOURCE else usual
+
+
 def beams(model: PreTrainedModel, **kwargs) -> torch.Tensor:
     """What beam search with a cache gives for the sources of `translation_inputs`."""
     inputs = translation_inputs(model)
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    # transformers 5.17 counts the words of a beam by `vocab_size`, which is the source's where Marian has two sizes.
-    two_sizes = model.config.model_type == "marian" and model.config.vocab_size != model.config.decoder_vocab_size
-    count = 1 if two_sizes and version.parse(transformers.__version__) < version.parse("5.23") else 3
-    return model.eval().generate(**inputs, num_beams=count, max_new_tokens=6, do_sample=False, **kwargs).contiguous()
+    inputs |= {"num_beams": beam_count(model, 3), "max_new_tokens": 6, "do_sample": False}
+    return model.eval().generate(**inputs, **kwargs).contiguous()
 
 
 def translation_step(model: PreTrainedModel) -> None:

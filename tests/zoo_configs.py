@@ -113,6 +113,23 @@ def words_of(config: PreTrainedConfig) -> int:
     return min(size for part in configs_of(config) for f in fields if (size := getattr(part, f, 0)) and size > 40)
 
 
+_CROSS = {"is_decoder": True, "add_cross_attention": True}
+#: The default parts of later versions, for those that have none (transformers 5.17) and ask for the parts as dicts.
+PARTS = {
+    "encoder-decoder": {"encoder": {"model_type": "bert"}, "decoder": {"model_type": "bert", **_CROSS}},
+    "vision-encoder-decoder": {"encoder": {"model_type": "vit"}, "decoder": {"model_type": "bert", **_CROSS}},
+    "speech-encoder-decoder": {"encoder": {"model_type": "wav2vec2"}, "decoder": {"model_type": "bert", **_CROSS}},
+    "rag": {"question_encoder": {"model_type": "dpr"}, "generator": {"model_type": "bart"}},
+}
+
+
+def _new(config_class: type[PreTrainedConfig], **fields) -> PreTrainedConfig:
+    if getattr(config_class, "has_no_defaults_at_init", False):
+        for name, part in PARTS.get(config_class.model_type, {}).items():
+            fields[name] = fields[name].to_dict() if name in fields else dict(part)
+    return config_class(**fields)
+
+
 class _Shrinker:
     """Token ids keep their identity over a tree of configs: one large id becomes the same small one everywhere."""
 
@@ -120,8 +137,8 @@ class _Shrinker:
         self.ids: dict[int, int] = {}
 
     def config(self, config_class, changes: dict, default: PreTrainedConfig | None = None) -> PreTrainedConfig:
-        usual = {} if default is None else vars(config_class())
-        default = config_class() if default is None else default
+        usual = {} if default is None else vars(_new(config_class))
+        default = _new(config_class) if default is None else default
         fields, nested = {}, {}
         depths = {value for name, value in vars(default).items() if isinstance(value, int) and self._is_depth(name)}
         for name, value in vars(default).items():
@@ -139,7 +156,7 @@ class _Shrinker:
                 fields[name] = small
         fields.update(nested)
         fields.update({name: value for name, value in changes.items() if name not in nested})
-        return config_class(**{name: value for name, value in fields.items() if value is not DEFAULT})
+        return _new(config_class, **{name: value for name, value in fields.items() if value is not DEFAULT})
 
     @staticmethod
     def _is_depth(name: str) -> bool:

@@ -45,6 +45,7 @@ from hf_tying.config import SCHEMES
 from hf_tying.data import train_joint_tokenizer
 from hf_tying.data.parallel import encode_parallel, read_parallel_text
 from hf_tying.metrics import Bleu, ChrF, generated_text
+from hf_tying.training import set_accepts_loss_kwargs
 from hf_tying.training.translation import check_fit, translation_collator, translation_config
 
 #: What differs from the defaults of `Seq2SeqTrainingArguments`; each is still a flag.
@@ -198,7 +199,7 @@ def run(arguments, training, scheme: str, seed: int, tokenizer, corpora, setting
     training.output_dir, training.seed = str(folder), seed
     recorder = Recorder()
     trainer = RecordedTrainer(
-        model=model,
+        model=set_accepts_loss_kwargs(model),
         args=training,
         train_dataset=encoded["train"],
         eval_dataset=encoded["validation"],

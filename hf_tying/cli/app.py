@@ -21,7 +21,7 @@ for command in (demo, inspect, plan, export):
     app.command()(command)
 
 
-def main():
+def main() -> None:
     """Run the command line; a `TyingError` is a message and exit status 1, never a traceback."""
     try:
         app()

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from .._extras import require
 from ..config import TyingError
 from ..demo.settings import DemoSettings, TranslationSettings
 
@@ -79,7 +80,7 @@ def demo(
         int | None,
         typer.Option("--vocab_size", help=f"Entries of the byte-level BPE, at most. {_default('vocab_size')}"),
     ] = None,
-):
+) -> None:
     """Train small models that differ in their ties alone, on real text; compare, save, reload and prove.
 
     A language model, untied and tied; or a translation model, untied, two_way and three_way. Ends with 0 only if
@@ -97,6 +98,8 @@ def demo(
         "vocab_size": vocab_size,
     }
     given = {name: value for name, value in given.items() if value is not None}
+    for library in ("accelerate", "datasets"):  # absent only after `pip install --no-deps`
+        require(library, "The demo", "demo")
     if task is Task.translation:
         _refuse(given, ("scheme",), "the translation demo trains untied, two_way and three_way")
         from ..demo.translation.job import run_translation_demo
@@ -111,7 +114,7 @@ def demo(
         raise typer.Exit(1)
 
 
-def _refuse(given: dict, names: tuple[str, ...], reason: str):
+def _refuse(given: dict, names: tuple[str, ...], reason: str) -> None:
     """A flag of the other task is an error: to pass over it would be to do something else than was asked."""
     for name in names:
         if name in given:

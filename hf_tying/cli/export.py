@@ -28,7 +28,7 @@ def export(
     subfolder: Annotated[str | None, typer.Option("--subfolder", help="Where in ADAPTER the adapter is.")] = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs in place of the table.")] = False,
-):
+) -> None:
     """Write a Tied-LoRA adapter in a form that is read without this package. The base model is not loaded."""
     from ..peft import export_to_lora
     from ..ties.headers import read_header, read_json

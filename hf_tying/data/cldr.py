@@ -1,54 +1,58 @@
-"""A parallel corpus between any two languages that CLDR knows, made on the spot with Babel: no network, no file.
+"""A parallel corpus of any two languages in CLDR, generated with Babel: it needs no network and no file.
 
-The Unicode Common Locale Data Repository says how each language writes dates, numbers, units, currencies and lists,
-and what it calls territories, languages and currencies. Written in two languages, one date is a sentence pair.
+The Unicode Common Locale Data Repository (CLDR) has the forms of dates, numbers, units, currencies and lists in each
+language, and the names of territories, languages and currencies. One date in two languages is a sentence pair.
 """
 
 import re
 from difflib import get_close_matches
+from typing import TYPE_CHECKING
 
+from .._extras import require
 from ..config import TyingError
 from .parallel import ParallelCorpus
 from .split import Pair, split_pairs
 
-# Of about 600 codes. With fewer, most combinations are missing, and the rest are figures more than words.
+if TYPE_CHECKING:
+    from babel import Locale
+
+
+# There are about 600 codes. With fewer names, most combinations are missing, and the rest are mostly figures.
 _FEWEST_NAMES = 300
 
 
 def cldr_corpus(
     source_language: str = "en", target_language: str = "de", validation_fraction: float = 0.05, seed: int = 0
 ) -> tuple[ParallelCorpus, ParallelCorpus]:
-    """About 17,000 pairs of short lines: dates, times, spans, relative times, amounts, sums of money, numbers,
-    languages of territories, lists of both, and the bare names of all territories, languages and currencies.
+    """Generate about 17,000 pairs of short lines, and split them into training and validation pairs.
 
-    What is held out are combinations: a day in all its forms and at all its hours, a number with a unit or a currency,
-    a language with a territory, a list in every order. A bare name always stands in the training part, since nothing
-    tells what Switzerland is in German but being told; so does every phrase with one or two of a thing, which have
-    forms of their own. Who has learnt the names, the numbers and the months can write every held-out line. No line of
-    either side stands on both sides of the split, compared without regard to case and to how numbers are written (see
-    `comparable`). Spaces of every kind are written as plain ones.
+    The lines are dates, times, spans, relative times, amounts, sums of money, numbers, languages of territories, lists
+    of territories and of languages, and the bare names of all territories, languages and currencies.
+
+    The validation pairs are combinations: a day in all its forms and at all its hours, a number with a unit or a
+    currency, a language with a territory, a list in every order. A bare name is always in the training pairs, because
+    nothing else in the text says what Switzerland is in German. So is every phrase with the number one or two, whose
+    words have forms of their own. A model that has learnt the names, the numbers and the months can write every
+    validation line. No line of either language is in both parts; case and the spelling of numbers are ignored in this
+    comparison (see `comparable`). Spaces of every kind are written as plain spaces.
 
     Args:
-        source_language (`str`, default `"en"`): a locale of CLDR such as `"fr"`, `"pt-BR"` or `"sr_Latn"`.
-        target_language (`str`, default `"de"`): another one, of another language.
-        validation_fraction (`float`, default 0.05): share of the pairs to hold out, nearly.
-        seed (`int`, default 0): of the combinations and of the split. Equal arguments give equal pairs in every
+        source_language (`str`, default `"en"`): locale of CLDR, such as `"fr"`, `"pt-BR"` or `"sr_Latn"`.
+        target_language (`str`, default `"de"`): locale of a different language.
+        validation_fraction (`float`, default 0.05): approximate share of the validation pairs.
+        seed (`int`, default 0): seed of the combinations and of the split. Equal arguments give equal pairs in every
             process, with the same version of Babel.
 
     Returns:
-        `tuple[ParallelCorpus, ParallelCorpus]`: for training, and held out.
+        `tuple[ParallelCorpus, ParallelCorpus]`: training pairs and validation pairs.
 
     Raises:
-        TyingError: if Babel is not installed, for a code that it does not know, twice the same language, languages in
-            which CLDR names too little, or a fraction that holds out nothing or leaves nothing.
+        TyingError: if Babel is not installed, a code is unknown, both codes are of one language, CLDR has too few
+            names in a language, or `validation_fraction` leaves one of the two parts empty.
     """
-    try:
-        from .cldr_phrases import phrases
-    except ImportError:
-        raise TyingError(
-            "The corpus is made with Babel, which is missing: pip install 'hf-tying[demo]', or give pairs of your own "
-            "with --train_file."
-        ) from None
+    require("babel", "The corpus of CLDR (give pairs of your own with --train_file to do without)", "demo")
+    from .cldr_phrases import phrases
+
     source, target = _locale(source_language), _locale(target_language)
     _refuse_unfit(source, target)
     pairs = []
@@ -56,8 +60,8 @@ def cldr_corpus(
         try:
             pair = Pair(phrase.group, *(_one_line(phrase.render(locale=locale)) for locale in (source, target)))
         except (LookupError, ValueError):
-            continue  # what CLDR has in one of the two languages only
-        if pair.source != pair.target or re.search(r"[^\W\d_]", pair.source):  # figures that stay are no translation
+            continue  # CLDR has this phrase in one of the two languages only
+        if pair.source != pair.target or re.search(r"[^\W\d_]", pair.source):  # figures alone are not translated
             pairs.append(pair)
     sides = split_pairs(pairs, validation_fraction, seed)
     if not all(sides):
@@ -72,7 +76,7 @@ def cldr_corpus(
     return train, validation
 
 
-def _locale(code: str):
+def _locale(code: str) -> "Locale":
     from babel import Locale, UnknownLocaleError
 
     try:
@@ -86,7 +90,7 @@ def _locale(code: str):
 
 
 def _nearest_codes(code: str) -> list[str]:
-    """Of the language with this English name, of the territory with this code, and of those that look like it."""
+    """Up to three codes: of the language with this name, of the language of this territory, and similar codes."""
     from babel import Locale
     from babel.core import get_global
     from babel.localedata import locale_identifiers
@@ -99,7 +103,7 @@ def _nearest_codes(code: str) -> list[str]:
     return [c for c in dict.fromkeys((*named, spoken, *alike)) if c in known][:3]
 
 
-def _refuse_unfit(source, target):
+def _refuse_unfit(source: "Locale", target: "Locale") -> None:
     from .cldr_phrases import named_codes
 
     if source.language == target.language:
@@ -111,7 +115,7 @@ def _refuse_unfit(source, target):
         named, known = len(named_codes(locale)), len(named_codes(type(locale)("en")))
         if named < _FEWEST_NAMES:
             raise TyingError(
-                f"CLDR knows too little of {str(locale)!r}: it names {named} of {known} territories, languages and "
+                f"CLDR has too few names in {str(locale)!r}: it names {named} of {known} territories, languages and "
                 f"currencies in it, expected at least {_FEWEST_NAMES}. Choose another language."
             )
 

@@ -1,7 +1,7 @@
-"""Phrases that CLDR can write in every language, by way of Babel: dates, amounts, names and what they combine to.
+"""Phrases that Babel can write in every language of CLDR: dates, amounts, names, and combinations of these.
 
-A phrase is what it says, not how: it is rendered once in each language, and the two renderings translate each other.
-Unlike the rest of the package this file imports Babel, an optional dependency; `cldr.py` imports it when it is needed.
+A phrase is a meaning. It is rendered in two languages, and the two renderings are translations of each other.
+This is the only file that imports Babel, an optional dependency. `cldr.py` imports this file when it is needed.
 """
 
 import random
@@ -23,21 +23,21 @@ from babel.numbers import (
 )
 from babel.units import format_unit
 
-# Which codes there are is read from the fullest locale; a language that has no name for one leaves its phrases out.
+# The locale with the most codes. If a language has no name for a code, the phrases with this code are left out.
 _INVENTORY = Locale("en")
-_FIRST_DAY, _DAYS = date(1980, 1, 1), 60 * 365  # each year often enough to be learnt
-_TODAY = date(2025, 1, 1)  # whose currencies are in use: the clock would give other pairs in other years
+_FIRST_DAY, _DAYS = date(1980, 1, 1), 60 * 365  # few enough years that a model can learn each
+_TODAY = date(2025, 1, 1)  # day on which currencies are in use; the actual date would give other pairs in other years
 _UNITS_OF_TIME = {"year": 365, "month": 30, "week": 7, "day": 1, "hour": 1 / 24, "minute": 1 / 1440}
 
 
 class Phrase(NamedTuple):
-    """What a phrase says.
+    """A meaning that can be written in every language.
 
     Args:
-        group (`str`, *optional*): the combination that it stands for; phrases of one group belong together. `None` is
-            for a bare name: nothing else tells how it is translated.
-        render (`Callable`): called with `locale=`, a `babel.Locale`, gives the phrase in its language; raises
-            `LookupError` or `ValueError` where CLDR has it not.
+        group (`str`, *optional*): combination that the phrase belongs to. The split keeps the phrases of one group
+            together. `None` is for a bare name, whose translation no other phrase shows.
+        render (`Callable`): function from `locale=`, a `babel.Locale`, to the phrase in its language. It raises
+            `LookupError` or `ValueError` if CLDR does not have the phrase.
     """
 
     group: str | None
@@ -45,10 +45,10 @@ class Phrase(NamedTuple):
 
 
 def phrases(seed: int) -> Iterator[Phrase]:
-    """All phrases, in an order that shows nothing: names first, then the combinations of each kind.
+    """Generate all phrases: names first, then the combinations of each kind.
 
     Args:
-        seed (`int`): of the combinations that are drawn; the same ones in every process and for every language.
+        seed (`int`): seed of the combinations. They are the same in every process and for every language.
     """
     yield from _names()
     for kind in (_days, _moments, _spans, _periods, _relative_times, _amounts, _sums, _regional_languages, _lists):
@@ -57,13 +57,13 @@ def phrases(seed: int) -> Iterator[Phrase]:
 
 
 def named_codes(locale: Locale) -> set[tuple[str, str]]:
-    """The territories, languages and currencies that a locale has a name for, as pairs of a kind and a code."""
+    """The territories, languages and currencies that have a name in a locale, as pairs of kind and code."""
     kinds = ("territories", "languages", "currencies")
     return {(kind, code) for kind in kinds for code in _codes(kind) if getattr(locale, kind).get(code, code) != code}
 
 
 def _codes(kind: str) -> list[str]:
-    """Territories and languages of two letters, the code for an unknown one left out; currencies in use."""
+    """Codes of territories and languages of two letters, without that of an unknown territory; currencies in use."""
     territories = sorted(code for code in _INVENTORY.territories if len(code) == 2 and code != "ZZ")
     if kind == "territories":
         return territories
@@ -83,7 +83,10 @@ def _name(kind: str, code: str, locale: Locale) -> str:
 
 
 def _days(draw: random.Random) -> Iterator[Phrase]:
-    """Wednesday, March 5, 1997; March 5, 1997. Not the medium form: in May it is the long one, and German differs."""
+    """Days, such as Wednesday, March 5, 1997 and March 5, 1997.
+
+    The medium form is left out. In May it is the long form in English, and a different one in German.
+    """
     for _ in range(1700):
         day = _day(draw)
         for form in ("full", "long"):
@@ -91,14 +94,14 @@ def _days(draw: random.Random) -> Iterator[Phrase]:
 
 
 def _moments(draw: random.Random) -> Iterator[Phrase]:
-    """March 5, 1997, 3:04:05 PM UTC: many languages count 24 hours, and the date may be in figures."""
+    """Moments, such as March 5, 1997, 3:04:05 PM UTC. Many languages count 24 hours, or write the date in figures."""
     for _ in range(1200):
         moment = datetime.combine(_day(draw), datetime.min.time()) + timedelta(seconds=draw.randrange(86400))
         yield Phrase(f"day {moment.date()}", partial(format_datetime, moment, draw.choice(("long", "medium"))))
 
 
 def _spans(draw: random.Random) -> Iterator[Phrase]:
-    """Mar 5 \u2013 9, 1997."""
+    """Spans of days, such as Mar 5 \u2013 9, 1997."""
     for _ in range(1000):
         first, last = sorted((_day(draw), _day(draw)))
         last = min(last, first + timedelta(draw.randrange(1, 90)))
@@ -106,7 +109,7 @@ def _spans(draw: random.Random) -> Iterator[Phrase]:
 
 
 def _periods(draw: random.Random) -> Iterator[Phrase]:
-    """March 1997; 1st quarter 1997; week 10 of 1997."""
+    """Periods, such as March 1997, 1st quarter 1997, and week 10 of 1997."""
     for skeleton in ("yMMMM", "yQQQQ", "yw"):
         for _ in range(250):
             day = _day(draw)
@@ -115,7 +118,7 @@ def _periods(draw: random.Random) -> Iterator[Phrase]:
 
 
 def _relative_times(draw: random.Random) -> Iterator[Phrase]:
-    """in 5 days; 5 days ago."""
+    """Relative times, such as in 5 days, and 5 days ago."""
     for unit, days in _UNITS_OF_TIME.items():
         for number in sorted(draw.sample(range(1, 200), 70)):
             for sign in (1, -1):
@@ -125,7 +128,7 @@ def _relative_times(draw: random.Random) -> Iterator[Phrase]:
 
 
 def _amounts(draw: random.Random) -> Iterator[Phrase]:
-    """7 kilometers per hour."""
+    """Amounts, such as 7 kilometers per hour."""
     for unit in sorted(_INVENTORY._data["unit_patterns"]):
         for number in _some_numbers(draw, 13):
             yield Phrase(_with_number(unit, number), partial(_amount, number, unit))
@@ -139,19 +142,21 @@ def _amount(number: Decimal, unit: str, locale: Locale) -> str:
 
 
 def _sums(draw: random.Random) -> Iterator[Phrase]:
-    """7.00 Swiss francs."""
+    """Sums of money, such as 7.00 Swiss francs."""
     for code in _codes("currencies"):
         for number in _some_numbers(draw, 11):
             yield Phrase(_with_number(code, number), partial(_sum, number, code))
 
 
 def _sum(number: Decimal, code: str, locale: Locale) -> str:
-    _name("currencies", code, locale)  # where there is none, Babel would write the code
+    _name(
+        "currencies", code, locale
+    )  # raises LookupError for a currency without a name, for which Babel would write the code
     return format_currency(number, code, format_type="name", locale=locale)
 
 
 def _regional_languages(draw: random.Random) -> Iterator[Phrase]:
-    """German (Switzerland)."""
+    """Languages of territories, such as German (Switzerland)."""
     for _ in range(3000):
         language, territory = draw.choice(_codes("languages")), draw.choice(_codes("territories"))
         yield Phrase(f"{language} {territory}", partial(_regional_language, language, territory))
@@ -162,7 +167,7 @@ def _regional_language(language: str, territory: str, locale: Locale) -> str:
 
 
 def _lists(draw: random.Random) -> Iterator[Phrase]:
-    """Norway, Sweden, and Denmark."""
+    """Lists, such as Norway, Sweden, and Denmark."""
     for _ in range(2000):
         kind = draw.choice(("territories", "languages"))
         codes = draw.sample(_codes(kind), draw.choice((2, 3)))
@@ -174,7 +179,7 @@ def _list(kind: str, codes: list[str], locale: Locale) -> str:
 
 
 def _numbers(draw: random.Random) -> Iterator[Phrase]:
-    """12,345.67; 7.5%; 12 thousand."""
+    """Numbers, such as 12,345.67, 7.5% and 12 thousand."""
     for number in _some_numbers(draw, 900):
         yield Phrase(f"number {number}", partial(format_decimal, number * draw.choice((1, 1000))))
         yield Phrase(f"number {number}", partial(format_percent, number / 100))
@@ -184,7 +189,7 @@ def _numbers(draw: random.Random) -> Iterator[Phrase]:
 
 
 def _with_number(what: str, number: int | Decimal) -> str | None:
-    """The group of a number with something; one and two are bare names: only they tell a singular and a dual."""
+    """The group of a number with a unit; none for one and two, because no other phrase shows a singular or a dual."""
     return f"{what} {number}" if number not in (1, 2) else None
 
 
@@ -193,6 +198,6 @@ def _day(draw: random.Random) -> date:
 
 
 def _some_numbers(draw: random.Random, count: int) -> list[Decimal]:
-    """One and two, small integers, larger ones, some with decimals: what plurals and separators depend on."""
+    """One and two, small and large integers, and decimals, because plurals and separators depend on these."""
     drawn = [Decimal(draw.randrange(2, 10 ** draw.choice((2, 2, 3, 3, 4)))) for _ in range(count - 2)]
     return [Decimal(1), Decimal(2), *(n / draw.choice((1, 1, 1, 10, 100)) for n in drawn)]

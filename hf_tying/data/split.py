@@ -1,4 +1,4 @@
-"""A split of sentence pairs that does not leak: no line of either side stands both in training and in validation."""
+"""A split of sentence pairs without leaks: no line of either language is in both training and validation."""
 
 import hashlib
 import re
@@ -7,14 +7,14 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
-# What numbers are grouped and divided by in the world: 1,234.5 and 1.234,5 and 1 234,5 and 1'234.5.
+# Separators in numbers, in any language: 1,234.5 and 1.234,5 and 1 234,5 and 1'234.5.
 _SEPARATOR = re.compile(r"(?<=\d)[.,'’٫٬\s](?=\d)")
 
 
 class Pair(NamedTuple):
-    """A sentence, its translation, and the group that it belongs to: groups do not part at the split.
+    """A sentence, its translation, and their group. The pairs of one group stay on one side of the split.
 
-    A pair whose group is `None` is never held out.
+    A pair without a group (`None`) is always in training.
     """
 
     group: str | None
@@ -23,19 +23,19 @@ class Pair(NamedTuple):
 
 
 def split_pairs(pairs: Iterable[Pair], validation_fraction: float, seed: int = 0) -> tuple[list[Pair], list[Pair]]:
-    """Hold out whole groups, then take out of the training pairs what the held-out ones would give away.
+    """Split pairs into training and validation pairs, by whole groups and without leaks.
 
-    A source sentence that comes again is left out, so that each has one translation. A training pair whose target
-    sentence is also a held-out one is left out. Sentences are compared as `comparable` gives them.
+    A source sentence that occurs again is left out, so that each has one translation. A training pair is left out if
+    its target sentence is also that of a validation pair. Sentences are compared by `comparable`.
 
     Args:
-        pairs (`Iterable[Pair]`): in the order in which they are to be kept.
-        validation_fraction (`float`): share of all pairs to hold out, at most; a few training pairs more are
-            left out, see above.
-        seed (`int`, default 0): of the choice. Groups are drawn by a hash of their names: the same on every machine.
+        pairs (`Iterable[Pair]`): pairs; both parts keep their order.
+        validation_fraction (`float`): largest share of the validation pairs in all pairs.
+        seed (`int`, default 0): seed of the choice. Groups are chosen by a hash of their names, so the choice is the
+            same on every machine.
 
     Returns:
-        `tuple[list[Pair], list[Pair]]`: training pairs, held-out pairs.
+        `tuple[list[Pair], list[Pair]]`: training pairs and validation pairs.
     """
     unique = {comparable(pair.source): pair for pair in reversed(list(pairs))}
     kept = list(reversed(unique.values()))
@@ -47,9 +47,9 @@ def split_pairs(pairs: Iterable[Pair], validation_fraction: float, seed: int = 0
 
 
 def comparable(line: str) -> str:
-    """What is left of a line when case, kinds of spaces and digits, and the separators in numbers are no difference.
+    """Normalise a line for comparison: case, kinds of spaces and digits, and separators in numbers do not count.
 
-    Numbers stay: `7 days` and `8 days` are two lines, `1,000 days` and `1000 days` are one.
+    Numbers count: `7 days` and `8 days` are two lines, `1,000 days` and `1000 days` are one.
     """
     plain = unicodedata.normalize("NFKC", line).casefold()
     visible = (c for c in plain if unicodedata.category(c) != "Cf")  # marks of writing direction, soft hyphens
@@ -58,7 +58,7 @@ def comparable(line: str) -> str:
 
 
 def _held_out_groups(pairs: list[Pair], size: int, seed: int) -> set[str]:
-    """Groups of `size` pairs in all at most, in the order of their hashes; one too big is passed over."""
+    """Groups of at most `size` pairs together, in the order of their hashes. A group that is too large is skipped."""
     sizes = Counter(pair.group for pair in pairs if pair.group is not None)
     held_out: set[str] = set()
     total = 0

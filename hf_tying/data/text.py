@@ -13,8 +13,13 @@ import sysconfig
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from ..config import TyingError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 # Not the library itself: its tests, and what pip installs beside it.
 _NOT_THE_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled"}
@@ -107,7 +112,9 @@ def corpus_from_files(paths: Sequence[str | Path], validation_fraction: float = 
     return Corpus(name=_names(paths), train=train, validation=validation)
 
 
-def blocks_for_language_modeling(texts: Iterable[str], tokenizer, block_size: int):
+def blocks_for_language_modeling(
+    texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase", block_size: int
+) -> "Dataset":
     """Join the documents, each closed by the end-of-text token, and cut them into blocks of equal length.
 
     Args:
@@ -205,21 +212,31 @@ def _held_out_groups(documents: Iterable[Document], size: int) -> set[str]:
 
 
 def read_text(path: Path) -> str:
+    """The whole text of a UTF-8 file.
+
+    Raises:
+        TyingError: for a file that is missing, unreadable, not UTF-8 or empty.
+    """
     way_out = "Give UTF-8 text files."
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise TyingError(f"There is no file {str(path)!r}. {way_out}") from None
     except UnicodeDecodeError as error:
-        raise TyingError(
-            f"{str(path)!r} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}. {way_out} `iconv "
-            "-f <its encoding> -t utf-8` converts."
-        ) from None
+        refuse_encoding(path, error.start, error)
     except OSError as error:
         raise TyingError(f"{str(path)!r} cannot be read: {error.strerror}. {way_out}") from None
     if not text.strip():
         raise TyingError(f"{str(path)!r} is empty. {way_out}")
     return text
+
+
+def refuse_encoding(path: Path, position: int, error: UnicodeDecodeError) -> NoReturn:
+    """Raise `TyingError` for a file whose byte at `position` is not UTF-8."""
+    raise TyingError(
+        f"{str(path)!r} is not UTF-8: byte {position} is {error.object[error.start]:#04x}. Give UTF-8 text files. "
+        "`iconv -f <its encoding> -t utf-8` converts."
+    ) from None
 
 
 def _cut(text: str, validation_fraction: float) -> tuple[str, str]:

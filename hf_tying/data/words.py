@@ -1,13 +1,14 @@
-"""Word-level text as the papers on LSTM language models have it: a sentence on a line, words split by spaces.
+"""Word-level text as in the papers on LSTM language models: a sentence on each line, words split by spaces.
 
-Every line ends in `<eos>`, an empty one too, and the vocabulary is all words of the training file (Mikolov's reading
-of the Penn Treebank, Zaremba et al. 2014; the same for WikiText-2). Texts are read in contiguous batches: row `b` of a
-batch goes on where row `b` of the batch before it ended.
+Every line ends in `<eos>`, an empty line too. The vocabulary is all words of the training file (Mikolov's version of
+the Penn Treebank in Zaremba et al. 2014; the same for WikiText-2). Texts are read in contiguous batches: row `b` of a
+batch continues row `b` of the previous batch.
 """
 
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import Dataset
@@ -16,31 +17,39 @@ from transformers.utils import logging
 from ..config import TyingError
 from .text import read_text
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+
 logger = logging.get_logger(__name__)
 
 EOS, UNKNOWN = "<eos>", "<unk>"
 
 
 def read_words(file: str | Path) -> list[str]:
-    """All words of a file in their order, `<eos>` after each line.
+    """Read all words of a file in their order, with `<eos>` after each line.
+
+    Args:
+        file: UTF-8 text.
 
     Raises:
-        TyingError: for a file that is missing, empty or not UTF-8.
+        TyingError: if the file is missing, empty or not UTF-8.
     """
     return [word for line in read_text(Path(file)).splitlines() for word in (*line.split(), EOS)]
 
 
-def train_word_level(file: str | Path, others: Iterable[str | Path] = ()):
-    """A word-level tokenizer whose vocabulary is that of a training file, the most frequent word first.
+def train_word_level(file: str | Path, others: Iterable[str | Path] = ()) -> "PreTrainedTokenizerFast":
+    """Make a word-level tokenizer whose vocabulary is all words of a training file, the most frequent word first.
 
     Args:
-        file: the training text.
-        others: texts that will be read with this vocabulary. Where they have words that it has not, and it has no
-            `<unk>` either, one is added, and the log says how many words that concerns: with a parameter that no
-            training text reaches, their perplexity is high, and honest.
+        file: training text, UTF-8.
+        others: texts that will be read with this vocabulary. If they have words that the training text does not have,
+            and it has no `<unk>`, then `<unk>` is added, and the log says how many words are affected. No training
+            text trains the row of that `<unk>`, so the perplexity of these words is high, as it should be.
 
     Returns:
-        `PreTrainedTokenizerFast`: splits at white space, closes a text (a line) with `<eos>`.
+        `PreTrainedTokenizerFast` that splits at white space, and ends a text (a line) with `<eos>`.
 
     Raises:
         TyingError: see `read_words`.
@@ -67,11 +76,18 @@ def train_word_level(file: str | Path, others: Iterable[str | Path] = ()):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
 
 
-def encode_words(file: str | Path, tokenizer) -> torch.Tensor:
-    """The ids of all words of a file, (words,), int64: what `tokenizer` makes of each line, one after the other.
+def encode_words(file: str | Path, tokenizer: "PreTrainedTokenizerBase") -> torch.Tensor:
+    """Encode all words of a file: the ids that `tokenizer` gives to each line, one line after the other.
+
+    Args:
+        file: UTF-8 text.
+        tokenizer: tokenizer of `train_word_level`.
+
+    Returns:
+        (words,), int64.
 
     Raises:
-        TyingError: see `read_words`; also for a word that is unknown to a tokenizer without `<unk>`.
+        TyingError: see `read_words`; also if the tokenizer does not know a word and has no `<unk>`.
     """
     ids, unknown = tokenizer.get_vocab(), tokenizer.unk_token_id
     words = read_words(file)
@@ -86,20 +102,20 @@ def encode_words(file: str | Path, tokenizer) -> torch.Tensor:
 class ContiguousText(Dataset):
     """A text cut into `batch_size` columns, each read `time_steps` words at a time.
 
-    Item `t * batch_size + b` is piece t of column b: read in order, a batch is one piece of every column, and the
-    state of a recurrent model after a batch belongs to the next one. `shift_labels` are the next words; no word is
-    lost between pieces. What does not fill the columns or a last piece is left out (less than a column and a piece).
+    Item `t * batch_size + b` is piece t of column b. If the items are read in order, a batch has one piece of every
+    column, and the state of a recurrent model after a batch is its state before the next one. `shift_labels` are the
+    next words, so no word is lost between pieces. Words that do not fill a column or a last piece are left out.
 
     Args:
         tokens: (words,), int64.
-        batch_size: columns.
-        time_steps: words in a piece, which gradients go back through.
+        batch_size: number of columns.
+        time_steps: number of words in a piece, through which gradients are propagated back.
 
     Raises:
-        TyingError: for a text that has not one piece for each column.
+        TyingError: if the text is shorter than one piece for each column.
     """
 
-    def __init__(self, tokens: torch.Tensor, batch_size: int, time_steps: int):
+    def __init__(self, tokens: torch.Tensor, batch_size: int, time_steps: int) -> None:
         if batch_size < 1 or time_steps < 1:
             raise TyingError(f"batch_size={batch_size}, time_steps={time_steps}: expected 1 or more of both.")
         rows = len(tokens) // batch_size
@@ -116,7 +132,7 @@ class ContiguousText(Dataset):
         return self.pieces * self.batch_size
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """`input_ids` and `shift_labels`, each (time_steps,)."""
+        """Return `input_ids` and `shift_labels`, each (time_steps,), int64."""
         piece, column = divmod(range(len(self))[index], self.batch_size)
         start = piece * self.time_steps
         words = self.columns[column, start : start + self.time_steps + 1]

@@ -1,6 +1,6 @@
-"""`hf-tying demo`: one small model trained untied and tied, then compared, saved and proved.
+"""`hf-tying demo`: train one small model untied and tied, compare and save the two, and check the result.
 
-`settings` says what to run. `job` runs it with a language model, `translation/job` with a translation model; what both
-need is in `measuring`, `models`, `proof` and `report`. Nothing is imported here, so that the command line can read the
-defaults.
+`settings` has the settings. `job` runs the demo with a language model, and `translation/job` with a translation model.
+Both use `measuring`, `models`, `proof` and `report`. Nothing is imported here, so that the command line can read the
+defaults quickly.
 """

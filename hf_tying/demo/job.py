@@ -1,15 +1,16 @@
-"""The job from text to proof, in the order in which it happens."""
+"""The demo with a language model, from the text to the checks, in order."""
 
 from dataclasses import asdict
-from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
 from rich.markup import escape
 from transformers import set_seed
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..config import TyingError
+from .._extras import require
 from ..data import (
     Corpus,
     blocks_for_language_modeling,
@@ -34,27 +35,30 @@ from .report import (
 from .settings import REPORT, DemoSettings
 from .training import Run, train
 
+if TYPE_CHECKING:
+    import datasets
+
 
 @one_thread()
 def run_demo(settings: DemoSettings, console: Console | None = None) -> bool:
-    """Train the pair, compare, save, reload and prove.
+    """Train an untied and a tied model, compare and save them, load them again, and check the claims.
+
+    `settings.output_dir` gets `untied/`, `tied/`, `report.json` and `curves.png`, also if a claim does not hold.
 
     Args:
-        settings (`DemoSettings`): what to train on, what to tie, where to write.
-        console (`rich.console.Console`, *optional*): where the table and the findings go.
+        settings (`DemoSettings`): settings of the demo.
+        console (`rich.console.Console`, *optional*): console for the table and the claims. Default: standard output.
 
     Returns:
-        `bool`: whether everything that the demo claims holds. `settings.output_dir` then has `untied/`, `tied/`,
-        `report.json` and `curves.png`; it has them also when something does not hold.
+        `bool`: whether all claims hold.
 
     Raises:
-        TyingError: for text, model or scheme that cannot be used; nothing is written then.
+        TyingError: the text, the model or the scheme cannot be used. Nothing is written then.
     """
-    if find_spec("matplotlib") is None:
-        raise TyingError("The demo draws its curves with matplotlib, which is missing: pip install 'hf-tying[plots]'.")
+    require("matplotlib.figure", "The picture of the demo", "demo")
     console = console or Console()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()  # of loading and saving; the trainer's stays
+    logging.disable_progress_bar()  # for loading and saving; the trainer's bar stays
 
     small_config(settings.model_type, settings.vocab_size, settings.block_size)  # refused before any text is read
     corpus = corpus_from_files(settings.train_file) if settings.train_file else standard_library_corpus()
@@ -95,7 +99,12 @@ def run_demo(settings: DemoSettings, console: Console | None = None) -> bool:
     return all(check.holds for check in checks)
 
 
-def _describe(corpus: Corpus, tokenizer, training_blocks, validation_blocks) -> dict:
+def _describe(
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    training_blocks: "datasets.Dataset",
+    validation_blocks: "datasets.Dataset",
+) -> dict:
     block_size = len(training_blocks[0]["input_ids"])
     return {
         "name": corpus.name,
@@ -107,7 +116,7 @@ def _describe(corpus: Corpus, tokenizer, training_blocks, validation_blocks) -> 
     }
 
 
-def _announce(console: Console, settings: DemoSettings, corpus: dict):
+def _announce(console: Console, settings: DemoSettings, corpus: dict) -> None:
     tokens = settings.steps * settings.batch_size * settings.block_size
     console.print(
         f"[bold]Text[/]   {escape(corpus['name'])}: {corpus['characters']:,} characters, "
@@ -157,14 +166,14 @@ def _outcome(results: dict[str, dict]) -> list[Check]:
 
 
 def _prompt(corpus: Corpus) -> str:
-    """The beginning of the first held-out line that looks like a sentence."""
+    """The beginning of the first validation line that looks like a sentence."""
     lines = [line.split() for text in corpus.validation for line in text.splitlines()]
     words = next((words for words in lines if len(words) > 8 and words[0].istitle()), corpus.validation[0].split())
     return " ".join(words[:6])
 
 
-def _sample(tied: Run, tokenizer, prompt: str, seed: int) -> dict[str, str]:
-    """What the tied model makes of `prompt`: 64 tokens."""
+def _sample(tied: Run, tokenizer: PreTrainedTokenizerBase, prompt: str, seed: int) -> dict[str, str]:
+    """The continuation of `prompt` by the tied model, 64 tokens."""
     tokens = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(tied.model.device)
     set_seed(seed)
     output = tied.model.generate(
@@ -179,7 +188,7 @@ def _sample(tied: Run, tokenizer, prompt: str, seed: int) -> dict[str, str]:
     return {"prompt": prompt, "continuation": tokenizer.decode(output[0, tokens.shape[1] :])}
 
 
-def _conclude(console: Console, settings: DemoSettings, results: dict, checks: list[Check]):
+def _conclude(console: Console, settings: DemoSettings, results: dict, checks: list[Check]) -> None:
     console.print(comparison_table(results["untied"], results["tied"], settings.scheme))
     sample = results["sample"]
     text = f"[italic]{escape(sample['prompt'])}[/]{escape(sample['continuation'])}"

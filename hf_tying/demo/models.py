@@ -1,4 +1,4 @@
-"""A pair of small models of any causal type that start from the same weights, one untied, one tied."""
+"""Two small models of any causal type with the same initial weights, one untied and one tied."""
 
 import copy
 import textwrap
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, set_seed
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..config import TyingError, nearest
@@ -15,10 +15,10 @@ from ..ties.anatomy import roles
 from ..ties.slots import find_parameter
 from ..ties.tying import tie
 
-# Two minutes on two cores are too short for more.
+# More parameters need more than two minutes on two cores.
 _MOST_PARAMETERS = 20_000_000
 
-# Sizes by the names that transformers' configs use; each config takes those that it has.
+# Sizes by their names in transformers' configs. Each config gets those that it has.
 _SIZES: dict[str, Any] = {
     "hidden_size": 128,
     "word_embed_proj_dim": 128,
@@ -39,16 +39,16 @@ _SIZES: dict[str, Any] = {
 }
 
 
-def small_config(model_type: str, vocab_size: int, block_size: int):
-    """A config of `model_type` with the demo's sizes, untied.
+def small_config(model_type: str, vocab_size: int, block_size: int) -> PreTrainedConfig:
+    """Make an untied config of a model type with the demo's sizes.
 
     Args:
-        model_type (`str`): as in `config.json`, `"llama"` for instance.
-        vocab_size (`int`): rows of the embedding.
-        block_size (`int`): longest sequence, in tokens.
+        model_type (`str`): type as in `config.json`, such as `"llama"`.
+        vocab_size (`int`): number of rows of the embedding.
+        block_size (`int`): length of the longest sequence, in tokens.
 
     Raises:
-        TyingError: if transformers has no causal language model of this type, or its config refuses these sizes.
+        TyingError: transformers has no causal language model of this type, or its config refuses these sizes.
     """
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise TyingError(
@@ -64,26 +64,26 @@ def small_config(model_type: str, vocab_size: int, block_size: int):
             max_position_embeddings=block_size,
             tie_word_embeddings=False,
             is_decoder=True,
-            # Documents are closed, not padded, by the one special token: no row may be exempt from the gradient.
+            # The only special token ends documents. It is not a padding token, whose row would get no gradient.
             bos_token_id=0,
             eos_token_id=0,
             pad_token_id=None,
         )
 
 
-def build_pair(config, scheme: str, seed: int) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The untied model and its tied twin, whose tied matrix starts as the untied one's input embedding.
+def build_pair(config: PreTrainedConfig, scheme: str, seed: int) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Make an untied model and its tied twin. The tied matrix starts as the untied model's input embedding.
 
     Args:
-        config: what `small_config` made.
-        scheme (`str`): what to tie.
-        seed (`int`): of the initial weights.
+        config: config of `small_config`.
+        scheme (`str`): scheme of the twin.
+        seed (`int`): seed of the initial weights.
 
     Returns:
-        `tuple[PreTrainedModel, PreTrainedModel]`: untied, tied.
+        `tuple[PreTrainedModel, PreTrainedModel]`: the untied and the tied model.
 
     Raises:
-        TyingError: if the model cannot be built or trained on plain text, is too big, or cannot be tied in this way.
+        TyingError: the model cannot be built or trained on plain text, is too large, or cannot be tied in this way.
     """
     refuse_big(config, AutoModelForCausalLM)
     with refusing(config.model_type):
@@ -95,9 +95,17 @@ def build_pair(config, scheme: str, seed: int) -> tuple[PreTrainedModel, PreTrai
 
 
 def differing_at_the_start(untied: PreTrainedModel, tied: PreTrainedModel) -> list[str]:
-    """Names of the tied model's parameters with other values than the untied one's: none, for a fair comparison."""
+    """Find parameters of the tied model whose values differ from the untied model's. A fair comparison has none.
+
+    Args:
+        untied: untied model, before training.
+        tied: tied model, before training.
+
+    Returns:
+        The names of these parameters.
+    """
     values = dict(untied.named_parameters())
-    # Where another of the tied matrices comes first in the model, the one that they are goes by its name.
+    # `named_parameters` lists the tied matrix under the name that comes first in the model.
     shared, embedding = (find_parameter(model, roles(model)["target"].name) for model in (tied, untied))
     return [
         name
@@ -106,43 +114,69 @@ def differing_at_the_start(untied: PreTrainedModel, tied: PreTrainedModel) -> li
     ]
 
 
-def start_with_rows_of_unit_norm(embedding: torch.nn.Parameter):
-    """Draw an embedding from N(0, 1 / width) in place of N(0, 0.02^2), for all models: each ends better by it.
+def start_with_rows_of_unit_norm(embedding: torch.nn.Parameter) -> None:
+    """Draw an embedding from N(0, 1 / width) in place of N(0, 0.02^2), which makes every model of the demo better.
 
-    AdamW moves every row of a softmax matrix by a full learning rate from the first step on, whether its word occurs
-    or not, and all in much the same direction. Rows that start small are soon alike, and a tied model reads by them.
+    From the first step on, AdamW moves every row of a softmax matrix by a full learning rate, also if its word does
+    not occur, and all rows in similar directions. Small initial rows therefore soon become similar, and a tied model
+    reads these rows as its input.
+
+    Args:
+        embedding: matrix, (words, width), in place.
     """
     torch.nn.init.normal_(embedding, std=embedding.shape[1] ** -0.5)
 
 
-def _try_out(model: PreTrainedModel):
-    """One forward and backward pass on a copy: not every model of the list can be trained on token ids alone."""
+def _try_out(model: PreTrainedModel) -> None:
+    """Run a forward and a backward pass on a copy, because some models cannot be trained on token ids alone."""
     tokens = torch.zeros((1, 4), dtype=torch.long)
     copy.deepcopy(model).train()(input_ids=tokens, labels=tokens).loss.backward()
 
 
-def takes(config, name: str) -> bool:
-    """Whether a size of this name may be set: the config has it, with a value, and does not compute it."""
+def takes(config: PreTrainedConfig, name: str) -> bool:
+    """Return whether a size can be set in a config, which then has a value for it and does not compute it.
+
+    Args:
+        config: config of a model type with its default values.
+        name: name of the size.
+    """
     computed = getattr(type(config), name, None)
     if isinstance(computed, property) and computed.fset is None:
         return False
     return getattr(config, name, None) is not None or (name == "head_dim" and hasattr(config, name))
 
 
-def refuse_big(config, auto_class, script: str = "run_clm.py"):
-    """Refuse what `auto_class` would make of a config if it is too big for a demo; no weight is made for that."""
+def refuse_big(config: PreTrainedConfig, auto_class: type, script: str = "run_clm.py") -> None:
+    """Refuse a config whose model is too large for a demo. The model is built on the meta device, without weights.
+
+    Args:
+        config: config of the model.
+        auto_class: Auto class that makes the model.
+        script: example script that the message recommends.
+
+    Raises:
+        TyingError: the model is too large, or cannot be built.
+    """
     with refusing(config.model_type, script), torch.device("meta"):
         size = auto_class.from_config(config).num_parameters()
     if size > _MOST_PARAMETERS:
         raise TyingError(
-            f"The smallest {config.model_type!r} that the demo can ask for has {size:,} parameters: expected at most "
+            f"The smallest {config.model_type!r} that the demo can make has {size:,} parameters: expected at most "
             f"{_MOST_PARAMETERS:,}. Choose another type, or train it with examples/{script} and --config_overrides."
         )
 
 
 @contextmanager
 def refusing(model_type: str, script: str = "run_clm.py") -> Iterator[None]:
-    """Turn whatever a model class raises about sizes it cannot have into one clear error."""
+    """Convert any error of a model class about its sizes to a clear `TyingError`.
+
+    Args:
+        model_type: type of the model.
+        script: example script that the message recommends.
+
+    Raises:
+        TyingError: the block raised an error.
+    """
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What the demo claims, each claim with the evidence it rests on."""
+"""The claims of the demo, each with its evidence."""
 
 import os
 import subprocess
@@ -15,16 +15,22 @@ from ..config import TyingError
 from ..ties.verify import assert_tied
 from . import fresh_process
 
-#: The tied model may be this much worse at most. The papers promise that it is better.
+#: The largest accepted ratio of the tied model's perplexity to the untied one's. In the papers it is below 1.
 MOST_PERPLEXITY_RATIO = 1.02
-# Same weights, code, threads and batches: what may differ is how memory is aligned, some units in the last place.
+# Weights, code, threads and batches are the same. Only the alignment of memory may differ, which changes last digits.
 MOST_DIFFERENCE = 1e-4
 _PACKAGE = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
 class Check:
-    """A claim, whether it holds, and the numbers that say so."""
+    """A claim of the demo.
+
+    Args:
+        claim: the claim in words.
+        holds: whether it is true.
+        evidence: the numbers that show it.
+    """
 
     claim: str
     holds: bool
@@ -32,15 +38,15 @@ class Check:
 
 
 def reload_checks(folder: Path, in_memory: dict[str, torch.Tensor], blocks: torch.Tensor) -> list[Check]:
-    """Load `folder` in two fresh processes, one without and one with hf_tying, and compare with the model in memory.
+    """Load `folder` in two new processes, one without and one with hf_tying, and compare with the model in memory.
 
     Args:
-        folder (`Path`): a saved model with its tokenizer.
-        in_memory (`dict[str, torch.Tensor]`): what `fresh_process.score` gave for the model before it was saved.
-        blocks (`torch.Tensor`): the validation blocks it was scored on.
+        folder (`Path`): folder of a saved model with its tokenizer.
+        in_memory (`dict[str, torch.Tensor]`): result of `fresh_process.score` for the model before it was saved.
+        blocks (`torch.Tensor`): validation blocks of that result, (blocks, length), int64.
 
     Returns:
-        `list[Check]`: one for each way to load.
+        `list[Check]`: one check for each process.
     """
     return [
         _reload_check("plain transformers reload it in a fresh process", folder, in_memory, blocks),
@@ -61,24 +67,26 @@ def _reload_check(claim: str, folder: Path, expected: dict, blocks: torch.Tensor
     return Check(claim, holds, evidence)
 
 
-def in_fresh_process(script: str, question: dict[str, torch.Tensor], *arguments: str):
-    """Run `script QUESTION ANSWER arguments...`, two safetensors files first, in a Python of its own.
+def in_fresh_process(
+    script: str, question: dict[str, torch.Tensor], *arguments: str
+) -> tuple[dict[str, torch.Tensor] | None, str]:
+    """Run `script QUESTION ANSWER arguments...` in a new Python process. The first two are safetensors files.
 
     Args:
-        script (`str`): a file, run by path, so that the package is imported only if the script imports it.
-        question (`dict[str, torch.Tensor]`): what the script reads from the first file.
-        *arguments (`str`): further arguments.
+        script (`str`): file that is run by its path, so that the package is imported only if the script imports it.
+        question (`dict[str, torch.Tensor]`): content of the first file, which the script reads.
+        *arguments (`str`): further arguments of the script.
 
     Returns:
-        `tuple[dict[str, torch.Tensor] | None, str]`: what the script wrote to the second file; or `None` and how the
-        process failed.
+        `tuple[dict[str, torch.Tensor] | None, str]`: content of the second file, which the script wrote, and `""`; or
+        `None`, and the failure of the process in words.
     """
     with tempfile.TemporaryDirectory() as scratch:
         files = [str(Path(scratch, f"{name}.safetensors")) for name in ("question", "answer")]
         save_file(question, files[0])
-        # The copy of hf_tying that runs here is the one to prove, installed or not.
+        # The process imports the same copy of hf_tying as this one, installed or not.
         path = os.pathsep.join(filter(None, (str(_PACKAGE.parent), os.environ.get("PYTHONPATH"))))
-        threads = str(torch.get_num_threads())  # sums are rounded in another order with another number
+        threads = str(torch.get_num_threads())  # the number of threads changes the rounding of sums
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": threads}
         command = [sys.executable, "-P", script, *files, *arguments]
         process = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -89,7 +97,12 @@ def in_fresh_process(script: str, question: dict[str, torch.Tensor], *arguments:
 
 
 def still_tied(claim: str, *models: PreTrainedModel) -> Check:
-    """`assert_tied` on each model."""
+    """Check models by `assert_tied`.
+
+    Args:
+        claim: the claim in words.
+        *models: models that should be tied.
+    """
     try:
         for model in models:
             assert_tied(model)

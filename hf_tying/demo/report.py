@@ -1,4 +1,4 @@
-"""The demo's results for people and for programs: the table, `curves.png` and `report.json`."""
+"""The results of the demo for people and for programs: the table, `curves.png` and `report.json`."""
 
 import dataclasses
 import json
@@ -8,28 +8,35 @@ import shutil
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.markup import escape
 from rich.table import Table
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from ..report.drawing import ROLES, RUNS, color_of_role, points_of
 from .proof import Check
 from .settings import REPORT, DemoSettings, TranslationSettings
+
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 _VERSIONS = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "accelerate")
 
 
-def save_models(settings: DemoSettings | TranslationSettings, tokenizer, models: dict[str, Any]) -> dict[str, Path]:
-    """Write each model with the tokenizer to the folder of its name; what an earlier demo wrote there is replaced.
+def save_models(
+    settings: DemoSettings | TranslationSettings, tokenizer: PreTrainedTokenizerBase, models: dict[str, Any]
+) -> dict[str, Path]:
+    """Write each model with the tokenizer to the folder of its name, and replace the files of an earlier demo.
 
     Args:
-        settings: where to.
-        tokenizer: saved beside every model.
-        models (`dict[str, PreTrainedModel]`): by the names of their folders.
+        settings: settings of the demo, with the output folder.
+        tokenizer: tokenizer, which is saved beside every model.
+        models (`dict[str, PreTrainedModel]`): models by the names of their folders.
 
     Returns:
-        `dict[str, Path]`: the folders.
+        `dict[str, Path]`: the folders by name.
     """
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     write_report({"complete": False}, settings.output_dir)
@@ -42,15 +49,15 @@ def save_models(settings: DemoSettings | TranslationSettings, tokenizer, models:
 
 
 def measurements(run: Any, folder: Path) -> dict[str, int | float]:
-    """The numbers that all models are compared by.
+    """Collect the numbers for the comparison of the models.
 
     Args:
-        run (`Run` or `TranslationRun`): a trained model.
-        folder (`Path`): where it was saved.
+        run (`Run` or `TranslationRun`): trained model.
+        folder (`Path`): folder of the saved model.
 
     Returns:
-        `dict`: `parameters` (each counted once), `checkpoint_bytes` (the safetensors files), `optimizer_bytes`,
-        `tokens_per_second`.
+        `dict`: `parameters` (each counted once), `checkpoint_bytes` (size of the safetensors files),
+        `optimizer_bytes`, and `tokens_per_second`.
     """
     return {
         "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
@@ -61,7 +68,13 @@ def measurements(run: Any, folder: Path) -> dict[str, int | float]:
 
 
 def comparison_table(untied: dict[str, float], tied: dict[str, float], scheme: str) -> Table:
-    """The measurements side by side, and the tied model's as a part of the untied one's."""
+    """Make the table of the two language models, with the ratio of the tied to the untied one.
+
+    Args:
+        untied: measurements of the untied model, with `perplexity`.
+        tied: measurements of the tied model, with `perplexity`.
+        scheme: scheme of the tied model, its name in the table.
+    """
     rows = [("validation perplexity", "perplexity", "{:,.2f}".format)]
     return measurement_table({"untied": untied, scheme: tied}, rows, "The same model, data, seed and number of tokens")
 
@@ -69,12 +82,12 @@ def comparison_table(untied: dict[str, float], tied: dict[str, float], scheme: s
 def measurement_table(
     results: dict[str, dict[str, float]], scores: list[tuple[str, str, Callable[[float], str]]], title: str
 ) -> Table:
-    """A column for each model, and the last one's numbers as a part of the first one's.
+    """Make a table with a column for each model, and the ratio of the last to the first.
 
     Args:
-        results (`dict[str, dict]`): by a model's name, what `measurements` gave and its scores.
-        scores (`list[tuple]`): the rows below the measurements: label, key, and how to write the number.
-        title (`str`): of the table.
+        results (`dict[str, dict]`): measurements and scores of each model by its name.
+        scores (`list[tuple]`): rows below the measurements: label, key, and a function that formats the number.
+        title (`str`): title of the table.
     """
     first, last = list(results)[0], list(results)[-1]
     table = Table(title=title)
@@ -94,57 +107,64 @@ def measurement_table(
     return table
 
 
-def plot_curves(runs: dict[str, Any], score: Callable[[Any], str], path: Path):
-    """A picture of three: training loss, validation loss, and what each role gives to the tied matrix's gradient.
+def plot_curves(runs: dict[str, Any], score: Callable[[Any], str], path: Path) -> None:
+    """Draw training loss, validation loss, and the share of each role in the gradient of the tied matrix.
 
     Args:
-        runs (`dict[str, Run]`): by the names of the models, the untied one first; the gradient is the last one's.
-        score (`Callable`): a run's score in words, for the legend.
-        path (`Path`): of the picture.
+        runs (`dict[str, Run]`): trained models by name, the untied one first. The gradient is that of the last one.
+        score (`Callable`): function from a run to its score in words, for the legend.
+        path (`Path`): file of the picture.
     """
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
     figure = Figure(figsize=(13, 4), layout="constrained")
     training, validation, gradient = figure.subplots(1, 3)
     *others, last = runs
-    # The untied line is wide and pale so that it is seen under the others where they meet.
-    styles = [{"color": "tab:orange", "linewidth": 4, "alpha": 0.5}, {"color": "tab:green", "linewidth": 2.5}]
-    styles = dict(zip(others, styles, strict=False)) | {last: {"color": "tab:blue", "linewidth": 1.5}}
+    # The untied line is wide and pale, so that it is visible under the others.
+    styles = [{"color": RUNS[0], "linewidth": 4, "alpha": 0.5}, {"color": RUNS[1], "linewidth": 2.5}]
+    styles = dict(zip(others, styles, strict=False)) | {last: {"color": RUNS[2], "linewidth": 1.5}}
     for name, run in runs.items():
         millions = sum(parameter.numel() for parameter in run.model.parameters()) / 1e6
-        training.plot(*_series(run, "loss"), label=f"{name}, {millions:.2f} M parameters", **styles[name])
+        label = f"{name}, {millions:.2f} M parameters"
+        training.plot(*(curve := _series(run, "loss")), label=label, **styles[name], **points_of(len(curve[0])))
         validation.plot(*_series(run, "eval_loss"), marker="o", label=f"{name}, {score(run)}", **styles[name])
-    for key in sorted({key for log in runs[last].history for key in log if key.startswith("grad_share/")}):
-        gradient.plot(*_series(runs[last], key), label=key.rpartition("/")[2])
+    shares = {key: key.rpartition("/")[2] for log in runs[last].history for key in log if "grad_share/" in key}
+    for key, role in sorted(shares.items(), key=lambda share: list(ROLES).index(share[1])):
+        curve = _series(runs[last], key)
+        gradient.plot(*curve, label=role, color=color_of_role(role), **points_of(len(curve[0])))
 
-    # Both losses on one scale, on which the first steps, where they fall fast, run out of the frame.
+    # Both losses have one scale. The first steps, with a much higher loss, are outside the frame.
     losses = [loss for run in runs.values() for key in ("loss", "eval_loss") for loss in _series(run, key)[1]]
-    top = max(loss for run in runs.values() for loss in _series(run, "eval_loss")[1])
+    top = max(loss for run in runs.values() for key in ("loss", "eval_loss") for loss in _series(run, key)[1][-1:])
+    top = max(top, *(loss for run in runs.values() for loss in _series(run, "eval_loss")[1]))
     for axes in (training, validation):
         axes.set_ylim(min(losses) - 0.1, top + 0.4)
-    training.set(title="training", ylabel="loss in nats per token")
-    validation.set(title="validation")
     gradient.set(title="gradient of the tied matrix", ylabel="share that comes through each role", ylim=(0, 1))
+    training.set(title="training")
+    validation.set(title="validation")
+    for axes in (training, validation):
+        axes.set_ylabel("loss in nats per token")
     for axes in (training, validation, gradient):
         axes.set_xlabel("tokens seen, in thousands")
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
     figure.savefig(path, dpi=150)
 
 
 def report(
-    settings: DemoSettings | TranslationSettings, corpus: dict[str, Any], runs: dict[str, Any], results: dict
+    settings: DemoSettings | TranslationSettings, corpus: dict[str, Any], runs: dict[str, Any], results: dict[str, Any]
 ) -> dict[str, Any]:
-    """All that was asked, measured and checked, as plain JSON values.
+    """Collect settings, measurements and checks as plain JSON values.
 
     Args:
-        settings: what was asked.
-        corpus (`dict`): what the text is.
-        runs (`dict[str, Run]`): the trained models by name.
-        results (`dict`): the measurements of each, the checks, the samples.
+        settings: settings of the demo.
+        corpus (`dict`): description of the text.
+        runs (`dict[str, Run]`): trained models by name.
+        results (`dict`): measurements of each model, checks and samples.
 
     Returns:
-        `dict`: the content of `report.json`.
+        `dict`: content of `report.json`.
     """
     return {
         "complete": True,
@@ -159,15 +179,24 @@ def report(
     }
 
 
-def write_report(content: dict[str, Any], folder: Path):
-    """Write `report.json` into `folder`, by way of a temporary name: a reader never finds half a report."""
+def write_report(content: dict[str, Any], folder: Path) -> None:
+    """Write `report.json` under a temporary name and rename it, so that a reader never finds half a report.
+
+    Args:
+        content: plain JSON values.
+        folder: folder of the report.
+    """
     scratch = folder / f".{REPORT}.tmp"
     scratch.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
     scratch.replace(folder / REPORT)
 
 
 def check_lines(checks: Iterable[Check]) -> Iterable[str]:
-    """One line of rich markup for each claim."""
+    """Make a line of rich markup for each claim.
+
+    Args:
+        checks: the claims.
+    """
     for check in checks:
         mark = "[green]holds[/]" if check.holds else "[bold red]FAILS[/]"
         yield f"{mark}  {escape(check.claim)} [dim]({escape(check.evidence)})[/]"

@@ -1,28 +1,32 @@
 """Train one of the two models with `Trainer` and measure it."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from ..metrics import perplexity_of, sequence_scores
+from ..objectives.own_loss import set_accepts_loss_kwargs
 from .measuring import RecordingCollator, StepClock, common_arguments, optimizer_bytes, train_quietly
 from .settings import DemoSettings
+
+if TYPE_CHECKING:
+    import datasets
 
 
 @dataclass
 class Run:
-    """A trained model and what was measured on it.
+    """A trained model with its measurements.
 
     Args:
-        model (`PreTrainedModel`): trained, in eval mode.
-        tokens (`int`): tokens trained on.
-        tokens_per_second (`float`): of the step at the lower quartile, validation not counted: whatever else the
-            machine does can only slow a step down.
-        optimizer_bytes (`int`): AdamW's states as they were in memory.
-        perplexity (`float`): on the validation blocks, after the last step.
-        data (`str`): digest of every batch in its order.
-        history (`list[dict]`): the trainer's log.
+        model (`PreTrainedModel`): trained model, in eval mode.
+        tokens (`int`): number of training tokens.
+        tokens_per_second (`float`): speed of the step at the lower quartile of durations, without validation. Other
+            programs on the machine can only slow a step down.
+        optimizer_bytes (`int`): size of AdamW's states in memory.
+        perplexity (`float`): perplexity of the validation blocks after the last step.
+        data (`str`): digest of all batches in their order.
+        history (`list[dict]`): log of the trainer.
     """
 
     model: PreTrainedModel
@@ -38,25 +42,26 @@ def train(
     model: PreTrainedModel,
     name: str,
     settings: DemoSettings,
-    training_blocks,
-    validation_blocks,
+    training_blocks: "datasets.Dataset",
+    validation_blocks: "datasets.Dataset",
     callbacks: list[TrainerCallback] | None = None,
 ) -> Run:
     """Train `model` in place for `settings.steps` steps.
 
     Args:
-        model (`PreTrainedModel`): either of the pair.
-        name (`str`): shown on the progress bar.
-        settings (`DemoSettings`): steps, sizes, seed.
-        training_blocks, validation_blocks (`datasets.Dataset`): `(blocks, block_size)`.
+        model (`PreTrainedModel`): model to train.
+        name (`str`): name on the progress bar.
+        settings (`DemoSettings`): settings of the demo.
+        training_blocks (`datasets.Dataset`): training text, `(blocks, block_size)`.
+        validation_blocks (`datasets.Dataset`): validation text, `(blocks, block_size)`.
         callbacks (`list[TrainerCallback]`, *optional*): further callbacks.
 
     Returns:
-        `Run`.
+        `Run`: the model with its measurements.
     """
     collator, clock = _RecordingCollator(), StepClock()
     trainer = Trainer(
-        model=model,
+        model=set_accepts_loss_kwargs(model),
         args=_arguments(settings),
         data_collator=collator,
         train_dataset=training_blocks,
@@ -86,7 +91,7 @@ def _arguments(settings: DemoSettings) -> TrainingArguments:
 
 
 class _RecordingCollator(RecordingCollator):
-    """The default collator, recorded; labels are the inputs themselves."""
+    """The default collator with a digest. The labels are the inputs, so only these are recorded."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(default_data_collator, keys=("input_ids",))

@@ -1,4 +1,6 @@
-"""What each role does to a tied matrix: how near it lies to an untied twin's matrices, its rank, its gradient."""
+"""Measurements of each role's effect on a tied matrix: alignment to an untied twin, rank, and gradient."""
+
+from typing import TYPE_CHECKING
 
 from .._lazy import lazy_names
 
@@ -12,6 +14,18 @@ _HOME = {
     "gradient_shares": "diagnosis",
 }
 
-__all__ = [*_HOME]
+__all__ = [
+    "Alignment",
+    "MatrixDiagnosis",
+    "RoleDiagnostics",
+    "alignment",
+    "diagnose",
+    "effective_rank",
+    "gradient_shares",
+]
 
-__getattr__, __dir__ = lazy_names(globals(), _HOME)
+if TYPE_CHECKING:
+    from .diagnosis import MatrixDiagnosis, RoleDiagnostics, diagnose, gradient_shares
+    from .geometry import Alignment, alignment, effective_rank
+else:
+    __getattr__, __dir__ = lazy_names(globals(), _HOME)

@@ -1,32 +1,42 @@
-"""`diagnose`: the matrices of a model beside those of an untied twin, with their ranks and their gradient shares."""
+"""`diagnose`: comparison of the matrices of a model with those of an untied twin, with ranks and gradient shares."""
 
 import json
 import re
 from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 from torch import nn
+from transformers.modeling_utils import PreTrainedModel
 
 from ..config import TyingError
+from ..report.drawing import TIED, color_of_role, number_by_steps, plain, points_of
+from ..report.names import printable, shortened, wrapped
 from ..report.tables import Report
 from ..ties.anatomy import roles
 from ..ties.slots import find_parameter
 from ..ties.verify import groups_of, unwrapped
 from .geometry import Alignment, alignment, effective_rank
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 
 @dataclass(frozen=True)
 class MatrixDiagnosis:
-    """One matrix of a model.
+    """The diagnosis of one matrix of a model.
 
     Args:
-        name: name of its tie group, or its role where it is tied to nothing.
-        roles: the roles that it has.
+        name: name of its tie group, or its role if it is not tied.
+        roles: roles of the matrix.
         shape: (V, D).
-        effective_rank: see `effective_rank`.
-        alignment: from each role of the twin to the `Alignment` of this matrix to the twin's; empty without a twin.
-        gradient_share: from each role to its mean share over the given logs; empty without logs.
+        effective_rank: effective rank, see `effective_rank`.
+        alignment: `Alignment` to the twin's matrix of each role; empty without a twin.
+        gradient_share: mean share of each role in the given logs, 0 to 1; empty without logs.
     """
 
     name: str
@@ -39,15 +49,15 @@ class MatrixDiagnosis:
 
 @dataclass(frozen=True)
 class RoleDiagnostics(Report):
-    """Made by `diagnose`.
+    """The result of `diagnose`.
 
     The table has a row for each matrix and role. The picture shows the alignment to the twin's roles, the effective
     ranks, and the gradient shares over the steps.
 
     Args:
         matrices: a `MatrixDiagnosis` for each embedding matrix of the model.
-        twin_effective_rank: from each role to the effective rank of the twin's matrix.
-        history: from `<name>/<role>` to its gradient shares, as (step, share); empty without logs.
+        twin_effective_rank: effective rank of the twin's matrix of each role; empty without a twin.
+        history: gradient shares of each `<name>/<role>`, as (step, share); empty without logs.
     """
 
     matrices: list[MatrixDiagnosis]
@@ -55,27 +65,28 @@ class RoleDiagnostics(Report):
     history: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
 
     def to_dict(self) -> dict:
-        """Plain types all through, ready for `json.dumps`."""
+        """Return the report as plain types, ready for `json.dumps`."""
         return json.loads(json.dumps(asdict(self)))
 
     def to_logs(self) -> dict[str, float]:
-        """`effective_rank/<name>`, and with a twin `alignment/<name>/<role>` and `neighbours/<name>/<role>`."""
+        """Return `effective_rank/<name>`, and with a twin `alignment/<name>/<role>` and `neighbours/<name>/<role>`."""
         logs = {f"effective_rank/{matrix.name}": matrix.effective_rank for matrix in self.matrices}
         for matrix in self.matrices:
             logs |= {f"alignment/{matrix.name}/{role}": found.cosine for role, found in matrix.alignment.items()}
             logs |= {f"neighbours/{matrix.name}/{role}": found.neighbours for role, found in matrix.alignment.items()}
         return logs
 
-    def _table(self) -> Table:
-        table = Table(title="What each role does")
-        for column in ("matrix", "effective rank", "role", "twin's rank", "alignment", "neighbours", "gradient share"):
-            table.add_column(column, justify="left" if column in ("matrix", "role") else "right")
+    def _table(self, width: int) -> Table:
+        table = Table(title="What each role does", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
+        heads = ("matrix", "effective\nrank", "role", "twin's\nrank", "alignment", "neighbours", "gradient\nshare")
+        for head in heads:
+            table.add_column(head, justify="left" if head in ("matrix", "role") else "right", no_wrap=True)
         for matrix in self.matrices:
             rank = f"{matrix.effective_rank:.1f} of {min(matrix.shape, default=0)}"
             for i, role in enumerate(matrix.alignment or matrix.roles):
                 found = matrix.alignment.get(role)
                 table.add_row(
-                    matrix.name if i == 0 else "",
+                    Text("\n".join(wrapped(printable(matrix.name), max(width - 66, 14))) if i == 0 else ""),
                     rank if i == 0 else "",
                     role,
                     _number(self.twin_effective_rank.get(role), 1),
@@ -86,49 +97,72 @@ class RoleDiagnostics(Report):
                 )
         return table
 
-    def _draw(self, figure) -> None:
-        aligned = any(matrix.alignment for matrix in self.matrices)
-        panels = 1 + aligned + bool(self.history)
-        figure.set_size_inches(4.2 * panels, 3.6)
+    def _draw(self, figure: "Figure") -> None:
+        aligned = {
+            f"{m.name} to twin's {role}": (role, found) for m in self.matrices for role, found in m.alignment.items()
+        }
+        ranks = {m.name: (m.effective_rank, [*m.roles]) for m in self.matrices}
+        ranks |= {f"twin's {role}": (rank, [role]) for role, rank in self.twin_effective_rank.items()}
+        panels = 1 + bool(aligned) + bool(self.history)
+        rows = max(len(aligned) * 2, len(ranks), 4)
+        figure.set_size_inches(4.6 * panels, 1.6 + 0.35 * rows)
         axes = list(figure.subplots(1, panels, squeeze=False)[0])
         if aligned:
-            axis = axes.pop(0)
-            bars = {f"{m.name}\nto {role}": found for m in self.matrices for role, found in m.alignment.items()}
-            places = range(len(bars))
-            axis.bar([x - 0.2 for x in places], [found.cosine for found in bars.values()], 0.38, label="cosine")
-            axis.bar(
-                [x + 0.2 for x in places], [found.neighbours for found in bars.values()], 0.38, label="neighbours"
-            )
-            axis.set_xticks(list(places), list(bars), fontsize=8)
-            axis.set_title("alignment to the untied twin")
-            axis.legend(fontsize=8)
-        axis = axes.pop(0)
-        ranks = {matrix.name: matrix.effective_rank for matrix in self.matrices}
-        ranks |= {f"twin's\n{role}": rank for role, rank in self.twin_effective_rank.items()}
-        axis.bar(range(len(ranks)), list(ranks.values()), color="tab:green")
-        axis.set_xticks(range(len(ranks)), list(ranks), fontsize=8)
-        axis.set_title("effective rank")
+            _draw_alignment(axes.pop(0), aligned)
+        _draw_ranks(axes.pop(0), ranks)
         if self.history:
-            axis = axes.pop(0)
-            for name, points in self.history.items():
-                axis.plot([step for step, _ in points], [share for _, share in points], label=name)
-            axis.set_ylim(0, 1)
-            axis.set_xlabel("step")
-            axis.set_title("share of the gradient")
-            axis.legend(fontsize=8)
+            _draw_shares(axes.pop(0), self.history)
+
+
+def _draw_alignment(axes: "Axes", aligned: dict[str, tuple[str, Alignment]]) -> None:
+    for y, (role, found) in enumerate(aligned.values()):
+        color = color_of_role(role)
+        axes.barh(y - 0.19, found.cosine, 0.36, color=color)
+        axes.barh(y + 0.19, found.neighbours, 0.36, color="white", edgecolor=color, hatch="////")
+    _name_rows(axes, list(aligned))
+    axes.axvline(0, color="black", linewidth=0.6)
+    axes.set(title="alignment to the untied twin", xlabel="cosine (solid), shared neighbours (hatched)")
+
+
+def _draw_ranks(axes: "Axes", ranks: dict[str, tuple[float, list[str]]]) -> None:
+    for y, (rank, roles_of) in enumerate(ranks.values()):
+        axes.barh(y, rank, 0.7, color=color_of_role(roles_of[0]) if len(roles_of) == 1 else TIED)
+    _name_rows(axes, list(ranks))
+    axes.set(title="effective rank", xlabel="number of dimensions")
+
+
+def _draw_shares(axes: "Axes", history: dict[str, list[tuple[int, float]]]) -> None:
+    groups = list(dict.fromkeys(name.rpartition("/")[0] for name in history))
+    styles = ("-", "--", ":", "-.")
+    for name, points in history.items():
+        group, _, role = name.rpartition("/")
+        label = role if len(groups) == 1 else name
+        axes.plot(
+            [step for step, _ in points], [share for _, share in points], label=plain(shortened(printable(label), 30)),
+            color=color_of_role(role), linestyle=styles[groups.index(group) % len(styles)], **points_of(len(points)),
+        )  # fmt: skip
+    axes.set(title="gradient by role", xlabel="step", ylabel="share of the gradient", ylim=(0, 1))
+    number_by_steps(axes.xaxis, (step for points in history.values() for step, _ in points))
+    axes.legend(fontsize=8)
+
+
+def _name_rows(axes: "Axes", labels: list[str]) -> None:
+    axes.set_yticks(range(len(labels)), [plain(shortened(printable(label), 34)) for label in labels], fontsize=8)
+    axes.set_ylim(max(len(labels), 3) - 0.5, -0.5)  # a single bar is no block
 
 
 def diagnose(
-    model: nn.Module, twin: nn.Module | None = None, *, history: list[dict] | None = None, **options
+    model: nn.Module, twin: nn.Module | None = None, *, history: list[dict[str, Any]] | None = None, **options: Any
 ) -> RoleDiagnostics:
-    """Compare the matrices of `model` with those of an untied twin: whose matrix has each become like?
+    """Compare the matrices of `model` with those of an untied twin.
 
     Args:
-        model: a `PreTrainedModel`, tied or not, also wrapped.
-        twin: the same architecture and vocabulary, trained untied. Its matrices are what each role alone would have
-            made. Default `None`: nothing is compared.
+        model: a `PreTrainedModel`, tied or untied, also wrapped.
+        twin: model of the same architecture and vocabulary, trained untied. Its matrices show what each role alone
+            learns. Default `None`: nothing is compared.
         history: `trainer.state.log_history` of a run with `TyingCallback(log_roles=True)`, for the gradient shares.
-        options: keywords of `alignment`: `method`, `neighbours`, `rows`, `sample`, `seed`.
+            Default: no shares.
+        **options: keywords of `alignment`: `method`, `neighbours`, `rows`, `sample`, `seed`.
 
     Returns:
         A `RoleDiagnostics`: `.to_dict()`, `.to_table()`, `.to_logs()`, `.plot(path)`.
@@ -164,8 +198,15 @@ def diagnose(
     return RoleDiagnostics(matrices, {role: effective_rank(matrix) for role, matrix in twins.items()}, shares)
 
 
-def gradient_shares(history: list[dict]) -> dict[str, list[tuple[int, float]]]:
-    """The gradient shares in a Trainer's log history: from `<group>/<role>` to its (step, share), in their order."""
+def gradient_shares(history: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """Collect the gradient shares in the log history of a Trainer.
+
+    Args:
+        history: `trainer.state.log_history`.
+
+    Returns:
+        The (step, share) pairs of each `<group>/<role>`, in the order of the logs.
+    """
     shares: dict[str, list[tuple[int, float]]] = {}
     for entry in history:
         for key, value in entry.items():
@@ -174,7 +215,7 @@ def gradient_shares(history: list[dict]) -> dict[str, list[tuple[int, float]]]:
     return shares
 
 
-def _matrices(model) -> tuple[dict[str, torch.Tensor], dict[str, list[str]]]:
+def _matrices(model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, list[str]]]:
     """The distinct matrices of a model, and the roles of each. A matrix is named after its tie group, or its role."""
     group_of = {name: group.name for group in groups_of(model) for name in group.names}
     found: dict[str, torch.Tensor] = {}

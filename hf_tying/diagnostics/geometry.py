@@ -1,4 +1,4 @@
-"""How alike two embedding matrices of one vocabulary are, and how many directions one of them uses."""
+"""The similarity of two embedding matrices of one vocabulary, and the number of directions that a matrix uses."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ _BLOCK = 2**24  # similarities computed at once: 128 MiB
 
 @dataclass(frozen=True)
 class Alignment:
-    """How alike the rows of two matrices are after one has been mapped onto the other.
+    """The similarity of the rows of two matrices after one has been mapped onto the other.
 
     Args:
         cosine: mean cosine between a mapped row and the other matrix's row, at most 1.
@@ -47,8 +47,8 @@ def alignment(
             `"linear"` for the best D x E matrix.
         neighbours: number of nearest rows of each row. Default 10, as in the paper's kNN@10.
         rows: (R,), int64: the rows to compare, such as the most frequent words. Default: all.
-        sample: most rows among which neighbours are sought, drawn without replacement. Default 2000, since the cost
-            grows with its square.
+        sample: largest number of rows among which neighbours are searched, drawn without replacement. Default 2000,
+            because the cost grows with its square.
         seed: seed of the draw, which leaves torch's own generator alone. Default 0.
 
     Returns:
@@ -90,7 +90,9 @@ def alignment(
 
 
 def effective_rank(matrix: torch.Tensor) -> float:
-    """exp(entropy) of the singular values as shares of their sum: 1 for one value, D for D equal ones.
+    """Compute the effective rank: exp(entropy) of the singular values as shares of their sum.
+
+    It is 1 for a single nonzero value, and D for D equal values.
 
     Args:
         matrix: (V, D), floating point. The computation is in float64, from the smaller of its two Gram matrices.
@@ -99,7 +101,7 @@ def effective_rank(matrix: torch.Tensor) -> float:
         A number from 1 to min(V, D); 0 for a matrix of zeros, NaN for one that is not finite.
 
     Raises:
-        ValueError: it is not a matrix.
+        ValueError: `matrix` does not have two dimensions.
 
     Source: Roy & Vetterli 2007, "The effective rank", definition 1.
 
@@ -147,7 +149,7 @@ def _common_neighbours(a: torch.Tensor, b: torch.Tensor, count: int, sample: int
 
 
 def _nearest(matrix: torch.Tensor, block: slice, count: int) -> torch.Tensor:
-    """(B, count): the nearest rows of each row in the block, the row itself left out."""
+    """Find the nearest rows of each row in the block, except the row itself: (B, count), int64."""
     similarities = matrix[block] @ matrix.T
     own = torch.arange(len(similarities), device=matrix.device)
     similarities[own, own + block.start] = -math.inf

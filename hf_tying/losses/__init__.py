@@ -3,6 +3,8 @@
 Nothing here needs more than torch. What a training step of a whole model makes of them is in `hf_tying.objectives`.
 """
 
+from typing import TYPE_CHECKING
+
 from .._lazy import lazy_names
 
 _HOME = {
@@ -11,6 +13,8 @@ _HOME = {
     "tied_cross_entropy": "cross_entropy",
     "TiedCrossEntropy": "cross_entropy",
     "reference_cross_entropy": "reference",
+    "tied_log_probs": "log_probs",
+    "TokenLogProbs": "log_probs",
     "augmented_loss": "augmented",
     "AugmentedLoss": "augmented",
     "contrastive_weight_tying_loss": "contrastive",
@@ -19,6 +23,29 @@ _HOME = {
     "ProjectionPenalty": ".projection.penalty",
 }
 
-__all__ = [*_HOME]
+__all__ = [
+    "tied_embedding",
+    "TiedEmbedding",
+    "tied_cross_entropy",
+    "TiedCrossEntropy",
+    "reference_cross_entropy",
+    "tied_log_probs",
+    "TokenLogProbs",
+    "augmented_loss",
+    "AugmentedLoss",
+    "contrastive_weight_tying_loss",
+    "ContrastiveWeightTyingLoss",
+    "projection_penalty",
+    "ProjectionPenalty",
+]
 
-__getattr__, __dir__ = lazy_names(globals(), _HOME)
+if TYPE_CHECKING:
+    from ..projection.penalty import ProjectionPenalty, projection_penalty
+    from .augmented import AugmentedLoss, augmented_loss
+    from .contrastive import ContrastiveWeightTyingLoss, contrastive_weight_tying_loss
+    from .cross_entropy import TiedCrossEntropy, tied_cross_entropy
+    from .embedding import TiedEmbedding, tied_embedding
+    from .log_probs import TokenLogProbs, tied_log_probs
+    from .reference import reference_cross_entropy
+else:
+    __getattr__, __dir__ = lazy_names(globals(), _HOME)

@@ -1,6 +1,7 @@
 """`augmented_loss`: cross entropy plus the divergence from a target made of word vectors (Inan et al. 2017)."""
 
 from dataclasses import fields
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -32,15 +33,15 @@ def augmented_loss(
     detach_target: bool = False,
     ignore_index: int = -100,
     reduction: str = "mean",
-    num_items_in_batch: int | torch.Tensor | None = None,
+    num_items_in_batch: float | torch.Tensor | None = None,
     cross_entropy_weight: float = 1.0,
     logit_scale: float | torch.Tensor | None = None,
     memory_budget: int | None = None,
 ) -> torch.Tensor:
     """`cross_entropy_weight * CE + alpha * KL(t || q)`, the augmented loss, without an (N, V) matrix.
 
-    A one-hot target calls every other word equally wrong. Here the target t also gives something to words whose
-    vectors are like that of the right one: with L the input embedding, W the softmax matrix and y the label,
+    With a one-hot target every other word is equally wrong. Here the target t gives probability to words whose
+    vectors are like that of the right one, too: with L the input embedding, W the softmax matrix and y the label,
 
         t = softmax(L L[y] / temperature)                  the target distribution
         q = softmax(logit_scale * W h / temperature)       the model's, without its output bias
@@ -52,24 +53,26 @@ def augmented_loss(
     are the same tensor (REAL in the paper).
 
     Args:
-        hidden: h, (..., D), floating point; no shift is made: `hidden[i]` predicts `labels[i]`.
-        weight: W, (V, D), of the dtype of `hidden`, or any under autocast.
-        labels: y, hidden.shape[:-1], int64: words from 0 to V - 1, or `ignore_index`.
-        embedding: L, (V, any width), of the dtype of `weight`. Default: `weight`, as in a tied model. Give an untied
-            model's input embedding (AL in the paper).
-        bias: (V,), floating point; of the cross entropy alone (equation 3.1 has none). Reusing the embedding, the
+        hidden: hidden states h, (..., D), floating point. No shift is made: `hidden[i]` predicts `labels[i]`.
+        weight: softmax matrix W, (V, D), of the dtype of `hidden`, or of any dtype under autocast.
+        labels: labels y, hidden.shape[:-1], int64: words from 0 to V - 1, or `ignore_index`.
+        embedding: input embedding L, (V, any width), of the dtype of `weight`. Default: `weight`, as in a tied model.
+            Give it for an untied model (AL in the paper).
+        bias: bias of the cross entropy alone, (V,), floating point (equation 3.1 has none). Reusing the embedding, the
             paper sets it to zero.
-        temperature: tau, above 0. Default 20, third-party accounts' value for the Penn Treebank.
-        alpha: the weight of the divergence, 0 or more. Default `gamma * temperature`: its gradient falls with the
-            temperature, and so the product keeps its size; published settings are given as gamma.
-        gamma: alpha / temperature. Default 0.5; 0.5 to 0.8 were used on the Penn Treebank, 1.0 to 1.5 on WikiText-2.
-        detach_target: no gradient goes through the target. Default False: the paper says nothing of it.
-        ignore_index: labels of this value count for nothing. Default -100, as everywhere in transformers.
-        reduction: `"mean"` over the labels that count, or `"sum"`.
-        num_items_in_batch: with `"mean"`, what to divide the sum by in place of the labels that count here, as
-            `Trainer` does.
-        cross_entropy_weight: a factor of the cross entropy. Default 1; 0 leaves the divergence alone.
-        logit_scale: a factor of the model's logits, in both parts. Default 1. It may be learned: a tensor of one
+        temperature: temperature tau of both distributions, above 0. Default 20, third-party accounts' value for the
+            Penn Treebank.
+        alpha: weight of the divergence, 0 or more. Default `gamma * temperature`: the gradient falls with the
+            temperature, so the product keeps its size. Published settings are given as gamma.
+        gamma: ratio alpha / temperature. Default 0.5; 0.5 to 0.8 were used on the Penn Treebank, 1.0 to 1.5 on
+            WikiText-2.
+        detach_target: whether the target gets no gradient. Default `False`: the paper does not mention it.
+        ignore_index: value of labels that are left out. Default -100, as everywhere in transformers.
+        reduction: `"mean"` over the labels that count, or `"sum"`. Default `"mean"`.
+        num_items_in_batch: divisor of the sum for `"mean"`, in place of the number of labels that count here, as
+            `Trainer` gives it. Default `None`.
+        cross_entropy_weight: factor of the cross entropy. Default 1; with 0 the loss is the divergence alone.
+        logit_scale: factor of the model's logits, in both parts. Default 1. It may be learned: a tensor of one
             element gets its gradient.
         memory_budget: bytes for blocks at work and kept products, beside the gradients. Default: as many as the
             gradient of `weight` has, from 16 to 64 MiB, or an eighth of it if that is more. A block is never narrower
@@ -113,12 +116,17 @@ def augmented_parts(
     options: CrossEntropyOptions | None = None,
     memory_budget: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`augmented_loss`, and beside it the cross entropy alone, of which perplexity is made.
+    """`augmented_loss` and the cross entropy alone, from which perplexity is computed.
 
     Args:
-        hidden, weight, labels, embedding, bias, memory_budget: as for `augmented_loss`.
+        hidden: hidden states, as for `augmented_loss`.
+        weight: softmax matrix, as for `augmented_loss`.
+        labels: labels, as for `augmented_loss`.
         settings: the divergence, and the weights of both parts.
-        options: of the cross entropy. Default: `CrossEntropyOptions()`. Only `ignore_index`, `reduction`,
+        embedding: input embedding, as for `augmented_loss`.
+        bias: bias of the cross entropy, as for `augmented_loss`.
+        memory_budget: memory in bytes, as for `augmented_loss`.
+        options: options of the cross entropy. Default: `CrossEntropyOptions()`. Only `ignore_index`, `reduction`,
             `num_items_in_batch` and `logit_scale` may differ from that.
 
     Returns:
@@ -158,35 +166,46 @@ def augmented_parts(
 
 
 def reference_augmented_loss(
-    hidden, weight, labels, *, embedding=None, bias=None, ignore_index=-100, reduction="mean", num_items_in_batch=None,
-    logit_scale=None, **settings,
-) -> torch.Tensor:  # fmt: skip
-    """`augmented_loss` in plain torch, all matrices whole: what it is tested against.
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    embedding: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items_in_batch: float | torch.Tensor | None = None,
+    logit_scale: float | torch.Tensor | None = None,
+    **settings: Any,
+) -> torch.Tensor:
+    """`augmented_loss` in plain torch with whole matrices, as the reference of its tests.
 
     Arguments, shapes and result as for `augmented_loss`; `settings` are the keywords of `AugmentedSettings`.
     """
-    settings = AugmentedSettings(**settings)
+    chosen = AugmentedSettings(**settings)
     exact = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
     counted = labels != ignore_index
-    reduced = dict(ignore_index=ignore_index, reduction=reduction, num_items_in_batch=num_items_in_batch)
+    reduced: dict[str, Any] = dict(
+        ignore_index=ignore_index, reduction=reduction, num_items_in_batch=num_items_in_batch
+    )
     cross_entropy = reference_cross_entropy(hidden, weight, labels, bias=bias, logit_scale=logit_scale, **reduced)
     matrix = (weight if embedding is None else embedding).to(exact)
-    target = F.log_softmax(matrix[labels[counted]] @ matrix.t() / settings.temperature, -1)
-    if settings.detach_target:
+    target = F.log_softmax(matrix[labels[counted]] @ matrix.t() / chosen.temperature, -1)
+    if chosen.detach_target:
         target = target.detach()
     logits = hidden[counted].to(exact) @ weight.to(exact).t() * (1.0 if logit_scale is None else logit_scale)
-    divergence = F.kl_div(F.log_softmax(logits / settings.temperature, -1), target, reduction="sum", log_target=True)
+    divergence = F.kl_div(F.log_softmax(logits / chosen.temperature, -1), target, reduction="sum", log_target=True)
     items = 1 if reduction == "sum" else counted.sum() if num_items_in_batch is None else num_items_in_batch
     items = torch.as_tensor(items, device=hidden.device)
-    divergence = settings.divergence_weight * divergence / items.masked_fill(items == 0, 1)
-    return settings.cross_entropy_weight * cross_entropy + divergence
+    divergence = chosen.divergence_weight * divergence / items.masked_fill(items == 0, 1)
+    return chosen.cross_entropy_weight * cross_entropy + divergence
 
 
 class AugmentedLoss(LossModule):
-    """`augmented_loss` as a module: the options once, the tensors at each call.
+    """`augmented_loss` as a module: it is made with the options, and called with the tensors.
 
-    Args: the keywords of `augmented_loss` except `embedding`, `bias` and `num_items_in_batch`, which are given at the
-        call.
+    The arguments are the keywords of `augmented_loss` except `embedding`, `bias` and `num_items_in_batch`, which are
+    given at the call.
 
     Raises:
         ValueError: at once, for a temperature, alpha or gamma that `augmented_loss` refuses.
@@ -198,7 +217,7 @@ class AugmentedLoss(LossModule):
     function = staticmethod(augmented_loss)
     at_call = ("embedding", "bias", "num_items_in_batch")
 
-    def __init__(self, *args, **options):
+    def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         settings = AugmentedSettings(**{field.name: self.options[field.name] for field in fields(AugmentedSettings)})
         self.options |= {"alpha": settings.divergence_weight, "gamma": None}

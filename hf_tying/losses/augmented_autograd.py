@@ -1,5 +1,8 @@
 """The augmented loss for autograd: gradients are made in the forward pass, and returned once in the backward pass."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from .arithmetic import compute_dtypes
@@ -11,20 +14,38 @@ from .pending_gradients import Gradients, PendingGradients, counted_positions, f
 
 
 def augmented_path(
-    hidden, weight, labels, bias, embedding, settings: AugmentedSettings, options: CrossEntropyOptions, memory_budget
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None,
+    embedding: torch.Tensor | None,
+    settings: AugmentedSettings,
+    options: CrossEntropyOptions,
+    memory_budget: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The augmented loss and its cross entropy by this package's own walk; the arguments have been checked."""
-    budget = default_budget(*weight.shape, weight.element_size()) if memory_budget is None else memory_budget
+    budget = default_budget(*weight.shape, itemsize=weight.element_size()) if memory_budget is None else memory_budget
     return _TiedAugmentedLoss.apply(
         hidden, weight, bias, embedding, labels, settings, options, budget, torch.is_grad_enabled()
     )
 
 
 class _TiedAugmentedLoss(torch.autograd.Function):
-    """(total, cross entropy), the second without a gradient."""
+    """Autograd function of (total, cross entropy), the second without a gradient."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, embedding, labels, settings, options, budget, differentiable):
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        embedding: torch.Tensor | None,
+        labels: torch.Tensor,
+        settings: AugmentedSettings,
+        options: CrossEntropyOptions,
+        budget: int,
+        differentiable: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         wanted = ctx.needs_input_grad[:4] if differentiable else (False,) * 4
         total, cross_entropy, pending = _compute(
             hidden, weight, bias, embedding, labels, settings, options, budget, wanted
@@ -34,7 +55,7 @@ class _TiedAugmentedLoss(torch.autograd.Function):
         return total, cross_entropy
 
     @staticmethod
-    def backward(ctx, upstream, _):
+    def backward(ctx: Any, upstream: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         refuse_double_backward("augmented_loss", "hf_tying.losses.augmented.reference_augmented_loss", upstream)
         pending, ctx.pending = ctx.pending, None
         if pending is None:
@@ -48,7 +69,15 @@ class _TiedAugmentedLoss(torch.autograd.Function):
 
 
 def _compute(
-    hidden, weight, bias, embedding, labels, settings: AugmentedSettings, options: CrossEntropyOptions, budget, wanted
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    embedding: torch.Tensor | None,
+    labels: torch.Tensor,
+    settings: AugmentedSettings,
+    options: CrossEntropyOptions,
+    budget: int,
+    wanted: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, PendingGradients]:
     """The total, the cross entropy, and gradients of the total if `wanted` (of hidden, weight, bias, embedding)."""
     labels = labels.reshape(-1)
@@ -58,7 +87,7 @@ def _compute(
         flat, labels = flat[positions], labels[positions]
     products, exact = compute_dtypes(hidden, weight)
     share = 1.0 / _items(options, labels, exact)
-    # Gradients are made with the share of a position, except where what is so small would vanish: half way then.
+    # Gradients are made with the share of a position, except in float16, where such small numbers would vanish.
     unit = max(len(labels), 1) ** -0.5 if products == torch.float16 else share
     with torch.autocast(hidden.device.type, enabled=False):
         gradients = _allocate(flat, weight, bias, embedding, wanted, exact)
@@ -85,7 +114,7 @@ def _compute(
 
 
 def _items(options: CrossEntropyOptions, labels: torch.Tensor, exact: torch.dtype) -> float | torch.Tensor:
-    """What the sum over `labels`, all of which count, is divided by, not 0."""
+    """Divisor of the sum over `labels`, all of which count. It is not 0."""
     count = 1 if options.reduction == "sum" else options.num_items_in_batch
     if isinstance(count, torch.Tensor):
         count = count.to(labels.device, exact)
@@ -93,11 +122,18 @@ def _items(options: CrossEntropyOptions, labels: torch.Tensor, exact: torch.dtyp
     return (len(labels) if count is None else count) or 1
 
 
-def _allocate(hidden, weight, bias, embedding, wanted, exact: torch.dtype) -> Gradients:
+def _allocate(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    embedding: torch.Tensor | None,
+    wanted: Sequence[bool],
+    exact: torch.dtype,
+) -> Gradients:
     """Zeros for the gradients that are `wanted`; not in float16, whose range is too small before they are finished."""
 
-    def zeros(tensor, wanted: bool, dtype: torch.dtype | None = None) -> torch.Tensor | None:
-        if not wanted:
+    def zeros(tensor: torch.Tensor | None, wanted: bool, dtype: torch.dtype | None = None) -> torch.Tensor | None:
+        if tensor is None or not wanted:
             return None
         dtype = dtype or (exact if tensor.dtype == torch.float16 else tensor.dtype)
         return torch.zeros(tensor.shape, dtype=dtype, device=tensor.device)

@@ -19,7 +19,8 @@ from .chunks import plan_chunks, targets_by_block
 from .options import AugmentedSettings
 from .pending_gradients import Gradients
 
-# Blocks at work at once: products, logits, probabilities and targets of the positions, and those of the labels.
+# Number of blocks in memory at once: products, logits, probabilities and targets of the positions, and those of the
+# labels.
 _BLOCKS = 8
 
 
@@ -28,13 +29,13 @@ class AugmentedSoftmax:
     """Cross entropy and divergence of N positions over V words.
 
     Attributes:
-        hidden: (N, D), in any floating-point dtype.
-        weight: (V, D), in any floating-point dtype.
-        bias: (V,), or `None`; of the cross entropy alone.
-        embedding: (V, any width), the matrix of the target; `None`: `weight`.
-        labels: (N,), int64, N of 1 or more, all of them words.
-        settings: which loss it is.
-        scale: of the logits.
+        hidden: hidden states, (N, D), in any floating-point dtype.
+        weight: softmax matrix, (V, D), in any floating-point dtype.
+        bias: bias of the cross entropy alone, (V,), or `None`.
+        embedding: matrix of the target, (V, any width); `None`: `weight`.
+        labels: labels, (N,), int64, N of 1 or more, all of them words.
+        settings: settings of the loss.
+        scale: factor of the logits.
         products: dtype of the matrix products.
         exact: dtype of losses and sums: float32, or float64 for float64 tensors.
     """
@@ -56,17 +57,17 @@ def augmented_sums(
     """The sums over all positions of cross entropy and divergence, neither of them weighted, in the exact dtype.
 
     Args:
-        problem: what is computed.
-        gradients: of zeros; filled with those of the weighted sum of both, times `unit`.
+        problem: the loss to compute.
+        gradients: zeros, to be filled with the gradients of the weighted sum of both, times `unit`.
         unit: factor of the gradients.
         budget: bytes for blocks at work and kept products.
     """
     itemsize, exact = problem.weight.element_size(), problem.exact
     blocks = plan_chunks(
         *problem.hidden.shape,
-        len(problem.weight),
-        itemsize,
-        exact.itemsize,
+        vocabulary=len(problem.weight),
+        itemsize=itemsize,
+        exact_itemsize=exact.itemsize,
         budget=2 * budget // _BLOCKS,
         gradients=False,
         matrix_gradient=False,
@@ -84,7 +85,7 @@ def augmented_sums(
 class _LogSumExp:
     """The log-sum-exp of each column of a matrix that comes in blocks of rows, and means under its softmax."""
 
-    def __init__(self, columns: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, columns: int, dtype: torch.dtype, device: torch.device) -> None:
         self.largest = torch.full((columns,), -torch.inf, dtype=dtype, device=device)
         self.sum, self.weighted = torch.zeros_like(self.largest), torch.zeros_like(self.largest)
 
@@ -117,10 +118,12 @@ class _LogSumExp:
 class _Products:
     """Matrix products of blocks of rows with a few columns, in the exact dtype; kept while there is room for them."""
 
-    def __init__(self, exact: torch.dtype, room: int):
+    def __init__(self, exact: torch.dtype, room: int) -> None:
         self.exact, self.room, self.kept = exact, room, {}
 
-    def __call__(self, name: str, words: slice, matrix: torch.Tensor, columns: torch.Tensor, again: bool = True):
+    def __call__(
+        self, name: str, words: slice, matrix: torch.Tensor, columns: torch.Tensor, again: bool = True
+    ) -> torch.Tensor:
         """`matrix @ columns.T`, not to be written to. `again`: whether the second pass will ask for it."""
         key = name, words.start
         if key in self.kept:
@@ -135,14 +138,14 @@ class _Products:
 
 @dataclass
 class _DifferentLabels:
-    """What the divergence needs of the K different labels of the batch.
+    """The K different labels of the batch, with their vectors and hidden states.
 
     Attributes:
-        words: (K,), the labels in rising order.
-        place: (N,), the index in `words` of each position's label.
-        counts: (K,), how many positions have it, in the exact dtype.
-        vectors: (K, any width), their rows of the target's matrix, in the dtype of the products.
-        means: (K, D), of the hidden states from which each is predicted, in the dtype of the products.
+        words: labels in rising order, (K,).
+        place: index in `words` of each position's label, (N,).
+        counts: number of positions with each label, (K,), in the exact dtype.
+        vectors: rows of the target's matrix, (K, any width), in the dtype of the products.
+        means: mean of the hidden states from which each label is predicted, (K, D), in the dtype of the products.
     """
 
     words: torch.Tensor
@@ -167,7 +170,7 @@ class _Walk:
 
     def __init__(
         self, problem: AugmentedSoftmax, gradients: Gradients, blocks: tuple[slice, ...], products: _Products
-    ):
+    ) -> None:
         self.problem, self.gradients, self.blocks, self.products = problem, gradients, blocks, products
         self.scale, self.temperature = problem.scale, problem.settings.temperature
         self.alpha = problem.settings.divergence_weight
@@ -253,11 +256,11 @@ class _Walk:
         return (products + self.bias[words]).mul_(self.scale), products
 
     def _u(self, words: slice, inputs: torch.Tensor) -> torch.Tensor:
-        """u / tau."""
+        """Logits of the target distribution: `u / tau`."""
         return self.products("vectors", words, inputs, self.different.vectors) / self.temperature
 
     def _x(self, u: torch.Tensor, words: slice, softmax: torch.Tensor) -> torch.Tensor:
-        """(u - mean of a) / tau."""
+        """Logits of the target minus the mean of those of the model: `(u - mean of a) / tau`."""
         means = self.products("means", words, softmax, self.different.means, again=self.into_embedding is not None)
         return torch.sub(u, means, alpha=self.scale / self.temperature)
 

@@ -1,6 +1,8 @@
 """The tied softmax for autograd: gradients are made in the forward pass, and returned once in the backward pass."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -14,10 +16,15 @@ from .walk import cross_entropy
 
 
 def tied_path(
-    hidden, weight, labels, bias, options: CrossEntropyOptions, memory_budget: int | None = None
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None,
+    options: CrossEntropyOptions,
+    memory_budget: int | None = None,
 ) -> torch.Tensor:
     """The loss by this package's own walk over the vocabulary; the arguments have been checked (`check_operands`)."""
-    budget = default_budget(*weight.shape, weight.element_size()) if memory_budget is None else memory_budget
+    budget = default_budget(*weight.shape, itemsize=weight.element_size()) if memory_budget is None else memory_budget
     call = _Call(options, budget, labels, torch.is_grad_enabled())
     return _TiedCrossEntropy.apply(hidden, weight, bias, call)
 
@@ -30,24 +37,28 @@ class _Call:
     differentiable: bool
 
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
-        """What is read of it that somebody may write to: labels, class weights, and a number of items on a device."""
+        """The tensors of the call that others may write to: labels, class weights, and a number of items."""
         items = self.options.num_items_in_batch
         return self.labels, self.options.class_weight, items if isinstance(items, torch.Tensor) else None
 
-    def with_tensors(self, labels, class_weight, items) -> "_Call":
-        """The same with these in their places."""
-        items = self.options.num_items_in_batch if items is None else items
-        options = replace(self.options, class_weight=class_weight, num_items_in_batch=items)
+    def with_tensors(
+        self, labels: torch.Tensor, class_weight: torch.Tensor | None, items: torch.Tensor | None
+    ) -> "_Call":
+        """Copy the call with other tensors."""
+        count = self.options.num_items_in_batch if items is None else items
+        options = replace(self.options, class_weight=class_weight, num_items_in_batch=count)
         return replace(self, labels=labels, options=options)
 
 
 class _TiedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, call: _Call):
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: _Call
+    ) -> torch.Tensor:
         wanted = ctx.needs_input_grad[:3] if call.differentiable else (False, False, False)
         ctx.call, ctx.wanted, ctx.weight, ctx.pending = call, wanted, weight, None
-        # A float16 gradient cannot be multiplied afterwards by what the backward pass brings (a loss scale): by then
-        # it would have overflowed, or be 0.
+        # A float16 gradient cannot be multiplied afterwards by the upstream gradient (a loss scale): before that it
+        # would overflow, or be 0.
         ctx.in_backward = call.options.reduction == "none" or wanted[1] and weight.dtype == torch.float16
         if ctx.in_backward:
             ctx.save_for_backward(hidden, weight, bias, *call.tensors())
@@ -58,32 +69,37 @@ class _TiedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         refuse_double_backward("tied_cross_entropy", "hf_tying.losses.reference_cross_entropy", upstream)
         tolerance = 2 * torch.finfo(upstream.dtype).eps
+        factor: torch.Tensor | None = upstream
         if ctx.in_backward:
             hidden, weight, bias, *read = ctx.saved_tensors
             _, pending = _compute(hidden, weight, bias, ctx.call.with_tensors(*read), ctx.wanted, upstream=upstream)
-            upstream = None
+            factor = None
         else:
             pending, ctx.pending = ctx.pending, None
         if pending is None:
             raise second_backward(
                 "tied_cross_entropy", ", or use reduction='none', which makes them in the backward pass"
             )
-        hidden, weight, bias, _ = finish_gradients(pending, upstream, tolerance)
+        hidden, weight, bias, _ = finish_gradients(pending, factor, tolerance)
         if weight is not None:
             weight = accumulate_or_claim(ctx.weight, weight)
         return hidden, weight, bias, None
 
 
 def _compute(
-    hidden, weight, bias, call: _Call, wanted, upstream: torch.Tensor | None = None
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    call: _Call,
+    wanted: Sequence[bool],
+    upstream: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, PendingGradients]:
     """The loss, and its gradients if `wanted` (of hidden, weight, bias).
 
-    Args:
-        upstream: what the backward pass brings, where gradients are made there.
+    The gradients are multiplied by `upstream`, where they are made in the backward pass, which gives it.
     """
     options, labels = call.options, call.labels.reshape(-1)
     positions = counted_positions(labels, options.ignore_index)
@@ -100,7 +116,7 @@ def _compute(
                 upstream = upstream[positions]
             softmax.factor = softmax.factor * upstream * (share / options.upstream)
         elif products == torch.float16:
-            # What is as small as 1 / number of tokens vanishes in it, and a sum over them overflows: half way.
+            # Numbers as small as 1 / number of tokens vanish in float16, and a sum over them overflows: take the root.
             half_way = max(len(labels), 1) ** 0.5
             rest = half_way * share
             softmax.factor = softmax.factor / half_way
@@ -109,9 +125,9 @@ def _compute(
         gradients = _allocate(softmax, wanted)
         plan = plan_chunks(
             *softmax.hidden.shape,
-            len(weight),
-            weight.element_size(),
-            exact.itemsize,
+            vocabulary=len(weight),
+            itemsize=weight.element_size(),
+            exact_itemsize=exact.itemsize,
             budget=call.budget,
             gradients=bool(gradients),
             matrix_gradient=gradients.weight is not None,
@@ -131,7 +147,12 @@ def _compute(
 
 
 def _softmax(
-    hidden, weight, bias, labels, options: CrossEntropyOptions, exact: torch.dtype
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    options: CrossEntropyOptions,
+    exact: torch.dtype,
 ) -> tuple[Softmax, float | torch.Tensor]:
     """The problem in the exact dtype, and what each token's loss is multiplied by for its gradient."""
     ones = torch.ones(len(labels), dtype=exact, device=hidden.device)
@@ -163,7 +184,7 @@ def _softmax(
     return softmax, share
 
 
-def _allocate(softmax: Softmax, wanted) -> Gradients:
+def _allocate(softmax: Softmax, wanted: Sequence[bool]) -> Gradients:
     hidden, weight, exact = softmax.hidden, softmax.weight, softmax.exact
     make = torch.empty if len(hidden) else torch.zeros
     return Gradients(

@@ -1,4 +1,4 @@
-"""Who computes the loss: this package's own walk, or an installed kernel library where it computes the same.
+"""Backends of the loss: this package's own walk, or an installed kernel library that computes the same.
 
 - `"torch"`: the own path (`autograd.tied_path`), on every device, with every option.
 - `"auto"`: the own path too. What that rests on, to be changed with new measurements:
@@ -39,16 +39,19 @@ _LIBRARIES = {library.backend: library for library in (LIGER, CCE)}
 
 
 def choose_backend(
-    backend: str, hidden: torch.Tensor, weight: torch.Tensor, bias, options: CrossEntropyOptions
+    backend: str, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, options: CrossEntropyOptions
 ) -> Callable:
-    """What computes this loss: a function of (hidden, weight, labels, bias, options, memory_budget).
+    """The function of (hidden, weight, labels, bias, options, memory_budget) that computes this loss.
 
     Args:
         backend: one of `BACKENDS`.
-        hidden, weight, bias, options: as they will be given to it, checked (`check_operands`).
+        hidden: hidden states of the loss, checked (`check_operands`), as are the following.
+        weight: softmax matrix of the loss.
+        bias: bias of the loss.
+        options: options of the loss.
 
     Raises:
-        ValueError: for an unknown name, and for what a library cannot do, or does otherwise than
+        ValueError: for an unknown name, and for options that a library lacks or computes otherwise than
             `reference_cross_entropy`.
         ImportError: when the library is not installed, or is too old.
         RuntimeError: for tensors that are not on a GPU.
@@ -60,7 +63,13 @@ def choose_backend(
     return _library_path(_LIBRARIES[backend], hidden, weight, bias, options)
 
 
-def _library_path(library: KernelLibrary, hidden, weight, bias, options: CrossEntropyOptions) -> Callable:
+def _library_path(
+    library: KernelLibrary,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    options: CrossEntropyOptions,
+) -> Callable:
     backend = library.backend
     if find_spec(library.module.partition(".")[0]) is None:
         raise ImportError(

@@ -16,12 +16,17 @@ from .kernel_libraries import (
 )
 from .options import CrossEntropyOptions
 
-# The most words that one block of its kernels takes.
+# Largest number of words in a block of its kernels.
 _MOST_WORDS = 256
 
 
 def _compute(
-    hidden, weight, labels, bias, options: CrossEntropyOptions, memory_budget: int | None = None
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None,
+    options: CrossEntropyOptions,
+    memory_budget: int | None = None,
 ) -> torch.Tensor:
     if not any_label_counts(labels, options):
         return tied_path(hidden, weight, labels, bias, options, memory_budget)
@@ -34,7 +39,7 @@ def _compute(
             flat,
             ignore_index=options.ignore_index,
             softcap=None if options.logit_softcap is None else float(options.logit_softcap),
-            # Never its mean: that is NaN or not the one that is asked for, and the division costs nothing here.
+            # Never its mean, which can be NaN or another mean. The division costs nothing here.
             reduction="sum" if options.reduction != "none" and classes is None else "none",
             # No gradient is filtered out by its size, and both gradients are summed in float32.
             impl="cce_exact",
@@ -48,7 +53,9 @@ def _compute(
     return mean_of_sum(loss, labels, options) if options.reduction == "mean" else loss
 
 
-def _refusals(hidden, weight, bias, options: CrossEntropyOptions) -> Iterator[str]:
+def _refusals(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, options: CrossEntropyOptions
+) -> Iterator[str]:
     yield from float64_refusal(hidden, weight)
     if bias is not None:
         yield "bias (25.6.4 counts it once for every 256 columns of the matrix)"
@@ -56,7 +63,7 @@ def _refusals(hidden, weight, bias, options: CrossEntropyOptions) -> Iterator[st
         yield "label_smoothing (it has none)"
     if options.logit_softcap is not None and len(weight) % _MOST_WORDS:
         yield (
-            f"logit_softcap and {len(weight)} words, no multiple of {_MOST_WORDS} (where the last block ends after "
+            f"logit_softcap and {len(weight)} words, not a multiple of {_MOST_WORDS} (where the last block ends after "
             "the vocabulary, its kernel caps the absent logits from minus infinity to -logit_softcap, and counts them)"
         )
 

@@ -1,11 +1,13 @@
-"""How a softmax of N tokens over V words is cut: which tokens and which words at a time, and what is kept in between.
+"""The cut of a softmax of N tokens over V words into chunks of tokens and blocks of words, and what is kept between.
 
 The smallest chunk of tokens decides how fast the matrix products run, and how often the gradient of the matrix is read
 and written: a few rows at a time are several times slower than some hundred. The words of a block decide how much of
 the work on logits stays in the cache. Both follow from the shape, the dtype and a budget of bytes.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from math import isqrt
 
 import torch
 
@@ -20,10 +22,13 @@ _NARROWEST, _WIDEST = 128, 8192
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """`tokens` are walked one after the other, each over all `blocks` of words, twice where there are gradients.
+    """The order of a walk: each chunk of tokens over all blocks of words, twice where there are gradients.
 
-    `buffer` is the room for values between the two passes, in elements of the matrix's dtype. Beside it the first
-    chunk of tokens has the memory of the matrix's own gradient, where nothing is written yet.
+    Attributes:
+        tokens: chunks of tokens.
+        blocks: blocks of words.
+        buffer: room for values between the two passes, in elements of the matrix's dtype. The first chunk of tokens
+            also has the memory of the matrix's own gradient, which is not written yet.
     """
 
     tokens: tuple[slice, ...]
@@ -32,7 +37,7 @@ class ChunkPlan:
 
     @property
     def longest_block(self) -> int:
-        """Values in the largest block."""
+        """Number of values in the largest block."""
         return _longest(self.tokens) * _longest(self.blocks)
 
 
@@ -53,14 +58,16 @@ def plan_chunks(
     written once, from all tokens, and values that do not fit are computed twice.
 
     Args:
-        tokens, width, vocabulary: N, D and V.
+        tokens: number N of tokens.
+        width: width D of the hidden states.
+        vocabulary: number V of words.
         itemsize: bytes of an element of the matrix, in whose dtype values are kept.
         exact_itemsize: bytes of an element of the block at work.
-        budget: bytes for all that is alive beside the gradients of the matrix and of the hidden states.
-        gradients: whether there is a second pass at all.
+        budget: bytes for all memory beside the gradients of the matrix and of the hidden states.
+        gradients: whether there is a second pass.
         matrix_gradient: whether the matrix is trained.
         accumulates: whether its gradient may be summed over chunks of tokens.
-        device: `"cpu"`, `"cuda"`, ...
+        device: type of the device: `"cpu"`, `"cuda"`, ...
     """
     at_work = min(_AT_WORK.get(device, _AT_WORK_ELSEWHERE), max(budget // 2, 1))
     most = max(at_work // (_NARROWEST * exact_itemsize), 1)
@@ -84,7 +91,7 @@ def plan_chunks(
         return 0 if matrix_gradient and rows <= width else max(rows * vocabulary - borrowed, 0)
 
     chunks = _even(0, tokens, max(tokens, 1))
-    extra = width if matrix_gradient else 0  # what the gradient's memory holds of the first chunk
+    extra = width if matrix_gradient else 0  # rows of the first chunk in the memory of the gradient
     copies = 3 * width * exact_itemsize
     later = (budget - at_work - extra * copies) // (vocabulary * itemsize + copies)
     if accumulates and missing(tokens) > room(tokens) and later >= FEWEST_ROWS:
@@ -94,11 +101,27 @@ def plan_chunks(
     return ChunkPlan(chunks, blocks, min(room(_longest(chunks)), needed))
 
 
-def targets_by_block(labels: torch.Tensor, blocks: tuple[slice, ...]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Where the targets are in each block of a (V, N) matrix.
+def plan_tiles(tokens: int, vocabulary: int, itemsize: int, device: str, block_bytes: int | None = None) -> ChunkPlan:
+    """Cut a softmax into tiles about as high as wide, each computed once in a pass: the shape of the fastest products.
 
     Args:
-        labels: (N,), int64, the target of each column.
+        tokens: N.
+        vocabulary: V.
+        itemsize: bytes of an element of a tile.
+        device: `"cpu"`, `"cuda"`, ...
+        block_bytes: most bytes of a tile. Default: by the device, as for the blocks of `plan_chunks`.
+    """
+    values = max((block_bytes or _AT_WORK.get(device, _AT_WORK_ELSEWHERE)) // itemsize, 1)
+    rows = max(min(tokens, isqrt(values)), 1)
+    columns = min(max(values // rows, 1), vocabulary)
+    return ChunkPlan(_even(0, tokens, max(values // columns, 1)), _even(0, vocabulary, columns))
+
+
+def targets_by_block(labels: torch.Tensor, blocks: tuple[slice, ...]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Find the targets in each block of a (V, N) matrix.
+
+    Args:
+        labels: target of each column, (N,), int64.
         blocks: slices of the rows, one after the other.
 
     Returns:
@@ -125,5 +148,5 @@ def _columns(rows: int, vocabulary: int, values: int) -> int:
     return min(max(values // max(rows, 1), _NARROWEST), _WIDEST, vocabulary)
 
 
-def _longest(slices) -> int:
+def _longest(slices: Iterable[slice]) -> int:
     return max((part.stop - part.start for part in slices), default=0)

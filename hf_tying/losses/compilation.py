@@ -3,11 +3,15 @@
 import sys
 from collections.abc import Callable
 from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 
+Params = ParamSpec("Params")
+Result = TypeVar("Result")
 
-def untraced(function: Callable) -> Callable:
+
+def untraced(function: Callable[Params, Result]) -> Callable[Params, Result]:
     """Decorator: `torch.compile` runs `function` as it is, with all that it calls, between two graphs.
 
     That is what `torch.compiler.disable` does. It imports the whole compiler, though, so it is called only where the
@@ -15,9 +19,9 @@ def untraced(function: Callable) -> Callable:
     """
 
     @wraps(function)
-    def run(*args, **kwargs):
+    def run(*args: Params.args, **kwargs: Params.kwargs) -> Result:
         if "torch._dynamo" not in sys.modules:
             return function(*args, **kwargs)
-        return torch.compiler.disable(function)(*args, **kwargs)
+        return torch.compiler.disable(function)(*args, **kwargs)  # pyright: ignore[reportCallIssue]
 
     return run

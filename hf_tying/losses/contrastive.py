@@ -1,7 +1,7 @@
 """`contrastive_weight_tying_loss` (CWT): the words of the batch stand in for the vocabulary."""
 
 import logging
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,10 +28,10 @@ def contrastive_weight_tying_loss(
     gather: bool = False,
     ignore_index: int = -100,
     reduction: str = "mean",
-    num_items_in_batch: int | torch.Tensor | None = None,
+    num_items_in_batch: float | torch.Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """Tell each position's word from the other words of the batch, by the input embeddings; no vocabulary projection.
+    """Contrastive loss (CWT): each position's word against the other words of the batch, by their input embeddings.
 
     The rows of the candidates are looked up by `tied_embedding`, so that in a model that reads with `weight` its
     gradient is one buffer, and the products are those of a `tied_cross_entropy` over these rows alone: K positions by
@@ -39,35 +39,37 @@ def contrastive_weight_tying_loss(
     objective counts it n times, log n is added to its product, which is the same sum of exponentials.
 
     Args:
-        hidden: (..., D), floating point; no shift is made: `hidden[i]` predicts `labels[i]`.
-        weight: (V, D), the embedding; of the dtype of `hidden`, or any under autocast.
-        labels: hidden.shape[:-1], int64: words from 0 to V - 1, or `ignore_index`. In a masked language model only
-            masked positions count.
-        negatives: what each position's word is told from.
-            `"batch"`, the paper's and the default: the words of all positions that count, each as often as it stands
-            there, so also the position's own word where it stands elsewhere. A word that is there n times cannot have
-            a loss below log n.
+        hidden: hidden states, (..., D), floating point. No shift is made: `hidden[i]` predicts `labels[i]`.
+        weight: input embedding, (V, D), of the dtype of `hidden`, or of any dtype under autocast.
+        labels: labels, hidden.shape[:-1], int64: words from 0 to V - 1, or `ignore_index`. In a masked language model
+            only masked positions count.
+        negatives: words that each position's word is compared with.
+            `"batch"`, the choice of the paper and the default: the words of all positions that count, each as often as
+            it occurs, including other occurrences of the position's own word. A word that occurs n times cannot have a
+            loss below log n.
             `"unique"`: each different word of the batch once.
             `"sampled"`: each different word of the batch once, and `num_sampled` more, drawn uniformly and without
             replacement among the words that are not in the batch. No word is its own negative.
-        num_sampled: how many, for `"sampled"` only; fewer where the vocabulary has not so many others.
-        temperature: products are divided by it. Default 1. It may be learned: a tensor of one element gets its
+        num_sampled: number of sampled words, for `"sampled"` only. Fewer where the vocabulary has fewer others.
+        temperature: divisor of the products. Default 1. It may be learned: a tensor of one element gets its
             gradient.
-        stop_gradient: no gradient into the rows of `weight` from here: they learn as inputs alone. Default `False`.
-        gather: the words of all processes are candidates. Only their ids are exchanged: `weight` is the same in all
-            processes, as it is under DistributedDataParallel, and each adds its own positions' gradient to every row.
-            So the mean over processes that DDP takes is the gradient of one process with the whole batch. Every
-            process must call this as often as the others; how many positions count may differ. Without a process
-            group, or in a group of one, nothing is done. `"sampled"` words are each process's own.
-        ignore_index: labels of this value count for nothing. Default -100, as everywhere in transformers.
+        stop_gradient: whether the rows of `weight` get no gradient from this loss, and learn as inputs alone. Default
+            `False`.
+        gather: whether the words of all processes are candidates. Default `False`. Only their ids are exchanged:
+            `weight` is the same in all processes, as it is under DistributedDataParallel, and each adds its own
+            positions' gradient to every row. So the mean over processes that DDP takes is the gradient of one process
+            with the whole batch. Every process must call this as often as the others; how many positions count may
+            differ. Without a process group, or in a group of one, nothing is done. `"sampled"` words are each
+            process's own.
+        ignore_index: value of labels that are left out. Default -100, as everywhere in transformers.
         reduction: `"mean"` over the positions that count, or `"sum"`. With `gather` the mean is the sum of the own
             losses by the mean number of positions in a process: its mean over processes is that over all positions.
-        num_items_in_batch: with `"mean"`, what to divide the sum by instead, as `Trainer` gives it.
-        generator: of the samples; default torch's own of the device.
+        num_items_in_batch: divisor of the sum for `"mean"`, as `Trainer` gives it. Default `None`.
+        generator: generator of the samples. Default: torch's own of the device.
 
     Returns:
         A scalar; float32, or float64 for float64 inputs. 0, with a gradient of zero, where no position counts, or one
-        alone; the log tells of it once.
+        alone; that is logged once.
 
     Raises:
         IndexError: for a label outside the vocabulary.
@@ -96,16 +98,16 @@ def contrastive_weight_tying_loss(
         )
     if len(own) == 0:
         exact = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
-        nothing = sum(torch.as_tensor(x).reshape(-1)[:0].sum() for x in (hidden, weight, temperature))
-        return nothing.to(exact)
+        nothing = (torch.as_tensor(x).reshape(-1)[:0].sum() for x in (hidden, weight, temperature))
+        return sum(nothing, torch.zeros((), dtype=exact, device=hidden.device)).to(exact)
     rows = tied_embedding(candidates.words, weight.detach() if stop_gradient else weight)
     targets = torch.searchsorted(candidates.words[: candidates.of_batch], own)
-    items = num_items_in_batch
+    items: float | torch.Tensor | None = num_items_in_batch
     if reduction == "mean" and items is None:
-        items = batch.shape[0] / processes  # a number that torch.jit.trace does not take for a constant, as of `len`
+        items = batch.shape[0] / processes  # unlike `len`, not a constant for torch.jit.trace
     options = CrossEntropyOptions(reduction=reduction, num_items_in_batch=items, logit_scale=1 / temperature)
     log_counts = bias = None
-    if negatives == "batch":  # each as often as it is there; the bias is divided by the temperature too
+    if negatives == "batch":  # each as often as it occurs; the bias is divided by the temperature, too
         log_counts = candidates.counts.to(torch.float64 if rows.dtype == torch.float64 else torch.float32).log()
         bias = temperature * log_counts
     labels = torch.full_like(counted, -100, dtype=torch.int64).masked_scatter(counted, targets)
@@ -120,10 +122,10 @@ def contrastive_weight_tying_loss(
 
 
 class ContrastiveWeightTyingLoss(LossModule):
-    """`contrastive_weight_tying_loss` as a module: the options once, the tensors at each call.
+    """`contrastive_weight_tying_loss` as a module: it is made with the options, and called with the tensors.
 
-    Args: the keywords of `contrastive_weight_tying_loss`, except `num_items_in_batch` and `generator`, which are given
-        at the call.
+    The arguments are the keywords of `contrastive_weight_tying_loss` except `num_items_in_batch` and `generator`,
+    which are given at the call.
 
     Example:
         >>> loss = ContrastiveWeightTyingLoss(negatives="unique")(hidden, embedding.weight, labels)
@@ -132,13 +134,13 @@ class ContrastiveWeightTyingLoss(LossModule):
     function = staticmethod(contrastive_weight_tying_loss)
     at_call = ("num_items_in_batch", "generator")
 
-    def __init__(self, *args, **options):
+    def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         check_options(*(self.options[name] for name in ("negatives", "num_sampled", "temperature")))
 
 
-def check_options(negatives: str, num_sampled: int | None, temperature: float) -> None:
-    """Refuse what is wrong without any tensor being seen.
+def check_options(negatives: str, num_sampled: int | None, temperature: float | torch.Tensor) -> None:
+    """Refuse wrong options before any tensor is seen.
 
     Raises:
         ValueError: see `contrastive_weight_tying_loss`.
@@ -160,16 +162,19 @@ _warned: list[str] = []
 
 
 def _warn_once(message: str) -> None:
-    """The first of the messages with their numbers; the others say the same of other batches."""
+    """Log only the first message; the others say the same about other batches."""
     if not _warned:
         _warned.append(message)
         logger.warning(message)
 
 
 class _Candidates(NamedTuple):
-    """`words`: ids of the rows to multiply by: the batch's, `of_batch` of them in rising order, then samples.
+    """The words that each position is compared with.
 
-    `counts`: how often each of the batch's words is there.
+    Attributes:
+        words: ids of the rows to multiply by: those of the batch in rising order, then samples.
+        of_batch: number of words of the batch.
+        counts: number of occurrences of each word of the batch.
     """
 
     words: torch.Tensor
@@ -177,7 +182,9 @@ class _Candidates(NamedTuple):
     counts: torch.Tensor
 
 
-def _candidates(batch: torch.Tensor, vocabulary: int, negatives: str, num_sampled: int, generator) -> _Candidates:
+def _candidates(
+    batch: torch.Tensor, vocabulary: int, negatives: str, num_sampled: int, generator: torch.Generator | None
+) -> _Candidates:
     words, counts = batch.unique(return_counts=True)
     of_batch = words.shape[0]
     if negatives == "sampled":
@@ -205,7 +212,15 @@ def _of_all_processes(words: torch.Tensor) -> torch.Tensor:
 
 
 def _check(
-    hidden, weight, labels, negatives, num_sampled, temperature, ignore_index, reduction, num_items_in_batch
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    negatives: str,
+    num_sampled: int | None,
+    temperature: float | torch.Tensor,
+    ignore_index: int,
+    reduction: str,
+    num_items_in_batch: float | torch.Tensor | None,
 ) -> None:
     check_options(negatives, num_sampled, temperature)
     if reduction not in ("mean", "sum"):

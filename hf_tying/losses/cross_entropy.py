@@ -19,7 +19,7 @@ def tied_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
-    num_items_in_batch: int | torch.Tensor | None = None,
+    num_items_in_batch: float | torch.Tensor | None = None,
     logit_scale: float | torch.Tensor | None = None,
     logit_softcap: float | None = None,
     class_weight: torch.Tensor | None = None,
@@ -34,25 +34,27 @@ def tied_cross_entropy(
     (`hf_tying.losses.gradient`). Tokens whose label is ignored take part in no matrix product.
 
     Args:
-        hidden: (..., D), floating point; no shift is made: `hidden[i]` predicts `labels[i]`.
-        weight: (V, D), of the dtype of `hidden`, or any under autocast.
-        labels: hidden.shape[:-1], int64: words from 0 to V - 1, or `ignore_index`.
-        bias: (V,), floating point.
-        ignore_index: labels of this value count for nothing. Default -100, as everywhere in transformers.
-        label_smoothing: in [0, 1): this share of the target is spread evenly over all words (Szegedy et al. 2016,
-            section 7), as `torch.nn.functional.cross_entropy` does it. Default 0.
-        reduction: `"mean"` over the labels that count (by their class weights), `"sum"`, or `"none"`: the loss of each
-            token. The last one makes its gradients in the backward pass, and its logits twice.
-        num_items_in_batch: with `"mean"`, what to divide the sum by in place of the labels that count here: how
-            `Trainer` takes a mean over accumulated steps and over processes.
-        logit_scale: a factor of the logits (Cohere; 1 / logits_scaling in Granite). Default 1. It may be learned: a
+        hidden: hidden states, (..., D), floating point. No shift is made: `hidden[i]` predicts `labels[i]`.
+        weight: softmax matrix, (V, D), of the dtype of `hidden`, or of any dtype under autocast.
+        labels: labels, hidden.shape[:-1], int64: words from 0 to V - 1, or `ignore_index`.
+        bias: bias of the softmax, (V,), floating point. Default `None`.
+        ignore_index: value of labels that are left out. Default -100, as everywhere in transformers.
+        label_smoothing: share of the target that is spread evenly over all words, in [0, 1) (Szegedy et al. 2016,
+            section 7), as in `torch.nn.functional.cross_entropy`. Default 0.
+        reduction: `"mean"` over the labels that count (by their class weights), `"sum"`, or `"none"` for the loss of
+            each token, which makes its gradients in the backward pass, and its logits twice. Default `"mean"`.
+        num_items_in_batch: divisor of the sum for `"mean"`, in place of the number of labels that count here.
+            `Trainer` gives it for a mean over accumulated steps and over processes. Default `None`.
+        logit_scale: factor of the logits (Cohere; 1 / logits_scaling in Granite). Default 1. It may be learned: a
             tensor of one element gets its gradient.
-        logit_softcap: logits are `cap * tanh(logits / cap)`, after the scale (Gemma 2, equation in section 2).
-        class_weight: (V,), a weight for each label, as in torch.
+        logit_softcap: cap of the logits, which become `cap * tanh(logits / cap)` after the scale (Gemma 2, equation in
+            section 2). Default `None`.
+        class_weight: weight for each label, (V,), as in torch. Default `None`.
         memory_budget: bytes for blocks at work and values kept from the first products to the last, beside the
             gradient. Default: as many as the gradient of `weight` has, from 16 to 64 MiB, or an eighth of it if that
-            is more. A larger one saves computing logits twice where the tokens are many, and nothing where none is.
-        backend: `"torch"`, `"liger"`, `"cce"` (if installed, on a GPU), or `"auto"`, see `hf_tying.losses.backends`.
+            is more. A larger one avoids computing logits twice where the tokens are many.
+        backend: implementation: `"torch"`, `"liger"`, `"cce"` (if installed, on a GPU), or `"auto"`, see
+            `hf_tying.losses.backends`. Default `"auto"`.
 
     Returns:
         A scalar, or for `"none"` a tensor like `labels`; float32, or float64 for float64 inputs. 0 where no label
@@ -78,9 +80,15 @@ def tied_cross_entropy(
 
 @untraced
 def cross_entropy(
-    hidden, weight, labels, bias, options: CrossEntropyOptions, memory_budget: int | None = None, backend: str = "auto"
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None,
+    options: CrossEntropyOptions,
+    memory_budget: int | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
-    """`tied_cross_entropy` with its options in one."""
+    """`tied_cross_entropy` with its options in one object."""
     check_operands(hidden, weight, labels, bias, options)
     hidden, bias, options = with_learned_scale(hidden, bias, options)
     compute = choose_backend(backend, hidden, weight, bias, options)
@@ -90,10 +98,10 @@ def cross_entropy(
 
 
 class TiedCrossEntropy(LossModule):
-    """`tied_cross_entropy` as a module: the options once, the tensors at each call.
+    """`tied_cross_entropy` as a module: it is made with the options, and called with the tensors.
 
-    Args: the keywords of `tied_cross_entropy` except `bias`, `class_weight` and `num_items_in_batch`, which are given
-        at the call.
+    The arguments are the keywords of `tied_cross_entropy` except `bias`, `class_weight` and `num_items_in_batch`,
+    which are given at the call.
 
     Example:
         >>> loss = TiedCrossEntropy(label_smoothing=0.1)(hidden, embedding.weight, labels)

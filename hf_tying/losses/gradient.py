@@ -2,22 +2,23 @@
 
 In a backward pass autograd waits until every use of a matrix has given its gradient, and holds the sum until then. The
 softmax comes first and gives a whole matrix; each embedding then adds a few rows. Left to itself, autograd makes a
-matrix for each of them, and one more for their sum. Here the first use claims the gradient that it returns: it is
-remembered, weakly, and later uses write their rows into it. It stays a gradient like any other. Whoever comes first
-returns it to autograd, and nothing depends on the others: a frozen branch, an embedding used twice or not at all, and
-a recomputation change nothing.
+matrix for each of them, and one more for their sum. Here the first use claims the gradient that it returns: a weak
+reference is kept, and later uses write their rows into it. It stays a gradient like any other. The first use returns
+it to autograd, and does not depend on the others: a frozen branch, an embedding used twice or not at all, and a
+recomputation change nothing.
 
-A claimed gradient is written to under two conditions, which are asked of torch each time: the backward pass is the
-same, and autograd alone holds the tensor. By then autograd may hold a sum that was made elsewhere, or a hook may have
-kept the gradient; then the use at hand returns a gradient of its own. One case cannot be seen: a hook of the loss's
-node makes this gradient the `grad` of another tensor, in a step with one more dense use of the matrix. Such a hook
-must copy it.
+A claimed gradient is written to under two conditions, which are checked each time: the backward pass is the same, and
+only autograd holds the tensor. Otherwise autograd may hold a sum that was made elsewhere, or a hook may have kept the
+gradient, and the present use returns a gradient of its own. One case cannot be detected: a hook of the loss's node
+makes this gradient the `grad` of another tensor, in a step with one more dense use of the matrix. Such a hook must
+copy it.
 """
 
 import sys
 import weakref
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,7 +48,7 @@ def is_plain(tensor: torch.Tensor) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a transform is at work for which the backward functions of this package have no rule.
+    """Whether a transform is active for which the backward functions of this package have no rule.
 
     These are `vmap`, `grad`, `jvp` and the others of `torch.func`, forward-mode AD, and `torch.jit.trace`. Plain torch
     operations have rules for all of them.
@@ -57,7 +58,7 @@ def is_transformed() -> bool:
 
 
 def claim(weight: torch.Tensor, gradient: torch.Tensor) -> None:
-    """In a backward pass: let later uses of `weight` add to `gradient`.
+    """Let later uses of `weight` in this backward pass add to `gradient`.
 
     The caller returns it to autograd for `weight`, and keeps no reference.
     """
@@ -66,7 +67,7 @@ def claim(weight: torch.Tensor, gradient: torch.Tensor) -> None:
 
 
 def claimed_gradient(weight: torch.Tensor) -> torch.Tensor | None:
-    """In a backward pass: the gradient of `weight` that may be added to in place, or `None` if there is none."""
+    """The gradient of `weight` in this backward pass that may be added to in place, or `None` if there is none."""
     entry = _claims.get(weight)
     if entry is None or entry.backward_pass != _PASS() or entry.stream != _stream(weight):
         return None
@@ -104,15 +105,17 @@ def expected_refcounts() -> tuple[int, int, int] | None:
 
 
 class _Probe(torch.autograd.Function):
-    """A use of a matrix: the first in a backward pass claims its gradient, the second counts the references to it."""
+    """Use of a matrix. The first in a backward pass claims its gradient, the second counts the references to it."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, seen):
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, seen: list[tuple[int, int, int]]
+    ) -> torch.Tensor:
         ctx.weight, ctx.seen = weight, seen
         return hidden + weight
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         entry = _claims.get(ctx.weight)
         if entry is None:
             gradient = torch.ones_like(ctx.weight)
@@ -124,17 +127,17 @@ class _Probe(torch.autograd.Function):
 
 
 def _refcounts(gradient: torch.Tensor) -> tuple[int, int, int]:
-    """How many hold the tensor, its memory, and its Python object."""
+    """Numbers of references to the tensor, to its memory, and to its Python object."""
     return _HOLDERS(gradient), _STORAGE_HOLDERS(gradient.untyped_storage()._cdata), sys.getrefcount(gradient)
 
 
 def _stream(weight: torch.Tensor) -> object:
-    """Work on another stream would not wait for what was written on this one."""
+    """The stream on which `weight` is used. Work on another one would not wait for writes on this one."""
     return torch.cuda.current_stream(weight.device) if weight.is_cuda else None
 
 
 def refuse_double_backward(name: str, instead: str, upstream: torch.Tensor) -> None:
-    """In a backward function of `name`: refuse to be differentiated, and to be run for many upstreams at once.
+    """Refuse to differentiate the backward function of `name`, and to run it for many upstreams at once.
 
     Raises:
         RuntimeError: for `create_graph=True`, and for `is_grads_batched=True`.
@@ -149,7 +152,7 @@ def refuse_double_backward(name: str, instead: str, upstream: torch.Tensor) -> N
 
 
 def second_backward(name: str, otherwise: str = "") -> RuntimeError:
-    """The error of a backward pass through `name` whose gradients an earlier one has got."""
+    """The error of a second backward pass through `name`, whose gradients the first has taken."""
     return RuntimeError(
         f"Trying to go backward through {name} a second time: its gradients were made in the forward pass, and given "
         f"out. Compute the loss again{otherwise}."

@@ -1,4 +1,4 @@
-"""What the optional kernel libraries have in common: how one is imported, its operands, and the use of its loss."""
+"""Common parts of the optional kernel libraries: their import, operands, and use of the loss."""
 
 import importlib.metadata
 from collections.abc import Callable, Iterator
@@ -13,15 +13,18 @@ from .options import CrossEntropyOptions
 
 @dataclass(frozen=True)
 class KernelLibrary:
-    """An optional package.
+    """An optional package that computes the loss.
 
     Attributes:
-        backend: its name in `tied_cross_entropy`.
-        package, install: its name on PyPI, and what pip is to be given.
-        module, function: what is called.
-        least, why_not_older: the oldest version that computes the same.
-        refusals: from (hidden, weight, bias, options) to what it does not compute, in words.
-        compute: from (hidden, weight, labels, bias, options, memory_budget) to the loss.
+        backend: name of the backend in `tied_cross_entropy`.
+        package: name on PyPI.
+        install: argument of `pip install`.
+        module: module of the function.
+        function: name of the function that is called.
+        least: oldest version that computes the same.
+        why_not_older: reason against older versions, for the message.
+        refusals: function of (hidden, weight, bias, options) that gives what it does not compute, in words.
+        compute: function of (hidden, weight, labels, bias, options, memory_budget) that gives the loss.
     """
 
     backend: str
@@ -37,7 +40,7 @@ class KernelLibrary:
 
 @cache
 def library_function(library: KernelLibrary) -> Callable:
-    """The library's function, imported now; not before, since that takes seconds and whatever the library needs.
+    """Import the function of a library. It is imported late, since that takes seconds and further packages.
 
     Raises:
         ImportError: when the library is too old.
@@ -56,21 +59,21 @@ def library_function(library: KernelLibrary) -> Callable:
     return getattr(importlib.import_module(library.module), library.function)
 
 
-def float64_refusal(hidden, weight) -> Iterator[str]:
-    """The refusal of float64 tensors, if one of both is one."""
+def float64_refusal(hidden: torch.Tensor, weight: torch.Tensor) -> Iterator[str]:
+    """The refusal of float64 tensors, if one of the two is one."""
     if torch.float64 in (hidden.dtype, weight.dtype):
         yield "float64 tensors (its losses are in float32)"
 
 
 def any_label_counts(labels: torch.Tensor, options: CrossEntropyOptions) -> bool:
-    """Without a label that counts there is nothing to launch a kernel on; the own path has the zeros for that."""
+    """Whether any label counts. If none does, the own path gives the zeros, since a kernel has no work."""
     return bool((labels != options.ignore_index).any())
 
 
 def kernel_operands(
-    hidden, weight, bias, options: CrossEntropyOptions
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, options: CrossEntropyOptions
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(N, D), (V, D) and (V,) in the dtype of the products, the scale of the logits multiplied in."""
+    """The operands, (N, D), (V, D) and (V,), in the dtype of the products, times the scale of the logits."""
     device, products = hidden.device.type, hidden.dtype
     if torch.is_autocast_enabled(device):
         products = torch.get_autocast_dtype(device)
@@ -82,9 +85,11 @@ def kernel_operands(
 
 
 def with_backward_guard(loss: torch.Tensor, backend: str, once: bool) -> torch.Tensor:
-    """`loss`, whose backward pass raises where the library would give wrong gradients without a word.
+    """Make the backward pass of `loss` raise where the library would silently give wrong gradients.
 
     Args:
+        loss: the loss of the library.
+        backend: name of the backend, for the message.
         once: whether a second backward pass raises too.
     """
     name, passes = f"tied_cross_entropy with backend={backend!r}", []

@@ -16,13 +16,18 @@ from .options import CrossEntropyOptions
 
 
 def _compute(
-    hidden, weight, labels, bias, options: CrossEntropyOptions, memory_budget: int | None = None
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None,
+    options: CrossEntropyOptions,
+    memory_budget: int | None = None,
 ) -> torch.Tensor:
     if not any_label_counts(labels, options):
         return tied_path(hidden, weight, labels, bias, options, memory_budget)
     hidden, weight, bias = kernel_operands(hidden, weight, bias, options)
-    # It asks `hidden` alone whether gradients are wanted: without them a frozen body would leave the matrix untrained,
-    # and with them an evaluation pays for a training step.
+    # It makes gradients if and only if `hidden` requires one. Without that, the matrix above a frozen body would not
+    # be trained; with it, an evaluation would cost a training step.
     trained = any(tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias))
     if not (trained and torch.is_grad_enabled()):
         hidden = hidden.detach()
@@ -37,7 +42,7 @@ def _compute(
             weight=weight,
             target=labels.reshape(-1),
             bias=bias,
-            # Its sums over classes are in the dtype that comes in.
+            # Its sums over classes are in the dtype of the weights.
             ce_weight=None if options.class_weight is None else options.class_weight.float(),
             ignore_index=options.ignore_index,
             label_smoothing=float(options.label_smoothing),
@@ -53,7 +58,7 @@ def _compute(
 
 
 def _is_plain_mean(hidden: torch.Tensor, options: CrossEntropyOptions) -> bool:
-    """Whether Liger's own mean will do. It divides the gradient of each logit, which is too small for float16 then."""
+    """Whether Liger's own mean can be used. It divides the gradient of each logit, which is too small for float16."""
     return options.num_items_in_batch is None and options.class_weight is None and hidden.dtype != torch.float16
 
 

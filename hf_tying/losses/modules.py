@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ class LossModule(nn.Module):
     function: Callable[..., torch.Tensor]
     at_call: tuple[str, ...] = ()
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         parameters = inspect.signature(cls.function).parameters
         tensors = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -32,18 +33,19 @@ class LossModule(nn.Module):
             [p.replace(kind=p.POSITIONAL_OR_KEYWORD) for name, p in parameters.items() if name not in cls._arguments]
         )
 
-    def __init__(self, *args, **options):
+    def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__()
         given = type(self).__signature__.bind(*args, **options)
         given.apply_defaults()
         self.options = given.arguments
 
-    def forward(self, *arguments, **keywords) -> torch.Tensor:
-        """Shapes and result as for the function. Its tensors come first, then those of `at_call`, in that order."""
+    def forward(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        """Compute the loss. The arguments are the tensors of the function, then those of `at_call`, in that order."""
         if len(arguments) > len(self._arguments):
             raise TypeError(f"Expected at most {len(self._arguments)} arguments, {self._arguments}: got more.")
         given = dict(zip(self._arguments, arguments, strict=False))
         return self.function(**given, **keywords, **self.options)
 
     def extra_repr(self) -> str:
+        """The options, for `repr`."""
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items() if value is not None)

@@ -1,6 +1,7 @@
-"""What a loss computes, and what it refuses."""
+"""Options and operands of the losses, and the checks of both."""
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -15,27 +16,27 @@ GAMMA = 0.5
 class CrossEntropyOptions:
     """The keywords of `tied_cross_entropy` that say what is computed.
 
-    `upstream` is the factor by which the backward pass will probably multiply. It is known beforehand where a sum is
-    divided outside (`ForCausalLMLoss`). Gradients are made with it; any other factor costs one more pass over them.
+    `upstream` is the expected factor of the backward pass. It is known beforehand where a sum is divided outside
+    (`ForCausalLMLoss`). Gradients are made with it; any other factor costs one more pass over them.
     """
 
     ignore_index: int = -100
     label_smoothing: float = 0.0
     reduction: str = "mean"
-    num_items_in_batch: int | torch.Tensor | None = None
-    logit_scale: float | None = None
+    num_items_in_batch: float | torch.Tensor | None = None
+    logit_scale: float | torch.Tensor | None = None
     logit_softcap: float | None = None
     class_weight: torch.Tensor | None = None
-    upstream: float = 1.0
+    upstream: float | torch.Tensor = 1.0
 
-    def keywords(self) -> dict:
-        """As `reference_cross_entropy` takes them."""
+    def keywords(self) -> dict[str, Any]:
+        """The options as keywords of `reference_cross_entropy`."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "upstream"}
 
 
 @dataclass(frozen=True)
 class AugmentedSettings:
-    """The keywords of `augmented_loss` that a cross entropy has not; described there, with the reason of each default.
+    """The keywords of `augmented_loss` that a cross entropy does not have; described there, with reasons of defaults.
 
     Raises:
         ValueError: for a temperature not above 0, a negative alpha or gamma, or both of them.
@@ -47,7 +48,7 @@ class AugmentedSettings:
     detach_target: bool = False
     cross_entropy_weight: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature}: expected a number above 0.")
         if self.alpha is not None and self.gamma is not None:
@@ -62,23 +63,23 @@ class AugmentedSettings:
 
     @property
     def divergence_weight(self) -> float:
-        """alpha, whether it is given or follows from gamma."""
+        """The weight alpha of the divergence, given or derived from gamma."""
         gamma = GAMMA if self.gamma is None else self.gamma
         weight = gamma * self.temperature if self.alpha is None else self.alpha
         return weight if is_learned(weight) else float(weight)
 
 
-def is_learned(value) -> bool:
+def is_learned(value: object) -> bool:
     """Whether `value` is a tensor for which a gradient is expected."""
     return isinstance(value, torch.Tensor) and value.requires_grad and torch.is_grad_enabled()
 
 
-def refuse_learned(otherwise: str, **options) -> None:
-    """Refuse options that are learned: what reads them reads numbers, and they would get no gradient.
+def refuse_learned(otherwise: str, **options: object) -> None:
+    """Refuse options that are learned: they are read as numbers, and would get no gradient.
 
     Args:
-        otherwise: the end of the message, after the first way out.
-        options: by name.
+        otherwise: end of the message, after the first way out.
+        **options: values of the options.
 
     Raises:
         ValueError: for a tensor that requires a gradient, unless gradients are off.
@@ -94,19 +95,31 @@ def refuse_learned(otherwise: str, **options) -> None:
 def with_learned_scale(
     hidden: torch.Tensor, bias: torch.Tensor | None, options: CrossEntropyOptions
 ) -> tuple[torch.Tensor, torch.Tensor | None, CrossEntropyOptions]:
-    """The same logits, a scale that is learned multiplied into hidden states and bias, as autograd knows it."""
+    """Multiply a learned scale into hidden states and bias, so that it gets a gradient. The logits are the same."""
     scale = options.logit_scale
-    if not is_learned(scale):
+    if not isinstance(scale, torch.Tensor) or not is_learned(scale):
         return hidden, bias, options
     scale = scale.reshape(())
     return hidden * scale, None if bias is None else bias * scale, replace(options, logit_scale=None)
 
 
-def check_operands(hidden, weight, labels, bias, options: CrossEntropyOptions) -> None:
+def check_operands(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None,
+    options: CrossEntropyOptions,
+    one_dtype: bool = True,
+) -> None:
     """Refuse what torch refuses in `linear` and `cross_entropy`, by the same exceptions, before any work.
 
     Args:
-        hidden, weight, labels, bias, options: as `tied_cross_entropy` takes them.
+        hidden: hidden states, as for `tied_cross_entropy`.
+        weight: softmax matrix, as for `tied_cross_entropy`.
+        labels: labels, as for `tied_cross_entropy`.
+        bias: bias, as for `tied_cross_entropy`.
+        options: options of the loss.
+        one_dtype: whether `hidden` and `weight` must have the same dtype outside autocast.
 
     Raises:
         IndexError, RuntimeError, ValueError: see `tied_cross_entropy`.
@@ -134,7 +147,7 @@ def check_operands(hidden, weight, labels, bias, options: CrossEntropyOptions) -
             raise RuntimeError(f"Expected {name} in a floating-point dtype, got {tensor.dtype}.")
         if tensor is not None and tensor.device != labels.device:
             raise RuntimeError(f"Expected {name} on the device of labels, {labels.device}; it is on {tensor.device}.")
-    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+    if one_dtype and hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
         raise RuntimeError(
             f"Expected hidden and weight of one dtype, got {hidden.dtype} and {weight.dtype}. Convert one, or use "
             "torch.autocast."

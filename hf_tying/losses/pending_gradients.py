@@ -1,4 +1,4 @@
-"""Gradients that are made in the forward pass, and wait for the factor that the backward pass brings."""
+"""Gradients that are made in the forward pass, and multiplied by the upstream gradient in the backward pass."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 
 @dataclass
 class Gradients:
-    """The gradients that are asked for, of the shapes of their tensors; the others are `None`.
+    """The requested gradients, in the shapes of their tensors. The others are `None`.
 
     The caller allocates them. `hidden` and `bias` are in the exact dtype, `weight` and `embedding` (of the augmented
     loss alone) in their own.
@@ -27,21 +27,21 @@ class Gradients:
 
 
 def counted_positions(labels: torch.Tensor, ignore_index: int) -> torch.Tensor | None:
-    """Where `labels`, (N,), differ from `ignore_index`: indices in rising order, or `None` if all do."""
+    """Indices of `labels`, (N,), that differ from `ignore_index`, in rising order, or `None` if all do."""
     positions = torch.nonzero(labels != ignore_index).view(-1)
     return None if len(positions) == len(labels) else positions
 
 
 @dataclass
 class PendingGradients:
-    """What `finish_gradients` needs.
+    """Gradients that `finish_gradients` completes in the backward pass.
 
     Attributes:
-        gradients: of the hidden states of labels that count, and of the other tensors whole.
-        positions: of labels that count (`counted_positions`).
-        rest: the factor that they lack beside what the backward pass brings.
-        shape: of the hidden states.
-        dtypes: of hidden states, matrix, bias and embedding; `None` for one that is not given.
+        gradients: gradients of the hidden states of labels that count, and of the other tensors whole.
+        positions: positions of labels that count (`counted_positions`).
+        rest: factor that they lack besides the upstream gradient.
+        shape: shape of the hidden states.
+        dtypes: dtypes of hidden states, matrix, bias and embedding; `None` for one that is not given.
     """
 
     gradients: Gradients
@@ -54,11 +54,12 @@ class PendingGradients:
 def finish_gradients(
     pending: PendingGradients, upstream: torch.Tensor | None, tolerance: float = 0.0
 ) -> list[torch.Tensor | None]:
-    """The gradients of hidden, weight, bias and embedding for autograd; `pending` holds them no more.
+    """The gradients of hidden, weight, bias and embedding for autograd. `pending` no longer holds them afterwards.
 
     Args:
-        upstream: what the backward pass brings; `None`: it is multiplied in already.
-        tolerance: a factor as near to 1 as this is not multiplied in. On a CPU it costs nothing to see that.
+        pending: gradients made in the forward pass.
+        upstream: upstream gradient; `None` if it is already multiplied in.
+        tolerance: distance from 1 up to which a factor is not multiplied in. On a CPU it costs nothing to read it.
     """
     gradients, pending.gradients = list(pending.gradients), Gradients()
     if upstream is not None:

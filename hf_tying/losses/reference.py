@@ -1,4 +1,4 @@
-"""The tied softmax in plain torch: what `tied_cross_entropy` is tested against, and the shortest way to read it."""
+"""The tied softmax in plain torch: the reference of `tied_cross_entropy`, and its shortest description."""
 
 import torch
 from torch.nn import functional as F
@@ -13,14 +13,14 @@ def reference_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
-    num_items_in_batch: int | torch.Tensor | None = None,
-    logit_scale: float | None = None,
+    num_items_in_batch: float | torch.Tensor | None = None,
+    logit_scale: float | torch.Tensor | None = None,
     logit_softcap: float | None = None,
     class_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Cross entropy of `softcap(logit_scale * (hidden @ weight.T + bias))`, the logits whole, in float32 or float64.
 
-    Arguments, shapes and result as for `tied_cross_entropy`. The one place where it is not torch's: with every label
+    Arguments, shapes and result are those of `tied_cross_entropy`. It differs from torch in one case: with every label
     ignored the mean is 0, not NaN.
     """
     exact = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32

@@ -14,9 +14,9 @@ from torch.nn.functional import softplus
 
 from .arithmetic import LOG2_E, exp_of_difference
 
-# An exponential or a sum of them beyond this is taken for an overflow.
+# Larger exponentials, or sums of them, count as an overflow.
 _LARGE = 1e30
-# Of the sum of a token's shares, which is 0 with class weights of 0.
+# Smallest sum of a token's shares, relative to their sizes. It is 0 with class weights of 0.
 _SMALLEST_SHARE = 1e-3
 
 
@@ -28,13 +28,15 @@ class Softmax:
     the sum of `factor * loss`.
 
     Attributes:
-        hidden: (N, D), in the dtype of the matrix products.
-        weight: (V, D), in any floating-point dtype.
-        bias: (V,) in the exact dtype, or `None`.
-        labels: (N,), int64, all of them words.
-        true_share, factor: (N,), in the exact dtype.
-        smoothing: (V,) in the exact dtype, or `None`.
-        scale, softcap: of the logits.
+        hidden: hidden states, (N, D), in the dtype of the matrix products.
+        weight: softmax matrix, (V, D), in any floating-point dtype.
+        bias: bias, (V,), in the exact dtype, or `None`.
+        labels: labels, (N,), int64, all of them words.
+        true_share: share of the label in each target, (N,), in the exact dtype.
+        factor: factor of each loss, (N,), in the exact dtype.
+        smoothing: share of each word in all targets, (V,), in the exact dtype, or `None`.
+        scale: factor of the logits.
+        softcap: cap of the logits, or `None`.
         exact: dtype of losses and sums: float32, or float64 for float64 tensors.
     """
 
@@ -55,11 +57,11 @@ At = tuple[torch.Tensor, torch.Tensor]
 
 
 class Exponentials:
-    """A block's values are `exp(l_j - l_t)`, and 0 at the target."""
+    """Blocks of the values `exp(l_j - l_t)`, with 0 at the target."""
 
     keeps_products = False
 
-    def __init__(self, softmax: Softmax, rows: slice, target: torch.Tensor):
+    def __init__(self, softmax: Softmax, rows: slice, target: torch.Tensor) -> None:
         self.softmax = softmax
         self.true_share, self.upstream = softmax.true_share[rows], softmax.factor[rows]
         # A soft cap is applied in base e, and everything else in base 2, by one factor of the products.
@@ -71,7 +73,7 @@ class Exponentials:
             self.smoothed_target = softmax.smoothing[softmax.labels[rows]]
 
     def read(self, block: torch.Tensor, words: slice, at: At) -> None:
-        """From products to values, and what the loss needs of them."""
+        """Replace products by values, and sum what the loss needs."""
         self._differences(block, words)
         if self.softmax.smoothing is not None:
             block[at] = 0.0
@@ -81,7 +83,7 @@ class Exponentials:
         self.others += block.sum(0)
 
     def compute(self, block: torch.Tensor, words: slice, at: At) -> None:
-        """From products to values."""
+        """Replace products by values."""
         self._differences(block, words).exp2_()
         block[at] = 0.0
 
@@ -93,10 +95,10 @@ class Exponentials:
         return _capped(block, self.softmax.softcap).sub_(self.target).mul_(LOG2_E)
 
     def finish(self) -> bool:
-        """The losses; whether these values can hold the logits. A NaN is no overflow but the answer.
+        """Compute the losses, and return whether these values can hold the logits. A NaN is a result, not an overflow.
 
-        They cannot hold a forbidden target, which is no reference for the others, and what is left of a token's shares
-        where they cancel, by which they divide.
+        They cannot hold a target at minus infinity, to which no other logit can be compared, and shares of a token
+        that cancel, since they divide by their sum.
         """
         self.others += _nan_where_infinite(self.target)
         surprise, normaliser = self.others.log1p(), 1 + self.others
@@ -115,13 +117,13 @@ class Exponentials:
             self.at_target = at_target * (1 - (self.target / cap).square())
         unfit = (self.others > _LARGE) | (self.target == -torch.inf)
         if smoothing is not None:
-            unfit |= share.abs() <= _SMALLEST_SHARE * (self.true_share.abs() + total.abs())
+            unfit |= share.abs() <= _SMALLEST_SHARE * (self.true_share.abs() + abs(total))
         return not unfit.any()
 
     def differentiate(self, block: torch.Tensor, words: slice, at: At) -> None:
-        """From values to the gradient of the logits, each token's yet to be multiplied by its `factor`."""
+        """Replace values by the gradient of the logits, without the `factor` of each token."""
         inner = None
-        if (cap := self.softmax.softcap) is not None:  # of the tanh: 1 - (l / cap)^2
+        if (cap := self.softmax.softcap) is not None:  # derivative of the cap: 1 - (l / cap)^2
             inner = block.log().add_(self.target).div_(cap).square_().neg_().add_(1)
         if self.softmax.smoothing is not None:
             block.addcmul_(self.softmax.smoothing[words, None], self.smoothing_share, value=-1)
@@ -131,17 +133,17 @@ class Exponentials:
 
 
 class Logits:
-    """A block's values are the logits; what is kept of it are the products.
+    """Blocks of logits, of which the products are kept.
 
-    For whatever `Exponentials` cannot hold, and for products in half precision, whose rounding is that of the usual
-    path then: logits are rounded once, and once the gradient that goes into the products.
+    They are for values that `Exponentials` cannot hold, and for products in half precision. Their rounding is that of
+    the usual path: logits are rounded once, and so is the gradient of the products.
     """
 
     keeps_products = True
     scale = 1.0
     factor = None
 
-    def __init__(self, softmax: Softmax, rows: slice, target: torch.Tensor):
+    def __init__(self, softmax: Softmax, rows: slice, target: torch.Tensor) -> None:
         self.softmax, self.labels = softmax, softmax.labels[rows]
         self.true_share, self.upstream = softmax.true_share[rows], softmax.factor[rows]
         self.target = _capped(target * softmax.scale, softmax.softcap)
@@ -150,7 +152,7 @@ class Logits:
         self.smoothed = torch.zeros_like(target)
 
     def read(self, block: torch.Tensor, words: slice, at: At) -> None:
-        """From products to values, and what the loss needs of them."""
+        """Replace products by values, and sum what the loss needs."""
         self.compute(block, words, at)
         if self.softmax.smoothing is not None:
             self.smoothed += self.softmax.smoothing[words] @ block
@@ -161,7 +163,7 @@ class Logits:
         self.largest = largest
 
     def compute(self, block: torch.Tensor, words: slice, at: At) -> None:
-        """From products to values."""
+        """Replace products by values."""
         if self.softmax.bias is not None:
             block.add_(self.softmax.bias[words, None])
         if self.softmax.scale != 1:
@@ -170,7 +172,7 @@ class Logits:
         block[at] = self.target[at[1]]  # in the exact dtype, also where products are rounded
 
     def finish(self) -> bool:
-        """The losses; nothing overflows here."""
+        """Compute the losses. Nothing overflows here."""
         odds = self.largest - self.target + self.sum.log()  # of all other words against the target, in logs
         surprise = softplus(odds + _nan_where_infinite(self.target), threshold=80)
         # The largest logit and the sum relative to it stay apart: their sum would lose digits where logits are large.
@@ -181,7 +183,7 @@ class Logits:
         self.share, self.last = self.true_share, self.upstream * self.softmax.scale
         if (smoothing := self.softmax.smoothing) is not None:
             total = smoothing.sum()
-            # Not of the target and its surprise: a forbidden one is at minus infinity.
+            # Not from the target and its surprise: a forbidden target is at minus infinity.
             self.losses = self.losses + total * (self.base + normaliser.log()) - self.smoothed
             self.at_target = self.at_target + total * (-surprise).exp() - smoothing[self.labels]
             self.share = self.share + total
@@ -191,7 +193,7 @@ class Logits:
         return True
 
     def differentiate(self, block: torch.Tensor, words: slice, at: At) -> None:
-        """From values to the gradient of the products."""
+        """Replace values by the gradient of the products."""
         softmax = self.softmax
         inner = None if softmax.softcap is None else (block / softmax.softcap).square_().neg_().add_(1)
         exp_of_difference(block, self.base).mul_(self.share)
@@ -205,7 +207,7 @@ class Logits:
 
 
 def _nan_where_infinite(target: torch.Tensor) -> torch.Tensor:
-    """0, and NaN for a NaN or for infinity: as in torch, where such a logit meets its equal in inf - inf."""
+    """Zeros, with NaN for a NaN or for infinity, as torch computes `inf - inf` for such a logit."""
     above = target.clamp(min=0)
     return above - above
 

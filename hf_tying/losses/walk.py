@@ -1,11 +1,11 @@
 """The walk over blocks of the vocabulary: cross entropy and its gradients, the logits never whole.
 
-The walk passes twice over each chunk of tokens, block by block. The first pass computes logits, and what each token's
-loss needs of them. The second pass computes the gradient of the logits, and multiplies it into the gradients of the
-hidden states and of the matrix. Between the two a block's values are kept where there is room for them: in the memory
-of the matrix's own gradient, each row of which is written only once the values in it are used up; in a buffer; or
-nowhere, and then they are computed again. With room for all, that is three matrix products, the least that exact
-gradients need.
+The walk passes twice over each chunk of tokens, block by block. The first pass computes logits, and sums for each
+token's loss. The second pass computes the gradient of the logits, and multiplies it into the gradients of the hidden
+states and of the matrix. Between the two a block's values are kept where there is room for them: in the memory of the
+matrix's own gradient, each row of which is written only once the values in it are used up; in a buffer; or nowhere,
+and then they are computed again. With room for all, that is three matrix products, the least that exact gradients
+need.
 """
 
 import torch
@@ -37,9 +37,9 @@ def cross_entropy(softmax: Softmax, plan: ChunkPlan, gradients: Gradients) -> to
 
 
 class _Memory:
-    """Memory that all chunks of tokens use in turn: the block at work, and room for kept values."""
+    """Memory that all chunks of tokens use in turn: the current block, and room for kept values."""
 
-    def __init__(self, softmax: Softmax, plan: ChunkPlan, gradients: Gradients):
+    def __init__(self, softmax: Softmax, plan: ChunkPlan, gradients: Gradients) -> None:
         device, kept_as = softmax.weight.device, _KEPT_AS.get(softmax.weight.dtype, softmax.weight.dtype)
         self.block = torch.empty(plan.longest_block, dtype=softmax.exact, device=device)
         self.buffer = torch.empty(plan.buffer, dtype=kept_as, device=device)
@@ -47,7 +47,7 @@ class _Memory:
         self.borrowed = None if gradients.weight is None else gradients.weight.view(kept_as)
 
     def places(self, plan: ChunkPlan, rows: slice) -> list[torch.Tensor | None]:
-        """Where the values of each block are kept; `None`: they are computed again."""
+        """Memory for the values of each block; `None` where they are computed again."""
         count, free, places = rows.stop - rows.start, 0, []
         borrowed = self.borrowed if rows.start == 0 else None
         # Each word's values in its own row; or, of more tokens than a row has room for, one after the other from the
@@ -72,7 +72,7 @@ class _Memory:
 class _Walk:
     """The two passes over one chunk of tokens, block by block: for the losses, and for the gradients."""
 
-    def __init__(self, softmax: Softmax, plan: ChunkPlan, gradients: Gradients, memory: _Memory, rows: slice):
+    def __init__(self, softmax: Softmax, plan: ChunkPlan, gradients: Gradients, memory: _Memory, rows: slice) -> None:
         self.softmax, self.gradients, self.memory, self.rows = softmax, gradients, memory, rows
         self.labels, self.hidden = softmax.labels[rows], softmax.hidden[rows]
         self.blocks = plan.blocks

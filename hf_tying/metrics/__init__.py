@@ -1,4 +1,4 @@
-"""`evaluate.Metric` subclasses that ship with the package: `compute`, `add` and `add_batch` work with no network."""
+"""Subclasses of `evaluate.Metric` that are part of the package, so that they need no network."""
 
 from .perplexity import Perplexity, perplexity_of, sequence_scores
 from .translation import Bleu, ChrF, generated_text, translation_metrics

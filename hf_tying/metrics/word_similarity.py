@@ -1,27 +1,28 @@
-"""Word similarity: do words that people find alike have rows that point the same way?"""
+"""Word similarity: whether words that people find similar have similar rows in an embedding."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import datasets
 import evaluate
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 _DESCRIPTION = """
 Spearman's rank correlation between the cosine similarities of word pairs and the scores that people gave them. Pairs
-with a word that has no row are left out, and counted.
+with a word that has no row are counted and left out.
 """
 
 _INPUTS = """
 Args:
-    predictions (`list[float]`): the similarity of each pair; NaN for a pair with an unknown word.
-    references (`list[float]`): its score.
+    predictions (`list[float]`): similarity of each pair; NaN for a pair with an unknown word.
+    references (`list[float]`): score of each pair.
 Returns:
-    spearman (`float`): from -1 to 1; NaN for fewer than two pairs, or where all are alike on one side.
-    pairs (`int`): that it is computed from.
-    unknown (`int`): left out.
+    spearman (`float`): correlation from -1 to 1; NaN for fewer than two pairs, or if all values of one side are equal.
+    pairs (`int`): number of pairs in the correlation.
+    unknown (`int`): number of pairs that are left out.
 Examples:
     >>> from hf_tying.metrics import WordSimilarity
     >>> WordSimilarity().compute(predictions=[0.1, 0.9, 0.2, float("nan")], references=[1.0, 9.0, 3.0, 5.0])
@@ -30,7 +31,7 @@ Examples:
 
 
 class WordSimilarity(evaluate.Metric):
-    """The metric; arguments as for every `evaluate.Metric` (`keep_in_memory=True` writes no cache file)."""
+    """Word similarity. Arguments are those of every `evaluate.Metric`, such as `keep_in_memory=True`."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -42,19 +43,25 @@ class WordSimilarity(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions, references) -> dict[str, float | int]:
+    def _compute(self, predictions: Sequence[float], references: Sequence[float]) -> dict[str, float | int]:
         known = ~np.isnan(np.asarray(predictions, dtype=np.float64))
         found = spearman(np.asarray(predictions)[known], np.asarray(references)[known])
         return {"spearman": found, "pairs": int(known.sum()), "unknown": int((~known).sum())}
 
 
 def read_word_pairs(path: str | Path) -> list[tuple[str, str, float]]:
-    """Pairs and their scores from a file with `word`, `word` and a number on each line, apart by a tab or spaces.
+    """Read word pairs and their scores from a file with two words and a number on each line, split by tabs or spaces.
 
-    The form in which SimLex-999, MEN, RW, MTurk-771 and Verb-143 are handed around together.
+    SimLex-999, MEN, RW, MTurk-771 and Verb-143 are distributed together in this form.
+
+    Args:
+        path: UTF-8 text file.
+
+    Returns:
+        The two words and the score of each pair.
 
     Raises:
-        ValueError: for another form, with the line, and for a file without pairs.
+        ValueError: if a line has another form, or the file has no pairs.
     """
     pairs = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
@@ -74,11 +81,15 @@ def read_word_pairs(path: str | Path) -> list[tuple[str, str, float]]:
 
 
 def word_id(word: str, vocabulary: Mapping[str, int]) -> int | None:
-    """The row of `word`, as it is written or else in lower case; `None` where it is no single entry.
+    """Find the row of a word as it is written, or else in lower case.
 
     Args:
-        word: without spaces.
-        vocabulary: `tokenizer.get_vocab()`, of whole words, or of pieces where `Ġ` or `▁` marks the start of a word.
+        word: word without spaces.
+        vocabulary: `tokenizer.get_vocab()`, whose entries are words, or pieces where `Ġ` or `▁` marks the start of a
+            word.
+
+    Returns:
+        The row, or `None` if the word is not a single entry.
     """
     for written in (word, word.lower()):
         for entry in (f"Ġ{written}", f"▁{written}", written):
@@ -90,18 +101,18 @@ def word_id(word: str, vocabulary: Mapping[str, int]) -> int | None:
 def word_similarities(
     matrix: torch.Tensor, vocabulary: Mapping[str, int], pairs: list[tuple[str, str, float]]
 ) -> list[float]:
-    """The cosine of the two rows of each pair; what `WordSimilarity` takes as predictions.
+    """Compute the cosine of the two rows of each pair: the predictions of `WordSimilarity`.
 
     Args:
-        matrix: (V, D), an embedding matrix of any role, floating point; computed in float64.
-        vocabulary: see `word_id`.
-        pairs: see `read_word_pairs`.
+        matrix: (V, D), floating point, embedding matrix of any role. The computation is in float64.
+        vocabulary: vocabulary of the matrix, see `word_id`.
+        pairs: word pairs, see `read_word_pairs`.
 
     Returns:
-        One number for each pair: NaN where a word is unknown or its row is zero.
+        One number for each pair; NaN if a word is unknown or its row is zero.
 
     Raises:
-        ValueError: when the vocabulary has ids beyond the matrix.
+        ValueError: if the vocabulary has ids beyond the matrix.
     """
     rows = []
     for first, second, _ in pairs:
@@ -112,21 +123,22 @@ def word_similarities(
     first, second = torch.tensor(rows, dtype=torch.long).reshape(-1, 2).to(matrix.device).unbind(1)
     held = [matrix.detach()[ids.clamp_min(0)].double() for ids in (first, second)]
     norms = held[0].norm(dim=1) * held[1].norm(dim=1)
-    cosines = (held[0] * held[1]).sum(dim=1) / norms  # NaN of zeros is meant
+    cosines = (held[0] * held[1]).sum(dim=1) / norms  # rows of zeros give NaN on purpose
     return cosines.masked_fill(first < 0, math.nan).tolist()
 
 
-def spearman(first, second) -> float:
-    """Spearman's rank correlation; equal values share the mean of their ranks.
+def spearman(first: ArrayLike, second: ArrayLike) -> float:
+    """Compute Spearman's rank correlation. Equal values share the mean of their ranks.
 
     Args:
-        first, second: equally long sequences of finite numbers.
+        first: (n,), finite numbers.
+        second: (n,), finite numbers.
 
     Returns:
-        From -1 to 1; NaN for fewer than two values, or where all values on one side are equal.
+        The correlation, from -1 to 1; NaN for fewer than two values, or if all values on one side are equal.
 
     Raises:
-        ValueError: for different lengths.
+        ValueError: if the lengths differ.
 
     Example (the reference):
         >>> scipy.stats.spearmanr(first, second).statistic

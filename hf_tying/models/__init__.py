@@ -3,6 +3,8 @@
 A family registers itself with the Auto classes when it is imported, and `hf_tying.hook` imports all of them.
 """
 
+from typing import TYPE_CHECKING
+
 from .._lazy import lazy_names
 
 _HOME = {
@@ -13,7 +15,17 @@ _HOME = {
     "TiedLSTMForCausalLM": "lstm",
 }
 
-__all__ = [*_HOME]
+__all__ = [
+    "TiedEncoderDecoderConfig",
+    "TiedEncoderDecoderModel",
+    "TiedLSTMConfig",
+    "TiedLSTMModel",
+    "TiedLSTMForCausalLM",
+]
 FAMILIES = tuple(dict.fromkeys(_HOME.values()))
 
-__getattr__, __dir__ = lazy_names(globals(), _HOME)
+if TYPE_CHECKING:
+    from .encoder_decoder import TiedEncoderDecoderConfig, TiedEncoderDecoderModel
+    from .lstm import TiedLSTMConfig, TiedLSTMForCausalLM, TiedLSTMModel
+else:
+    __getattr__, __dir__ = lazy_names(globals(), _HOME)

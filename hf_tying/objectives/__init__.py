@@ -1,5 +1,7 @@
 """The loss of a model's training steps: cross entropy through the tied softmax, or AL or CWT in its place."""
 
+from typing import TYPE_CHECKING
+
 from .._lazy import lazy_names
 
 _HOME = {
@@ -12,6 +14,18 @@ _HOME = {
     "use_tied_loss": "tied_loss",
 }
 
-__all__ = [*_HOME]
+__all__ = [
+    "AugmentedObjective",
+    "ContrastiveObjective",
+    "Objective",
+    "evaluated_by_objective",
+    "has_tied_loss",
+    "objective_of",
+    "use_tied_loss",
+]
 
-__getattr__, __dir__ = lazy_names(globals(), _HOME)
+if TYPE_CHECKING:
+    from .objective import AugmentedObjective, ContrastiveObjective, Objective
+    from .tied_loss import evaluated_by_objective, has_tied_loss, objective_of, use_tied_loss
+else:
+    __getattr__, __dir__ = lazy_names(globals(), _HOME)

@@ -1,10 +1,11 @@
-"""What an operation finds when it is called: modes and values, for one that is carried out later."""
+"""The context of a call, for an operation that is carried out later: modes of torch, and versions of its operands."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -13,12 +14,14 @@ from ..losses.gradient import is_plain
 
 @dataclass(frozen=True)
 class CallContext:
-    """Whether gradients are recorded, inference mode, and autocast.
+    """Modes of torch: gradients, inference, and autocast.
 
     Attributes:
-        device: type of the device whose autocast is meant.
-        grad, inference: the modes of autograd.
-        autocast, dtype: whether autocast is enabled, and its dtype.
+        device: type of the device of autocast.
+        grad: whether gradients are recorded.
+        inference: whether inference mode is on.
+        autocast: whether autocast is enabled.
+        dtype: dtype of autocast.
     """
 
     device: str
@@ -40,7 +43,7 @@ class CallContext:
 
     @contextmanager
     def restored(self, grad: bool = True) -> Iterator[None]:
-        """Inside this context it is as it was then.
+        """Context manager that restores the modes.
 
         Args:
             grad: `False` leaves the modes of autograd as they are now. Default `True`.
@@ -57,22 +60,22 @@ class CallContext:
 
 
 class Operands:
-    """Tensors that are read later, and how often each was written to until now, as autograd counts it.
+    """Tensors that are read later, and the number of writes to each so far, as autograd counts them.
 
     Args:
         values: the tensors; anything else among them is left out.
     """
 
-    def __init__(self, values: tuple):
+    def __init__(self, values: tuple) -> None:
         self._seen = [(value, _version(value)) for value in values if isinstance(value, torch.Tensor)]
 
     def include(self, tensors: list[torch.Tensor]) -> bool:
-        """Whether one of `tensors` is among them, or a view of the same memory."""
+        """Whether one of `tensors` is an operand, or shares memory with one."""
         memory = {tensor.untyped_storage()._cdata for tensor, _ in self._seen if is_plain(tensor)}
         return any(is_plain(tensor) and tensor.untyped_storage()._cdata in memory for tensor in tensors)
 
     def changed(self) -> list[torch.Tensor]:
-        """Those that were written to since."""
+        """The operands that were written to since."""
         return [tensor for tensor, before in self._seen if _version(tensor) != before]
 
 
@@ -84,16 +87,17 @@ _IN_PLACE = {
     f"__{name}__"
     for name in ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
 }
-# Whoever is given the memory itself may write to it.
+# These give out the memory itself, which may then be written to.
 _GIVES_MEMORY = {"numpy", "__array__", "__dlpack__", "data_ptr"}
+_SET_DATA = torch.Tensor.data.__set__  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def written_to(function, args: tuple, kwargs: dict) -> list[torch.Tensor]:
+def written_to(function: Callable[..., Any], args: tuple, kwargs: dict) -> list[torch.Tensor]:
     """The tensors that a call of a torch function changes in place, as far as its name and arguments tell."""
     name = getattr(function, "__name__", "")
     written = [kwargs.get("out")]
     by_name = name.endswith("_") and not name.endswith("__") or name in _IN_PLACE or name in _GIVES_MEMORY
-    if by_name or kwargs.get("inplace") or function == torch.Tensor.data.__set__:
+    if by_name or kwargs.get("inplace") or function == _SET_DATA:
         written += [*args[:1], kwargs.get("input")]
     flat = [part for each in written for part in (each if isinstance(each, tuple | list) else (each,))]
     return [tensor for tensor in flat if isinstance(tensor, torch.Tensor)]

@@ -4,30 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from typing import Any, SupportsIndex
 from weakref import WeakSet
 
 import torch
 
 
-class _Siblings:
-    """All lazy tensors derived from one. Materializing one materializes all, before anybody can write to it in
-    place. `stale`: what they are made of has other values now."""
+class Siblings:
+    """All lazy tensors derived from one. Materializing one materializes all, before anybody can write to it in place.
 
-    def __init__(self):
+    Attributes:
+        materialized: whether they are materialized.
+        stale: whether an operand has changed before that.
+        members: the lazy tensors.
+    """
+
+    def __init__(self) -> None:
         self.materialized = self.stale = False
         self.members: WeakSet[LazyTensor] = WeakSet()
 
 
 class LazyTensor:
-    """Stands for the result of `compute`. An attribute or an operator that a subclass does not define materializes it.
+    """Placeholder for the result of `compute`. An attribute or operator that a subclass lacks materializes it.
 
     Args:
-        compute: makes the tensor; called at most once.
-        siblings: of the lazy tensor from which this one is derived. Default `None`: it is derived from none.
+        compute: function that makes the tensor; called at most once.
+        siblings: siblings of the lazy tensor from which this one is derived. Default `None`: it is derived from none.
     """
 
-    def __init__(self, compute: Callable[[], torch.Tensor], siblings: _Siblings | None = None):
-        self._compute, self._computed, self._siblings = compute, None, siblings or _Siblings()
+    def __init__(self, compute: Callable[[], torch.Tensor], siblings: Siblings | None = None) -> None:
+        self._compute, self._siblings = compute, siblings or Siblings()
+        self._computed: torch.Tensor | None = None
         self._siblings.members.add(self)
 
     def materialize(self, why: str) -> torch.Tensor:
@@ -39,7 +46,7 @@ class LazyTensor:
         if not self._siblings.materialized:
             self._siblings.materialized = True
             for member in list(self._siblings.members):
-                member._tensor()  # computed before anybody writes to one of them: a copy keeps its values
+                member._tensor()  # computed before a write to one of them, so that copies keep their values
         return self._tensor()
 
     def _tensor(self) -> torch.Tensor:
@@ -47,21 +54,21 @@ class LazyTensor:
             self._computed = self._compute()
         return self._computed
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.materialize(name), name)
 
-    def __setattr__(self, name: str, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         if name in ("data", "grad", "requires_grad"):
             setattr(self.materialize(name), name, value)
         else:
             super().__setattr__(name, value)
 
-    def __reduce_ex__(self, protocol):  # a copy, or a file, is of the tensor
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:  # copies and files have the tensor
         return self.materialize("a copy").__reduce_ex__(protocol)
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return deepcopy(self.materialize("a copy"), memo)
 
 
@@ -79,7 +86,7 @@ for _name in (
     setattr(LazyTensor, f"__{_name}__", _operator(f"__{_name}__"))
 
 
-def materialized(value, why: str):
+def materialized(value: Any, why: str) -> Any:
     """`value` with all lazy tensors materialized, also inside lists, tuples and dicts."""
     if isinstance(value, LazyTensor):
         return value.materialize(why)

@@ -31,7 +31,9 @@ class AugmentedObjective:
 
     Args:
         temperature: temperature of both distributions. Default 20, see `augmented_loss`.
-        alpha, gamma, detach_target: see `augmented_loss`.
+        alpha: weight of the divergence, see `augmented_loss`.
+        gamma: `alpha / temperature`, see `augmented_loss`.
+        detach_target: whether the target gets no gradient, see `augmented_loss`. Default `False`.
 
     Raises:
         TyingError: for a temperature that is not above 0, a negative alpha or gamma, an infinite one of the three,
@@ -45,7 +47,7 @@ class AugmentedObjective:
 
     needs_softmax = True  # the loss is computed with the softmax matrix
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         try:
             settings = self.settings
         except ValueError as error:
@@ -59,7 +61,16 @@ class AugmentedObjective:
         """The options as `augmented_parts` takes them."""
         return AugmentedSettings(self.temperature, self.alpha, self.gamma, self.detach_target)
 
-    def loss(self, hidden, weight, labels, bias, options: CrossEntropyOptions, embedding, memory_budget) -> tuple:
+    def loss(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        bias: torch.Tensor | None,
+        options: CrossEntropyOptions,
+        embedding: torch.Tensor,
+        memory_budget: int | None,
+    ) -> tuple:
         """The loss in place of the model's cross entropy; the arguments are those of `ContrastiveObjective.loss`.
 
         Returns:
@@ -90,7 +101,11 @@ class ContrastiveObjective:
     untied model, and a scale or a soft cap of the logits have no influence on it.
 
     Args:
-        negatives, num_sampled, temperature, stop_gradient, gather: see `contrastive_weight_tying_loss`.
+        negatives: choice of the negatives, see `contrastive_weight_tying_loss`. Default `"batch"`.
+        num_sampled: number of sampled words, for `negatives="sampled"`.
+        temperature: divisor of the products. Default 1.
+        stop_gradient: whether the embedding gets no gradient from the loss. Default `False`.
+        gather: whether the words of all processes are candidates. Default `False`.
 
     Raises:
         TyingError: for options that `contrastive_weight_tying_loss` refuses.
@@ -104,23 +119,32 @@ class ContrastiveObjective:
 
     needs_softmax = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         try:
             check_options(self.negatives, self.num_sampled, self.temperature)
         except ValueError as error:
             raise TyingError(f"A contrastive objective cannot be made: {error}") from None
 
-    def loss(self, hidden, weight, labels, bias, options: CrossEntropyOptions, embedding, memory_budget) -> tuple:
+    def loss(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        bias: torch.Tensor | None,
+        options: CrossEntropyOptions,
+        embedding: torch.Tensor,
+        memory_budget: int | None,
+    ) -> tuple:
         """The loss in place of the model's cross entropy.
 
         Args:
-            hidden: (N, D), the hidden states that the model multiplies by its softmax matrix.
-            weight: (V, D), the softmax matrix. Not used here.
-            labels: (N,), int64. `hidden[i]` predicts `labels[i]`: the model has shifted them.
-            bias: (V,), the bias of the softmax, or `None`. Not used here.
-            options: of the cross entropy that the model asks for.
-            embedding: (V, D), the input embedding.
-            memory_budget: in bytes. Not used here.
+            hidden: hidden states that the model multiplies by its softmax matrix, (N, D).
+            weight: softmax matrix, (V, D). Not used here.
+            labels: labels, (N,), int64. `hidden[i]` predicts `labels[i]`: the model has shifted them.
+            bias: bias of the softmax, (V,), or `None`. Not used here.
+            options: options of the cross entropy that the model asks for.
+            embedding: input embedding, (V, D).
+            memory_budget: memory in bytes. Not used here.
 
         Returns:
             The loss, a scalar, and its only part, detached: `"contrastive"`.
@@ -148,7 +172,7 @@ class ContrastiveObjective:
 Objective = AugmentedObjective | ContrastiveObjective
 
 
-def _refuse_options(options: CrossEntropyOptions, what: str, **expected) -> None:
+def _refuse_options(options: CrossEntropyOptions, what: str, **expected: object) -> None:
     if options.reduction == "none":
         raise TyingError(
             f"{what} has one loss for a batch, and this model asks for each token's (reduction='none'). Train it by "
@@ -159,7 +183,7 @@ def _refuse_options(options: CrossEntropyOptions, what: str, **expected) -> None
         if found is not value and (isinstance(found, torch.Tensor) or found != value):
             value = "a tensor" if isinstance(found, torch.Tensor) else found
             raise TyingError(
-                f"{what} knows no {name}, and this model's loss has one ({value}). Take it away, or train by cross "
+                f"{what} has no {name}, and this model's loss has one ({value}). Remove it, or train by cross "
                 "entropy: use_tied_loss(model)."
             )
 
@@ -181,7 +205,7 @@ def refuse_unfit_objective(model: PreTrainedModel, objective: Objective, label_s
         )
     what = type(objective).__name__
     if label_smoothing:
-        raise TyingError(f"{what} knows no label smoothing, and label_smoothing={label_smoothing}: expected 0.")
+        raise TyingError(f"{what} has no label smoothing, and label_smoothing={label_smoothing}: expected 0.")
     if backend not in ("auto", "torch"):
         raise TyingError(f"{what} is computed by torch alone, and backend={backend!r}: expected 'auto' or 'torch'.")
     found = roles(model)
@@ -190,8 +214,8 @@ def refuse_unfit_objective(model: PreTrainedModel, objective: Objective, label_s
     embedding, matrix = (find_parameter(model, found[role].name) for role in ("target", "output"))
     if embedding is None or not embedding.is_floating_point():
         raise TyingError(
-            f"The input embedding of {name}, {found['target'].name!r}, is no floating-point parameter: {what} takes "
-            "its word vectors from it."
+            f"The input embedding of {name}, {found['target'].name!r}, is not a floating-point parameter: {what} "
+            "takes its word vectors from it."
         )
     axis, sizes = (0, "as many rows") if objective.needs_softmax else (1, "as wide")
     if embedding.shape[axis] != matrix.shape[axis]:
@@ -219,7 +243,7 @@ def freeze_unused(model: PreTrainedModel, names: list[str]) -> None:
         find_parameter(model, name).requires_grad_(False)
     if not names:
         return
-    model._frozen_names = tuple(names)
+    vars(model)["_frozen_names"] = tuple(names)
     frozen = f"{type(model).__name__}: {', '.join(names)}: no gradient by this objective, so frozen until it is gone."
     if roles(model)["output"].name in names:
         logger.warning(

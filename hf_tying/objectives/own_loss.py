@@ -1,10 +1,13 @@
-"""Models that compute the mean of their losses themselves, and what `Trainer` takes them for."""
+"""Models that compute the mean of their losses themselves, which `Trainer` does not recognise."""
 
 import inspect
+from typing import TypeVar
 
 from torch import nn
 
 from ..ties.verify import unwrapped
+
+Model = TypeVar("Model", bound=nn.Module)
 
 #: Names in a `forward` that computes a cross entropy itself.
 _OWN = ("CrossEntropyLoss", "cross_entropy", "loss_fct")
@@ -15,7 +18,7 @@ def averages_own_loss(model: nn.Module) -> bool:
 
     The `forward` of such a model has `**kwargs` and a cross entropy of its own, and not the `loss_function` of
     transformers, which divides: BART, T5, BERT, `EncoderDecoderModel`. The names in its code tell. A class outside of
-    transformers that names `num_items_in_batch` is believed.
+    transformers that names `num_items_in_batch` is taken to divide by it.
 
     Args:
         model: a `PreTrainedModel`, alone or within a wrapper.
@@ -40,12 +43,12 @@ def averages_own_loss(model: nn.Module) -> bool:
     return any(own in name for own in _OWN for name in names)
 
 
-def set_accepts_loss_kwargs(model: nn.Module) -> nn.Module:
+def set_accepts_loss_kwargs(model: Model) -> Model:
     """Tell `Trainer` that `model` gives the mean of its losses, where it does (`averages_own_loss`).
 
     `Trainer` takes any model with `**kwargs` for one that divides its loss by the items of a whole update, over all
-    steps of accumulation and all processes. It multiplies the gradient of one that does not by their number, without
-    a word. `accepts_loss_kwargs = False` on the model prevents that. `Trainer` reads it when it is made: call this
+    steps of accumulation and all processes. It silently multiplies the gradient of a model that does not by their
+    number. `accepts_loss_kwargs = False` on the model prevents that. `Trainer` reads it when it is made: call this
     before. A value that is there already stays.
 
     Returns:
@@ -56,5 +59,5 @@ def set_accepts_loss_kwargs(model: nn.Module) -> nn.Module:
     """
     inner = unwrapped(model)
     if not hasattr(inner, "accepts_loss_kwargs") and averages_own_loss(inner):
-        inner.accepts_loss_kwargs = False
+        vars(inner)["accepts_loss_kwargs"] = False
     return model

@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class LossSettings:
-    """How a model's loss is computed: the keywords of `use_tied_loss`, with their meaning and defaults."""
+    """Settings of a model's loss: the keywords of `use_tied_loss`, with their meaning and defaults."""
 
     label_smoothing: float = 0.0
     memory_budget: int | None = None
@@ -31,7 +31,7 @@ class StepLoss:
     """The loss of one training step: cross entropy by blocks, or an objective in its place.
 
     Args:
-        settings: of the model.
+        settings: settings of the model.
         num_items_in_batch: number by which the model will divide a sum of losses. Default `None`: the model has none.
         embedding: (V, D), the input embedding, which an objective needs. Default `None`: the softmax matrix.
 
@@ -41,20 +41,33 @@ class StepLoss:
         was_asked: whether the model has asked for a cross entropy, and got it with these settings.
     """
 
-    def __init__(self, settings: LossSettings, num_items_in_batch=None, embedding: torch.Tensor | None = None):
+    def __init__(
+        self,
+        settings: LossSettings,
+        num_items_in_batch: float | torch.Tensor | None = None,
+        embedding: torch.Tensor | None = None,
+    ) -> None:
         self.settings, self.num_items_in_batch, self.embedding = settings, num_items_in_batch, embedding
         self.parts: dict[str, torch.Tensor] = {}
         self.was_asked = False
 
-    def compute(self, hidden, weight, target, bias, options: CrossEntropyOptions, is_scaled: bool) -> torch.Tensor:
+    def compute(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        target: torch.Tensor,
+        bias: torch.Tensor | None,
+        options: CrossEntropyOptions,
+        is_scaled: bool,
+    ) -> torch.Tensor:
         """The loss in place of the cross entropy that the model asks for.
 
         Args:
-            hidden: (..., D).
-            weight: (V, D), the softmax matrix.
-            target: int64, (...).
-            bias: (V,), or `None`.
-            options: of the cross entropy.
+            hidden: hidden states, (..., D).
+            weight: softmax matrix, (V, D).
+            target: labels, (...), int64.
+            bias: bias of the softmax, (V,), or `None`.
+            options: options of the cross entropy.
             is_scaled: whether the model scales or caps its logits.
 
         Returns:
@@ -74,7 +87,7 @@ class StepLoss:
                 f"{type(objective).__name__} takes no notice of what this model does to its logits (a scale or a soft "
                 "cap): it has none."
             )
-        # For a tied model, the head's `weight` and not the parameter: a `RoleMeter` has put its own view there.
+        # For a tied model, the head's `weight` instead of the parameter: a `RoleMeter` replaces it by a view.
         embedding = weight if self.embedding is None else self.embedding
         loss, parts = objective.loss(hidden, weight, target, bias, options, embedding, settings.memory_budget)
         for name, part in parts.items():

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -21,17 +22,18 @@ from .step_loss import LossSettings
 from .tied_loss_mixin import TiedLossMixin, forward_parameters
 
 logger = logging.get_logger(__name__)
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def use_tied_loss(
-    model: nn.Module,
+    model: Model,
     enabled: bool = True,
     *,
     objective: Objective | None = None,
     label_smoothing: float = 0.0,
     memory_budget: int | None = None,
     backend: str = "auto",
-) -> nn.Module:
+) -> Model:
     """Let `model` train through `tied_cross_entropy`, in place: same loss, same gradients, no logits.
 
     A training step is a forward pass in training mode, with gradients and with `labels`. In it, the product with the
@@ -44,8 +46,8 @@ def use_tied_loss(
     adapter on the head, a hook on it, a loss of another kind, hidden states written to before the loss) computes them
     as before; the log says so once. Logits that the model makes under `no_grad` in its step are its own too.
 
-    `Trainer` is told where the model gives the mean of its losses (`set_accepts_loss_kwargs`); that stays, undone or
-    not.
+    A model that gives the mean of its losses is marked so for `Trainer` (`set_accepts_loss_kwargs`). The mark stays
+    when this is undone.
 
     Nothing is recorded in the config. `TyingConfig(loss="tied")` declares the same, and is kept in the file. The model
     may be tied or not.
@@ -73,9 +75,9 @@ def use_tied_loss(
         enabled: `False` undoes it. Default `True`.
         objective: `AugmentedObjective(...)` or `ContrastiveObjective(...)` of `hf_tying.objectives`, computed with the
             input embedding. Default `None`: cross entropy.
-        label_smoothing: in training steps, in [0, 1). Default 0.
-        memory_budget: in bytes, see `tied_cross_entropy`. Default `None`.
-        backend: see `tied_cross_entropy`. Default `"auto"`.
+        label_smoothing: label smoothing of training steps, in [0, 1). Default 0.
+        memory_budget: memory for blocks in bytes, see `tied_cross_entropy`. Default `None`.
+        backend: implementation of the loss, see `tied_cross_entropy`. Default `"auto"`.
 
     Returns:
         The same model.
@@ -99,7 +101,7 @@ def use_tied_loss(
             inner.__class__ = without_mixin(TiedLossMixin, type(inner))
             del inner._tied_loss, inner._softmax_name
             vars(inner).pop("_embedding_name", None)
-        elif isinstance(inner, TiedLossMixin):  # FSDP2 has put a class of its own in front
+        elif isinstance(inner, TiedLossMixin):  # FSDP2 has put its own class in front
             inner._tied_loss = None
         if (getattr(inner.config, "tying", None) or {}).get("loss") == "tied":
             inner.config.tying = TyingConfig.from_dict(inner.config.tying).replace(loss="stock").to_dict()
@@ -122,15 +124,17 @@ def use_tied_loss(
     _stop_watching(inner)
     if objective is not None or label_smoothing:
         what = type(objective).__name__ if objective is not None else f"label_smoothing={label_smoothing}"
-        inner._participation = Participation(
+        participation = Participation(
             f"{what} of use_tied_loss",
             "Train with transformers' Trainer, which runs the model's own forward; or by plain cross entropy: "
             "use_tied_loss(model).",
         )
-        inner._participation.watch(inner)
+        participation.watch(inner)
+        vars(inner)["_participation"] = participation
     set_accepts_loss_kwargs(inner)
     if not isinstance(inner, TiedLossMixin):
         inner.__class__ = with_mixin(TiedLossMixin, type(inner))
+    assert isinstance(inner, TiedLossMixin)  # for type checkers
     inner._tied_loss = LossSettings(label_smoothing, memory_budget, backend, objective)
     found = roles(inner)
     inner._softmax_name = found["output"].name
@@ -158,9 +162,9 @@ def objective_of(model: nn.Module) -> Objective | None:
 
 @contextmanager
 def evaluated_by_objective(model: nn.Module) -> Iterator[None]:
-    """Inside this context `model` computes the loss of its objective in evaluation too, and has no logits."""
+    """Context manager in which `model` computes the loss of its objective in evaluation too, and has no logits."""
     inner = unwrapped(model)
-    inner._also_in_evaluation = True
+    vars(inner)["_also_in_evaluation"] = True
     try:
         yield
     finally:
@@ -184,7 +188,7 @@ def refuse_misfit(model: PreTrainedModel, value: str) -> None:
     name = type(model).__name__
     if "forward" in vars(model) and not isinstance(model, TiedLossMixin):
         raise TyingError(
-            f"The forward of this {name} is wrapped already (by {module_of(vars(model)['forward'])}): what is put in "
+            f"The forward of this {name} is wrapped already (by {module_of(vars(model)['forward'])}): a mixin in "
             "front of its class would not be run. Call use_tied_loss(model) before."
         )
     if "labels" not in forward_parameters(type(model)):
@@ -208,8 +212,8 @@ def honour(model: PreTrainedModel, value: str, strict: bool = True) -> None:
     """Let `model` train through the tied softmax, unless it does already.
 
     Args:
-        model: changed in place.
-        value: of the entry, `"tied"`.
+        model: model to change in place.
+        value: value of the entry, `"tied"`.
         strict: `False` is for another head over the same file, which keeps its own loss. Default `True`.
 
     Raises:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from torch.nn.modules import module as module_hooks
 from transformers.utils import ModelOutput, logging
 
 from ..losses.gradient import is_plain, is_transformed
+from ..ties.classes import MixinBase
 from ..ties.participation import Participation
 from ..ties.sharding import (
     gather_for,
@@ -22,7 +24,7 @@ from ..ties.sharding import (
     linear_replaced_by,
     unit_of,
 )
-from ..ties.slots import find_parameter, find_slot
+from ..ties.slots import parameter_of, slot_of
 from .deferred_logits import DeferredLogits
 from .step_loss import LossSettings, needs_deferred
 from .tied_softmax import TiedSoftmax
@@ -31,8 +33,8 @@ logger = logging.get_logger(__name__)
 _HOOKS = ("forward", "backward", "backward_pre")
 
 
-class TiedLossMixin:
-    """Runs a training step of the model inside `TiedSoftmax`. Any other forward pass is the model's own."""
+class TiedLossMixin(MixinBase):
+    """Mixin that runs a training step of the model inside `TiedSoftmax`. Other forward passes are unchanged."""
 
     _tied_loss: LossSettings | None
     _softmax_name: str
@@ -40,14 +42,15 @@ class TiedLossMixin:
     _also_in_evaluation = False
     _participation: Participation | None = None  # where a step without this class would have another loss
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward pass of the model, in a training step with deferred logits."""
         forward, settings = super().forward, self._tied_loss
-        vars(self).pop("loss_parts", None)  # those of the last step
+        vars(self).pop("loss_parts", None)  # of the previous step
         objective = None if settings is None else settings.objective
         in_step = settings is not None and (
             self.training and torch.is_grad_enabled() or objective is not None and self._also_in_evaluation
         )
-        if not in_step:
+        if settings is None or not in_step:
             return forward(*args, **kwargs)
         if not _has_labels(type(self), args, kwargs):
             if objective is not None:
@@ -78,7 +81,7 @@ class TiedLossMixin:
                     settings,
                 )
             others = {k: v for k, v in vars(self).get("loss_parts", {}).items() if k != "cross_entropy"}
-            self.loss_parts = {**softmax.loss.parts, **others}  # `others`: penalties that the model has added itself
+            self.loss_parts = {**softmax.loss.parts, **others}  # `others`: penalties that the model itself adds
         elif not softmax.deferred and not torch.compiler.is_compiling():
             whole = whole or (
                 f"its forward does not multiply by {self._softmax_name!r} itself: it makes another matrix of it, or "
@@ -89,17 +92,21 @@ class TiedLossMixin:
 
     def _matrices(self) -> tuple[str, str]:
         """The names of the softmax matrix and of the embedding that the loss reads."""
-        return self._softmax_name, self._softmax_name if self._tied_loss.objective is None else self._embedding_name
+        return self._softmax_name, self._embedding_name if self._has_objective() else self._softmax_name
+
+    def _has_objective(self) -> bool:
+        return self._tied_loss is not None and self._tied_loss.objective is not None
 
     def _parameters_now(self) -> tuple[nn.Parameter, nn.Parameter]:
         matrix, embedding = self._matrices()
-        return find_parameter(self, matrix), find_parameter(self, embedding)
+        return parameter_of(self, matrix), parameter_of(self, embedding)
 
     @contextmanager
     def _head_without_gathering(self, split: bool) -> Iterator[Callable[[torch.Tensor], torch.Tensor] | None]:
         """Inside this context the head gives what its class does. Tensor parallelism has given it a forward of its
-        own, which gathers the logits: that one is yielded."""
-        head = vars(find_slot(self, self._softmax_name)[0])
+        own, which gathers the logits: that one is yielded.
+        """
+        head = vars(slot_of(self, self._softmax_name)[0])
         gathering = head.pop("forward", None) if split else None
         try:
             yield gathering
@@ -109,14 +116,14 @@ class TiedLossMixin:
 
     def hold_matrices(self) -> None:
         """Let ZeRO-3 gather the matrices of the loss for the whole of a step, not only while they are used."""
-        gather_for(self, (find_parameter(self, name) for name in dict.fromkeys(self._matrices())))
+        gather_for(self, (parameter_of(self, name) for name in dict.fromkeys(self._matrices())))
 
     def _why_whole(self) -> str | None:
-        """What stands in the way of deferred logits in this step; `None`: nothing."""
+        """Reason why the logits of this step cannot be deferred; `None` if they can."""
         if (replaced := linear_replaced_by()) is not None:
             return replaced
         for name in dict.fromkeys(self._matrices()):
-            parameter = find_parameter(self, name)
+            parameter = parameter_of(self, name)
             if is_partitioned(parameter):
                 return f"DeepSpeed ZeRO-3 has partitioned {name!r}: call use_tied_loss after deepspeed.initialize"
             if is_plain(parameter):
@@ -124,7 +131,7 @@ class TiedLossMixin:
             if is_transformed():
                 return "the step is transformed (by torch.func, forward-mode AD or a trace)"
             unit = unit_of(self, name) if is_dtensor(parameter) else None
-            if unit is None and is_row_split(parameter) and self._tied_loss.objective is None:
+            if unit is None and is_row_split(parameter) and not self._has_objective():
                 continue
             if unit is None:
                 kind = type(parameter).__name__
@@ -157,10 +164,11 @@ def _hooked(model: nn.Module, name: str) -> str | None:
 
     Args:
         model: the model.
-        name: of the softmax matrix.
+        name: name of the softmax matrix.
 
     Returns:
-        A name; `None` where there is none, and where the matrix is that of an embedding, whose hooks see no logits.
+        The name of the module. `None` without such a hook, and for the matrix of an embedding, whose hooks see no
+        logits.
     """
     path = name.split(".")[:-1]
     names = [".".join(path[: depth + 1]) for depth in range(len(path))]
@@ -180,13 +188,13 @@ def _hooked(model: nn.Module, name: str) -> str | None:
 _ENGINES = ("torch.utils.module_tracker", "torch.distributed.fsdp", "deepspeed.")
 
 
-def _reads_output(hook) -> bool:
+def _reads_output(hook: Callable[..., Any]) -> bool:
     """Whether a hook may look at its module's output."""
     engine = (getattr(hook, "__module__", None) or "").startswith(_ENGINES)
     return not engine and not getattr(hook, "reads_no_output", False)
 
 
-def _without_logits(value):
+def _without_logits(value: Any) -> Any:
     """`value` with `None` in place of deferred logits, also in the outputs of a part of the model."""
     if isinstance(value, DeferredLogits):
         return None

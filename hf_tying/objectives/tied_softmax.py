@@ -1,6 +1,7 @@
 """The torch function mode of a training step: it replaces the product with the softmax matrix by deferred logits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -16,11 +17,11 @@ from .step_loss import LossSettings, StepLoss, needs_deferred
 
 
 class TiedSoftmax(TorchFunctionMode):
-    """Inside this mode, products with `matrix` are deferred, and its rows are looked up by `tied_embedding`.
+    """Torch function mode that defers products with `matrix`, and looks up its rows by `tied_embedding`.
 
     Args:
-        matrix: (V, D), the softmax matrix; in a tied model also an embedding.
-        settings: how the loss is computed.
+        matrix: softmax matrix, (V, D); in a tied model also an embedding.
+        settings: settings of the loss.
         num_items_in_batch: number by which the model will divide a sum of losses. Default `None`: the model has none.
         embedding: the input embedding, which an objective needs. Default `None`: `matrix`.
         defers: `False` leaves the products as they are. Default `True`.
@@ -38,12 +39,12 @@ class TiedSoftmax(TorchFunctionMode):
         self,
         matrix: nn.Parameter,
         settings: LossSettings,
-        num_items_in_batch: int | torch.Tensor | None = None,
-        embedding: nn.Parameter | None = None,
+        num_items_in_batch: float | torch.Tensor | None = None,
+        embedding: torch.Tensor | None = None,
         defers: bool = True,
         now: Callable[[], tuple[nn.Parameter, nn.Parameter]] | None = None,
         product: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    ):
+    ) -> None:
         super().__init__()
         self.matrix = matrix
         self.embedding = matrix if embedding is None else embedding
@@ -52,7 +53,13 @@ class TiedSoftmax(TorchFunctionMode):
         self.defers, self.deferred = defers, False
         self.grad, self._products = torch.is_grad_enabled(), WeakSet()
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         if self._products and (written := written_to(function, args, kwargs)):
             for product in list(self._products):
@@ -78,29 +85,37 @@ class TiedSoftmax(TorchFunctionMode):
         return function(*args, **kwargs)
 
     def _is_of_step(self, args: tuple) -> bool:
-        """Whether a product is to be deferred: of a plain tensor, in the mode of the step.
+        """Whether a product is to be deferred: its operand is plain, and gradients are as in the step.
 
         A teacher's logits under `no_grad` are made at once.
         """
         return self.defers and torch.is_grad_enabled() == self.grad and (not args or is_plain(args[0]))
 
-    def _are_logits(self, input) -> bool:
+    def _are_logits(self, input: object) -> bool:
         """Whether the input of a cross entropy is logits that could not be deferred: an adapter has added to them."""
         return isinstance(input, torch.Tensor) and input.ndim > 1 and input.shape[1] == len(self.matrix)
 
-    def _is_matrix(self, weight) -> bool:
+    def _is_matrix(self, weight: object) -> bool:
         """Whether `weight` is the parameter itself, or the view of it that a `RoleMeter` puts in its place."""
         return weight is self.matrix or getattr(weight, "_base", None) is self.matrix
 
-    def _is_embedding(self, weight) -> bool:
+    def _is_embedding(self, weight: object) -> bool:
         return weight is self.embedding or self._is_matrix(weight)
 
 
-def _argument(args: tuple, kwargs: dict, position: int, name: str):
+def _argument(args: tuple, kwargs: dict, position: int, name: str) -> Any:
     return args[position] if len(args) > position else kwargs.get(name)
 
 
-def _embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False):
+def _embedding(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> torch.Tensor:
     if max_norm is not None or scale_grad_by_freq or sparse:
         return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     return tied_embedding(input, weight, padding_idx)

@@ -280,7 +280,8 @@ class _Placement:
 
     def stage_of(self, name: str) -> int:
         """The pipeline stage of a parameter, as transformers cuts: embeddings first, the rest of what is no layer
-        last, layers evenly, with those that remain at the end."""
+        last, layers evenly, with those that remain at the end.
+        """
         last = self.sizes["pp"] - 1
         if match := _LAYER.search(name):
             return min(int(match[1]) // (self.layers // self.sizes["pp"]), last)

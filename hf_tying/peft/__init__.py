@@ -1,5 +1,7 @@
 """Tied-LoRA: low-rank adapters whose matrices all layers share, through PEFT; and adapters over tied weights."""
 
+from typing import TYPE_CHECKING
+
 # First, and whole: what is here builds on it, and is registered with it as soon as it has been imported.
 import peft  # noqa: F401
 
@@ -12,6 +14,17 @@ _HOME = {
     "fit_from_lora": "fitting.fit",
 }
 
-__all__ = [*_HOME]
+__all__ = [
+    "TiedLoraConfig",
+    "TiedLoraModel",
+    "export_to_lora",
+    "fit_from_lora",
+]
 
-__getattr__, __dir__ = lazy_names(globals(), _HOME)
+if TYPE_CHECKING:
+    from .config import TiedLoraConfig
+    from .export import export_to_lora
+    from .fitting.fit import fit_from_lora
+    from .model import TiedLoraModel
+else:
+    __getattr__, __dir__ = lazy_names(globals(), _HOME)

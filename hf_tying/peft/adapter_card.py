@@ -1,4 +1,4 @@
-"""The section of an adapter's card that says which two forms the adapter has, and how each is loaded."""
+"""The section of an adapter's card on its two forms, and on how to load each."""
 
 import re
 from pathlib import Path
@@ -14,13 +14,13 @@ _BEGIN, _END = "<!-- the forms of this adapter -->", "<!-- end of the forms -->"
 def write_card(
     path: Path, configs: dict[str, TiedLoraConfig], repo_id: str, tied_folder: str, tags: list[str] | None = None
 ) -> None:
-    """Put the section on the two forms into the card at `path`, and the tags; an older section is replaced.
+    """Write the section on the two forms and the tags into a card. An older section is replaced.
 
     Args:
-        path: the card, as PEFT has written it.
-        configs: the settings of the adapters by their names.
-        repo_id: the name to load the adapters by.
-        tied_folder: name of the subfolder that has the tied form.
+        path: card that PEFT has written.
+        configs: settings of the adapters by their names.
+        repo_id: name of the repository, for the instructions.
+        tied_folder: name of the subfolder with the tied form.
         tags: more tags for the card.
     """
     card = ModelCard.load(path)

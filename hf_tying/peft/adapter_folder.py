@@ -1,4 +1,4 @@
-"""Adapters in folders: read one without its base model; write one whole or not at all."""
+"""Adapters in folders: reading without a base model, and writing that leaves no half-written folder."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import torch
@@ -15,13 +16,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 
-def read_adapter(path: str | os.PathLike, subfolder: str | None = None, **hub) -> tuple[PeftConfig, dict]:
+def read_adapter(path: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> tuple[PeftConfig, dict]:
     """Read the settings and the tensors of a saved adapter of any type. The tensors are on the CPU.
 
     Args:
-        path: a folder, or an id on the Hub.
-        subfolder: the subfolder of `path` that has the adapter. Default: none.
-        hub: arguments for the Hub: `revision`, `token`, `cache_dir`, ...
+        path: folder, or id on the Hub.
+        subfolder: subfolder of `path` that has the adapter. Default: none.
+        **hub: arguments for the Hub: `revision`, `token`, `cache_dir`, ...
+
+    Returns:
+        The config, and the tensors by their names in the file.
 
     Raises:
         ValueError: the files are missing, or are not the files of an adapter.
@@ -32,7 +36,7 @@ def read_adapter(path: str | os.PathLike, subfolder: str | None = None, **hub) -
         config = PeftConfig.from_pretrained(path, subfolder=subfolder, **hub)
     except KeyError as error:
         raise ValueError(
-            f"{place}: its {CONFIG_NAME} says peft_type {error}, which is no type of adapter that is known here."
+            f"{place}: its {CONFIG_NAME} says peft_type {error}, which is not a known type of adapter."
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
         raise ValueError(f"{place}: its {CONFIG_NAME} cannot be read ({error}). Save the adapter again.") from error
@@ -55,12 +59,12 @@ def read_adapter(path: str | os.PathLike, subfolder: str | None = None, **hub) -
 
 
 def write_adapter(config: PeftConfig, tensors: dict[str, torch.Tensor], out: str | os.PathLike) -> Path:
-    """Write `adapter_config.json` and `adapter_model.safetensors`; on an error `out` is as it was.
+    """Write `adapter_config.json` and `adapter_model.safetensors`. On an error, `out` is unchanged.
 
     Args:
-        config: the settings. Its `auto_mapping` is written as it is.
-        tensors: the tensors by their names in the file.
-        out: the folder. Other files in it stay.
+        config: settings of the adapter. Its `auto_mapping` is written as it is.
+        tensors: tensors by their names in the file.
+        out: folder to write to. Other files in it stay.
 
     Returns:
         `out`.
@@ -79,9 +83,13 @@ def write_adapter(config: PeftConfig, tensors: dict[str, torch.Tensor], out: str
 
 
 def write_folder(out: str | os.PathLike, fill: Callable[[Path], None]) -> Path:
-    """Let `fill` write into a new folder beside `out`, then move what it wrote into `out`.
+    """Let `fill` write into a new folder beside `out`, then move its files into `out`.
 
-    An error in `fill` leaves `out` as it was.
+    If `fill` raises an error, `out` is unchanged.
+
+    Args:
+        out: folder to write to. Other files in it stay.
+        fill: function that writes into the folder that it is given.
 
     Returns:
         `out`.
@@ -108,7 +116,7 @@ def _move(new: Path, out: Path) -> None:
     if not out.exists():
         os.replace(new, out)
         return
-    # The settings come last. Until then, nobody takes the new weights for an adapter of the new type.
+    # The settings are moved last, so that a reader never finds new settings beside old weights.
     for file in sorted(new.rglob("*"), key=lambda file: (file.name == CONFIG_NAME, file)):
         if file.is_file():
             place = out / file.relative_to(new)
@@ -117,7 +125,14 @@ def _move(new: Path, out: Path) -> None:
 
 
 def type_of_adapter(folder: str | os.PathLike) -> str | None:
-    """The `peft_type` in the settings in a local folder; `None` if there are no settings that can be read."""
+    """Read the `peft_type` of the adapter in a local folder.
+
+    Args:
+        folder: local folder.
+
+    Returns:
+        The type, or `None` if there are no readable settings.
+    """
     with suppress(OSError, ValueError, AttributeError):
         return json.loads((Path(folder) / CONFIG_NAME).read_text(encoding="utf-8")).get("peft_type")
     return None

@@ -1,12 +1,13 @@
-"""`TiedLoraConfig`: which factors are trained, which are tied, and which modules share them."""
+"""`TiedLoraConfig`: the settings of Tied-LoRA, with the factors that are trained and tied, and how they are shared."""
 
 from collections import Counter
 from dataclasses import InitVar, dataclass, field
 from enum import Enum
+from typing import Any
 
 from peft import PeftConfig
 
-#: The presets, by the paper's names: values for the fields of `TiedLoraConfig`.
+#: The presets by the paper's names, as values for the fields of `TiedLoraConfig`.
 VARIANTS = {
     "TL5": {"train_A": True, "train_B": True, "train_u": False, "train_v": False},
     "TL6": {"train_A": True, "train_B": True, "train_u": True, "train_v": True},
@@ -17,14 +18,18 @@ SWITCHES = tuple(VARIANTS["TL6"])
 SHARE_BY = ("module", "shape", "all")
 
 
-class TiedPeftType(str, Enum):  # noqa: UP042, PEFT takes the name from `str(member)`, which a StrEnum has not
-    """The adapter type of Tied-LoRA. PEFT's own `PeftType` is closed, and takes no further member."""
+class TiedPeftType(str, Enum):  # noqa: UP042, PEFT takes the name from `str(member)`, which a StrEnum does not give
+    """The adapter type of Tied-LoRA. PEFT's own `PeftType` is an enum, and cannot get another member."""
 
     TIED_LORA = "TIED_LORA"
 
 
-def is_tied_lora(config) -> bool:
-    """Whether `config` is the config of a Tied-LoRA adapter. Anything else is not, `None` included."""
+def is_tied_lora(config: Any) -> bool:
+    """Return whether `config` is the config of a Tied-LoRA adapter.
+
+    Args:
+        config: any object, also `None`.
+    """
     return getattr(config, "peft_type", None) == TiedPeftType.TIED_LORA
 
 
@@ -43,27 +48,29 @@ class TiedLoraConfig(PeftConfig):
     Source: Renduchintala, Konuk, Kuchaiev, "Tied-LoRA: Enhancing parameter efficiency of LoRA with weight tying",
     NAACL 2024 (arXiv 2311.09578). From the paper: the form above; TL5 (A and B tied and trained, u = v = 1) and TL6
     (all four trained); one A for q, k and v, which the paper adapts as one fused matrix; `alpha = r`, "effectively
-    removing its scaling effect". Chosen here, because the text at hand does not say: the initial values (below), and
-    what is shared where modules differ in shape (`share_by`). It does not define TL1 to TL4 either; set the switches
-    to get them.
+    removing its scaling effect". Two choices are this package's own, because the text that was used does not state
+    them: the initial values (below), and which modules of different shapes share a matrix (`share_by`). It does not
+    define TL1 to TL4 either; set the switches to get them.
 
-    A new adapter changes nothing: one trained factor starts at zero, the first one there is of B, v, u and A. The
-    other matrices start like LoRA's A, Kaiming uniform with a = sqrt(5). v starts at 1 and u at `u_initial`.
+    A new adapter changes nothing, because one trained factor starts at zero: the first that is trained of B, v, u and
+    A. The other matrices start like LoRA's A, Kaiming uniform with a = sqrt(5). v starts at 1 and u at `u_initial`.
 
     Special cases: without ties and without u and v, it is LoRA (`tie_A = tie_B = tie_qkv = False`, `train_u = train_v
     = False`). With trained u and v and one frozen A and B for all modules, it is VeRA (`train_A = train_B = False`,
     `tie_qkv = False`, `share_by = "all"`, `u_initial = 0.1`).
 
     Raises:
-        ValueError: for values out of range, and for switches that contradict `variant`.
+        ValueError: a value is out of range, or the switches contradict `variant`.
     """
 
-    r: int = field(default=8, metadata={"help": "Rank. 8 is PEFT's default for LoRA, and where the paper compares."})
+    r: int = field(
+        default=8, metadata={"help": "Rank. 8 is PEFT's default for LoRA, and a rank of the paper's comparisons."}
+    )
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={
             "help": "Names of the modules to adapt, a regular expression that matches whole names, or 'all-linear'. "
-            "Default: query, key and value, as in the paper, where the model type is known."
+            "Default: query, key and value, as in the paper, if the model type is known."
         },
     )
     alpha: float | None = field(
@@ -73,17 +80,21 @@ class TiedLoraConfig(PeftConfig):
     variant: str | None = field(
         default=None,
         metadata={
-            "help": "TL5 (A and B trained) or TL6 (and u and v too), the paper's names. Default: TL6, changed by the "
-            "switches below that are given; those of a named variant may be repeated, not changed."
+            "help": "TL5 (A and B trained) or TL6 (A, B, u and v trained), the paper's names. Default: TL6, changed "
+            "by the switches below. The switches of a named variant cannot be changed."
         },
     )
-    train_A: bool | None = field(default=None, metadata={"help": "Train A. Default: by variant. Else it is frozen."})
-    train_B: bool | None = field(default=None, metadata={"help": "Train B. Default: by variant. Else it is frozen."})
+    train_A: bool | None = field(
+        default=None, metadata={"help": "Train A; otherwise it is frozen. Default: by variant."}
+    )
+    train_B: bool | None = field(
+        default=None, metadata={"help": "Train B; otherwise it is frozen. Default: by variant."}
+    )
     train_u: bool | None = field(
-        default=None, metadata={"help": "Have a trained u between A and B. Default: by variant. Else u is 1."}
+        default=None, metadata={"help": "Train a vector u between A and B; otherwise u is 1. Default: by variant."}
     )
     train_v: bool | None = field(
-        default=None, metadata={"help": "Have a trained v after B. Default: by variant. Else v is 1."}
+        default=None, metadata={"help": "Train a vector v after B; otherwise v is 1. Default: by variant."}
     )
     tie_A: bool | None = field(default=None, metadata={"help": "One A for all layers. Default: by variant."})
     tie_B: bool | None = field(default=None, metadata={"help": "One B for all layers. Default: by variant."})
@@ -94,24 +105,24 @@ class TiedLoraConfig(PeftConfig):
     qkv_modules: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Names of the modules of one layer that tie_qkv means. Default: the usual names, such as "
+            "help": "Names of the modules of one layer that tie_qkv ties. Default: the usual names, such as "
             "q_proj, k_proj, v_proj or query, key, value."
         },
     )
     share_by: str = field(
         default="module",
         metadata={
-            "help": "Which modules share a matrix: 'module', those of one name inside their layer (self_attn.q_proj); "
-            "'shape', those for which it has the same shape; 'all': one A and one B, of which smaller modules use the "
-            "first columns and rows, as in VeRA."
+            "help": "Which modules share a matrix. 'module': modules of one name inside their layer "
+            "(self_attn.q_proj). 'shape': modules whose matrix has the same shape. 'all': all modules share one A and "
+            "one B, of which smaller modules use the first columns and rows, as in VeRA."
         },
     )
     layer_groups: list[list[int]] | None = field(
         default=None,
-        metadata={"help": "Indices of the layers that share, such as [[0, 1], [2, 3]]. Default: all of them."},
+        metadata={"help": "Indices of the layers that share factors, such as [[0, 1], [2, 3]]. Default: all layers."},
     )
     layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the layers to adapt. Default: all of them."}
+        default=None, metadata={"help": "Indices of the layers to adapt. Default: all layers."}
     )
     layers_pattern: list[str] | str | None = field(
         default=None,
@@ -125,13 +136,13 @@ class TiedLoraConfig(PeftConfig):
         default=None, metadata={"help": "Modules to train and save whole, such as a new classifier."}
     )
     fan_in_fan_out: bool = field(
-        default=False, metadata={"help": "The adapted weights are (in, out), as GPT-2's Conv1D has them."}
+        default=False, metadata={"help": "The adapted weights have the shape (in, out), as in GPT-2's Conv1D."}
     )
     init_weights: bool = field(
         default=True,
-        metadata={"help": "Start as a model without adapter. False: all factors random, which only tests need."},
+        metadata={"help": "Start with an update of zero. False makes all factors random, which only tests need."},
     )
-    u_initial: float = field(default=1.0, metadata={"help": "Initial value of u. VeRA has 0.1."})
+    u_initial: float = field(default=1.0, metadata={"help": "Initial value of u. VeRA uses 0.1."})
     ensure_weight_tying: bool = field(
         default=False,
         metadata={"help": "Refused: an adapter on tied embeddings has no form that a merge keeps. See TiedLoraModel."},
@@ -139,19 +150,25 @@ class TiedLoraConfig(PeftConfig):
     adapted_modules: dict[str, dict[str, str | int]] | None = field(
         default=None,
         metadata={
-            "help": "Written at injection: for each adapted module, its size and the names of its A, B and u. Not an "
-            "input."
+            "help": "Written at injection, not an input: the size of each adapted module, and the names of its A, B "
+            "and u."
         },
     )
 
-    # Names as PEFT's own methods have them; `alpha` and `dropout` are saved.
+    # Names that follow PEFT's own methods. `alpha` and `dropout` are the saved names.
     tied_lora_alpha: InitVar[float | None] = None
     tied_lora_dropout: InitVar[float | None] = None
     # Settings of LoRA that have no meaning where layers share a matrix.
     rank_pattern: InitVar[dict | None] = None
     alpha_pattern: InitVar[dict | None] = None
 
-    def __post_init__(self, tied_lora_alpha, tied_lora_dropout, rank_pattern, alpha_pattern):
+    def __post_init__(
+        self,
+        tied_lora_alpha: float | None,
+        tied_lora_dropout: float | None,
+        rank_pattern: dict | None,
+        alpha_pattern: dict | None,
+    ) -> None:
         super().__post_init__()
         for name, given in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
             if given:
@@ -179,7 +196,7 @@ class TiedLoraConfig(PeftConfig):
 
     @property
     def scaling(self) -> float:
-        """`alpha / r`."""
+        """The factor of the update, `alpha / r`."""
         return self.alpha / self.r
 
     def _check_values(self) -> None:
@@ -205,10 +222,10 @@ class TiedLoraConfig(PeftConfig):
         times = Counter(index for group in groups for index in group)
         twice = sorted(index for index, count in times.items() if count > 1)
         if twice:
-            raise ValueError(f"layer_groups={groups!r:.120}: layer {twice[0]} stands in more than one group.")
+            raise ValueError(f"layer_groups={groups!r:.120}: layer {twice[0]} is in more than one group.")
 
     def _settle_switches(self) -> None:
-        """Give every switch its value. `variant` becomes the name of the preset that these values are, or `None`."""
+        """Give every switch its value. `variant` becomes the name of the preset with these values, or `None`."""
         if self.variant is not None and self.variant not in VARIANTS:
             raise ValueError(
                 f"variant={self.variant!r}: expected {' or '.join(VARIANTS)}. Other combinations of the paper have no "

@@ -1,8 +1,9 @@
-"""`export_to_lora`: a Tied-LoRA adapter as an ordinary LoRA adapter, exactly."""
+"""`export_to_lora`: exact conversion of a Tied-LoRA adapter to an ordinary LoRA adapter."""
 
 import os
 from copy import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
@@ -21,34 +22,34 @@ TIED_FOLDER = "tied_lora"
 
 
 def export_to_lora(
-    model_or_path: nn.Module | str | os.PathLike,
-    out: str | os.PathLike,
+    model_or_path: nn.Module | str | os.PathLike[str],
+    out: str | os.PathLike[str],
     adapter_name: str = "default",
     subfolder: str | None = None,
-    **hub,
+    **hub: Any,
 ) -> Path:
-    """Write a Tied-LoRA adapter as a LoRA adapter, which stock PEFT and everything else that reads LoRA can load.
+    """Write a Tied-LoRA adapter as a LoRA adapter, which stock PEFT and all other readers of LoRA can load.
 
-    The update of each module is a product of two matrices. The scaling, u and v are multiplied into these:
+    The update of each module is a product of two matrices. The scaling, u and v are multiplied into them:
 
         alpha / r * diag(v) B diag(u) A = lora_B lora_A  with  lora_A = alpha / r * diag(u) A,  lora_B = diag(v) B
 
-    Nothing is approximated. The LoRA has the same r, and `lora_alpha = r`. A factor that was stored once is stored for
-    each module, so the file grows by about the number of layers. The dtypes are kept; the products are computed in
-    float32, or in float64 for factors of that dtype.
+    Nothing is approximated. The LoRA has the same r, and `lora_alpha = r`. A factor that was stored once is now stored
+    for each module, so the file is larger by a factor of about the number of layers. The dtypes are kept. The products
+    are computed in float32, or in float64 for factors of that dtype.
 
-    The export has the modules that were trained whole (`modules_to_save`), the biases, the task and the name of the
-    base model too.
+    The export also has the fully trained modules (`modules_to_save`), the biases, the task and the name of the base
+    model.
 
     Args:
         model_or_path: a `PeftModel`; a transformers model with an adapter of its own (`add_adapter`, `load_adapter`);
             or the folder or Hub id of a saved adapter, for which no base model is loaded.
-        out: the folder to write `adapter_config.json` and `adapter_model.safetensors` to. It is made if it does not
-            exist. On an error, nothing in it is changed.
-        adapter_name: the adapter of a model. Default: `"default"`, as in PEFT, which saves any other adapter into a
-            subfolder of its name.
-        subfolder: the subfolder of a path that has the adapter. Default: none.
-        hub: arguments for a Hub id: `revision`, `token`, `cache_dir`, ...
+        out: folder for `adapter_config.json` and `adapter_model.safetensors`. It is made if it does not exist. On an
+            error, nothing in it is changed.
+        adapter_name: name of the adapter in a model. Default: `"default"`, as in PEFT, which saves any other adapter
+            into a subfolder of its name.
+        subfolder: subfolder of a path that has the adapter. Default: none.
+        **hub: arguments for a Hub id: `revision`, `token`, `cache_dir`, ...
 
     Returns:
         `out`.
@@ -75,9 +76,17 @@ def export_to_lora(
 
 
 def read_tied_adapter(
-    path: str | os.PathLike, subfolder: str | None = None, **hub
+    path: str | os.PathLike[str], subfolder: str | None = None, **hub: Any
 ) -> tuple[TiedLoraConfig, dict[str, torch.Tensor]]:
     """Read the settings of a saved Tied-LoRA adapter, and its tensors by their names in a model.
+
+    Args:
+        path: folder, or id on the Hub.
+        subfolder: subfolder of `path` that has the adapter. Default: none.
+        **hub: arguments for the Hub: `revision`, `token`, `cache_dir`, ...
+
+    Returns:
+        The config, and the tensors by their names in a model.
 
     Raises:
         ValueError: the adapter is of another type, or its files are missing or broken.
@@ -90,7 +99,11 @@ def read_tied_adapter(
 
 
 def lora_config(config: TiedLoraConfig) -> LoraConfig:
-    """The settings of the LoRA adapter with the same update."""
+    """Make the settings of the LoRA adapter with the same update.
+
+    Args:
+        config: settings of the Tied-LoRA adapter, with `adapted_modules`.
+    """
     lora = LoraConfig(
         r=config.r,
         lora_alpha=config.r,
@@ -104,18 +117,22 @@ def lora_config(config: TiedLoraConfig) -> LoraConfig:
         auto_mapping=config.auto_mapping,
         inference_mode=True,
     )
-    # Full names, because a pattern or a choice of layers has been resolved by now. Set here, because PEFT turns a list
-    # that it is given into a set, which has no order in a file.
+    # Full names, because a pattern or a choice of layers has been resolved by now. They are set afterwards, because
+    # PEFT turns a list in the constructor into a set, which has no order in a file.
     lora.target_modules = sorted(config.adapted_modules)
     return lora
 
 
 def lora_tensors(state: dict[str, torch.Tensor], config: TiedLoraConfig) -> dict[str, torch.Tensor]:
-    """The tensors of a LoRA adapter's file, from the tensors of a Tied-LoRA adapter by their names in a model.
+    """Compute the tensors of a LoRA adapter's file from the tensors of a Tied-LoRA adapter.
 
     A linear layer has `lora_A.weight`, `(r, in_features)`, and `lora_B.weight`, `(out_features, r)`, whatever the
     layout of its own weight. An embedding has `lora_embedding_A`, `(r, num_embeddings)`, and `lora_embedding_B`,
     `(embedding_dim, r)`.
+
+    Args:
+        state: tensors of the Tied-LoRA adapter by their names in a model.
+        config: its settings, with `adapted_modules`.
     """
     lora, used = {}, set()
     for module in in_layer_order(config.adapted_modules):
@@ -138,8 +155,9 @@ def _scaled(matrix: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
 
 
 def _of_model(model: nn.Module, adapter_name: str) -> tuple[TiedLoraConfig, dict[str, torch.Tensor]]:
-    """What `read_tied_adapter` gives, of an adapter in a model. It goes through PEFT's state dict for a file, so that
-    what is exported is what would have been saved.
+    """Read the settings and the tensors of an adapter in a model, as `read_tied_adapter` does for a saved one.
+
+    This uses PEFT's state dict for a file, so the export is equal to the export of the saved adapter.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile
     configs = getattr(model, "peft_config", None) or {}
@@ -155,7 +173,7 @@ def _of_model(model: nn.Module, adapter_name: str) -> tuple[TiedLoraConfig, dict
                 "twice with the export. Call unmerge_adapter() first, or keep the merged model and export nothing."
             )
     saved = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    # In a model that has adapters without a PeftModel around it, names are without its prefix.
+    # In a model that has adapters without a PeftModel, names do not have its prefix.
     saved = {name if name.startswith(BASE_PREFIX) else BASE_PREFIX + name: value for name, value in saved.items()}
     absent = next((name for name, tensor in saved.items() if tensor.is_meta), None)
     if absent:
@@ -165,7 +183,7 @@ def _of_model(model: nn.Module, adapter_name: str) -> tuple[TiedLoraConfig, dict
     if config.base_model_name_or_path is None:
         changes["base_model_name_or_path"] = getattr(base, "name_or_path", None) or None
     if config.task_type is None and config.auto_mapping is None:
-        # PeftModel.save_pretrained writes this too, for AutoPeftModel.
+        # PeftModel.save_pretrained writes the same, for AutoPeftModel.
         changes["auto_mapping"] = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
     return _changed(config, changes), state_from_file(saved, config)
 

@@ -1,6 +1,8 @@
-"""One adapted module of Tied-LoRA: the base layer, its own v, and the shared factors that it uses."""
+"""An adapted module of Tied-LoRA: the base layer, its own v, and the shared factors that it uses."""
 
 import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -19,12 +21,18 @@ Use = LayerFactors
 
 
 class TiedLoraLayer(BaseTunerLayer):
-    """The base of all adapted modules. Their shared factors are in the `TiedMatrices` on the root of the model."""
+    """The base class of all adapted modules. Their shared factors are in the `TiedMatrices` on the root of the model.
+
+    Args:
+        base_layer: layer that is adapted.
+        module_name: name of the layer in the model.
+        **kwargs: arguments of PEFT for quantised layers.
+    """
 
     adapter_layer_names = ("tied_lora_v",)
     other_param_names = ("tied_lora_dropout", "uses")
 
-    def __init__(self, base_layer: nn.Module, module_name: str, **kwargs):
+    def __init__(self, base_layer: nn.Module, module_name: str, **kwargs: Any) -> None:
         self.base_layer = base_layer
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
@@ -33,7 +41,7 @@ class TiedLoraLayer(BaseTunerLayer):
         self.module_name = module_name
         self.tied_lora_v = nn.ModuleDict()
         self.tied_lora_dropout = nn.ModuleDict()
-        # In plain containers: these modules belong to the root, and must not become children of this layer too.
+        # Plain containers, because these modules belong to the root, and must not become children of this layer too.
         self.uses: dict[str, LayerFactors] = {}
         self._matrices: list[TiedMatrices] = []
         self._disable_adapters = False
@@ -45,10 +53,10 @@ class TiedLoraLayer(BaseTunerLayer):
         """Add an adapter.
 
         Args:
-            adapter_name: its name.
-            matrices: the shared factors of the model.
-            planned: the names and sizes of the factors that this module uses.
-            config: the adapter's settings.
+            adapter_name: name of the adapter.
+            matrices: shared factors of the model.
+            planned: names and sizes of the factors that this module uses.
+            config: settings of the adapter.
         """
         names = planned.names
         shapes = {"A": (config.r, planned.a_columns), "B": (planned.b_rows, config.r)}
@@ -73,10 +81,17 @@ class TiedLoraLayer(BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    # Whatever PEFT does to a layer is also done to the shared factors that it uses.
+    # What PEFT does to a layer is also done to the shared factors that it uses.
 
     def factors(self, adapter_name: str) -> dict[str, Factor]:
-        """The shared factors that this module uses, by "A", "B" and "u"; none if the adapter is not on it."""
+        """Return the shared factors that this module uses.
+
+        Args:
+            adapter_name: name of an adapter.
+
+        Returns:
+            The factors by "A", "B" and "u"; empty if this module does not have the adapter.
+        """
         used = self.uses.get(adapter_name)
         found = {kind: used.factor(kind) for kind in "ABu"} if used else {}
         return {kind: factor for kind, factor in found.items() if factor is not None}
@@ -84,7 +99,7 @@ class TiedLoraLayer(BaseTunerLayer):
     def _get_available_adapters(self) -> set[str]:
         return set(self.uses)
 
-    def _set_shared_requires_grad(self, adapter_names, value: bool) -> None:
+    def _set_shared_requires_grad(self, adapter_names: Iterable[str], value: bool) -> None:
         for name in adapter_names:
             for kind, factor in self.factors(name).items():
                 factor.requires_grad_(value and kind in self.uses[name].trained)
@@ -94,6 +109,7 @@ class TiedLoraLayer(BaseTunerLayer):
             matrices.follow(self.active_adapters, self._disable_adapters)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters active, and train the shared factors that they train, as PEFT does for the others."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
         active = set(self.active_adapters)
         self._set_shared_requires_grad(active, not inference_mode)
@@ -101,22 +117,25 @@ class TiedLoraLayer(BaseTunerLayer):
         self._follow()
 
     def enable_adapters(self, enabled: bool) -> None:
+        """Enable or disable all adapters, with their shared factors."""
         super().enable_adapters(enabled)
         if not enabled:
             self._set_shared_requires_grad(self.uses, False)
         self._follow()
 
-    def set_requires_grad(self, adapter_names, requires_grad: bool = True) -> None:
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Freeze or unfreeze adapters, with their shared factors."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         super().set_requires_grad(names, requires_grad)
         self._set_shared_requires_grad([name for name in names if name in self.uses], requires_grad)
 
-    def requires_grad_(self, requires_grad: bool = True):
-        # transformers freezes an adapter that it has loaded by this.
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Freeze or unfreeze all adapters. transformers freezes an adapter that it has loaded by this method."""
         self._set_shared_requires_grad(self.uses, requires_grad)
         return super().requires_grad_(requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter of this layer. PEFT deletes its shared factors by `TiedMatrices.delete_adapter`."""
         super().delete_adapter(adapter_name)
         self._follow()
 
@@ -132,11 +151,14 @@ class TiedLoraLayer(BaseTunerLayer):
 
     # The update.
 
-    def _v(self, adapter_name: str, device) -> torch.Tensor | None:
+    def _v(self, adapter_name: str, device: torch.device | None) -> torch.Tensor | None:
         return self.tied_lora_v[adapter_name](device=device) if adapter_name in self.tied_lora_v else None
 
     def get_lora_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """The factors of the ordinary LoRA, with scaling 1, that has the same update.
+        """Compute the factors of the ordinary LoRA with scaling 1 that has the same update.
+
+        Args:
+            adapter_name: name of an adapter of this module.
 
         Returns:
             `scaling * diag(u) A`, `(r, in_features)`, and `diag(v) B`, `(out_features, r)`.
@@ -148,7 +170,14 @@ class TiedLoraLayer(BaseTunerLayer):
         return scale_rows(a, u) * used.scaling, scale_rows(b, self._v(adapter_name, a.device))
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """The update that merging adds to the base weight, in the weight's layout and on its device."""
+        """Compute the update that a merge adds to the base weight.
+
+        Args:
+            adapter_name: name of an adapter of this module.
+
+        Returns:
+            The update in the layout and on the device of the weight, in the dtype of the factors.
+        """
         a, b = self.get_lora_factors(adapter_name)
         dtype = a.dtype
         if a.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
@@ -158,9 +187,9 @@ class TiedLoraLayer(BaseTunerLayer):
         return delta if device is None or device.type == "meta" else delta.to(device)
 
     def _low(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
-        """`x A^T`, `(..., r)`; computed once for the modules that share A and x.
+        """Compute `x A^T`, `(..., r)`, once for all modules that share A and x.
 
-        Under dropout each module has a mask of its own, as in LoRA, and computes its own.
+        With dropout, each module has its own mask, as in LoRA, and computes its own value.
         """
         used = self.uses[adapter_name]
         random = self.training and isinstance(self.tied_lora_dropout[adapter_name], nn.Dropout)
@@ -184,13 +213,20 @@ class TiedLoraLayer(BaseTunerLayer):
         u = None if used.u is None else used.u(device=x.device)
         return scaled_linear(low, b, u, self._v(adapter_name, x.device), used.scaling)
 
-    def forward(self, x: torch.Tensor, *args, adapter_names: list[str] | None = None, **kwargs) -> torch.Tensor:
-        """The base layer's output, with the updates of the active adapters.
+    def forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """Compute the output of the base layer with the updates of the active adapters.
 
         Args:
-            x: `(..., in_features)`, or ids for an embedding.
-            adapter_names: the adapter of each sample in the batch, or `"__base__"` for no adapter. Default: the active
-                adapters, for every sample.
+            x: input, `(..., in_features)`, or ids for an embedding.
+            *args: further arguments of the base layer.
+            adapter_names: adapter of each sample in the batch, or `"__base__"` for no adapter. Default: the active
+                adapters for every sample.
+            **kwargs: further arguments of the base layer.
+
+        Returns:
+            `(..., out_features)`, in the dtype of the base layer's output.
         """
         if adapter_names is not None:
             return self._mixed_forward(x, *args, adapter_names=adapter_names, **kwargs)
@@ -207,7 +243,7 @@ class TiedLoraLayer(BaseTunerLayer):
                 result = result + self._update(name, x)
         return result.to(dtype)
 
-    def _mixed_forward(self, x, *args, adapter_names, **kwargs):
+    def _mixed_forward(self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> torch.Tensor:
         if len(x) != len(adapter_names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
@@ -231,11 +267,11 @@ class TiedLoraLayer(BaseTunerLayer):
         """Add the updates of the adapters to the base weight.
 
         Args:
-            safe_merge: check the result first, and change nothing if it is not finite.
-            adapter_names: which adapters. Default: the active ones.
+            safe_merge: whether to check the result first, and change nothing if it is not finite. Default `False`.
+            adapter_names: names of the adapters. Default: the active ones.
 
         Raises:
-            ValueError: with `safe_merge`, the merged weight would not be finite.
+            ValueError: with `safe_merge`, if the merged weight would not be finite.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.uses:
@@ -250,7 +286,7 @@ class TiedLoraLayer(BaseTunerLayer):
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
-        """Take the updates of all merged adapters out of the base weight."""
+        """Subtract the updates of all merged adapters from the base weight."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -260,19 +296,21 @@ class TiedLoraLayer(BaseTunerLayer):
             self.set_base_weight(weight)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Return `True`: every adapter has the update of an ordinary LoRA."""
         return True
 
     def __repr__(self) -> str:
         return "tied_lora." + super().__repr__()
 
     def extra_repr(self) -> str:
+        """Return the note on quantisation in the printed form of the layer."""
         return quantization_extra_repr(self)
 
 
 class Linear(TiedLoraLayer, nn.Module):
     """An adapted `nn.Linear`, GPT-2 `Conv1D`, or quantised linear layer."""
 
-    def __init__(self, base_layer: nn.Module, module_name: str, fan_in_fan_out: bool = False, **kwargs):
+    def __init__(self, base_layer: nn.Module, module_name: str, fan_in_fan_out: bool = False, **kwargs: Any) -> None:
         nn.Module.__init__(self)
         TiedLoraLayer.__init__(self, base_layer, module_name, **kwargs)
         self.fan_in_fan_out = fan_in_fan_out
@@ -281,25 +319,26 @@ class Linear(TiedLoraLayer, nn.Module):
 class Embedding(TiedLoraLayer, nn.Module):
     """An adapted `nn.Embedding`. A has one column for each row of the embedding. There is no dropout.
 
-    The padding row keeps what the base has: it has no update, as it gets no gradient.
+    The padding row has no update, because it gets no gradient.
     """
 
-    def __init__(self, base_layer: nn.Module, module_name: str, **kwargs):
+    def __init__(self, base_layer: nn.Module, module_name: str, **kwargs: Any) -> None:
         nn.Module.__init__(self)
         TiedLoraLayer.__init__(self, base_layer, module_name, **kwargs)
         self.fan_in_fan_out = False
 
-    def get_lora_factors(self, adapter_name):
+    def get_lora_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the factors of the ordinary LoRA with the same update. The padding column of A is 0."""
         a, b = super().get_lora_factors(adapter_name)
         padding = self.get_base_layer().padding_idx
-        if padding is not None:  # its row has no update, also where A is that of an embedding without padding
+        if padding is not None:  # A may be shared with an embedding without padding
             a = a.index_fill(1, torch.tensor(padding, device=a.device), 0)
         return a, b
 
-    def _down(self, adapter_name, x, matrix):
+    def _down(self, adapter_name: str, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         return F.embedding(x, matrix.T, padding_idx=self.get_base_layer().padding_idx)
 
-    def _update(self, adapter_name, x):
+    def _update(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         update = super()._update(adapter_name, x)
         padding = self.get_base_layer().padding_idx
         if padding is not None:

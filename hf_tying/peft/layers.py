@@ -1,24 +1,24 @@
-"""Which layer of a model an adapted module is in: found in the names and sizes of the modules, or as the user says."""
+"""The layer of each adapted module, from the names and sizes of the modules or from the user's setting."""
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from re import Match
 
-#: The part that torch.compile adds to the names of modules. The names in a file are without it.
+#: The part that torch.compile adds to the names of modules. Names in a file do not have it.
 COMPILED = "_orig_mod."
-#: Kind, inputs and outputs of a module.
+#: The kind of a module, and its numbers of inputs and outputs.
 Features = tuple[str, int, int]
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a module is.
+    """The place of a module in a model.
 
     Args:
         layer: path of its layer, such as `model.layers.3`; `None` for a module outside all layers.
-        index: number of the layer, 3; `None` outside all layers.
-        inside: the module's name inside its layer, such as `self_attn.q_proj`; outside all layers, its whole name.
+        index: number of its layer, such as 3; `None` outside all layers.
+        inside: name of the module inside its layer, such as `self_attn.q_proj`; outside all layers, its whole name.
     """
 
     layer: str | None
@@ -27,23 +27,27 @@ class Place:
 
 
 def find_layers(modules: Mapping[str, Features], pattern: str | list[str] | None = None) -> dict[str, Place]:
-    """The place of each module.
+    """Find the place of each module.
 
-    A layer is a numbered part of a model that is repeated: it has the same module, of the same size, under another
-    number (`layers.3`, `layer_3`). Where such parts lie within each other (experts within layers), it is the outer
-    one. A list of models that holds one model, and Swin's stages, each of another width, are not repeated: the layers
-    are what they hold. Where nothing is repeated (one layer), a layer ends with the first number of the name.
+    A layer is a numbered part of a model that is repeated: the same module, of the same size, exists under another
+    number (`layers.3`, `layer_3`). If such parts contain each other (experts in layers), the outer one is the layer. A
+    list with one model, and the stages of Swin, which have different widths, are not repeated; the layers are inside
+    them. If nothing is repeated (a model with one layer), a layer ends with the first number of the name.
 
     Args:
-        modules: name and size of each.
-        pattern: `layers_pattern` of an adapter's config: the name of the list of layers, or several such names.
+        modules: name and size of each module.
+        pattern: `layers_pattern` of an adapter's config, the name of the list of layers or several such names.
+            Default: the rule above.
+
+    Returns:
+        The place of each module by its name.
     """
     names = {name: name.replace(COMPILED, "") for name in modules}
     if pattern:
         patterns = [pattern] if isinstance(pattern, str) else pattern
         return {name: _by_pattern(clean, patterns) for name, clean in names.items()}
-    # By the form of a name, which has `#` for each number, and by the place of the number that may be the layer's:
-    # the other parts and the size, each with the numbers that it is found under.
+    # The key is the form of a name, with `#` for each number, and the position of the number that may be the layer's.
+    # The value has the other parts of the name and the size, each with its numbers in this position.
     repeats: dict[tuple[str, int], dict[tuple, set[str]]] = {}
     for name, clean in names.items():
         for number in _numbers(clean):
@@ -54,9 +58,9 @@ def find_layers(modules: Mapping[str, Features], pattern: str | list[str] | None
 
 
 def _numbers(name: str) -> list[Match]:
-    """The numbers in a name that may be a layer's: those that end a part, and of the last part only a whole one.
+    """The numbers in a name that may be a layer's: numbers that end a part; in the last part, only the whole part.
 
-    `fc1` and `fc2` are no layers; the modules of an `nn.ModuleList` of linear layers are.
+    `fc1` and `fc2` are not layers. The modules of an `nn.ModuleList` of linear layers are.
     """
     found = re.finditer(r"(?:(?<=\.)|^)(?P<stem>[^.]*?)(?P<index>\d+)(?=\.|$)", name)
     return [number for number in found if number.end() < len(name) or not number["stem"]]
@@ -87,5 +91,5 @@ def _by_pattern(name: str, patterns: list[str]) -> Place:
 
 def _place(name: str, end: int, index: int) -> Place:
     layer, inside = name[:end], name[end + 1 :]
-    # A module that is a layer itself has the name of the list that it is in.
+    # A module that is a layer itself gets the name of its list.
     return Place(layer, index, inside or layer.rpartition(".")[0].rpartition(".")[2] or "layer")

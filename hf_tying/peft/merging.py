@@ -1,9 +1,12 @@
-"""Merges of adapters over a tie: a delta is written into the shared matrix once, or the merge is refused."""
+"""Merges of adapters into tied weights: the delta is added to the shared matrix once, or the merge is refused."""
 
 import copy
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ..config import TyingError
@@ -13,10 +16,19 @@ from ..ties.groups import TieGroup
 from ..ties.slots import find_parameter, find_slot, fit_rows, set_parameter, state_key
 
 
-def guard_merges(wrapped, tuner, args, kwargs):
-    """Around the methods of PEFT's `BaseTuner` that write deltas into base weights: keep the ties of the base model.
+def guard_merges(wrapped: Callable[..., Any], tuner: BaseTuner, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Wrap the methods of PEFT's `BaseTuner` that write deltas into base weights, and keep the ties of the base model.
 
-    A model without ties and without a projection goes straight through.
+    Nothing changes for a model without ties and without a projection.
+
+    Args:
+        wrapped: bound method of the tuner.
+        tuner: the tuner.
+        args: positional arguments of the method.
+        kwargs: keyword arguments of the method.
+
+    Returns:
+        The result of the method.
 
     Raises:
         TyingError: from `refuse_projected` and `refuse_uneven`, before anything is merged.
@@ -36,7 +48,10 @@ def guard_merges(wrapped, tuner, args, kwargs):
 def refuse_projected(model: nn.Module) -> None:
     """Refuse to merge an adapter on a head with a projection (PR).
 
-    The adapter reads the head's input, which the head projects before its matrix reads it.
+    The adapter reads the input of the head. The matrix of the head reads it after the projection.
+
+    Args:
+        model: base model with adapters.
 
     Raises:
         TyingError: merging would change the function.
@@ -52,6 +67,10 @@ def refuse_projected(model: nn.Module) -> None:
 
 def refuse_uneven(model: nn.Module, adapters: list[str]) -> None:
     """Refuse to merge adapters that do not change every name of a tie by the same delta.
+
+    Args:
+        model: base model with adapters and `tie_groups`.
+        adapters: names of the adapters to merge.
 
     Raises:
         TyingError: merging would change a name by a delta that its adapter does not have.
@@ -74,7 +93,7 @@ def refuse_uneven(model: nn.Module, adapters: list[str]) -> None:
 
 
 def _used(group: TieGroup, carriers: set[str]) -> list[str]:
-    """The names of a tie that are in use. A carrier holds the matrix for them (the `shared` of BART and T5)."""
+    """The names of a tie that are in use. A carrier only holds the matrix (the `shared` of BART and T5)."""
     return [name for name in group.names if name not in carriers] or list(group.names)
 
 
@@ -89,19 +108,22 @@ def _delta(model: nn.Module, name: str, adapters: list[str]) -> torch.Tensor | N
         return None
     if hasattr(layer, "get_delta_weight"):
         return sum(layer.get_delta_weight(adapter).detach() for adapter in held)
-    # A layer of trainable tokens has no method for its delta. Merge a copy, and subtract.
+    # A layer of trainable tokens has no method for its delta, so a copy is merged and the difference taken.
     trial = copy.deepcopy(layer)
     trial.merge(adapter_names=held)
     return (trial.get_base_layer().weight - layer.get_base_layer().weight).detach()
 
 
 @contextmanager
-def untied_while_merging(model: nn.Module):
-    """Give each name of a tie its own copy while PEFT writes, then make them one again.
+def untied_while_merging(model: nn.Module) -> Iterator[None]:
+    """Give each name of a tie its own copy while PEFT merges, then make them one again.
 
-    A delta that PEFT writes to every name is then added to the one matrix once.
+    The delta that PEFT adds to each copy is thereby added to the one matrix once.
+
+    Args:
+        model: base model with `tie_groups`.
     """
-    carriers = Anatomy(model).carriers  # they keep the matrix of the first name that is used
+    carriers = Anatomy(model).carriers  # carriers keep the matrix of the first name in use
     groups = [_used(group, carriers) for group in model.tie_groups]
     for first, *others in groups:
         root = find_parameter(model, first)

@@ -1,11 +1,15 @@
-"""`TiedLoraModel`: the tuner of Tied-LoRA, which puts adapters into a model, runs, merges and saves them."""
+"""`TiedLoraModel`: the tuner of Tied-LoRA, which adds adapters to a model, runs, merges and saves them."""
 
+import re
 import warnings
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
+from typing import Any
 
+import torch
 from peft.tuners.lora import LoraConfig, LoraModel
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -31,9 +35,9 @@ from .tensor_names import BASE_PREFIX, file_from_state, state_from_file
 
 logger = logging.get_logger(__name__)
 
-#: The start of the names of all factors in a model, by which PEFT knows them.
+#: The start of the names of all factors in a model, by which PEFT recognises them.
 FACTOR_PREFIX = "tied_lora_"
-# A forward pass runs all children of such a root, so the container of the shared factors cannot be one of them.
+# A forward pass of such a root runs all its children, so the container of the shared factors cannot be one of them.
 _ROOTS_OF_LAYERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -43,26 +47,26 @@ class TiedLoraModel(BaseTuner):
     One module on the root of the model, `tied_matrices`, holds each shared A, B and u once. Each adapted layer uses
     them and has its own v. One parameter serves all layers, so its gradient is the sum over the layers.
 
-    An adapter on an embedding that is tied to the softmax is trained as PEFT trains it, at that one use. Its merge is
-    refused, because the one matrix would change for the other use too. `ensure_weight_tying=True` is for
-    `modules_to_save`, as in LoRA. With such an adapter it is refused: the one of the softmax would be the transpose of
-    the embedding's, with A and B exchanged, which is not a Tied-LoRA of its layer. To adapt both sides, untie the base
-    (`hf_tying.untie`), or put the embedding into `modules_to_save`.
+    An adapter on an embedding that is tied to the softmax is trained as in PEFT, for the embedding alone. Its merge is
+    refused, because the one matrix would also change for the softmax. `ensure_weight_tying=True` is for
+    `modules_to_save`, as in LoRA. With such an adapter it is refused: the adapter of the softmax would be the
+    transpose of the embedding's, with A and B exchanged, which is not a Tied-LoRA of its layer. To adapt both sides,
+    untie the base (`hf_tying.untie`), or put the embedding into `modules_to_save`.
 
     Args:
-        model (`torch.nn.Module`): the model to adapt, in place.
-        peft_config (`TiedLoraConfig`): the settings.
+        model (`torch.nn.Module`): model to adapt, in place.
+        peft_config (`TiedLoraConfig`): settings of the adapter.
         adapter_name (`str`): name of the first adapter. PEFT's default is `"default"`.
-        low_cpu_mem_usage (`bool`): leave the factors on the meta device until they are loaded.
+        low_cpu_mem_usage (`bool`): whether the factors stay on the meta device until they are loaded. Default `False`.
     """
 
     prefix = FACTOR_PREFIX
     tuner_layer_cls = TiedLoraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-    # Before anything is changed.
+    # Checks before anything is changed.
 
-    def _prepare_adapter_config(self, peft_config, model_config):
+    def _prepare_adapter_config(self, peft_config: TiedLoraConfig, model_config: dict[str, Any]) -> TiedLoraConfig:
         if peft_config.target_modules is None:
             names = {name.rpartition(".")[2] for name, _ in self.model.named_modules()}
             usual = {name for trio in QKV for name in trio if names.issuperset(trio)} | (names & set(FUSED_QKV))
@@ -94,8 +98,19 @@ class TiedLoraModel(BaseTuner):
             "modules_to_save."
         )
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        # The config says which modules are adapted. The names in a file of Tied-LoRA do not.
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter to a model, and record the adapted modules in its config.
+
+        Args:
+            model: model to adapt, in place.
+            adapter_name: name of the adapter.
+            *args: further arguments of PEFT's method.
+            **kwargs: further arguments of PEFT's method. `state_dict` is not used, because only the config has the
+                names of the adapted modules.
+
+        Raises:
+            NoMatchingPeftModuleError: no module has a name in `target_modules`. The message has the nearest names.
+        """
         kwargs.pop("state_dict", None)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -104,7 +119,7 @@ class TiedLoraModel(BaseTuner):
             raise NoMatchingPeftModuleError(f"{error} {near}".strip()) from None
         self.peft_config[adapter_name].adapted_modules = _adapted_modules(model, adapter_name)
 
-    def _check_target_module_exists(self, peft_config, key):
+    def _check_target_module_exists(self, peft_config: TiedLoraConfig, key: str) -> bool | re.Match[str] | None:
         found = BaseTuner._check_target_module_exists(of_all_layers(peft_config), key)
         if not found:
             return found
@@ -113,7 +128,16 @@ class TiedLoraModel(BaseTuner):
 
     # Injection.
 
-    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
+    def _create_and_replace(
+        self,
+        peft_config: TiedLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
         layer = target if isinstance(target, TiedLoraLayer) else self._new_layer(peft_config, target, current_key)
         planned = self._planned[layer.module_name]
         if layer is not target:
@@ -140,22 +164,22 @@ class TiedLoraModel(BaseTuner):
         return Linear(target, name, fan_in_fan_out=is_conv1d, **get_quantization_kwargs(self))
 
     def _matrices(self, adapter_name: str, layer: TiedLoraLayer) -> TiedMatrices:
-        """The module of the model's shared factors, with a place for those of this adapter. Made on first use."""
+        """The module of the model's shared factors, with a place for this adapter. It is made on first use."""
         found = next((module for module in self.model.modules() if isinstance(module, TiedMatrices)), None)
         if found is None:
             found = TiedMatrices(adapter_name)
             root = getattr(self.model, "_orig_mod", self.model)  # the model inside the wrapper of torch.compile
             owner = layer if isinstance(root, _ROOTS_OF_LAYERS) else root
-            # As the first child, it is where an automatic device map begins, and is not offloaded to a disk.
+            # An automatic device map starts with the first child, so this one is not offloaded to a disk.
             owner._modules = {CONTAINER: found, **owner._modules}
         found.update(adapter_name)
         return found
 
-    def _replace_module(self, parent, child_name, new_module, child):
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, TiedMatrices):  # the adapters are being unloaded
             delattr(parent, child_name)
             return
-        if isinstance(child, AuxiliaryTrainingWrapper):  # a module that was trained whole, such as a classifier
+        if isinstance(child, AuxiliaryTrainingWrapper):  # a fully trained module, such as a classifier
             setattr(parent, child_name, new_module)
             return
         super()._replace_module(parent, child_name, new_module, child)
@@ -173,7 +197,7 @@ class TiedLoraModel(BaseTuner):
     # Forward passes and merges.
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args, **kwargs):
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None:
             yield
@@ -185,7 +209,7 @@ class TiedLoraModel(BaseTuner):
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
         beams = kwargs.get("num_beams") or 1
-        # A beam search runs the encoder once for each sample, and the decoder once for each beam of it.
+        # A beam search runs the encoder once for each sample, and the decoder once for each beam.
         repeated = [name for name in adapter_names for _ in range(beams)]
         encoder = getattr(self.model, "get_encoder", lambda: None)() if beams > 1 else None
         inside_encoder = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
@@ -210,7 +234,7 @@ class TiedLoraModel(BaseTuner):
         r: int | None = None,
         iterations: int = 300,
     ) -> None:
-        """Add an adapter that is the weighted sum of others, like LoRA's method of this name.
+        """Add an adapter that is the weighted sum of others, as LoRA's method of this name does.
 
         Args:
             adapters: names of adapters of the model.
@@ -223,7 +247,7 @@ class TiedLoraModel(BaseTuner):
             iterations: the most sweeps of a fit. Default 300, as in `fit_from_lora`.
 
         Raises:
-            ValueError: for an unknown adapter, a name that is taken, wrong weights, or adapters that have no sum of
+            ValueError: an adapter is unknown, the name is taken, the weights are wrong, or the adapters have no sum of
                 this type.
         """
         from .fitting.weighted import add_weighted_adapter  # most models never need the fit
@@ -236,7 +260,7 @@ class TiedLoraModel(BaseTuner):
         known = isinstance(self.model, PreTrainedModel)
         idle = {name.rpartition(".")[0] for name in Anatomy(self.model).carriers} if known else set()
         for name, module in self.model.named_modules():
-            if name in idle:  # it holds a matrix for the modules that use it
+            if name in idle:  # a carrier only holds a matrix for the modules that use it
                 continue
             for parameter in module.parameters(recurse=False):
                 owners.setdefault(id(parameter), set()).add(name)
@@ -255,8 +279,15 @@ class TiedLoraModel(BaseTuner):
     # Names in a file.
 
     @classmethod
-    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
-        # The caller's config may serve other models too: what it says is written anew for the file of each.
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: TiedLoraConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        # Several models may share the caller's config, so its `adapted_modules` are set again for each file.
         config.adapted_modules = _adapted_modules(model, adapter_name)
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         found |= {key: value for key, value in state_dict.items() if f"{CONTAINER}.{FACTOR_PREFIX}" in key}
@@ -275,13 +306,15 @@ class TiedLoraModel(BaseTuner):
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         parts = key.split(".")
         for index, part in enumerate(parts[:-1]):
-            # Only here is it the adapter's name: modules and factors may have the same name as the adapter.
+            # Modules and factors may have the adapter's name too. Only a part in this place is the adapter's name.
             if part.startswith(FACTOR_PREFIX) and parts[index + 1] == adapter_name:
                 return ".".join(parts[: index + 1] + parts[index + 2 :])
         return key
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: TiedLoraConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         config.adapted_modules = _adapted_modules(model, adapter_name)
         names = {}
         for key in model.state_dict():
@@ -294,7 +327,7 @@ class TiedLoraModel(BaseTuner):
 
 
 def _adapted_modules(model: nn.Module, adapter_name: str) -> dict[str, dict[str, str | int]]:
-    """The modules that an adapter is on, by their names, each with the names of its factors."""
+    """The modules of an adapter by their names, each with the names of its factors."""
     return {
         layer.module_name.replace(COMPILED, ""): layer.uses[adapter_name].names.entry
         for layer in model.modules()
@@ -312,7 +345,7 @@ def _refuse_idle_setting(config: TiedLoraConfig, names: dict[str, FactorNames]) 
 
 
 def _tell_of_nothing_shared(config: TiedLoraConfig, names: dict[str, FactorNames]) -> None:
-    """Warn if the adapter is to share A or B, and no two layers have one in common."""
+    """Warn if an adapter that shares A or B has no factor that two layers have in common."""
     tied = [kind for kind in "AB" if getattr(config, f"tie_{kind}")]
     used = Counter((kind, getattr(of, kind), of.u) for of in names.values() for kind in tied)
     layers = Counter((kind, name) for kind, name, _ in used)
@@ -320,12 +353,12 @@ def _tell_of_nothing_shared(config: TiedLoraConfig, names: dict[str, FactorNames
         logger.warning(
             f"Tied-LoRA: no two layers share a factor, of {len(names)} adapted modules ({', '.join(list(names)[:3])}, "
             "...). Say where the layers are by layers_pattern='name of the list of layers', or share by "
-            "share_by='shape'; tie_A=False, tie_B=False says that it is meant."
+            "share_by='shape'. If this is intended, set tie_A=False and tie_B=False."
         )
 
 
-def _nearest(targets, model: nn.Module) -> str:
-    """The tail of a message: the names of modules in the model that are most like the targets that were not found."""
+def _nearest(targets: str | Iterable[str] | None, model: nn.Module) -> str:
+    """The end of a message: the names of modules that are most similar to the targets that were not found."""
     if not targets:
         return ""
     names = {name.rpartition(".")[2] for name, module in modules_outside_adapters(model) if features_of(module)}
@@ -336,5 +369,7 @@ def _nearest(targets, model: nn.Module) -> str:
     return f"Modules that can be adapted: {', '.join(sorted(names)[:12]) or 'none'}."
 
 
-def _pass_adapter_names(module, args, kwargs, adapter_names):
+def _pass_adapter_names(
+    module: nn.Module, args: tuple, kwargs: dict[str, Any], adapter_names: list[str]
+) -> tuple[tuple, dict[str, Any]]:
     return args, kwargs | {"adapter_names": adapter_names}

@@ -1,4 +1,4 @@
-"""The modules that an adapter will be put on, and what they will share: planned before the model is changed."""
+"""The plan of an adapter before the model is changed: the modules to adapt, and the factors that they share."""
 
 import copy
 import re
@@ -21,12 +21,12 @@ from .tensor_names import BASE_PREFIX, is_factor_name, refuse_misfit, size_misma
 
 @dataclass(frozen=True)
 class PlannedModule:
-    """One module that will be adapted.
+    """A module that will be adapted.
 
     Args:
         names: names of its factors, and its size.
-        a_columns: number of columns of its A; more than the module's inputs where a wider module shares that A.
-        b_rows: number of rows of its B; more than the module's outputs where a larger module shares that B.
+        a_columns: number of columns of its A. It is larger than the module's inputs if a wider module shares that A.
+        b_rows: number of rows of its B. It is larger than the module's outputs if a wider module shares that B.
     """
 
     names: FactorNames
@@ -39,7 +39,14 @@ Adapted = PlannedModule
 
 
 def plan_adapter(config: TiedLoraConfig, model: nn.Module) -> dict[str, PlannedModule]:
-    """The modules of `model` that an adapter with these settings will be put on, by name.
+    """Find the modules that an adapter with these settings will adapt.
+
+    Args:
+        config: settings of the adapter.
+        model: model, which is not changed.
+
+    Returns:
+        The planned modules by name.
 
     Raises:
         ValueError: a target module cannot be adapted, or `layer_groups` leaves out its layer.
@@ -62,14 +69,18 @@ def plan_adapter(config: TiedLoraConfig, model: nn.Module) -> dict[str, PlannedM
 
 
 def of_all_layers(config: TiedLoraConfig) -> TiedLoraConfig:
-    """`config` without its choice of layers, for PEFT, which counts layers by the names of modules alone."""
+    """Copy a config without its choice of layers. PEFT would count the layers by the names of modules alone.
+
+    Args:
+        config: settings of the adapter.
+    """
     config = copy.copy(config)
     config.layers_to_transform = config.layers_pattern = None
     return config
 
 
 def _targets(config: TiedLoraConfig, model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that the config means, those of the layers that it chooses."""
+    """The modules that the config names, in the layers that it chooses."""
     free = of_all_layers(config)
     found = {name: m for name, m in modules_outside_adapters(model) if check_target_module_exists(free, name)}
     chosen = config.layers_to_transform
@@ -78,12 +89,16 @@ def _targets(config: TiedLoraConfig, model: nn.Module) -> dict[str, nn.Module]:
     indices = {chosen} if isinstance(chosen, int) else set(chosen)
     sizes = {name: features_of(module) or (type(module).__name__, 0, 0) for name, module in found.items()}
     places = find_layers(sizes, config.layers_pattern)
-    named = config.target_modules or ()  # by its whole name: meant, whatever its layer
+    named = config.target_modules or ()  # a module with its full name is adapted in any layer
     return {name: module for name, module in found.items() if name in named or places[name].index in indices}
 
 
 def modules_outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that an adapter may be put on, with their names. Parts of an adapted module are left out."""
+    """Iterate over the modules that an adapter may adapt, with their names. Parts of adapted modules are left out.
+
+    Args:
+        model: any model.
+    """
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if not name or (inside and name.startswith(inside)):
@@ -100,12 +115,19 @@ def _padding(module: nn.Module) -> int | None:
 
 
 def features_of(module: nn.Module) -> tuple[str, int, int] | None:
-    """`(kind, in_features, out_features)` of a module that can be adapted; `None` for any other module."""
+    """Return `(kind, in_features, out_features)` of a module that can be adapted.
+
+    Args:
+        module: any module, also an adapted one.
+
+    Returns:
+        The kind, `"linear"` or `"embedding"`, with the numbers of inputs and outputs; `None` for any other module.
+    """
     if isinstance(module, BaseTunerLayer):
         module = module.get_base_layer()
     if isinstance(module, nn.Embedding):
         return "embedding", module.num_embeddings, module.embedding_dim
-    # A quantised `nn.Linear` is not asked for its backend: for torchao PEFT wants an argument that is not known here.
+    # The backend of a quantised `nn.Linear` is not needed: for torchao, PEFT needs an argument that is unknown here.
     backend = None if isinstance(module, nn.Linear | Conv1D) else resolve_quantization_backend(module)
     if isinstance(module, nn.Linear | Conv1D) or (backend is not None and backend.layer_type == "linear"):
         found = _get_in_out_features(module)
@@ -119,13 +141,14 @@ def check_adapter_file(
     saved: dict[str, torch.Tensor],
     renamed: Mapping[str, str] | None = None,
 ) -> None:
-    """Compare the tensors of an adapter's file with the model that they are to be loaded into.
+    """Check that the tensors of an adapter's file fit a model, before they are loaded.
 
     Args:
-        config: that was saved with the file; or that of an adapter which the model has.
-        model: without adapters, or with others.
-        saved: the tensors by their names in the file.
-        renamed: regular expressions of old names of modules, and what is new in them: PEFT's `key_mapping`.
+        config: settings that were saved with the file, or those of an adapter in the model.
+        model: model without adapters, or with other adapters.
+        saved: tensors by their names in the file.
+        renamed: map from regular expressions of old names of modules to their replacements, PEFT's `key_mapping`.
+            Default: none.
 
     Raises:
         RuntimeError: a tensor is missing, has no place in the model, or has another shape.
@@ -162,7 +185,7 @@ def check_adapter_file(
     problems += [
         f"adapted_modules of {name!r} are not what the settings make of it"
         for name, of in names.items()
-        if name in recorded and not recorded[name].is_like(of)  # under another name the layer has another one too
+        if name in recorded and not recorded[name].is_like(of)  # a module with a new name has other factor names too
     ][:1]
     refuse_misfit(problems or _unknown_order(saved_for, names))
 
@@ -173,10 +196,10 @@ def _new_name(name: str, renamed: Mapping[str, str]) -> str:
 
 
 def _unknown_order(saved: Mapping[str, FactorNames], planned: Mapping[str, FactorNames]) -> list[str]:
-    """The problem of a file whose rows cannot be matched with modules; none where they can.
+    """The problem of a file whose rows cannot be matched with modules; empty if they can.
 
-    The rows of a file are in the order of the modules' names. If the modules have been renamed since the file was
-    saved, the order is still the same within one list of layers, and is unknown across several lists.
+    The rows of a file are in the order of the modules' names. If the modules have new names since the file was saved,
+    the order is the same within one list of layers, but unknown across several lists.
     """
     lists = [
         {place.layer.rpartition(".")[0] for place in find_layers(sizes_of(of)).values() if place.layer}

@@ -1,14 +1,21 @@
-"""Wrappers around what PEFT and transformers do only for their own adapter types, so that it works for Tied-LoRA.
+"""Wrappers for functions of PEFT and transformers that know only built-in adapter types, so that Tied-LoRA works.
 
-`hf_tying.hook` says which functions they are put around. A file that does not fit its model is refused while the model
-is still as it was.
+`hf_tying.hook` lists the functions that they wrap. A file that does not fit its model is refused before the model is
+changed.
+
+Each wrapper has the arguments of wrapt: the wrapped function, the object that it is bound to, and the arguments of the
+call.
 """
 
 import inspect
+import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from peft import PeftConfig, load_peft_weights
+from peft import PeftConfig, PeftModel, load_peft_weights
+from transformers import PreTrainedModel
 
 from .config import is_tied_lora
 from .plan import check_adapter_file
@@ -17,18 +24,27 @@ from .tensor_names import state_from_file
 _HUB_ARGUMENTS = inspect.signature(hf_hub_download).parameters.keys() - {"repo_id", "filename"}
 
 
-def from_pretrained(wrapped, cls, args, kwargs):
-    """Around `PeftModel.from_pretrained`: check the adapter's file against the model first."""
+def from_pretrained(
+    wrapped: Callable[..., Any], cls: type[PeftModel], args: tuple, kwargs: dict[str, Any]
+) -> PeftModel:
+    """Wrap `PeftModel.from_pretrained`, and check the adapter's file against the model first.
+
+    Raises:
+        RuntimeError: the file does not fit the model.
+    """
     given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
     hub = given.get("kwargs", {})
     _check(given.get("model"), given.get("model_id"), given.get("config"), given.get("key_mapping"), hub)
     return wrapped(*args, **kwargs)
 
 
-def load_adapter(wrapped, model, args, kwargs):
-    """Around `PeftModel.load_adapter`: check the file against the base model first, under the settings that will hold.
+def load_adapter(wrapped: Callable[..., Any], model: PeftModel, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Wrap `PeftModel.load_adapter`, and check the file against the base model first.
 
-    Those of an adapter that the model has stay, whatever the file's config says.
+    If the model already has an adapter of this name, its settings are used, and not those of the file.
+
+    Raises:
+        RuntimeError: the file does not fit the model.
     """
     given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
     base, hub = model.get_base_model(), given.get("kwargs", {})
@@ -36,7 +52,13 @@ def load_adapter(wrapped, model, args, kwargs):
     return wrapped(*args, **kwargs)
 
 
-def _check(model, path, config, key_mapping, kwargs: dict) -> None:
+def _check(
+    model: Any,
+    path: str | os.PathLike | None,
+    config: PeftConfig | None,
+    key_mapping: dict[str, str] | None,
+    kwargs: dict,
+) -> None:
     hub = {name: value for name, value in kwargs.items() if name in _HUB_ARGUMENTS}
     config = config or _config_at(path, hub)
     if is_tied_lora(config) and isinstance(model, torch.nn.Module) and not kwargs.get("ignore_mismatched_sizes"):
@@ -44,17 +66,20 @@ def _check(model, path, config, key_mapping, kwargs: dict) -> None:
         check_adapter_file(config, model, load_peft_weights(path, device="cpu", **hub), renamed)
 
 
-def _config_at(path, hub: dict) -> PeftConfig | None:
+def _config_at(path: str | os.PathLike | None, hub: dict) -> PeftConfig | None:
     try:
         return PeftConfig.from_pretrained(path, **hub)
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # the stock method reads it next, and says what is wrong
+        return None  # the stock method reads it next, and raises its own error
 
 
-def load_natively(wrapped, model, args, kwargs):
-    """Around `PeftAdapterMixin.load_adapter`: check the file, and pass on its tensors by their names in a model.
+def load_natively(wrapped: Callable[..., Any], model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Wrap `PeftAdapterMixin.load_adapter`: check the file, and pass on its tensors by their names in a model.
 
-    transformers reads an adapter's file without asking PEFT, which would translate the names.
+    transformers reads an adapter's file without PEFT, which would convert the names.
+
+    Raises:
+        RuntimeError: the file does not fit the model.
     """
     bound = inspect.signature(wrapped).bind(*args, **kwargs)
     given = bound.arguments
@@ -70,10 +95,10 @@ def load_natively(wrapped, model, args, kwargs):
     return wrapped(*bound.args, **bound.kwargs)
 
 
-def update_offload(wrapped, model, args, kwargs):
-    """Around `PeftModel._update_offload`: pass on an adapter's tensors by their names in a model.
+def update_offload(wrapped: Callable[..., Any], model: PeftModel, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Wrap `PeftModel._update_offload`, and pass on an adapter's tensors by their names in a model.
 
-    PEFT puts an adapter's weights beside those of the offloaded layers, by the layers' names.
+    PEFT stores an adapter's weights beside those of the offloaded layers, by the names of the layers.
     """
     offload_index, weights = args
     for config in model.peft_config.values():
@@ -82,11 +107,15 @@ def update_offload(wrapped, model, args, kwargs):
     return wrapped(offload_index, weights, **kwargs)
 
 
-# PEFT swaps and mixes adapters of a closed list of types.
+# PEFT swaps and mixes only adapters of a fixed list of types.
 
 
-def refuse_hotswap(wrapped, instance, args, kwargs):
-    """Around `check_hotswap_configs_compatible`: refuse Tied-LoRA with the way out."""
+def refuse_hotswap(wrapped: Callable[..., Any], instance: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Wrap `check_hotswap_configs_compatible`, and refuse Tied-LoRA with a way out.
+
+    Raises:
+        ValueError: a config is one of Tied-LoRA.
+    """
     if any(is_tied_lora(config) for config in (*args, *kwargs.values())):
         raise ValueError(
             "PEFT swaps LoRA adapters only. Export this one, which is exact: hf_tying.peft.export_to_lora(adapter, "
@@ -95,8 +124,12 @@ def refuse_hotswap(wrapped, instance, args, kwargs):
     return wrapped(*args, **kwargs)
 
 
-def refuse_mixed_model(wrapped, instance, args, kwargs):
-    """Around `_check_config_compatible` of a `PeftMixedModel`: refuse Tied-LoRA with the way out."""
+def refuse_mixed_model(wrapped: Callable[..., Any], instance: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Wrap `_check_config_compatible` of a `PeftMixedModel`, and refuse Tied-LoRA with a way out.
+
+    Raises:
+        ValueError: a config is one of Tied-LoRA.
+    """
     if any(is_tied_lora(config) for config in (*args, *kwargs.values())):
         raise ValueError(
             "A PeftMixedModel (mixed=True) takes adapters of a fixed list of types, and Tied-LoRA is not among them. "

@@ -1,4 +1,4 @@
-"""Which modules share which factor: from a `TiedLoraConfig` and a module's name to the names of its A, B and u."""
+"""The sharing of factors: names of the A, B and u of each module, from a `TiedLoraConfig` and the module's name."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -8,7 +8,7 @@ from torch import nn
 from .config import TiedLoraConfig
 from .layers import Features, Place, find_layers
 
-#: The query, key and value projections of one layer, by the names that they have in transformers' models.
+#: The names of the query, key and value projections of one layer in transformers' models.
 QKV = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
@@ -19,7 +19,7 @@ QKV = (
     ("to_q", "to_k", "to_v"),
     ("wq", "wk", "wv"),
 )
-#: The names of a module that is all three projections in one matrix.
+#: The names of a module that has all three projections in one matrix.
 FUSED_QKV = ("c_attn", "query_key_value", "qkv_proj", "Wqkv", "qkv", "attn_qkv")
 
 
@@ -39,7 +39,7 @@ class FactorNames:
         kind: `"linear"` or `"embedding"`.
         in_features: number of the module's inputs; for an embedding, `num_embeddings`.
         out_features: number of the module's outputs; for an embedding, `embedding_dim`.
-        padding: of an embedding, the id whose row has no update. It is recorded where there is one.
+        padding: id of an embedding whose row has no update; `None` if there is none.
     """
 
     A: str
@@ -47,7 +47,7 @@ class FactorNames:
     u: str
     u_rows: str
     v_rows: str
-    # The factors in the file do not tell the module's size, because a factor may be wider than the module.
+    # The module's size is recorded, because a factor in the file may be wider than the module.
     kind: str
     in_features: int
     out_features: int
@@ -59,7 +59,7 @@ class FactorNames:
         return {part: value for part, value in asdict(self).items() if value is not None}
 
     def is_like(self, other: "FactorNames") -> bool:
-        """Whether both name the same factors for modules of the same size."""
+        """Return whether both name the same factors for modules of the same size."""
         return replace(self, padding=None) == replace(other, padding=None)
 
     @property
@@ -75,14 +75,18 @@ Sharing = FactorNames
 def name_factors(config: TiedLoraConfig, modules: Mapping[str, Features]) -> dict[str, FactorNames]:
     """Name the factors of the modules of an adapter.
 
-    A name says what shares the factor, so it is the same in every process and for every part of a model:
-    `self_attn-qkv-4096` is the A of q, k and v in the `self_attn` of all layers, and `model-layers-3-...` is the A of
-    one layer.
+    A name is made of what the sharing modules have in common, so it is the same in every process and for every part of
+    a model: `self_attn-qkv-4096` is the A of q, k and v in the `self_attn` of all layers, and `model-layers-3-...` is
+    the A of one layer.
 
     Args:
-        config: the adapter's settings.
-        modules: by the full name of each module, `"linear"` or `"embedding"` (modules of different kinds never share),
-            the number of its inputs (for an embedding, `num_embeddings`) and of its outputs (`embedding_dim`).
+        config: settings of the adapter.
+        modules: kind and size of each module by its full name: `"linear"` or `"embedding"` (modules of different kinds
+            never share), the number of its inputs (for an embedding, `num_embeddings`), and the number of its outputs
+            (`embedding_dim`).
+
+    Returns:
+        The names of the factors of each module, by its full name.
 
     Raises:
         ValueError: `layer_groups` leaves out the layer of a module.
@@ -95,7 +99,7 @@ def _names_of_one(config: TiedLoraConfig, place: Place, kind: str, in_features: 
     layer, index, inside = place.layer, place.index, place.inside
     own = f"{layer}-" if layer else ""
     together = _layer_group(config, index) if layer else ""
-    # A and u belong to the input, which query, key and value have in common. B and v belong to the output.
+    # A and u depend on the input, which query, key and value have in common. B and v depend on the output.
     of_input = (_qkv_name(config, inside) if config.tie_qkv else None) or inside
     if config.share_by == "module":
         a, b = f"{of_input}-{in_features}", f"{inside}-{out_features}"
@@ -106,18 +110,24 @@ def _names_of_one(config: TiedLoraConfig, place: Place, kind: str, in_features: 
     a = (together if config.tie_A else own) + a
     b = (together if config.tie_B else own) + b
     u = own + of_input
-    u += "-" * hasattr(nn.ModuleDict, u)  # such as `keys`, which cannot be the name of a module in it
+    u += "-" * hasattr(nn.ModuleDict, u)  # a name such as `keys` cannot be that of a module in it
     names = a, b, u, f"{of_input}-{config.r}", f"{inside}-{out_features}"
     # The names become names of modules, which cannot contain dots.
     return FactorNames(*(name.replace(".", "-") for name in names), kind, in_features, out_features)
 
 
 def recorded_names(config: TiedLoraConfig) -> dict[str, FactorNames]:
-    """What the config says of the modules that it was injected into: `adapted_modules`. Empty before that.
+    """Read `adapted_modules`, the record of the modules that the adapter was injected into.
+
+    Args:
+        config: settings of the adapter.
+
+    Returns:
+        The names of the factors of each module; empty before an injection.
 
     Raises:
-        ValueError: it is not of the form that an injection writes, or not what its own settings make of the modules.
-            A tied form and an exported one would then be different functions.
+        ValueError: the record does not have the form that an injection writes, or contradicts the other settings. The
+            tied form and its export would then be different functions.
     """
     wrong = "The adapted_modules of this Tied-LoRA config are not as they were saved"
     advice = "Expected the adapter_config.json that was saved with the adapter."
@@ -140,12 +150,20 @@ def recorded_names(config: TiedLoraConfig) -> dict[str, FactorNames]:
 
 
 def sizes_of(modules: Mapping[str, FactorNames]) -> dict[str, Features]:
-    """What `name_factors` is to be told of modules that have been named before."""
+    """Return kind and size of modules that already have names, as `name_factors` takes them.
+
+    Args:
+        modules: names of the factors of each module.
+    """
     return {name: (of.kind, of.in_features, of.out_features) for name, of in modules.items()}
 
 
 def refuse_rank(r: int, modules: dict[str, FactorNames]) -> None:
-    """Refuse a rank that no adapted module can have. Without modules there is nothing to refuse.
+    """Refuse a rank that no adapted module can have. Without modules, nothing is refused.
+
+    Args:
+        r: rank.
+        modules: names of the factors of each module, with its size.
 
     Raises:
         ValueError: `r` is more than the largest rank of every module.
@@ -159,7 +177,7 @@ def refuse_rank(r: int, modules: dict[str, FactorNames]) -> None:
 
 
 def _layer_group(config: TiedLoraConfig, index: int) -> str:
-    """The start of the name of a factor that the layers of a group share; empty where all layers share it."""
+    """The start of the name of a factor that a group of layers shares; empty if all layers share it."""
     if not config.layer_groups:
         return ""
     for group in config.layer_groups:

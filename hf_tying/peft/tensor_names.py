@@ -1,13 +1,13 @@
-"""The names of an adapter's factors in its file, where each shared one is once and the u and v of all layers are rows.
+"""The names of an adapter's factors in its file, where shared factors are stored once, and the u and v are rows.
 
     base_model.model.tied_matrices.tied_lora_A.self_attn-qkv-4096        (r, in_features)
     base_model.model.tied_matrices.tied_lora_B.self_attn-q_proj-4096     (out_features, r)
     base_model.model.tied_matrices.tied_lora_u.self_attn-qkv-8           (layers, r)
     base_model.model.tied_matrices.tied_lora_v.self_attn-q_proj-4096     (layers, out_features)
 
-The file has these few tensors whatever the number of layers. With one tensor for the vector of each module, the names
-of a small adapter would take more space than its values. `adapted_modules` in the config says which modules there are
-and which factors each of them uses.
+The number of these tensors does not depend on the number of layers. With one tensor for the vector of each module, the
+names of a small adapter would need more space than its values. `adapted_modules` in the config lists the modules, and
+the factors that each of them uses.
 """
 
 from collections.abc import Iterable
@@ -24,20 +24,24 @@ BASE_PREFIX = "base_model.model."
 
 
 def is_factor_name(key: str) -> bool:
-    """Whether `key` is the name of a factor in a file. transformers' own adapters are saved without `BASE_PREFIX`."""
+    """Return whether `key` is the name of a factor in a file, with `BASE_PREFIX` or without it.
+
+    Args:
+        key: name of a tensor. transformers' own adapters are saved without `BASE_PREFIX`.
+    """
     return key.startswith((f"{BASE_PREFIX}{CONTAINER}.", f"{CONTAINER}."))
 
 
 def names_in_file(config: TiedLoraConfig) -> dict[str, str | list[str]]:
     """Map each name in the file to the name of that factor in a model, or to a list of names, one for each row.
 
-    Names are without the adapter's name and without `BASE_PREFIX`.
+    Names do not have the adapter's name or `BASE_PREFIX`.
 
     Args:
-        config: with `adapted_modules`, as it is after injection and in a saved `adapter_config.json`.
+        config: settings with `adapted_modules`, as after injection or in a saved `adapter_config.json`.
 
     Raises:
-        ValueError: the config does not say which modules are adapted, or says what its settings do not make of them.
+        ValueError: the config has no `adapted_modules`, or they contradict its other settings.
     """
     if not config.adapted_modules:
         raise ValueError(
@@ -57,7 +61,15 @@ def names_in_file(config: TiedLoraConfig) -> dict[str, str | list[str]]:
 
 
 def names_in_model(config: TiedLoraConfig, module: str) -> dict[str, str]:
-    """The names in a model of the factors that `module` uses, by "A", "B", "u" and "v"; u or v only if trained."""
+    """Return the names in a model of the factors that a module uses.
+
+    Args:
+        config: settings with `adapted_modules`.
+        module: name of the module.
+
+    Returns:
+        The names by "A", "B", "u" and "v"; u or v only if the adapter trains it.
+    """
     names = FactorNames(**config.adapted_modules[module])
     found = {kind: f"{CONTAINER}.tied_lora_{kind}.{getattr(names, kind)}.weight" for kind in "ABu"}
     found["v"] = f"{module}.tied_lora_v.weight"
@@ -66,9 +78,13 @@ def names_in_model(config: TiedLoraConfig, module: str) -> dict[str, str]:
 
 
 def file_from_state(state: dict[str, torch.Tensor], config: TiedLoraConfig) -> dict[str, torch.Tensor]:
-    """The factors by their names in a file, from the factors by their names in a model.
+    """Convert factors from their names in a model to their names in a file.
 
-    Names are without the adapter's name and without `BASE_PREFIX`.
+    Names do not have the adapter's name or `BASE_PREFIX`.
+
+    Args:
+        state: factors by their names in a model.
+        config: settings with `adapted_modules`.
     """
     saved = {}
     for name, in_model in names_in_file(config).items():
@@ -81,7 +97,13 @@ def file_from_state(state: dict[str, torch.Tensor], config: TiedLoraConfig) -> d
 
 
 def state_from_file(saved: dict[str, torch.Tensor], config: TiedLoraConfig) -> dict[str, torch.Tensor]:
-    """The tensors of a file by their names in a model, with `BASE_PREFIX`; tensors that are no factors stay unchanged.
+    """Convert the tensors of a file to their names in a model, with `BASE_PREFIX`.
+
+    Tensors that are not factors are unchanged.
+
+    Args:
+        saved: tensors by their names in the file.
+        config: settings with `adapted_modules`.
 
     Raises:
         RuntimeError: a factor is missing, has no place in the adapter, or has another number of rows.
@@ -89,7 +111,7 @@ def state_from_file(saved: dict[str, torch.Tensor], config: TiedLoraConfig) -> d
     names = names_in_file(config)
     factors = {key.removeprefix(BASE_PREFIX): value for key, value in saved.items() if is_factor_name(key)}
     for name, other in size_mismatches(names, factors).items():
-        factors[name] = factors.pop(other)  # PEFT refuses another size, or has been told to ignore it
+        factors[name] = factors.pop(other)  # PEFT refuses the wrong size, or is asked to ignore it
     problems = [f"{name} is missing" for name in sorted(names.keys() - factors.keys())]
     problems += [f"{name} has no place in it" for name in sorted(factors.keys() - names.keys())]
     for name, rows in names.items():
@@ -108,17 +130,25 @@ def state_from_file(saved: dict[str, torch.Tensor], config: TiedLoraConfig) -> d
 
 
 def size_mismatches(expected: Iterable[str], found: Iterable[str]) -> dict[str, str]:
-    """Pair each missing tensor name with an unexpected one that differs only in its size suffix."""
+    """Pair each missing tensor name with an unexpected one that differs only in its size suffix.
+
+    Args:
+        expected: expected names.
+        found: names in the file.
+    """
     more = {name.rpartition("-")[0]: name for name in set(found) - set(expected)}
     missing = ((name, name.rpartition("-")[0]) for name in set(expected) - set(found))
     return {name: more[stem] for name, stem in missing if stem in more}
 
 
 def refuse_misfit(problems: list[str]) -> None:
-    """Refuse a file that does not fit its settings or its model. Without problems, nothing happens.
+    """Refuse a file that does not fit its settings or its model.
+
+    Args:
+        problems: problems of the file, each a clause; empty if it fits.
 
     Raises:
-        RuntimeError: with the first problems. PEFT raises this type for a state dict that does not fit.
+        RuntimeError: there are problems. PEFT raises this type for a state dict that does not fit.
     """
     if problems:
         more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""

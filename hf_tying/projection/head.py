@@ -1,7 +1,7 @@
-"""The head of a model with a projection (PR): a square matrix before the softmax matrix, on any model that has one.
+"""The head of a model with a projection (PR): a square matrix before the softmax matrix.
 
-`logits = W (P h + b_P) + b` (Press & Wolf 2016, section 3.2). In a tied model it lets the hidden states be something
-else than word vectors, at the price of H x H parameters. The projection is a part of the head's module, so that the
+`logits = W (P h + b_P) + b` (Press & Wolf 2016, section 3.2). In a tied model the hidden states then need not be
+word vectors. It costs H x H parameters. The projection is a part of the head's module, so that the
 softmax matrix keeps its name and its ties; the `tying` entry of the config declares it, and a file is read with it.
 """
 
@@ -15,7 +15,7 @@ from ..ties.slots import replace_module
 
 
 class ProjectedLinear(nn.Linear):
-    """A head whose input goes through `projection` first; its `weight` and `bias` are those of the one it replaces."""
+    """A linear head after a projection. Its `weight` and `bias` are those of the head that it replaces."""
 
     projection: nn.Linear
     participation: Participation | None = None
@@ -24,27 +24,27 @@ class ProjectedLinear(nn.Linear):
     def around(
         cls, head: nn.Linear, projection: nn.Linear, participation: Participation | None = None
     ) -> "ProjectedLinear":
+        """Make a head with the parameters of `head` and the projection before it."""
         new = cls(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
         new.weight, new.bias = head.weight, head.bias
         new.projection, new.participation = projection, participation
         return new.train(head.training)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """From (..., H) to (..., V)."""
+        """Logits (..., V) of hidden states (..., H)."""
         if self.participation is not None:
             self.participation.took_part()
         return nn.functional.linear(self.projection(hidden), self.weight, self.bias)
 
 
 def project(model: PreTrainedModel, settings: ProjectionConfig) -> None:
-    """Put a projection before the softmax of `model`; one that is there stays.
+    """Put a projection before the softmax of `model`, unless it has one or has no head.
 
-    It starts as the identity, so that a trained model computes what it did. A model that is just being made
+    It starts as the identity, so that a trained model computes the same as before. A model that is just being made
     initialises it afterwards like its other matrices.
 
     Raises:
-        TyingError: for a head that is no `nn.Linear`. A model without any head (the base model of a file) has none to
-            project, and is left alone.
+        TyingError: for a head that is not an `nn.Linear`.
     """
     head = model.get_output_embeddings()
     if head is None or isinstance(head, ProjectedLinear):
@@ -67,7 +67,10 @@ def linear_head(model: PreTrainedModel) -> nn.Linear:
         TyingError: for a model that has none, or another kind.
     """
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    if type(head) not in (nn.Linear, ProjectedLinear):  # a subclass computes something else: Idefics adds words to it
+    if not isinstance(head, nn.Linear) or type(head) not in (
+        nn.Linear,
+        ProjectedLinear,
+    ):  # a subclass computes something else: that of Idefics adds words
         found = "has none" if head is None else f"has a {type(head).__name__}"
         raise TyingError(
             f"A projection (PR) goes before the softmax matrix: expected a model with an nn.Linear as its output "

@@ -1,13 +1,13 @@
-"""`use_projection` and `merge_projection`: PR given to a live model, and folded into its softmax matrix.
+"""`use_projection` adds PR to a live model, and `merge_projection` folds it into the softmax matrix.
 
 PR is an extension of the core (`hf_tying.ties.extensions`): a model whose config declares a `projection` gets one when
-it is made, and `ProjectedModelMixin` in front of its class.
+it is made, and its class gets `ProjectedModelMixin` in front.
 """
 
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 
 from ..config import ProjectionConfig, TyingConfig, TyingError
 from ..ties.anatomy import roles
-from ..ties.classes import mixins_of, with_mixin, without_mixin
+from ..ties.classes import MixinBase, mixins_of, with_mixin, without_mixin
 from ..ties.participation import Participation
 from ..ties.sharding import data_parallel_size
 from ..ties.slots import replace_module
@@ -24,24 +24,27 @@ from ..ties.tying import tie, untie
 from .head import ProjectedLinear, linear_head, project
 from .penalty import norm_of, share_of_update, strength_of
 
+Model = TypeVar("Model", bound=PreTrainedModel)
+
 
 def use_projection(
-    model: PreTrainedModel, *, bias: bool = True, norm: str = "fro_squared_half", strength: float | None = None
-) -> PreTrainedModel:
-    """Give a live model's head a projection, in place; the config's `tying` entry says so.
+    model: Model, *, bias: bool = True, norm: str = "fro_squared_half", strength: float | None = None
+) -> Model:
+    """Give the head of a live model a projection, in place, and record it in the `tying` entry of the config.
 
-    It starts as the identity, so that the model computes what it did. A model that is not trained yet is better made
-    with it, by `TyingConfig(projection=ProjectionConfig())` in its config: then the projection starts as the model's
-    other matrices do, as in the paper. Training steps then have the penalty in their loss, and `model.loss_parts`
-    says how much of it that is; evaluation is without.
+    It starts as the identity, so that the model computes the same as before. For a model that is not trained yet,
+    `TyingConfig(projection=ProjectionConfig())` in its config is better: the projection is then initialised like the
+    other matrices, as in the paper. The loss of training steps includes the penalty, and `model.loss_parts` has its
+    value; the loss in evaluation does not.
 
-    An optimizer made before does not know the new parameters. **A file with a projection is for this package only**:
-    other loaders leave it out, and compute something else; `merge_projection` makes one for everybody.
+    An optimizer made before does not have the new parameters. **Only this package reads a file with a projection**:
+    other loaders leave the projection out, and compute other logits. `merge_projection` makes a file for any loader.
 
     Args:
-        model: with a head that is an `nn.Linear`, tied or not.
-        bias: the projection has one, as in the released code.
-        norm, strength: see `hf_tying.losses.projection_penalty`.
+        model: model with a head that is an `nn.Linear`, tied or not.
+        bias: whether the projection has a bias, as in the released code. Default `True`.
+        norm: norm of the penalty, see `hf_tying.losses.projection_penalty`.
+        strength: factor of the penalty, see `hf_tying.losses.projection_penalty`.
 
     Returns:
         The same model.
@@ -55,16 +58,16 @@ def use_projection(
     return tie(model, TyingConfig(projection=settings))
 
 
-def merge_projection(model: PreTrainedModel) -> PreTrainedModel:
+def merge_projection(model: Model) -> Model:
     """Fold the projection into the softmax matrix, in place: `W P` and `W b_P + b`. The logits stay the same.
 
-    A tied model is untied by that, since the product is no embedding any more; the config says so, and any loader
-    then reads the file right.
+    A tied model is untied first, since the product is not an embedding; the config records that. Any loader reads the
+    resulting file correctly.
 
     Raises:
-        TyingError: for a model without a projection, and where `W b_P` has no bias to go to.
+        TyingError: for a model without a projection, and for a projection with a bias before a softmax without one.
     """
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     if not isinstance(head, ProjectedLinear):
         raise TyingError(f"{type(model).__name__} has no projection: there is nothing to merge.")
     inner = head.projection
@@ -88,7 +91,7 @@ def merge_projection(model: PreTrainedModel) -> PreTrainedModel:
     if head.participation is not None:
         head.participation.unwatch(model)
     if ProjectedModelMixin in mixins_of(type(model)):
-        model.__class__ = without_mixin(ProjectedModelMixin, type(model))
+        model.__class__ = without_mixin(ProjectedModelMixin, type(model))  # pyright: ignore[reportAttributeAccessIssue]
     vars(model).pop("loss_parts", None)
     model.config.tying = TyingConfig.in_config(model.config).replace(projection=None).to_dict()
     return model
@@ -97,11 +100,12 @@ def merge_projection(model: PreTrainedModel) -> PreTrainedModel:
 # --- the extension ---------------------------------------------------------------------------------------------------
 
 
-class ProjectedModelMixin:
-    """What a projection puts in front of a model's class: the penalty in its training steps, the head kept."""
+class ProjectedModelMixin(MixinBase):
+    """Mixin of a model with a projection: it adds the penalty in training steps, and keeps the projection."""
 
-    def __call__(self, *args, **kwargs):
-        vars(self).pop("loss_parts", None)  # of the step before
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward pass. In training, add the penalty to the loss."""
+        vars(self).pop("loss_parts", None)  # of the previous step
         if not self.training:
             return super().__call__(*args, **kwargs)
         with _measured(self) as norms:
@@ -117,7 +121,7 @@ class ProjectedModelMixin:
 
 
 def refuse_misfit(model: PreTrainedModel, value: Any) -> None:
-    """Whether `model` can have the projection that `value`, an entry of its config, declares.
+    """Refuse a model that cannot have the projection that `value`, an entry of its config, declares.
 
     Raises:
         TyingError: for a model without an `nn.Linear` as its head, or one whose projection is of the other kind.
@@ -136,9 +140,11 @@ def honour(model: PreTrainedModel, value: Any, strict: bool = True) -> None:
     A model without a head is left alone, `strict` or not: the base model of a file has none to project.
 
     Raises:
-        TyingError: for a head that is no `nn.Linear`.
+        TyingError: for a head that is not an `nn.Linear`.
     """
-    project(model, ProjectionConfig.of(value))
+    if (settings := ProjectionConfig.of(value)) is None:
+        return
+    project(model, settings)
     head = model.get_output_embeddings()
     if not isinstance(head, ProjectedLinear):
         return
@@ -165,7 +171,7 @@ def _measured(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
         return
     norm = TyingConfig.in_config(model.config).projection.norm
 
-    def measure(projection: nn.Module, args: tuple, output) -> None:
+    def measure(projection: nn.Module, args: tuple, output: Any) -> None:
         norms.append(norm_of(projection.weight, norm))
 
     handle = head.projection.register_forward_hook(measure, prepend=True)
@@ -175,11 +181,11 @@ def _measured(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
         handle.remove()
 
 
-def _with_penalty(model: PreTrainedModel, outputs, norms: list[torch.Tensor], args: tuple, kwargs: dict):
-    """`outputs` of a training step, with the penalty in their loss: once for each update (`share_of_update`).
+def _with_penalty(model: PreTrainedModel, outputs: Any, norms: list[torch.Tensor], args: tuple, kwargs: dict) -> Any:
+    """Add the penalty to the loss in `outputs` of a training step, once for each update (`share_of_update`).
 
-    It is divided by what the sum of the losses is divided by. Where each process has the mean of its own words, it is
-    divided by the number of processes too, since their gradients are averaged.
+    The penalty is divided like the sum of the losses. Where each process has the mean of its own words, it is also
+    divided by the number of processes, since their gradients are averaged.
     """
     head = model.get_output_embeddings()
     loss = outputs.get("loss") if isinstance(outputs, ModelOutput) else outputs[0] if outputs else None
@@ -201,7 +207,7 @@ def _with_penalty(model: PreTrainedModel, outputs, norms: list[torch.Tensor], ar
     penalty = strength_of(settings.norm, settings.strength) * norm / divisor
     penalty = (penalty * share_of_update(labels, given)).to(loss.device)
     parts = vars(model).get("loss_parts") or {"cross_entropy": loss.detach()}
-    model.loss_parts = {**parts, "projection": penalty.detach()}
+    vars(model)["loss_parts"] = {**parts, "projection": penalty.detach()}
     total = loss + penalty
     if not isinstance(outputs, ModelOutput):
         return (total, *outputs[1:])
@@ -210,7 +216,9 @@ def _with_penalty(model: PreTrainedModel, outputs, norms: list[torch.Tensor], ar
 
 
 def _shifts_labels(model: PreTrainedModel) -> bool:
-    """Whether the loss leaves out the first word of each text, which nothing comes before; as in transformers, the
-    default of a class whose name says nothing."""
-    shifts = (None, "ForCausalLM", "ForConditionalGeneration")  # the last with an encoder, or as in LLaVA without one
+    """Whether the loss leaves out the first word of each text, which has no context.
+
+    As in transformers, it does for a class without a loss type.
+    """
+    shifts = (None, "ForCausalLM", "ForConditionalGeneration")  # the last one with or without an encoder (LLaVA)
     return not getattr(model.config, "is_encoder_decoder", False) and getattr(model, "loss_type", None) in shifts

@@ -1,4 +1,4 @@
-"""`projection_penalty`: what keeps the projection of PR small (Press & Wolf 2016, section 3.2)."""
+"""`projection_penalty`: the regularisation of the projection in PR (Press & Wolf 2016, section 3.2)."""
 
 from typing import Any
 
@@ -6,26 +6,31 @@ import torch
 
 from ..losses.modules import LossModule
 
-#: What the norms are multiplied by unless somebody says otherwise: the released code divides by 6.5, the paper's text
-#: has a lambda of 0.15.
+#: Default factor of each norm: the released code divides by 6.5, and lambda is 0.15 in the text of the paper.
 STRENGTHS = {"fro_squared_half": 1 / 6.5, "fro": 0.15}
 
 
 def projection_penalty(
-    projection: torch.Tensor, *, norm: str = "fro_squared_half", strength: float | None = None, divisor=1.0
+    projection: torch.Tensor,
+    *,
+    norm: str = "fro_squared_half",
+    strength: float | None = None,
+    divisor: float | torch.Tensor = 1.0,
 ) -> torch.Tensor:
     """The term that projection regularisation adds to the loss: `strength * norm(P) / divisor`.
 
-    The released code and the paper's text differ: the code has half the square of the Frobenius norm, and divides it
-    by the batch, as it does the sum of the cross entropy over all steps; the text has `lambda * ||P||_2`. The default
-    is the code, with which the published perplexities were made. Perplexity is always computed without this term.
+    The released code and the text of the paper differ. The code has half the square of the Frobenius norm, and divides
+    it by the batch size, like the sum of the cross entropy over all steps. The text has `lambda * ||P||_2`. The
+    default is that of the code, with which the published perplexities were made. Perplexity is always computed without
+    this term.
 
     Args:
-        projection: P, (H, H), floating point; its bias has no penalty.
-        norm: `"fro_squared_half"`, half the sum of squares (the code's `l2_loss`), or `"fro"`, its root (the text).
-        strength: default 1 / 6.5 for the code's norm, 0.15 for the text's.
-        divisor: what the sum of the tokens' losses is divided by: the number of tokens for a loss that is their mean,
-            the batch size where it is summed over the steps.
+        projection: matrix P, (H, H), floating point. Its bias has no penalty.
+        norm: `"fro_squared_half"`, half the sum of squares (`l2_loss` of the code), or `"fro"`, the root of that sum
+            (the text). Default: that of the code.
+        strength: factor of the norm. Default `None`: 1 / 6.5 for the norm of the code, 0.15 for that of the text.
+        divisor: divisor of the sum of the tokens' losses: the number of tokens where the loss is their mean, the batch
+            size where it is summed over the steps. Default 1.
 
     Returns:
         A scalar, in float32 or float64.
@@ -57,21 +62,24 @@ def norm_of(projection: torch.Tensor, norm: str) -> torch.Tensor:
     """The norm of a matrix, a scalar in float32 or float64 (see `projection_penalty`)."""
     exact = projection if projection.dtype == torch.float64 else projection.float()
     if norm == "fro":
-        # The root has no gradient at a projection of zeros; 0 is one of those that it may be given.
+        # The root has no gradient at a projection of zeros; torch gives the subgradient 0.
         return torch.linalg.vector_norm(exact)
     return exact.square().sum() / 2
 
 
 def share_of_update(labels: torch.Tensor, given: dict[str, Any]) -> float | torch.Tensor:
-    """The share of a forward pass in an update: a penalty of the whole update is multiplied by it, so that it counts
-    once over all steps of accumulation and all processes.
+    """The share of a forward pass in an update, as a factor of a penalty.
 
-    `num_items_in_batch` is the number of words of the update, and the share that of the words of this pass. It is 1
-    where that is less than those words (a sum by time steps), and where there is none: `Trainer` divides then.
+    With it, the penalty counts once over all accumulation steps and all processes. The share is the number of words of
+    this pass over `num_items_in_batch`, the number of words of the update. It is 1 where that number is smaller than
+    the words of this pass (a sum by time steps), and where there is no such number, since `Trainer` divides then.
 
     Args:
-        labels: of this pass, as they are predicted; -100 is left out.
+        labels: predicted labels of this pass; -100 is left out.
         given: keywords of the pass: `num_items_in_batch`, or the share itself as `penalty_share`.
+
+    Returns:
+        A number or a scalar tensor, from 0 to 1.
     """
     if given.get("penalty_share") is not None:
         return given["penalty_share"]
@@ -82,7 +90,7 @@ def share_of_update(labels: torch.Tensor, given: dict[str, Any]) -> float | torc
 
 
 class ProjectionPenalty(LossModule):
-    """`projection_penalty` as a module: the options once, the matrix at each call.
+    """`projection_penalty` as a module: it is made with the options, and called with the matrix.
 
     Args: the keywords of `projection_penalty` except `divisor`, which is given at the call.
 
@@ -93,7 +101,7 @@ class ProjectionPenalty(LossModule):
     function = staticmethod(projection_penalty)
     at_call = ("divisor",)
 
-    def __init__(self, *args, **options):
+    def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         projection_penalty(torch.zeros(1, 1), **self.options)
 

@@ -3,34 +3,36 @@
 from math import prod
 from pathlib import Path
 
+from torch import nn
+
 from ..config import TyingError
 from ..ties.headers import read_header, read_json
 from .layer_order import in_layer_order
-from .records import GroupReport, TyingReport, bytes_of, group_report, torch_dtype
+from .records import GroupReport, TyingReport, bytes_of, group_report, missing_in_file, torch_dtype
 
 FOLDER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
-def adapter_groups(model) -> list[GroupReport]:
+def adapter_groups(model: nn.Module) -> list[GroupReport]:
     """The groups of a live model: one for each factor of an adapter that several modules use.
 
     Args:
         model: any module. A layer of Tied-LoRA in it is known by its `factors`, `uses` and `module_name`.
     """
-    users: dict[str, list] = {}
+    users: dict[tuple[str, str], list[tuple[str, nn.Parameter]]] = {}
     for layer in model.modules():
         if all(hasattr(layer, attribute) for attribute in ("factors", "uses", "module_name")):
             for adapter, used in layer.uses.items():
                 for kind, factor in layer.factors(adapter).items():
-                    name = f"{adapter}: {kind} {getattr(used.names, kind)}"
-                    users.setdefault(name, []).append((layer.module_name, factor.weight))
+                    factor_of = f"{adapter}: {kind}", getattr(used.names, kind)
+                    users.setdefault(factor_of, []).append((layer.module_name, factor.weight))
     groups = []
-    for name, held in users.items():
+    for (part, name), held in users.items():
         weight, distinct = held[0][1], len({id(weight) for _, weight in held})
         if len(held) > 1:
             groups.append(
                 group_report(
-                    name,
+                    f"{part} {name}",
                     [module for module, _ in held],
                     {},
                     list(weight.shape),
@@ -40,6 +42,9 @@ def adapter_groups(model) -> list[GroupReport]:
                     actual=distinct == 1,
                     in_file=None,
                     copies=distinct,
+                    status="tied" if distinct == 1 else "broken",
+                    apart=[module for module, other in held if other is not weight],
+                    part=part,
                 )
             )
     return groups
@@ -84,8 +89,11 @@ def report_on_adapter(folder: Path) -> TyingReport:
                     declared=True,
                     actual=None,
                     in_file=modules[:1] if shape else [],
-                    copies=1,
+                    status="tied" if shape else "broken",
+                    part=kind,
                 )
             )
     parameters = sum(prod(shape) for shape, _ in header.values())
-    return TyingReport(str(folder), f"Tied-LoRA {config.get('variant') or ''}".strip(), None, parameters, groups)
+    findings = [missing_in_file(group, weights.name) for group in groups if group.broken]
+    name = f"Tied-LoRA {config.get('variant') or ''}".strip()
+    return TyingReport(str(folder), name, None, parameters, groups, findings)

@@ -1,17 +1,23 @@
-"""A report on a checkpoint, from its config and its safetensors headers. No weight is read, and no code is run."""
+"""A report on a checkpoint, from its config and its safetensors headers. No weight is loaded, and no code is run."""
 
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..config import TyingConfig, TyingError, entry_of
 from ..ties.headers import read_header, read_json, shard_names, weight_files
-from .records import TyingReport, bytes_of, group_report, torch_dtype
+from .file_values import ValuesOnDisk
+from .records import Finding, GroupReport, TyingReport, bytes_of, group_report, missing_in_file, torch_dtype
+
+if TYPE_CHECKING:
+    from transformers.modeling_utils import PreTrainedModel
 
 
 def report_on_files(folder: Path, source: str) -> TyingReport:
     """Report the groups that the config of a saved model declares, and which of their names the weight files hold.
 
-    Without a `tying` entry, the groups are those of the transformers class that the config names.
+    Without a `tying` entry, the groups are those of the transformers class that the config names. Where the files hold
+    several names of a group, their bytes are compared.
 
     Args:
         folder: with `config.json` and safetensors files.
@@ -22,8 +28,11 @@ def report_on_files(folder: Path, source: str) -> TyingReport:
     """
     config = read_json(folder / "config.json")
     header: dict[str, tuple[tuple[int, ...], str]] = {}
+    file_of: dict[str, Path] = {}
     for file in weight_files(folder):
-        header |= read_header(file)
+        held = read_header(file)
+        header |= held
+        file_of |= dict.fromkeys(held, file)
     named = config.get("architectures")
     architecture = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
     architecture = architecture or str(config.get("model_type", "unknown"))
@@ -45,10 +54,18 @@ def report_on_files(folder: Path, source: str) -> TyingReport:
     else:
         groups = []
     keys_of = {name: _keys_on_disk(blank, name, header) for _, names in groups for name in names}
-    rows = []
+    values = ValuesOnDisk(file_of, header)
+    rows: list[GroupReport] = []
+    findings: list[Finding] = []
+    kept = entry.on_conflict if entry else "error"
+    repeated = 0
     for name, names in groups:
         in_file = [n for n in names if keys_of[n]]
         shape, dtype = _matrix(keys_of[in_file[0]], header) if in_file else ((), "")
+        copies, compared = values.different({n: keys_of[n] for n in in_file})
+        apart = len(set(copies.values())) > 1
+        broken = not in_file or (apart and kept == "error")
+        used = [n for n in copies if n not in carriers]
         rows.append(
             group_report(
                 name,
@@ -58,13 +75,33 @@ def report_on_files(folder: Path, source: str) -> TyingReport:
                 torch_dtype(dtype),
                 bytes_of(dtype),
                 in_file=in_file,
+                copies=len({copies[n] for n in used}) if apart and not kept.startswith("use:") and used else 1,
                 carriers=carriers,
-            )  # fmt: skip
+                status="broken" if broken else "apart" if apart and kept == "keep_untied" else "tied",
+                apart=[n for n in in_file if copies[n] != copies[in_file[0]]],
+                compared=compared,
+            )
         )
+        repeated += max(len(in_file) - len(set(copies.values())), 0) * prod(shape)
+        if not in_file:
+            findings.append(missing_in_file(rows[-1], "the file"))
+        elif broken:
+            findings.append(_values_differ(rows[-1]))
     buffers = set() if blank is None else {name for name, _ in blank.named_buffers()}
-    held = sum(prod(shape) for key, (shape, _) in header.items() if key not in buffers)
-    held -= sum((len(row.in_file) - 1) * prod(row.shape) for row in rows if row.in_file)
-    return TyingReport(source, architecture, entry.scheme if entry else None, held, rows)
+    held = sum(prod(shape) for key, (shape, _) in header.items() if key not in buffers) - repeated
+    return TyingReport(source, architecture, entry.scheme if entry else None, held, rows, findings)
+
+
+def _values_differ(group: GroupReport) -> Finding:
+    return Finding(
+        "T001",
+        "error",
+        f"group {group.name!r}: expected one value for its names, found two in the file: {group.in_file[0]!r} and "
+        f"{group.apart[0]!r} differ. transformers loads them untied, and hf_tying refuses them.",
+        f"Choose when loading: from_pretrained(..., tying={{'on_conflict': 'use:{group.in_file[0]}'}}) or "
+        "'keep_untied'.",
+        group.name,
+    )
 
 
 def local_folder(path: str | Path) -> Path:
@@ -91,7 +128,7 @@ def local_folder(path: str | Path) -> Path:
         raise TyingError(f"{str(path)!r} is neither a folder nor a repository that can be read: {error}") from error
 
 
-def _without_weights(config: dict, architecture: str):
+def _without_weights(config: dict[str, Any], architecture: str) -> "PreTrainedModel | None":
     """The transformers class that a config names, on the meta device; `None` where transformers has no such class."""
     import torch
     import transformers
@@ -110,7 +147,7 @@ def _without_weights(config: dict, architecture: str):
         raise TyingError(f"config.json does not make a {architecture}: {error}") from error
 
 
-def _keys_on_disk(blank, name: str, header: dict) -> list[str]:
+def _keys_on_disk(blank: "PreTrainedModel | None", name: str, header: dict) -> list[str]:
     """The keys under which the files hold the parameter `name`; `[]` where they do not.
 
     transformers saves some architectures under other names than those of the live model.

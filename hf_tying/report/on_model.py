@@ -1,14 +1,16 @@
 """A report on a live model: the ties that are declared, and whether each of them holds."""
 
 import sys
+from collections.abc import Iterable
 
 from torch import nn
+from transformers.modeling_utils import PreTrainedModel
 
 from ..ties.anatomy import Anatomy
 from ..ties.groups import TieGroup, scheme_of
-from ..ties.slots import find_parameter
-from ..ties.verify import groups_of, unwrapped
-from .records import TyingReport, group_report
+from ..ties.slots import find_parameter, parameter_at_work
+from ..ties.verify import groups_of, problems, unwrapped
+from .records import Finding, GroupReport, TyingReport, group_report
 
 
 def report_on_model(model: nn.Module) -> TyingReport:
@@ -20,7 +22,7 @@ def report_on_model(model: nn.Module) -> TyingReport:
     Raises:
         TyingError: there is no `PreTrainedModel` in it.
     """
-    adapters = []
+    adapters: list[GroupReport] = []
     if "peft" in sys.modules and hasattr(model, "peft_config"):
         from .on_adapters import adapter_groups
 
@@ -31,11 +33,15 @@ def report_on_model(model: nn.Module) -> TyingReport:
     known = {name for group in declared for name in group.names}
     undeclared = [names for names in anatomy.tied if not known & set(names)]
     groups = declared + [TieGroup(f"undeclared_{i}", tuple(names)) for i, names in enumerate(undeclared, 1)]
+    findings = find_faults(model, declared)
+    broken = {finding.group for finding in findings}
     rows = []
     for group in groups:
-        held = [find_parameter(model, name) for name in group.names]
-        some = next((parameter for parameter in held if parameter is not None), None)
-        distinct = len({id(parameter) for parameter in held})
+        # Of a broken tie counts what is at work: PEFT puts a copy beside a parameter that stays where it was.
+        find = parameter_at_work if group.name in broken else find_parameter
+        held = {name: find(model, name) for name in group.names}
+        some = next((parameter for parameter in held.values() if parameter is not None), None)
+        distinct = len({id(parameter) for parameter in held.values()})
         used = [name for name in group.names if name not in anatomy.carriers] or group.names
         rows.append(
             group_report(
@@ -47,10 +53,38 @@ def report_on_model(model: nn.Module) -> TyingReport:
                 some.element_size() if some is not None else 0,
                 declared=group in declared,
                 actual=distinct == 1 and some is not None,
-                copies=len({id(find_parameter(model, name)) for name in used}),
+                copies=len({id(held[name]) for name in used}),
                 carriers=anatomy.carriers,
+                status="by hand" if group not in declared else "broken" if group.name in broken else "tied",
+                apart=[name for name in group.names if held[name] is not held[group.root]],
             )
         )
     parameters = sum(p.numel() for p in {id(p): p for p in anatomy.slots.values()}.values())
     scheme = scheme_of(anatomy, [group for group, row in zip(groups, rows, strict=True) if row.actual])
-    return TyingReport(type(model).__name__, type(model).__name__, scheme, parameters, rows + adapters)
+    name = type(model).__name__
+    return TyingReport(name, name, scheme, parameters, rows + adapters, findings + broken_adapters(adapters))
+
+
+def find_faults(model: PreTrainedModel, groups: Iterable[TieGroup]) -> list[Finding]:
+    """What `assert_tied` would refuse in a model, as findings in its own sentences."""
+    findings = []
+    for sentence in problems(model):
+        group = next((group.name for group in groups if sentence.startswith(f"group {group.name!r}:")), None)
+        code = "T004" if group is None else "T005" if "but its module says" in sentence else "T001"
+        findings.append(Finding(code, "error", sentence, group=group))
+    return findings
+
+
+def broken_adapters(groups: Iterable[GroupReport]) -> list[Finding]:
+    """A finding for each factor of an adapter that is not shared as it should be."""
+    return [
+        Finding(
+            "T001",
+            "error",
+            f"group {group.name!r}: expected its {len(group.names)} modules to share one parameter, found several.",
+            "Load the adapter again, or save what they have learnt apart as an ordinary LoRA: export_to_lora.",
+            group.name,
+        )
+        for group in groups
+        if group.broken
+    ]

@@ -5,8 +5,9 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, RenderableType
+
+from .._extras import require
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,28 +17,32 @@ class Report(ABC):
     """The base of a report that people read. A subclass says what is in its table and what is in its picture."""
 
     @abstractmethod
-    def _table(self) -> Table:
-        """The table to print."""
+    def _table(self, width: int) -> RenderableType:
+        """The table to print, for lines of `width` columns."""
 
     @abstractmethod
     def _draw(self, figure: "Figure") -> None:
         """Size the empty `figure` and draw the picture in it."""
 
-    def to_table(self, width: int = 120) -> str:
-        """The table as plain text.
+    def to_table(self, width: int = 80, color: bool = False) -> str:
+        """The table as text.
 
         Args:
-            width: columns of text. Default 120, which a wide terminal has.
+            width: columns of text, 72 or more. Default 80, which every terminal has.
+            color: mark what is broken in red, by the codes of terminals. Default `False`: plain text.
         """
+        width = max(width, 72)
         text = StringIO()
-        Console(file=text, width=width, color_system=None).print(self._table())
-        return text.getvalue().rstrip()
+        system = "standard" if color else None
+        console = Console(file=text, width=width, color_system=system, force_terminal=color, legacy_windows=False)
+        console.print(self._table(width))
+        return "\n".join(line.rstrip() for line in text.getvalue().splitlines()).strip("\n")
 
     def __str__(self) -> str:
         return self.to_table()
 
     def plot(self, path: str | Path) -> Path:
-        """Write the picture to a file.
+        """Write the picture to a file. No display is needed, and pyplot and its backend are left alone.
 
         Args:
             path: the file; its ending chooses the format (`.png`, `.svg`, `.pdf`).
@@ -48,11 +53,7 @@ class Report(ABC):
         Raises:
             ImportError: matplotlib is missing (`pip install "hf-tying[plots]"`).
         """
-        try:
-            from matplotlib.figure import Figure  # not pyplot: no display, no global state
-        except ImportError as error:
-            raise ImportError('A picture needs matplotlib: pip install "hf-tying[plots]".') from error
-        figure = Figure(layout="constrained")
+        figure = require("matplotlib.figure", "A picture", "plots").Figure(layout="constrained")
         self._draw(figure)
-        figure.savefig(path)
+        figure.savefig(path, dpi=150)
         return Path(path)

@@ -11,9 +11,9 @@ from .slots import named_slots, places_of, shared_names
 
 
 class Anatomy:
-    """What `tie`, `untie`, a resize and the report need to know of a model, each part read once.
+    """The facts about a model that `tie`, `untie`, a resize and the report need. Each is read once.
 
-    It is a reading, not a view: after the model has been changed, make another.
+    It does not follow later changes of the model: make a new one after a change.
 
     Args:
         model: any `PreTrainedModel`, also on the meta device or under adapters. Nothing here changes it.
@@ -24,7 +24,7 @@ class Anatomy:
         Role(name='model.encoder.embed_tokens.weight', carriers=('model.shared.weight',))
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 
     @cached_property
@@ -48,7 +48,7 @@ class Anatomy:
 
     @cached_property
     def tied(self) -> list[list[str]]:
-        """The names that are one parameter as the model stands, whoever tied them."""
+        """The names that are one parameter in the model at present."""
         return shared_names(self.slots)
 
     @cached_property
@@ -58,7 +58,7 @@ class Anatomy:
 
     @cached_property
     def declarable(self) -> list[list[str]]:
-        """The names that the classes can tie, whatever the config says."""
+        """The names that the classes can tie, under any config."""
         return join_chains(self.declared_pairs(gated=False))
 
     @cached_property
@@ -68,7 +68,7 @@ class Anatomy:
 
     @cached_property
     def role_of(self) -> dict[str, str]:
-        """From each name that has a role, or carries its matrix, to the role."""
+        """The role of each name that has one, or that carries the matrix of a role."""
         return {name: role for role, found in self.roles.items() for name in found.names}
 
     @cached_property
@@ -83,7 +83,7 @@ class Anatomy:
         return {name for role in self.roles.values() for name in role.carriers}
 
     def declared_pairs(self, gated: bool = True, checked: bool = False) -> list[tuple[str, str]]:
-        """What the classes declare as tied, read anew (see `declared.declared_pairs`)."""
+        """The pairs that the classes declare as tied, read at each call (see `declared.declared_pairs`)."""
         return declared_pairs(self.places, self.slots, gated, checked)
 
     def root_declared(self, names: list[str]) -> list[str]:
@@ -91,17 +91,17 @@ class Anatomy:
         if not any(set(chain) == set(names) for chain in self.declarable):
             return []
         pairs = self.declared_pairs(gated=False)
-        sources, targets = {source for source, _ in pairs}, {target for _, target in pairs}
-        return [name for name in names if name in sources and name not in targets]
+        sources, aliases = {source for source, _ in pairs}, {alias for _, alias in pairs}
+        return [name for name in names if name in sources and name not in aliases]
 
     def without_roles(self, chains: list[list[str]]) -> list[list[str]]:
-        """Those of `chains` that have nothing to do with the embeddings."""
+        """Select the chains without a name that has a role."""
         return [chain for chain in chains if not any(name in self.role_of for name in chain)]
 
     def beside_roles(self, chains: list[list[str]]) -> list[list[str]]:
-        """Those of `chains` that have to do with an embedding: the names without a role, after one that has one.
+        """Select the chains with an embedding: one name that has a role, then the names without a role.
 
-        A further use of a matrix (a second decoder, a head of another kind) stays with it, whatever the scheme.
+        A further use of a matrix (a second decoder, a head of another kind) stays with it under any scheme.
         """
         with_role = [(next((name for name in chain if name in self.role_of), None), chain) for chain in chains]
         return [[first, *(name for name in chain if name not in self.role_of)] for first, chain in with_role if first]

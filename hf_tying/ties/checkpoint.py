@@ -1,7 +1,7 @@
 """Reconcile tie groups with a checkpoint or state dict: fill in missing names, refuse conflicting values."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -10,9 +10,17 @@ from transformers.utils import logging
 
 from ..config import TyingConfig, TyingError
 from .anatomy import Anatomy
-from .groups import TieGroup, locate, make_groups
+from .groups import TieGroup, groups_held, locate, make_groups
 from .sharding import gathered
-from .slots import difference, find_parameter, same_values, set_parameter, share_parameter, state_key
+from .slots import (
+    difference,
+    find_parameter,
+    parameter_of,
+    same_values,
+    set_parameter,
+    share_parameter,
+    state_key,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -21,7 +29,7 @@ def tie_loaded(model: PreTrainedModel, missing: set[str]) -> list[TieGroup]:
     """Tie `model` right after `from_pretrained` has filled its parameters; names dealt with leave `missing`.
 
     Args:
-        model: its parameters hold what the file had; those in `missing` hold fresh values.
+        model: model whose parameters hold the values of the file. Those in `missing` hold new values.
         missing: parameter names that the file did not have (changed in place).
 
     Returns:
@@ -43,7 +51,7 @@ def _tie_filled(anatomy: Anatomy, config: TyingConfig, missing: set[str]) -> lis
     kept: list[TieGroup] = []
     for group in _with_new_ones(anatomy, missing):
         # Names of another shape in the file (ignore_mismatched_sizes) are still on the meta device, alone.
-        blank = [name for name in group.names if find_parameter(model, name).is_meta]
+        blank = [name for name in group.names if parameter_of(model, name).is_meta]
         unfilled = missing | set(blank if len(blank) < len(group.names) else [])
         present = [name for name in group.names if name not in unfilled]
         if not present:
@@ -52,13 +60,13 @@ def _tie_filled(anatomy: Anatomy, config: TyingConfig, missing: set[str]) -> lis
             )
             parts, filled = [list(group.names)], []
         else:
-            parts = _parts(present, lambda name: find_parameter(model, name))
+            parts = _parts(present, lambda name: parameter_of(model, name))
             if len(parts) > 1:
-                parts = _settle(config, group, parts, lambda name: find_parameter(model, name))
+                parts = _settle(config, group, parts, lambda name: parameter_of(model, name))
             filled = [name for name in group.names if name in unfilled]
         for i, part in enumerate(parts):
             names = [name for name in group.names if name in part or i == 0 and name in filled]
-            source = find_parameter(model, part[0])
+            source = parameter_of(model, part[0])
             for name in names:
                 set_parameter(model, name, source)
             if len(names) > 1:
@@ -76,7 +84,7 @@ def initial_parameter(model: PreTrainedModel, group: TieGroup) -> nn.Parameter:
     Raises:
         TyingError: when two of them were loaded and differ; a config cannot say whose values to take.
     """
-    held = [(name, find_parameter(model, name)) for name in group.names]
+    held = [(name, parameter_of(model, name)) for name in group.names]
     loaded = [(name, p) for name, p in held if getattr(p, "_is_hf_initialized", False) and not p.is_meta]
     for name, parameter in loaded[1:]:
         with gathered((parameter, loaded[0][1])):
@@ -86,19 +94,19 @@ def initial_parameter(model: PreTrainedModel, group: TieGroup) -> nn.Parameter:
                     f"values of their own ({difference(loaded[0][1], parameter)}), and tying keeps one. Put the model "
                     "together without the `tying` entry, then tie(model, ..., init_from=...)."
                 )
-    return loaded[0][1] if loaded else find_parameter(model, group.root)
+    return loaded[0][1] if loaded else parameter_of(model, group.root)
 
 
 def check_loaded_state(model: PreTrainedModel, state: dict, prefix: str, action: str = "load") -> dict[str, str]:
-    """Names of one group must have one value in a state dict; `on_conflict` chooses where they do not.
+    """Refuse a state dict with different values for the names of one group, unless `on_conflict` chooses one.
 
     An entry that lies in the model's own memory brings no value: loaders put the live state dict below what they read.
 
     Args:
-        model: with `tie_groups`.
-        state: by the names of the model, each after `prefix`. Where `on_conflict` chooses, changed in place.
-        prefix: of the model in `state`.
-        action: for the message, `"load"` or `"save"`.
+        model: model with `tie_groups`.
+        state: tensors by the names of the model, each after `prefix`. Changed in place where `on_conflict` chooses.
+        prefix: prefix of the model's names in `state`.
+        action: verb of the message, `"load"` or `"save"`.
 
     Returns:
         For each group that `state` brings a value for, from its root to the name of that value.
@@ -108,7 +116,7 @@ def check_loaded_state(model: PreTrainedModel, state: dict, prefix: str, action:
     """
     config = TyingConfig.in_config(model.config)
     brought = {}
-    for group in model.tie_groups:
+    for group in groups_held(model):
         keys = {name: key for name in group.names if (key := prefix + state_key(model, name)) in state}
         if action == "load":
             live = find_parameter(model, group.root)
@@ -133,11 +141,11 @@ def check_loaded_state(model: PreTrainedModel, state: dict, prefix: str, action:
 
 
 def with_all_names(model: PreTrainedModel, state: Mapping) -> dict:
-    """`state`, with an entry for every name of a group of which it has one."""
+    """Copy `state`, and add the missing names of each group that it has a name of."""
     filled = OrderedDict(state)
-    if hasattr(state, "_metadata"):
-        filled._metadata = state._metadata
-    for group in model.tie_groups:
+    if (metadata := getattr(state, "_metadata", None)) is not None:
+        vars(filled)["_metadata"] = metadata
+    for group in groups_held(model):
         keys = [state_key(model, name) for name in group.names]
         present = next((key for key in keys if key in state), None)
         for key in keys if present is not None else ():
@@ -145,15 +153,15 @@ def with_all_names(model: PreTrainedModel, state: Mapping) -> dict:
     return filled
 
 
-def tie_assigned(model: PreTrainedModel, incompatible_keys) -> None:
-    """After `load_state_dict(assign=True)` has put new parameters into the slots of a group: make them one again."""
+def tie_assigned(model: PreTrainedModel, incompatible_keys: object) -> None:
+    """Make groups one parameter again after `load_state_dict(assign=True)` has replaced their parameters."""
     names = vars(model).pop("_assigned_names", {})
-    for group in getattr(model, "tie_groups", ()):  # a model inside that has been untied has the hook still
+    for group in getattr(model, "tie_groups", ()):  # a model inside that was untied still has the hook
         if group.root in names:
-            share_parameter(model, group.names, find_parameter(model, names[group.root]))
+            share_parameter(model, group.names, parameter_of(model, names[group.root]))
 
 
-def _is_memory_of(parameter: nn.Parameter | None, value) -> bool:
+def _is_memory_of(parameter: nn.Parameter | None, value: object) -> bool:
     """Whether `value` lies in the memory of a plain parameter."""
     if parameter is None or not isinstance(value, torch.Tensor) or parameter.is_meta or value.is_meta:
         return False
@@ -163,8 +171,8 @@ def _is_memory_of(parameter: nn.Parameter | None, value) -> bool:
         return False
 
 
-def _parts(names: list[str], value_of) -> list[list[str]]:
-    """`names` by equal values. Two tensors on the meta device are offloaded to disk together, and not compared."""
+def _parts(names: list[str], value_of: Callable[[str], torch.Tensor]) -> list[list[str]]:
+    """Partition `names` by value. Two tensors on the meta device are both offloaded to disk, and count as equal."""
     parts: list[list[str]] = []
     for name in names:
         value = value_of(name)
@@ -178,8 +186,10 @@ def _parts(names: list[str], value_of) -> list[list[str]]:
     return parts
 
 
-def _settle(config: TyingConfig, group: TieGroup, parts: list[list[str]], value_of) -> list[list[str]]:
-    """The parts to keep apart, after `on_conflict`."""
+def _settle(
+    config: TyingConfig, group: TieGroup, parts: list[list[str]], value_of: Callable[[str], torch.Tensor]
+) -> list[list[str]]:
+    """The parts to keep apart, as `on_conflict` says."""
     names = [name for part in parts for name in part]
     if config.on_conflict == "keep_untied":
         logger.warning(f"Group {group.name!r} has different values in the file: kept untied, the config is corrected.")
@@ -195,7 +205,7 @@ def _settle(config: TyingConfig, group: TieGroup, parts: list[list[str]], value_
     apart = difference(value_of(parts[0][0]), value_of(parts[1][0]))
     raise TyingError(
         f"The file has different values for names that the config ties (group {group.name!r}): {parts[0][0]!r} and "
-        f"{parts[1][0]!r}, {apart}. Nobody's weights are dropped unasked. Choose by the `tying` entry of "
+        f"{parts[1][0]!r}, {apart}. No weights are dropped unasked. Choose by the `tying` entry of "
         "config.json, or "
         f"from_pretrained(..., tying={{**entry, 'on_conflict': ...}}): 'use:{parts[0][0]}' or 'use:{parts[1][0]}' "
         "takes one for all, 'keep_untied' keeps both and corrects the config."
@@ -203,19 +213,19 @@ def _settle(config: TyingConfig, group: TieGroup, parts: list[list[str]], value_
 
 
 def _with_new_ones(anatomy: Anatomy, missing: set[str]) -> list[TieGroup]:
-    """The groups of the model; in a wider class than the file's also those that it declares of names that are new."""
+    """The groups of the model, and those that a wider class than the file's declares for its additional names."""
     model = anatomy.model
     new = [chain for chain in anatomy.declared if missing.issuperset(chain)]
-    if not new or model._is_declared_class():
-        return model.tie_groups
-    named = {group.name: list(group.names) for group in model.tie_groups}
+    if not new or getattr(model, "_is_declared_class", lambda: True)():
+        return groups_held(model)
+    named = {group.name: list(group.names) for group in groups_held(model)}
     held = {name for names in named.values() for name in names}
     new = [chain for chain in new if not held & set(chain)]
     return make_groups(anatomy, [*named.values(), *new], named)
 
 
 def _refuse_out_of_reach(anatomy: Anatomy, config: TyingConfig, missing: set[str]) -> None:
-    """A base model opened from a file that keeps the shared matrix under a name of the head only."""
+    """Refuse a base model whose shared matrix the file keeps under a name of the head only."""
     model = anatomy.model
     if missing.issuperset(anatomy.slots):
         return  # nothing in the file is for this class, as transformers reports
@@ -233,17 +243,17 @@ def _refuse_out_of_reach(anatomy: Anatomy, config: TyingConfig, missing: set[str
 
 
 def _fill_untied(anatomy: Anatomy, missing: set[str]) -> None:
-    """A file that was written tied, opened untied: each name gets its own copy, as `untie` would give it.
+    """Give each name its own copy, as `untie` does, where a file that was written tied is opened untied.
 
     They remain missing in the report of the load, for the file did not have them.
     """
     model = anatomy.model
-    held = {name: group for group in model.tie_groups for name in group.names}
+    held = {name: group for group in groups_held(model) for name in group.names}
     for names in anatomy.declarable:
         present = [name for name in names if name not in missing]
         for name in names:
             if name in missing and name not in held and present:
-                value = find_parameter(model, present[0])
+                value = parameter_of(model, present[0])
                 set_parameter(model, name, nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad))
                 logger.warning(
                     f"The file has no {name!r}, untied in the config: it starts as a copy of {present[0]!r}."

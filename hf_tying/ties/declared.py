@@ -1,8 +1,9 @@
-"""What an architecture declares as tied: `_tied_weights_keys` of a model and of the models inside it, spelled out."""
+"""The ties that an architecture declares: `_tied_weights_keys` of a model and of the models inside it, expanded."""
 
 from collections.abc import Iterable
 from itertools import cycle
 from re import search
+from typing import Any
 
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
@@ -11,7 +12,7 @@ from ..config import TyingError
 from .slots import why_no_parameter
 
 
-def stock_keys(model: PreTrainedModel):
+def stock_keys(model: PreTrainedModel) -> Any:
     """`_tied_weights_keys` as the architecture declares it, before this package put its own on the instance."""
     return vars(model).get("_stock_tied_weights_keys", model._tied_weights_keys)
 
@@ -19,14 +20,14 @@ def stock_keys(model: PreTrainedModel):
 def declared_pairs(
     places: list[tuple[str, nn.Module]], slots: dict[str, nn.Parameter], gated: bool = True, checked: bool = False
 ) -> list[tuple[str, str]]:
-    """(source, tied name) for each name that a model, or a model inside it, declares as tied.
+    """Pairs (source, tied name) for each name that a model, or a model inside it, declares as tied.
 
     As in transformers, a later entry of `_tied_weights_keys` overrides an earlier one for the names that both match
     (RT-DETRv2, D-FINE). Unlike transformers' own expansion this also goes into `nn.ModuleList` and plain modules.
 
     Args:
-        places: of the model, see `slots.places_of`.
-        slots: of the model, see `slots.named_slots`.
+        places: modules of the model, see `slots.places_of`.
+        slots: parameters of the model, see `slots.named_slots`.
         gated: leave out models whose config says `tie_word_embeddings=False`. Default `True`, as transformers does.
         checked: refuse a declared name that does not exist. Default `False`: it is left out.
 
@@ -55,15 +56,15 @@ def declared_pairs(
         dot = f"{prefix}." if prefix else ""
         names = [name.removeprefix(dot) for name in all_names if name.startswith(dot)]
         source_of: dict[str, str] = {}
-        for target, source in keys.items():
-            for of, name in _expand(source, target, names, sub, checked):
-                source_of[name] = source_of.get(of, of)
+        for tied, source in keys.items():
+            for root, name in _expand(source, tied, names, sub, checked):
+                source_of[name] = source_of.get(root, root)
         pairs += [(dot + source, dot + name) for name, source in source_of.items() if source != name]
     return pairs
 
 
 def join_chains(chains: Iterable[Iterable[str]]) -> list[list[str]]:
-    """Join chains of names that share a name. Undirected, so that cycles need no care; in order of first mention."""
+    """Join chains that share a name, in order of first mention. Links have no direction, so cycles do not matter."""
     member_of: dict[str, list[str]] = {}
     for chain in chains:
         merged: list[str] = []
@@ -77,23 +78,23 @@ def join_chains(chains: Iterable[Iterable[str]]) -> list[list[str]]:
     return [group for group in seen.values() if len(group) > 1]
 
 
-def _expand(source: str, target: str, names: list[str], model: nn.Module, checked: bool) -> list[tuple[str, str]]:
-    """One entry of `_tied_weights_keys`, spelled out in parameter names."""
-    sources, targets = (_named_by(part, names) for part in (source, target))
-    if not sources or not targets or len(targets) % len(sources):
+def _expand(source: str, tied: str, names: list[str], model: nn.Module, checked: bool) -> list[tuple[str, str]]:
+    """Expand one entry of `_tied_weights_keys` to pairs of parameter names."""
+    sources, aliases = (_named_by(part, names) for part in (source, tied))
+    if not sources or not aliases or len(aliases) % len(sources):
         if checked:
-            name = source if not sources else target
+            name = source if not sources else tied
             why = why_no_parameter(model, name, names)
             raise TyingError(
-                f"{type(model).__name__}._tied_weights_keys ties {target!r} to {source!r}, but {name!r} {why}. "
+                f"{type(model).__name__}._tied_weights_keys ties {tied!r} to {source!r}, but {name!r} {why}. "
                 "Expected names of parameters of this model: correct the declaration."
             )
         return []
-    return list(zip(cycle(sources), targets, strict=False))
+    return list(zip(cycle(sources), aliases, strict=False))
 
 
 def _named_by(part: str, names: list[str]) -> list[str]:
-    """What one side of an entry means: a parameter, a module, or one of transformers' patterns from a name's start."""
+    """The names that one side of an entry means: a parameter, a module, or a pattern from the start of a name."""
     if set(part) & set("^$*+?{}[]|()\\"):
         return [name for name in names if search(f"^{part}", name)]
     return [name for name in names if name == part or name.startswith(f"{part}.")]

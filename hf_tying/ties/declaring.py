@@ -1,22 +1,33 @@
-"""`from_pretrained(..., tying=...)` of any class: the declaration for this load, whatever the file's config says."""
+"""The argument `tying` of `from_pretrained`: the declaration for this load, in place of the one in the file."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
 
 from ..config import TyingConfig
 
-# What finds the files; `from_pretrained` of a config takes these and no others.
+# Arguments that find the files. `from_pretrained` of a config takes only these.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
-# Fields of configs that are arguments of the model's `from_pretrained` first.
+# Arguments of the model's `from_pretrained` that are also fields of configs.
 _OF_THE_MODEL = ("attn_implementation", "dtype", "name_or_path", "quantization_config", "torch_dtype", "state_dict")
 
 
-def from_pretrained(wrapped, cls, args, kwargs):
-    """In front of `PreTrainedModel.from_pretrained`.
+def from_pretrained(
+    wrapped: Callable[..., Any], cls: type[PreTrainedModel], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> PreTrainedModel:
+    """Load a model by `PreTrainedModel.from_pretrained`, with the declaration `tying` in its config.
 
     Args:
-        kwargs: with `tying`, whatever `TyingConfig.of` takes, or `None` for no entry.
+        wrapped: the stock method, bound to the class.
+        cls: class of the model.
+        args: positional arguments of the call.
+        kwargs: keywords of the call. `tying` is anything that `TyingConfig.of` takes, or `None` for no entry.
+
+    Returns:
+        The loaded model.
 
     Raises:
         TyingError: for a `tying` that cannot be read.
@@ -30,7 +41,7 @@ def from_pretrained(wrapped, cls, args, kwargs):
     if isinstance(config, PreTrainedConfig):
         config = copy.deepcopy(config)
     else:
-        path = config or (args[0] if args else given.get("pretrained_model_name_or_path"))
+        path: Any = config or (args[0] if args else given.get("pretrained_model_name_or_path"))
         config = cls.config_class.from_pretrained(path, **{k: given[k] for k in _HUB_ARGUMENTS if k in given})
         for key in [key for key in given if hasattr(config, key) and key not in _OF_THE_MODEL]:
             setattr(config, key, given.pop(key))

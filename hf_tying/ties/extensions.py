@@ -1,14 +1,14 @@
-"""Who honours the entries of `tying` that are not ties: `loss`, `projection`, and what is to come.
+"""Extensions: the entries of `tying` that are not ties (`loss`, `projection`), and the modules that honour them.
 
-The core knows none of them. It consults one dict, `hf_tying.config.EXTENSIONS`, where a model is made from its config
-or from a pickle (`TiedModelMixin`), and where `tie` changes a live one. An extension is a module with two functions:
+The core names none of them. It reads one dict, `hf_tying.config.EXTENSIONS`, when a model is made from its config or
+from a pickle (`TiedModelMixin`), and when `tie` changes a live one. An extension is a module with two functions:
 
     refuse_misfit(model, value)     raises a `TyingError` where `model` cannot have it; changes nothing
     honour(model, value, strict)    makes `model` as `value` says; does nothing where it is so already
 
-`value` is the entry as the config has it. `strict=False` is for another head over the same file: what it cannot have
-is left out. Where an extension acts in the steps of a model, `honour` puts a mixin of its own in front of the model's
-class (`classes.with_mixin`).
+`value` is the entry as the config has it. `strict=False` is for another head over the same file: extensions that it
+cannot have are left out. Where an extension acts in the steps of a model, `honour` puts a mixin of its own in front of
+the model's class (`classes.with_mixin`).
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from ..config import EXTENSIONS, TyingConfig
 
 logger = logging.get_logger(__name__)
 
-# In the code of a published class: the modules that are carried along, by their names in the package.
+# Modules that are copied along with the code of a published class, by their names in the package.
 _CARRIED: dict[str, Callable[[], ModuleType]] = {}
 
 
@@ -41,7 +41,7 @@ def honour_extensions(model: PreTrainedModel, config: TyingConfig, strict: bool 
     """Make `model` as the entries of `config` beside the ties say.
 
     Args:
-        model: changed in place.
+        model: model to change in place.
         config: the declaration.
         strict: refuse what the model cannot have. `False` is for another head over the same file.
 
@@ -49,12 +49,12 @@ def honour_extensions(model: PreTrainedModel, config: TyingConfig, strict: bool 
         TyingError: by the extension, with the reason.
     """
     for key, value in config.declared_extensions().items():
-        if (module := _module(key, told=strict)) is not None:
+        if (module := _module(key, logged=strict)) is not None:
             module.honour(model, value, strict)
 
 
-def _module(key: str, told: bool = True) -> ModuleType | None:
-    """The module of an extension; `None` in published code that goes without it, of which the log tells if `told`."""
+def _module(key: str, logged: bool = True) -> ModuleType | None:
+    """The module of an extension. `None` in published code that works without it; it is logged if `logged`."""
     extension = EXTENSIONS[key]
     if carried := _CARRIED.get(extension.module):
         return carried()
@@ -63,6 +63,6 @@ def _module(key: str, told: bool = True) -> ModuleType | None:
     except ModuleNotFoundError as error:
         if extension.without is None or not (error.name or "").startswith("hf_tying"):
             raise
-        if told:
+        if logged:
             logger.warning(f"The config declares {key!r}, which needs hf_tying: {extension.without}.")
         return None

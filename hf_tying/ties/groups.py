@@ -1,10 +1,12 @@
-"""Tie groups: from a reading of a model and its `TyingConfig` to concrete names, with their root and every check.
+"""Tie groups: the concrete names that a `TyingConfig` ties in a model, with their root and every check.
 
 Nothing in this file changes a model.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+
+from torch import nn
 
 from ..config import SCHEMES, TyingConfig, TyingError
 from .anatomy import Anatomy
@@ -22,16 +24,22 @@ class TieGroup:
 
     @property
     def root(self) -> str:
+        """The name kept on disk."""
         return self.names[0]
 
     @property
     def aliases(self) -> tuple[str, ...]:
-        """Its names beside the root."""
+        """The names other than the root."""
         return self.names[1:]
 
 
+def groups_held(model: nn.Module) -> list[TieGroup]:
+    """The groups of a model under `TiedModelMixin`."""
+    return getattr(model, "tie_groups", [])
+
+
 def scheme_of(anatomy: Anatomy, groups: Iterable[TieGroup]) -> str:
-    """The scheme that `groups` amount to for the roles of a model; `"none"` where no scheme says exactly that."""
+    """The scheme that ties the roles of a model exactly as `groups` do. `"none"` if there is no such scheme."""
     group_of = {name: group for group in groups for name in group.names}
     held = {role: group_of.get(found.name, found.name) for role, found in anatomy.roles.items()}
     tied = {frozenset((a, b)) for a in held for b in held if a < b and held[a] == held[b]}
@@ -50,14 +58,15 @@ def resolve(
     """The concrete groups of a model under `config`: flat, disjoint, checked, each with its root first.
 
     Args:
-        anatomy: of the model.
+        anatomy: reading of the model.
         config: the declaration. Its groups and its scheme are joined; names that meet in two of them make one group.
         strict: refuse names and schemes that the model cannot have. `False` is for another head over the same file
-            (`AutoModel` from the file of a language model): what this class has is tied, the rest is left out.
+            (`AutoModel` from the file of a language model): names that this class lacks are left out.
         also: chains of names to join, after those that are declared.
 
     Raises:
-        TyingError: see `TyingConfig`; also for shapes that differ, buffers, unknown names, a scheme without its roles.
+        TyingError: for what `TyingConfig` refuses, different shapes, buffers, unknown names, and a scheme whose
+            roles the model lacks.
     """
     explicit = explicit_groups(anatomy, config, strict)
     chains = [names for names in explicit.values() if len(names) > 1]
@@ -67,12 +76,12 @@ def resolve(
         scheme = scheme_chains(anatomy, config.scheme, strict)
         held = {name for chain in chains for name in chain}
         tied = [anatomy.roles[role].name for role in SCHEMES[config.scheme] if role in anatomy.roles]
-        # A bare scheme, not the record of a model: what the architecture ties besides its embeddings (BERT's output
-        # bias) stays tied, and a carrier goes with its role. A record says all of that itself.
+        # A bare scheme is not the record of a model. Other ties of the architecture (BERT's output bias) stay, and a
+        # carrier is tied with its role. A record names all of these itself.
         bare = config.save_format is None or len(tied) > 1 and not held.issuperset(tied)
         if bare and config.scheme != "none":
             chains += anatomy.without_roles(anatomy.declared)
-        if bare or not strict:  # also where a class has more than the one that wrote the record (an encoder)
+        if bare or not strict:  # also for a class with more names than the one that wrote the record (an encoder)
             chains += anatomy.beside_roles(anatomy.declared) if config.scheme != "none" else []
             chains += scheme
     return make_groups(anatomy, [*chains, *also], explicit)
@@ -107,10 +116,10 @@ def scheme_chains(anatomy: Anatomy, scheme: str, strict: bool = True) -> list[li
 
 
 def make_groups(anatomy: Anatomy, chains: list[list[str]], named: dict[str, list[str]]) -> list[TieGroup]:
-    """Join chains of names that meet, name the results, check every one.
+    """Join chains that share a name, name the resulting groups, and check each.
 
     Args:
-        anatomy: of the model.
+        anatomy: reading of the model.
         chains: lists of parameter names; each list is to be one parameter.
         named: group names that the user gave, with their names, the root first.
     """
@@ -120,7 +129,7 @@ def make_groups(anatomy: Anatomy, chains: list[list[str]], named: dict[str, list
     for names in join_chains(chains):
         held = [role for role, place in anatomy.roles.items() if set(place.names) & set(names)]
         given = next((group for group, members in named.items() if set(members) & set(names)), None)
-        # Carriers and roles in their order, source first, unless the user or the architecture has named the root.
+        # The root is the one that the user or the architecture names, else the first of carriers and roles.
         first = [n for n in (named[given] if given else [*anatomy.root_declared(names), *with_role]) if n in names]
         ordered = list(dict.fromkeys([*first, *names]))
         base = given or ("embeddings" if len(held) > 1 else held[0] if held else ordered[0].rsplit(".", 1)[-1])
@@ -133,7 +142,11 @@ def make_groups(anatomy: Anatomy, chains: list[list[str]], named: dict[str, list
 
 
 def check_group(anatomy: Anatomy, group: TieGroup) -> None:
-    """Every name is a floating-point parameter, and all have one shape and one dtype."""
+    """Refuse a group unless all its names are floating-point parameters of one shape and one dtype.
+
+    Raises:
+        TyingError: with the name that does not fit.
+    """
     model, slots = anatomy.model, anatomy.slots
     for name in group.names:
         if name not in slots:
@@ -162,9 +175,9 @@ def check_group(anatomy: Anatomy, group: TieGroup) -> None:
 
 
 def explicit_groups(anatomy: Anatomy, config: TyingConfig, strict: bool = True) -> dict[str, list[str]]:
-    """`config.groups` in the names of this model: module names spelled out, prefixes of the base model put right.
+    """Translate `config.groups` to parameter names of this model: modules expanded, base model prefixes corrected.
 
-    Of a group of another head there may be one name alone, which then is the root of whatever it is tied to here.
+    A group of another head may have a single name here. It is the root of the group that it is tied to.
     """
     slots = anatomy.slots
     groups: dict[str, list[str]] = {}
@@ -199,7 +212,7 @@ def explicit_groups(anatomy: Anatomy, config: TyingConfig, strict: bool = True) 
 
 
 def locate(anatomy: Anatomy, name: str) -> str | None:
-    """`name` as this class spells it: a base model drops the prefix under which a head model holds it."""
+    """`name` as this class spells it. A base model has no prefix where a model with a head has one."""
     prefix = f"{anatomy.model.base_model_prefix}." if anatomy.model.base_model_prefix else ""
     for candidate in [name, name.removeprefix(prefix), prefix + name]:
         if candidate in anatomy.slots or candidate in anatomy.modules:
@@ -215,7 +228,7 @@ def _parameters_below(name: str, slots: Iterable[str]) -> list[str]:
 
 
 def subgroups(groups: Iterable[TieGroup], prefix: str) -> Iterator[TieGroup]:
-    """The groups as the model inside under `prefix` sees them: names below the prefix, at least two of them."""
+    """Restrict groups to the model inside at `prefix`: those with at least two names below it."""
     for group in groups:
         inner = tuple(n.removeprefix(f"{prefix}.") for n in group.names if n.startswith(f"{prefix}."))
         if len(inner) > 1:

@@ -1,4 +1,4 @@
-"""What lies in a folder of weights, read from the safetensors headers alone."""
+"""The tensors in a folder of weights, read from the safetensors headers alone."""
 
 import json
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ _WHOLE = "model.safetensors"
 
 
 def read_header(path: str | Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """The tensors of one safetensors file: name to (shape, dtype as the file spells it). No weights are read.
+    """Read the (shape, dtype as the file spells it) of each tensor of a safetensors file. No weights are read.
 
     Raises:
         TyingError: for a file that is truncated, corrupted or not safetensors.
@@ -66,7 +66,7 @@ def shard_names(index: str | Path) -> list[str]:
 
 
 def read_json(path: str | Path) -> dict:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
         TyingError: when it is missing, not JSON, not an object, or nested beyond reason.
@@ -94,14 +94,14 @@ def refuse_broken(paths: Iterable[str] | None) -> None:
 
 
 def refuse_split(groups: Iterable, device_map: dict | None) -> None:
-    """The names of a tie lie on one device.
+    """Refuse a device map that puts the names of one tie group on different devices.
 
     Args:
         groups: tie groups (with `name` and `names`).
-        device_map: module name to device, `"cpu"` or `"disk"`; `""` is the whole model.
+        device_map: device (also `"cpu"` or `"disk"`) of each module name; `""` is the whole model.
 
     Raises:
-        TyingError: for the first group that `device_map` tears apart.
+        TyingError: for the first group that `device_map` splits.
     """
     if not isinstance(device_map, dict):
         return

@@ -1,4 +1,4 @@
-"""Ties of a model inside a stock model: they move up, with their record, before the outer one is saved."""
+"""Ties of a model inside a stock model become ties of the outer model, and its config records them, before a save."""
 
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
@@ -12,16 +12,16 @@ logger = logging.get_logger(__name__)
 
 
 def adopt_inner_ties(model: PreTrainedModel) -> bool:
-    """Make the ties of the models inside `model` its own, by its own names; its config gets the record.
+    """Make the ties of the models inside `model` ties of `model`, by its own names, and record them in its config.
 
-    `tie(model.language_model, ...)` cannot know of the outer model. A stock outer model would leave names out of its
-    file that nothing tells a loader to fill.
+    `tie(model.language_model, ...)` cannot see the outer model. A stock outer model would leave names out of its file,
+    and its config would not name them for a loader to fill.
 
     Args:
-        model: about to be saved.
+        model: model that is about to be saved.
 
     Returns:
-        Whether there were such ties; `model` is under `TiedModelMixin` then.
+        Whether there were such ties. If so, `model` has `TiedModelMixin` in front of its class.
 
     Raises:
         TyingError: where a tie inside is broken, or cannot be recorded; nothing is changed.
@@ -33,14 +33,14 @@ def adopt_inner_ties(model: PreTrainedModel) -> bool:
     for prefix, sub in model.named_modules():
         for group in vars(sub).get("tie_groups", ()) if prefix else ():
             names = [f"{canonical(prefix)}.{name}" for name in group.names]
-            if not known & set(names):  # the outermost model that holds a tie names it
+            if not known & set(names):  # the name of a group is that of the outermost model
                 known |= set(names)
                 groups[next(n for n in (group.name, *names) if n not in groups)] = names
     if not groups:
         return False
     logger.warning(
-        f"{type(model).__name__} is saved with the ties of a model inside it: they are its own from now on, and its "
-        "config says so."
+        f"{type(model).__name__} is saved with the ties of a model inside it: they are its own from now on, and are "
+        "recorded in its config."
     )
     tie(model, TyingConfig(groups=groups))
     return True

@@ -1,13 +1,15 @@
-"""Where a tie is made: `TiedModelMixin` carries it through a model's life, `tie` and `untie` change it.
+"""`TiedModelMixin`, which keeps ties through a model's life; `tie` and `untie` change them.
 
 The mixin sits in front of a transformers class and answers transformers' own hooks: `post_init` (declare and tie),
-`tie_weights` (after a load, and whenever anybody asks again), the embedding setters and the resize, `_apply` (`.to()`,
+`tie_weights` (after a load, and at every later call), the embedding setters and the resize, `_apply` (`.to()`,
 `to_empty()`), `state_dict` and its loading, `save_pretrained`. `tie(model, ...)` puts the same mixin in front of the
-class of a live model, so that both forms are one and the same thing.
+class of a live model, so both forms behave alike.
 """
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -17,7 +19,7 @@ from transformers.utils import logging
 from ..config import TyingConfig, TyingError
 from .anatomy import Anatomy
 from .checkpoint import check_loaded_state, initial_parameter, tie_assigned, tie_loaded, with_all_names
-from .classes import mixins_of, with_mixin, without_mixin
+from .classes import MixinBase, mixins_of, with_mixin, without_mixin
 from .declared import stock_keys
 from .extensions import honour_extensions
 from .groups import TieGroup, resolve, subgroups
@@ -32,6 +34,7 @@ from .slots import (
     find_slot,
     is_one,
     named_slots,
+    parameter_of,
     same_values,
     share_parameter,
     state_key,
@@ -43,8 +46,8 @@ from .verify import is_split, offloaded, violations
 logger = logging.get_logger(__name__)
 
 
-class TiedModelMixin:
-    """Put in front of a transformers class, it keeps the ties of `config.tying` through the model's whole life.
+class TiedModelMixin(MixinBase):
+    """Mixin in front of a transformers class: it keeps the ties of `config.tying` through the model's whole life.
 
     `tie_groups` holds the concrete groups (`TieGroup`: a name, the parameter names, root first). Without a `tying`
     entry the groups are those that the class itself declares under `tie_word_embeddings`.
@@ -59,25 +62,28 @@ class TiedModelMixin:
         True
 
     Raises:
-        TyingError: from any of the methods below, instead of a silently broken tie.
+        TyingError: by any of the methods below, instead of a silently broken tie.
     """
 
     tie_groups: list[TieGroup] = []  # on the instance once `post_init` has run
+    _ties_made: bool  # `False` while values that differ are only initialised, and may be overwritten
+    _told_frozen: list[TieGroup]  # the groups of the last warning
+    _made_in_part: bool  # whether a subclass may still add modules
 
     # --- a model is made ---------------------------------------------------------------------------------------------
 
-    def post_init(self):
+    def post_init(self) -> None:
         """Declare the groups, initialise the weights, tie."""
         self._post_init_tied(super().post_init)
 
     def _post_init_tied(self, stock_post_init: Callable[[], None]) -> None:
-        self._ties_made = False  # until then `tie_weights` takes values that are just initialised for what they are
+        self._ties_made = False
         config = TyingConfig.in_config(self.config)
         making = _models_being_made()
         parts = [model for model in making if model is not self and type(model.config) is type(self.config)]
-        strict = not parts and self._is_declared_class()  # a part has the record of the whole, in the whole's names
+        strict = not parts and self._is_declared_class()  # a part shares the record of the whole, with its names
         honour_extensions(self, config, strict)
-        # A subclass may add modules after `super().__init__()`: then two `__init__` of this one object are running.
+        # A subclass may add modules after `super().__init__()`. Then two `__init__` of this object are running.
         whole = sum(model is self for model in making) < 2
         if not whole:
             self._made_in_part = True
@@ -92,13 +98,13 @@ class TiedModelMixin:
         self.tie_groups = groups
         declare(self, groups)
         stock_post_init()
-        declare(self, groups)  # once more: the stock method has mixed in what the models inside declare
+        declare(self, groups)  # again, since the stock method has added what the models inside declare
         self._ties_made = not _ties_wait()
         if strict:
             write_config(self)
 
     def _is_declared_class(self) -> bool:
-        """Whether the config's names are meant for this class, not for a head over it or another head.
+        """Whether the names in the config are those of this class, not of a class with a head or with another head.
 
         A class without a softmax that has saved the record of a language model keeps the names of its head.
         """
@@ -115,24 +121,25 @@ class TiedModelMixin:
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """Whether the initialisation is somebody's own; a class over a stock one is initialised like it."""
+        """Whether `_init_weights` is custom code. A class over a stock one is initialised like the stock one."""
         owner = next(base for base in cls.__mro__ if "_init_weights" in vars(base))
         return not owner.__module__.startswith("transformers.")
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        """`{tied name: root}`, flat; what accelerate, the quantisers and `device_map="auto"` read."""
+        """The root of each tied name, for accelerate, the quantisers and `device_map="auto"`."""
         return {name: group.root for group in self.tie_groups for name in group.aliases}
 
-    def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True, **kwargs) -> None:
-        """Tie what is declared. Unlike the stock method it never overwrites trained values that differ.
+    def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True, **kwargs: Any) -> None:
+        """Tie the declared groups. Unlike the stock method, it never overwrites trained values that differ.
 
         Args:
-            missing_keys: names that a checkpoint did not have, given by `from_pretrained`: names of a group are filled
-                from whichever one is there, and differing ones are handled as `on_conflict` says.
-            recompute_mapping: accepted for transformers; the groups change by `tie` and `untie` only.
+            missing_keys: names that a checkpoint did not have, given by `from_pretrained`. They are filled from any
+                name of their group that it had; values that differ are handled as `on_conflict` says.
+            recompute_mapping: argument of the stock method, without effect: only `tie` and `untie` change the groups.
+            **kwargs: further arguments of the stock method, without effect.
 
         Raises:
-            TyingError: when names of a group have come to hold different values.
+            TyingError: when names of a group hold different values.
         """
         if _ties_wait():
             return
@@ -150,7 +157,7 @@ class TiedModelMixin:
         self._ties_made = True
         fit_tied(self)
 
-    def mark_tied_weights_as_initialized(self, loading_info) -> None:
+    def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
         """As in transformers, which asks for it before a file's values are tied."""
         self._leave_other_stages()
         super().mark_tied_weights_as_initialized(loading_info)
@@ -163,7 +170,10 @@ class TiedModelMixin:
             declare(self, [TieGroup(group.name, tuple(names)) for group, names in pairs if len(names) > 1])
 
     def _resolve_when_whole(self) -> None:
-        """Before a file's values are tied: modules that a subclass has added since `post_init` are there."""
+        """Resolve the groups again before the values of a file are tied.
+
+        A subclass may have added modules since `post_init`.
+        """
         if vars(self).pop("_made_in_part", False):
             config = TyingConfig.in_config(self.config)
             self.tie_groups = resolve(Anatomy(self), config, self._is_declared_class())
@@ -175,10 +185,10 @@ class TiedModelMixin:
             if is_one(self, group.names) or any(offloaded(self, name) for name in group.names):
                 continue
             root, *others = (find_parameter(self, name) for name in group.names)
-            whole = root is not None and all(p is not None and p.is_meta == root.is_meta for p in others)
             with gathered((root, *others)):
-                whole = whole and all(p.is_meta or same_values(p, root) for p in others)
-            if not whole:
+                alike = [p for p in others if root is not None and p is not None and p.is_meta == root.is_meta]
+                whole = len(alike) == len(others) and all(p.is_meta or same_values(p, root) for p in alike)
+            if root is None or not whole:
                 problems = "; ".join(violations(self, [group]))
                 raise TyingError(f"tie_weights() would overwrite trained values and changes nothing: {problems}")
             share_parameter(self, group.names, root)
@@ -209,8 +219,10 @@ class TiedModelMixin:
                 super().set_output_embeddings(new_embeddings)
             follow_bias(self, new_embeddings)
 
-    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing: bool = True):
-        """As in transformers; tied names stay one parameter, and embeddings tied to nothing are resized, not replaced.
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """Resize as transformers does. Tied names stay one parameter, and untied embeddings are resized in place.
 
         Raises:
             TyingError: when the ties are already broken.
@@ -220,25 +232,26 @@ class TiedModelMixin:
 
     # --- tensors move and are replaced -------------------------------------------------------------------------------
 
-    def _apply(self, fn, recurse: bool = True):
-        """`.to()`, `.half()`, `to_empty()`: where torch makes a tensor for each name, they are made one again."""
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Keep ties in `.to()`, `.half()` and `to_empty()`, where torch may make a tensor for each name."""
         held = [group for group in self.tie_groups if is_one(self, group.names)]
         result = super()._apply(fn, recurse)
         for group in held:
-            share_parameter(self, group.names, find_parameter(self, group.root))
+            share_parameter(self, group.names, parameter_of(self, group.root))
         return result
 
-    def __call__(self, *args, **kwargs):
-        """In training, a forward pass over a broken tie raises, and one over the copies of a pipeline's stages: the
-        matrices would drift apart unseen."""
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward pass. In training, a broken tie raises, and copies on the stages of a pipeline: the matrices
+        would drift apart unseen.
+        """
         if self.training and not torch.compiler.is_compiling() and not getattr(self, "_is_replica", False):
             self._raise_if_split()
             if hasattr(self, "_pp_stage"):
                 self._refuse_stages()
         return super().__call__(*args, **kwargs)
 
-    def __setstate__(self, state):
-        """A copy, or a pickle: extensions that the config declares are in force, also if it was made before them."""
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy or a pickle, and honour the extensions of its config, which older pickles do not have."""
         super().__setstate__(state)
         honour_extensions(self, TyingConfig.in_config(self.config), strict=False)
 
@@ -249,7 +262,8 @@ class TiedModelMixin:
 
     def _refuse_stages(self) -> None:
         """In a pipeline of transformers a tied matrix has a copy on each stage that uses it, and nothing sums their
-        gradients: it has a forward pass only."""
+        gradients: it has a forward pass only.
+        """
         for group, names in TyingConfig.in_config(self.config).groups.items():
             raise TyingError(
                 f"Cannot train {type(self).__name__} in pipeline stages: group {group!r} ({', '.join(names)}) has a "
@@ -258,14 +272,14 @@ class TiedModelMixin:
             )
 
     def _tell_frozen(self) -> None:
-        """Say, once, that a matrix frozen by one name is frozen by all: in a model that trains for the most part.
+        """Warn once that a matrix frozen under one name is frozen under all, if most of the model is trained.
 
-        Where most of the model is frozen (under adapters, or but for its last layers), that is meant.
+        Where most of the model is frozen (under adapters, or except for its last layers), it is intended.
         """
         frozen = self._frozen_groups()
         if frozen == vars(self).get("_told_frozen", []):
             return
-        for sub in self.modules():  # a model inside has nothing to add
+        for sub in self.modules():  # the models inside need not warn again
             if isinstance(sub, TiedModelMixin):
                 sub._told_frozen = sub._frozen_groups()
         tied = {id(find_parameter(self, group.root)) for group in self.tie_groups}
@@ -289,8 +303,8 @@ class TiedModelMixin:
 
     # --- state dicts -------------------------------------------------------------------------------------------------
 
-    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
-        """As in torch. A strict load needs one name of each group: the others are the same matrix.
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load as torch does. A strict load needs one name of each group, since the others are the same matrix.
 
         Raises:
             TyingError: when the state dict has different values for names of one group; nothing is loaded.
@@ -299,17 +313,35 @@ class TiedModelMixin:
             state_dict = with_all_names(self, state_dict)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
-        """Before torch loads anything, also as a part of an outer module: names of a group must agree."""
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Check that the names of each group agree before torch loads this module, alone or inside another one."""
         names = check_loaded_state(self, state_dict, prefix)
         if local_metadata.get("assign_to_params_buffers", False):
             vars(self)["_assigned_names"] = names  # made one again by `tie_assigned`, once all modules are loaded
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     # --- files -------------------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict=None, **kwargs):
-        """As in transformers. The ties are checked first, and `config.tying` is written from what is so.
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Save as transformers does, after the ties are checked and `config.tying` is written from them.
 
         Raises:
             TyingError: when a tie is broken, or weights are offloaded; nothing is written.
@@ -321,14 +353,16 @@ class TiedModelMixin:
         try:
             if not adapters_only:
                 state_dict = self._file_state(state_dict, config.save_format)
-            super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+            super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
             if self._auto_class is not None and is_main_process:
                 carry_along(save_directory)
         finally:
             if entry is not None:  # a model inside another one shares its config, whose names are the outer model's
                 self.config.tying = entry
 
-    def _file_state(self, state_dict, save_format: str) -> dict[str, torch.Tensor]:
+    def _file_state(
+        self, state_dict: dict[str, torch.Tensor] | None, save_format: str | None
+    ) -> dict[str, torch.Tensor]:
         state = dict(self.state_dict() if state_dict is None else state_dict)
         check_loaded_state(self, state, "", action="save")
         for group in self.tie_groups:
@@ -355,7 +389,7 @@ class TiedModelMixin:
 
 
 def _ties_wait() -> bool:
-    """Whether transformers wants every name as a parameter of its own for now: while `from_pretrained` makes a model.
+    """Whether `from_pretrained` is making a model, and needs every name as a parameter of its own.
 
     It then replaces `PreTrainedModel.tie_weights` by a function of `transformers.initialization`, which does nothing.
     """
@@ -363,7 +397,7 @@ def _ties_wait() -> bool:
 
 
 def _models_being_made() -> list[PreTrainedModel]:
-    """The models whose `__init__` is running, the innermost first; one is there once for each of its `__init__`."""
+    """The models whose `__init__` is running, the innermost first. One is listed once for each running `__init__`."""
     making, frame = [], sys._getframe(1)
     while frame is not None:
         code = frame.f_code
@@ -375,17 +409,17 @@ def _models_being_made() -> list[PreTrainedModel]:
 
 
 def set_groups(model: PreTrainedModel, groups: list[TieGroup]) -> None:
-    """Make each group one parameter, that of its root, and declare the groups."""
+    """Make each group one parameter (that of its root), and declare the groups."""
     for group in groups:
-        share_parameter(model, group.names, find_parameter(model, group.root))
+        share_parameter(model, group.names, parameter_of(model, group.root))
     declare(model, groups)
 
 
 def declare(model: PreTrainedModel, groups: list[TieGroup]) -> None:
-    """Tell transformers: the mapping on the instance, and on every model inside for the names that lie within it.
+    """Declare the groups to transformers: on the model, and on every model inside for the names within it.
 
-    A model inside that holds a whole tie is put under the mixin too, so that it can be saved, resized and reloaded by
-    itself; one that holds none no longer re-ties what its class declares.
+    A model inside that holds a whole tie gets the mixin too, so that it can be saved, resized and reloaded by itself.
+    One that holds none no longer ties what its class declares.
     """
     inside = [
         (canonical(prefix), sub)
@@ -399,8 +433,8 @@ def declare(model: PreTrainedModel, groups: list[TieGroup]) -> None:
         if held and not isinstance(sub, TiedModelMixin):
             sub.__class__ = with_mixin(TiedModelMixin, type(sub))
         elif prefix and not held and TiedModelMixin in mixins_of(type(sub)):
-            # Put under the mixin when it was made, by the config that it shares with the outer model.
-            sub.__class__ = without_mixin(TiedModelMixin, type(sub))
+            # It got the mixin when it was made, by the config that it shares with the outer model.
+            sub.__class__ = without_mixin(TiedModelMixin, type(sub))  # pyright: ignore[reportAttributeAccessIssue]
             sub.__dict__.pop("tie_groups", None)
         vars(sub).setdefault("_stock_tied_weights_keys", sub._tied_weights_keys)
         sub.all_tied_weights_keys = {name: group.root for group in held for name in group.aliases}
@@ -412,11 +446,11 @@ def declare(model: PreTrainedModel, groups: list[TieGroup]) -> None:
             sub.tie_groups = held
             sub._ties_made = vars(model).get("_ties_made", True)
         if prefix and sub.config is not model.config:
-            vars(sub.config).pop("tying", None)  # one record: the outer model's
+            vars(sub.config).pop("tying", None)  # only the outer model has a record
 
 
 def _source(model: PreTrainedModel, group: TieGroup) -> str:
-    """The name that a class would declare as the source of `group`: its root; the embedding where that is the head.
+    """The name that a class would declare as the source of `group`: its root, or the embedding if that is the head.
 
     PEFT looks there for what is tied with the input embedding, whichever name is kept in a file.
     """

@@ -1,10 +1,12 @@
-"""Whether what a config declares takes part in a training step: some trainers compute the loss around the model.
+"""Check that what a config declares takes part in training steps: some trainers compute the loss around the model.
 
 TRL's trainers and Liger's kernels take the hidden states of the base model and the softmax matrix, and multiply them
-by themselves. What a model puts between the two, or in the place of its loss, is then silently left out.
+by themselves. A projection between the two, or another loss of the model, is then silently left out.
 """
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,34 +19,35 @@ from .slots import find_slot
 
 
 class Participation:
-    """Raises in the backward pass of a training step in which something that is declared took no part.
+    """A hook that raises in the backward pass of a training step in which a declared part was not used.
 
-    The base model's hidden states have been made, and their gradient comes: in between, it must have been used.
+    The part must be used after the hidden states of the base model are made, and before their gradient is.
 
     Args:
-        what: a name for the message, such as `"The projection (PR)"`.
-        way_out: a sentence for the end of the message.
+        what: name of the part in the message, such as `"The projection (PR)"`.
+        way_out: last sentence of the message.
     """
 
-    def __init__(self, what: str, way_out: str):
+    def __init__(self, what: str, way_out: str) -> None:
         self.what, self.way_out, self.times = what, way_out, 0
 
     def took_part(self) -> None:
-        """To be called whenever it is used."""
+        """Note a use of the part."""
         if not torch.compiler.is_compiling():
             self.times += 1
 
     def watch(self, model: PreTrainedModel) -> None:
-        """Watch the training steps of `model`. One without a module for its hidden states has nothing to go around."""
+        """Watch the training steps of `model`, unless it has no separate module that makes its hidden states."""
         if (base := _makes_hidden_states(model)) is not None:
             base.register_forward_hook(self)
 
     def unwatch(self, model: PreTrainedModel) -> None:
+        """Stop watching the training steps of `model`."""
         for module in model.modules():
             for key in [key for key, hook in module._forward_hooks.items() if hook is self]:
                 del module._forward_hooks[key]
 
-    def __call__(self, base: nn.Module, args: tuple, output) -> None:
+    def __call__(self, base: nn.Module, args: tuple, output: object) -> None:
         """The forward hook of the base model."""
         if not base.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
@@ -62,7 +65,7 @@ class Participation:
 
         hidden.register_hook(check)
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Participation":
         return self  # a copy of a head (PEFT's modules_to_save) is used in the place of that head
 
 
@@ -96,7 +99,7 @@ def _caller() -> str:
     return "the trainer"
 
 
-def module_of(forward) -> str:
+def module_of(forward: Callable[..., Any]) -> str:
     """The module in which a forward was written, whatever it has been wrapped to look like."""
     function = getattr(forward, "__func__", getattr(forward, "func", forward))
     return getattr(function, "__globals__", {}).get("__name__", getattr(function, "__module__", "other code"))

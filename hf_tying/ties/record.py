@@ -1,21 +1,23 @@
-"""How the ties are recorded: the `tying` entry and `tie_word_embeddings` of the config, written from what is so."""
+"""Record the ties of a model in its config: the `tying` entry and `tie_word_embeddings`."""
 
 import functools
+from typing import Any
 
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from ..config import SCHEMES, TyingConfig, TyingError, entry_of
 from .anatomy import Anatomy
 from .declared import join_chains
-from .groups import TieGroup, locate, scheme_of
+from .groups import TieGroup, groups_held, locate, scheme_of
 from .roles import FLAG_SET_BY_THE_CLASS, SCALED_BY_THE_FLAG
 
 
-def refuse_foreign_entry(config) -> None:
-    """Whether a tie can be recorded in `config`.
+def refuse_foreign_entry(config: PreTrainedConfig) -> None:
+    """Refuse a config in which a tie cannot be recorded.
 
     Raises:
-        TyingError: when its field `tying` is somebody else's.
+        TyingError: when its field `tying` has another meaning.
     """
     value = getattr(config, "tying", None)
     if value is not None and entry_of(config) is None:
@@ -25,22 +27,21 @@ def refuse_foreign_entry(config) -> None:
         )
 
 
-def write_config(model: PreTrainedModel, anatomy: Anatomy | None = None, **changes) -> TyingConfig:
+def write_config(model: PreTrainedModel, anatomy: Anatomy | None = None, **changes: Any) -> TyingConfig:
     """Write `model.tie_groups` to its config, and return what was written.
 
-    What this class cannot see is not overwritten: a group with names of another head, and a scheme with roles that it
-    lacks, stay recorded as they were. So a language model that is loaded as a classifier, and saved, is a tied
-    language model again.
+    Entries about parts that this class lacks are kept: groups with names of another head, and schemes with roles that
+    it lacks. So a language model that is loaded and saved as a classifier is still a tied language model.
 
     Args:
         model: a model with `tie_groups`.
-        anatomy: of the model, also as it was before its parameters were made one: only names are read.
-        changes: `on_conflict`, `save_format`; what is not given stays as the entry has it. `save_format=None` asks for
-            the default of the groups as they are now.
+        anatomy: reading of the model. It may be older than the ties, since only names are read from it.
+        **changes: new values of fields of the entry, such as `on_conflict`; the others keep theirs. With
+            `save_format=None` the format is the default for the groups as they are now.
     """
     before = TyingConfig.in_config(model.config).replace(**changes)
     anatomy = Anatomy(model) if anatomy is None else anatomy
-    scheme = scheme_of(anatomy, model.tie_groups)
+    scheme = scheme_of(anatomy, groups_held(model))
     write_flags(anatomy, tied=scheme in ("two_way", "three_way"))
     entry = before.replace(
         scheme=_recorded_scheme(anatomy, before.scheme, scheme),
@@ -52,10 +53,10 @@ def write_config(model: PreTrainedModel, anatomy: Anatomy | None = None, **chang
 
 
 def _recorded_scheme(anatomy: Anatomy, before: str | None, now: str) -> str | None:
-    """`now`, unless `before` says the same of the roles that the model has, and more of those that it lacks."""
+    """`before`, if it agrees with `now` about the roles that the model has; else `now`."""
     if before is None:
-        # Left to the class's own declaration, as long as that is what the model holds.
-        held = [set(group.names) for group in anatomy.model.tie_groups]
+        # No scheme is recorded while the model holds what its class declares.
+        held = [set(group.names) for group in groups_held(anatomy.model)]
         as_declared = all(any(set(chain) <= names for names in held) for chain in anatomy.declared)
         return now if len(anatomy.roles) > 1 or not as_declared else None
 
@@ -68,8 +69,8 @@ def _recorded_scheme(anatomy: Anatomy, before: str | None, now: str) -> str | No
 
 def _recorded_groups(anatomy: Anatomy, before: dict[str, list[str]]) -> dict[str, list[str]]:
     """The groups that the model holds, and those of `before` that reach beyond the names that it has."""
-    groups = {group.name: list(group.names) for group in anatomy.model.tie_groups}
-    group_of = {name: group for group, names in groups.items() for name in names}
+    groups = {group.name: list(group.names) for group in groups_held(anatomy.model)}
+    group_of: dict[str | None, str] = {name: group for group, names in groups.items() for name in names}
     for group, names in before.items():
         place = {name: locate(anatomy, name) for name in names}
         seen = [name for name in names if place[name] is not None]
@@ -80,21 +81,24 @@ def _recorded_groups(anatomy: Anatomy, before: dict[str, list[str]]) -> dict[str
         kept = [name for name in names if place[name] is None or name in together]
         if len(kept) > 1:
             known = {place[name] for name in kept}
-            groups[group] = kept + [name for name in groups.pop(held, ()) if name not in known]
+            rest = [] if held is None else groups.pop(held, [])
+            groups[group] = kept + [name for name in rest if name not in known]
     return groups
 
 
 def default_save_format(anatomy: Anatomy) -> str:
     """`"dedup"` where the stock class re-ties exactly these groups from the same roots, `"portable"` elsewhere."""
     model = anatomy.model
-    # Read anew: the flags, on which it depends, may just have been written.
+    # Read again, since the flags on which it depends may have changed.
     stock = {frozenset(chain) for chain in join_chains(anatomy.declared_pairs())}
-    own = {frozenset(group.names) for group in model.tie_groups}
+    own = {frozenset(group.names) for group in groups_held(model)}
     base = model.base_model_prefix
     reachable = all(
         group.root.startswith(f"{base}.") or not any(n.startswith(f"{base}.") for n in group.names)
-        for group in model.tie_groups
-        if any(name in anatomy.role_of for name in group.names)  # a base model has its words, not a head's layers
+        for group in groups_held(model)
+        if any(
+            name in anatomy.role_of for name in group.names
+        )  # a base model has the embeddings, and not the layers of a head
     )
     return "dedup" if own == stock and reachable else "portable"
 
@@ -109,7 +113,7 @@ def write_flags(anatomy: Anatomy, tied: bool) -> None:
         return
     pair = {anatomy.roles[role].name for role in ("target", "output")}
     if tied and any(pair <= set(chain) for chain in anatomy.declared):
-        return  # the flags say so already, in the way of the class
+        return  # the flags already declare it, in the form of the class
     for config in _flagged_configs(anatomy.model):
         config.tie_word_embeddings = tied
 
@@ -121,25 +125,24 @@ def _flagged_configs(model: PreTrainedModel) -> list:
 
 @functools.cache
 def flag_is_forced(config_class: type) -> bool:
-    """Whether the flag says nothing of ties: its class does not take what it is told (T5, DBRX), or scales by it."""
+    """Whether `tie_word_embeddings` cannot be set freely: the class overrides it (T5, DBRX), or scales by it."""
     if config_class.model_type in SCALED_BY_THE_FLAG | FLAG_SET_BY_THE_CLASS:
         return True
     try:
         config_class()
-    except Exception:  # a composite config that needs its parts: none of these forces the flag
+    except Exception:  # a composite config needs its parts, and none of them forces the flag
         return False
     try:
-        return any(config_class(tie_word_embeddings=told).tie_word_embeddings is not told for told in (True, False))
-    except Exception:  # a class that checks what it is told
+        return any(config_class(tie_word_embeddings=value).tie_word_embeddings is not value for value in (True, False))
+    except Exception:  # a class that checks its arguments
         return True
 
 
 def refuse_contradicting_flag(anatomy: Anatomy, config: TyingConfig, groups: list[TieGroup]) -> None:
-    """A recorded tie of target and output under `tie_word_embeddings=False`: somebody asked for it to be opened
-    untied.
+    """Refuse `tie_word_embeddings=False` beside a recorded tie of target and output.
 
     Raises:
-        TyingError: with the explicit way to do that.
+        TyingError: with the explicit ways to open the model tied or untied.
     """
     if not config.groups or scheme_of(anatomy, groups) not in ("two_way", "three_way"):
         return

@@ -1,11 +1,12 @@
-"""What a published custom class carries along, so that `trust_remote_code` loads it tied without this package.
+"""Copy this room next to a published custom class, so that `trust_remote_code` loads it tied without this package.
 
 transformers copies the module of a class registered by `register_for_auto_class`, and its relative imports, next to
-the weights. A class over `TiedModelMixin` imports that from `hf_tying`: this room is put beside the class, whole, with
-the rooms of the extensions that cannot be left out and the modules that these import, each file under a flat name. The
-copied files import from there.
+the weights. A class over `TiedModelMixin` imports it from `hf_tying`. So the whole room is copied beside the class,
+with the rooms of the extensions that cannot be left out and the modules that they import. Each file gets a flat name,
+and the copied files import from there.
 """
 
+import os
 import re
 from importlib import resources
 from pathlib import Path
@@ -25,11 +26,11 @@ _USERS_IMPORT = re.compile(r"^from hf_tying(?:\.\w+)* import (?:\(([^)]*)\)|(.+)
 _RELATIVE_IMPORT = re.compile(r"from (\.+)([\w.]+) import")
 
 
-def carry_along(folder: str | Path) -> None:
+def carry_along(folder: str | os.PathLike[str]) -> None:
     """Put the mixin's modules into `folder`, and let the copied modeling files there import them.
 
     Args:
-        folder: where `save_pretrained` has just copied a custom class's files.
+        folder: folder to which `save_pretrained` has copied the files of a custom class.
     """
     folder = Path(folder)
     copied = [path for path in folder.glob("*.py") if not path.name.startswith(_PREFIX)]
@@ -43,7 +44,7 @@ def carry_along(folder: str | Path) -> None:
 
 
 def carried_modules() -> dict[str, str]:
-    """The modules that are carried along, by their names in the package, with the text that they have there."""
+    """The text of each module that is copied, by its name in the package; imports are already rewritten."""
     extensions = [extension.module for extension in EXTENSIONS.values() if extension.without is None]
     rooms = ["ties", *dict.fromkeys(module.partition(".")[0] for module in extensions)]
     waiting = [
@@ -66,7 +67,7 @@ def carried_modules() -> dict[str, str]:
 
 
 def _carrying(module: str) -> str:
-    """The lines by which the carried core finds an extension. transformers copies what a file imports by name."""
+    """The lines by which the copied core finds an extension. transformers copies what a file imports by name."""
     function = f"_{module.replace('.', '_')}"
     return (
         f"\n\ndef {function}():\n    from types import SimpleNamespace\n\n"
@@ -86,7 +87,7 @@ def _flat(module: str) -> str:
 
 
 def _from_beside(match: re.Match) -> str:
-    """The import of public names, from the modules beside the file; names that are not carried stay as they are."""
+    """Rewrite an import of public names to the modules beside the file. Names that are not copied stay."""
     names = [name.strip() for name in (match[1] or match[2]).split(",") if name.strip()]
     lines = []
     for name in names:

@@ -1,8 +1,9 @@
-"""Embeddings of a tied model that are replaced or resized: every name follows, and every stated size."""
+"""Replace and resize embeddings of a tied model: every tied name follows, and every stated size."""
 
 import inspect
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from transformers.utils import logging
 
 from ..config import TyingError
 from .anatomy import Anatomy, roles
+from .groups import groups_held
 from .roles import TWO_SIZES
 from .slots import (
     find_parameter,
@@ -19,14 +21,15 @@ from .slots import (
     replace_module,
     same_values,
     share_parameter,
+    slot_of,
     untie_others,
 )
 
 logger = logging.get_logger(__name__)
 
 
-def replace_tied(model: PreTrainedModel, old: nn.Module, new: nn.Module) -> bool:
-    """Put the module `new` in place of `old`, and its matrix under every name that was tied to the old one.
+def replace_tied(model: PreTrainedModel, old: nn.Module | None, new: nn.Module) -> bool:
+    """Replace the module `old` by `new`, and put the matrix of `new` under every name that was tied to that of `old`.
 
     Modules are never shared: an embedding may carry a scale or a padding index of its own.
 
@@ -37,8 +40,8 @@ def replace_tied(model: PreTrainedModel, old: nn.Module, new: nn.Module) -> bool
         TyingError: when `new` has no matrix.
     """
     parameter = getattr(old, "weight", None)
-    group = next((g for g in model.tie_groups if any(find_parameter(model, n) is parameter for n in g.names)), None)
-    if group is None or parameter is None:
+    group = next((g for g in groups_held(model) if any(find_parameter(model, n) is parameter for n in g.names)), None)
+    if group is None or old is None or parameter is None:
         return False
     weight = getattr(new, "weight", None)
     if not isinstance(weight, nn.Parameter) or weight.ndim != 2:
@@ -60,13 +63,13 @@ def replace_tied(model: PreTrainedModel, old: nn.Module, new: nn.Module) -> bool
 
 
 def refuse_other_values(model: PreTrainedModel, old: nn.Module | None, new: nn.Module | None) -> None:
-    """Whether `new` may take the place of `old`, the output embedding.
+    """Refuse to replace `old`, a tied output embedding, by a module with other values.
 
     Raises:
         TyingError: when `old` is tied and `new` has another matrix.
     """
     matrix, weight = getattr(old, "weight", None), getattr(new, "weight", None)
-    group = next((g for g in model.tie_groups if any(find_parameter(model, n) is matrix for n in g.names)), None)
+    group = next((g for g in groups_held(model) if any(find_parameter(model, n) is matrix for n in g.names)), None)
     if matrix is None or group is None or weight is matrix or vars(model).get("_is_resized", False):
         return
     if weight is None or not same_values(weight, matrix):
@@ -78,9 +81,9 @@ def refuse_other_values(model: PreTrainedModel, old: nn.Module | None, new: nn.M
 
 
 def follow_bias(model: PreTrainedModel, new: nn.Module) -> None:
-    """After an output module was replaced: names tied to its bias (RoBERTa's second one) take the new bias."""
+    """Give the bias of a new output module to the names tied to it, such as the second one of RoBERTa."""
     bias = new._parameters.get("bias")
-    for group in model.tie_groups:
+    for group in groups_held(model):
         slots = [find_slot(model, name) for name in group.names]
         if bias is not None and any(slot == (new, "bias") for slot in slots):
             share_parameter(model, group.names, bias)
@@ -92,8 +95,8 @@ def resize(
     new_num_tokens: int | None,
     pad_to_multiple_of: int | None,
     mean_resizing: bool,
-) -> nn.Module:
-    """The stock resize, and what it leaves out: embeddings tied to nothing, and sizes stated beside a tied matrix.
+) -> nn.Embedding:
+    """Run the stock resize, and resize what it leaves out: untied embeddings, and sizes stated beside a tied matrix.
 
     Matrices are resized in place (`parameter.data`), so that a tie survives by itself and the optimizer keeps it.
 
@@ -101,9 +104,9 @@ def resize(
         TyingError: when an embedding is tied to something that has no row for each word, or the model has two
             vocabularies.
     """
-    embeddings = model.get_input_embeddings()
+    embeddings: Any = model.get_input_embeddings()
     if not isinstance(getattr(embeddings, "weight", None), torch.Tensor):
-        # A list of them (Bark), which its class resizes in place: names that are one matrix stay one.
+        # Bark has a list of embeddings, which its class resizes in place, so ties stay.
         embeddings = _narrowed(stock_resize)(new_num_tokens, pad_to_multiple_of, mean_resizing)
         fit_tied(model)
         return embeddings
@@ -114,19 +117,19 @@ def resize(
         _refuse_other_rows(model)
     others = _embeddings_out_of_reach(model, rows) if changes and own_resize is None else []
     before = [(module, module.weight.data) for module in others]
-    model._is_resized = True  # the setters of the architecture are given matrices of the new size
+    vars(model)["_is_resized"] = True  # the setters of the architecture get matrices of the new size
     try:
         for module in others:
             model._get_resized_embeddings(module, new_num_tokens, pad_to_multiple_of, mean_resizing)
         embeddings = (own_resize or _narrowed(stock_resize))(new_num_tokens, pad_to_multiple_of, mean_resizing)
     except Exception:
-        for module, weight in before:  # an architecture that refuses, refuses it whole
+        for module, weight in before:  # all or nothing, if the architecture refuses
             module.weight.data = weight
             fit_rows(module)
         raise
     finally:
-        del model._is_resized
-    untie_others(model, model.tie_groups)  # BERT's setter makes its two output biases one, whether they were or not
+        del vars(model)["_is_resized"]
+    untie_others(model, groups_held(model))  # BERT's setter always makes its two output biases one
     fit_tied(model)
     _fit_idle_biases(model, rows, embeddings.weight.shape[0])
     _fit_final_bias(model)
@@ -135,14 +138,14 @@ def resize(
 
 
 def _narrowed(stock_resize: Callable) -> Callable:
-    """`stock_resize` as its class has it: MobileBERT's and much custom code's takes fewer arguments than most.
+    """Adapt `stock_resize` to three arguments: MobileBERT and much custom code take fewer.
 
-    What was asked for and is not taken is an error, as it would be without this package.
+    An argument that is given and not taken is an error, as it is without this package.
     """
     parameters = inspect.signature(stock_resize).parameters
     takes_all = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters.values())
 
-    def resized(new_num_tokens, pad_to_multiple_of, mean_resizing):
+    def resized(new_num_tokens: int | None, pad_to_multiple_of: int | None, mean_resizing: bool) -> nn.Embedding:
         given = {"new_num_tokens": new_num_tokens, "pad_to_multiple_of": pad_to_multiple_of}
         given["mean_resizing"] = mean_resizing
         defaults = {"pad_to_multiple_of": None, "mean_resizing": True}
@@ -154,10 +157,10 @@ def _narrowed(stock_resize: Callable) -> Callable:
 
 
 def fit_tied(model: PreTrainedModel) -> None:
-    """Sizes that modules state beside a tied matrix agree with its rows."""
-    for group in model.tie_groups:
+    """Update the sizes that modules state beside a tied matrix to its rows."""
+    for group in groups_held(model):
         for name in group.names:
-            module, attribute = find_slot(model, name)
+            module, attribute = slot_of(model, name)
             if attribute == "weight" and isinstance(module.weight, nn.Parameter):
                 fit_rows(module)
     _fit_two_sizes(model)
@@ -166,18 +169,18 @@ def fit_tied(model: PreTrainedModel) -> None:
 def _refuse_other_rows(model: PreTrainedModel) -> None:
     anatomy = Anatomy(model)
     vocabulary = {*anatomy.role_of, *(name for chain in anatomy.beside_roles(anatomy.declarable) for name in chain)}
-    for group in model.tie_groups:
+    for group in groups_held(model):
         words = [name for name in group.names if name in anatomy.role_of]
         others = [name for name in group.names if name not in vocabulary]
         if words and others:
             raise TyingError(
                 f"Cannot resize: {others[0]!r} is tied to the embedding {words[0]!r} (group {group.name!r}), and is "
-                f"no vocabulary matrix. untie(model, {others}) first."
+                f"not a vocabulary matrix. untie(model, {others}) first."
             )
 
 
 def _own_resize(model: PreTrainedModel) -> Callable | None:
-    """What stands in for a stock resize that refuses (`EncoderDecoderModel`) or knows one side only."""
+    """The replacement of a stock resize that refuses (`EncoderDecoderModel`) or knows one side only; else `None`."""
     model_type = getattr(model.config, "model_type", None)
     if model_type == "encoder-decoder":
         return partial(_resize_parts, model)
@@ -187,14 +190,14 @@ def _own_resize(model: PreTrainedModel) -> Callable | None:
 
 
 def _is_one_vocabulary(model: PreTrainedModel) -> bool:
-    """Whether source and target are over the same words, as far as the model itself can tell.
+    """Whether source and target have the same vocabulary, as far as the model itself can tell.
 
     Raises:
         TyingError: for FSMT with two sizes: its only resize would give one side the other's size.
     """
     found = roles(model)
     pair = {found[role].name for role in ("source", "target") if role in found}
-    if any(pair <= set(group.names) for group in model.tie_groups):
+    if any(pair <= set(group.names) for group in groups_held(model)):
         return True
     if model.config.model_type != "fsmt":
         return getattr(model.config, "share_encoder_decoder_embeddings", True)
@@ -207,25 +210,29 @@ def _is_one_vocabulary(model: PreTrainedModel) -> bool:
     return True
 
 
-def _resize_all(model: PreTrainedModel, new_num_tokens, pad_to_multiple_of, mean_resizing) -> nn.Module:
-    """Source, target and output over one vocabulary, where the stock resize knows one side only (Marian, FSMT)."""
+def _resize_all(
+    model: PreTrainedModel, new_num_tokens: int | None, pad_to_multiple_of: int | None, mean_resizing: bool
+) -> nn.Embedding:
+    """Resize source, target and output of one vocabulary, where the stock one knows one side only (Marian, FSMT)."""
     for role in roles(model).values():
         for module in (find_slot(model, name)[0] for name in role.names):
             if isinstance(module, nn.Embedding):
                 model._get_resized_embeddings(module, new_num_tokens, pad_to_multiple_of, mean_resizing)
                 new_num_tokens, pad_to_multiple_of = module.weight.shape[0], None
             else:
-                resized = model._get_resized_lm_head(module, new_num_tokens, mean_resizing=mean_resizing)
-                module.weight.data = resized.weight.data
-                fit_rows(module)
+                head: Any = module
+                resized = model._get_resized_lm_head(head, new_num_tokens, mean_resizing=mean_resizing)
+                head.weight.data = resized.weight.data
+                fit_rows(head)
     _fit_two_sizes(model)
     model.tie_weights()
-    model.vocab_size = model.get_input_embeddings().weight.shape[0]  # as the stock resize sets it on every class
-    return model.get_input_embeddings()
+    embeddings: Any = model.get_input_embeddings()
+    model.vocab_size = embeddings.weight.shape[0]  # the stock resize sets it on every class
+    return embeddings
 
 
-def _resize_parts(model: PreTrainedModel, *how) -> nn.Module:
-    """Encoder and decoder each by its own resize; the stock class refuses, since it cannot know them to be one."""
+def _resize_parts(model: Any, *how: Any) -> nn.Embedding:
+    """Resize encoder and decoder each by its own method; the stock class refuses, since they may differ."""
     source, target = (part.get_input_embeddings().weight for part in (model.encoder, model.decoder))
     if source.shape[0] != target.shape[0]:
         raise TyingError(
@@ -241,7 +248,7 @@ def _resize_parts(model: PreTrainedModel, *how) -> nn.Module:
 
 
 def _fit_two_sizes(model: PreTrainedModel) -> None:
-    """Where the config states a size for each side, both are those of the matrices."""
+    """Update the two sizes in a config that states one for each side."""
     found = roles(model) if model.config.model_type in TWO_SIZES else {}
     if "target" not in found:  # an encoder alone shares the config of the whole model
         return
@@ -250,7 +257,7 @@ def _fit_two_sizes(model: PreTrainedModel) -> None:
             setattr(model.config, key, find_parameter(model, found[role].name).shape[0])
 
 
-def _embeddings_out_of_reach(model: PreTrainedModel, rows: int) -> list[nn.Module]:
+def _embeddings_out_of_reach(model: PreTrainedModel, rows: int) -> list[nn.Embedding]:
     """Input embeddings over the same vocabulary that the stock resize would replace or forget, each matrix once.
 
     Not the decoder's where it has a vocabulary of its own: Marian resizes that by `resize_decoder_token_embeddings`.
@@ -265,7 +272,7 @@ def _embeddings_out_of_reach(model: PreTrainedModel, rows: int) -> list[nn.Modul
 
 
 def _fit_idle_biases(model: PreTrainedModel, before: int, after: int) -> None:
-    """An output bias that the architecture keeps twice (BERT) has one size, also where the two are not tied."""
+    """Resize both copies of an output bias that the architecture keeps twice (BERT), also where they are not tied."""
     anatomy = Anatomy(model)
     for names in anatomy.without_roles(anatomy.declarable):
         parameters = [find_parameter(model, name) for name in names]
@@ -275,13 +282,13 @@ def _fit_idle_biases(model: PreTrainedModel, before: int, after: int) -> None:
 
 
 def _fit_vocab_size(model: PreTrainedModel) -> None:
-    """Many classes state the size of the vocabulary once more, as an attribute."""
+    """Update the attribute `vocab_size`, which many classes have beside the config."""
     if isinstance(vars(model).get("vocab_size"), int):
         model.vocab_size = model.config.get_text_config().vocab_size
 
 
 def _fit_final_bias(model: PreTrainedModel) -> None:
-    """Marian gives its `final_logits_bias` the size that was asked for, not the padded one."""
+    """Give `final_logits_bias` the padded size: Marian gives it the size that was asked for."""
     bias, output = getattr(model, "final_logits_bias", None), model.get_output_embeddings()
     if isinstance(bias, torch.Tensor) and output is not None and bias.shape[-1] != output.weight.shape[0]:
-        model._resize_final_logits_bias(output.weight.shape[0])
+        model._resize_final_logits_bias(output.weight.shape[0])  # pyright: ignore[reportCallIssue]

@@ -1,7 +1,8 @@
-"""The roles of a model's embeddings: source, target and output; and the tables of what architectures do otherwise."""
+"""The roles of a model's embeddings (source, target and output), and tables of architectures with exceptions."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
@@ -17,7 +18,7 @@ ROLE_MODULES = {
         "target": "decoder.embed_tokens",
         "output": "decoder.output_projection",
     },
-    # Its encoder gets words that are looked up outside of it, in what other families only carry.
+    # Its encoder gets words that are looked up outside of it, in the module that other architectures only carry.
     "florence2": {"source": "language_model.shared", "target": "language_model.decoder.embed_tokens"},
 }
 #: Architectures with a second vocabulary: where their configs state the source's size and the target's.
@@ -61,17 +62,17 @@ def find_roles(
 ) -> dict[str, Role]:
     """The roles that `model` has, in the order `source`, `target`, `output`.
 
-    A role is a fact of use: source and target are looked up by words, the output is multiplied to make logits. The
-    architecture's accessors say where to look; what they answer is checked. A convolution over sound (Whisper) or a
-    projection of patches (Pix2Struct) is no source.
+    A role is defined by use: source and target are looked up by words, the output is multiplied to make logits. The
+    accessors of the architecture name candidates, which are checked. A convolution over sound (Whisper) or a
+    projection of patches (Pix2Struct) is not a source.
 
-    A carrier goes with the source embedding, whatever the scheme, so that it is never left as a second, dead matrix
-    that receives no gradient. Any other name that the architecture ties is used, and its values count.
+    A carrier is tied with the source embedding under any scheme, so that it is never a second matrix without gradient.
+    Any other name that the architecture ties is used, and its values count.
 
     Args:
         model: any `PreTrainedModel`, also under adapters.
         declared: chains of names that the architecture can tie, whatever its config says.
-        places: of the model, see `slots.places_of`.
+        places: modules of the model, see `slots.places_of`.
     """
     chains = [list(chain) for chain in declared]
     name_of = {id(module): place for place, module in reversed(places)}
@@ -95,14 +96,14 @@ def find_roles(
         and any(isinstance(module_at(other), nn.Embedding) for other in chain if not _is_carrier(model, other))
     }
     for role, name in found.items():
-        if name in idle:  # BART's and T5's accessor for the whole answers with the carrier
+        if name in idle:  # the accessor of a whole BART or T5 returns the carrier
             used = [other for chain in chains if name in chain for other in chain if other not in idle]
             lookups = [other for other in used if isinstance(module_at(other), nn.Embedding)]
             side = "decoder" if role == "target" else "encoder"
             found[role] = next((other for other in lookups if side in other.split(".")), lookups[0])
     if found.get("source") == found.get("target") and "source" in modules and not _has_decoder(model):
-        found.pop("target", None)  # the accessor of an encoder alone
-    if found and "output" not in found:  # BLIP's decoder has a head, and its model no accessor for it
+        found.pop("target", None)  # an encoder alone has an accessor, too
+    if found and "output" not in found:  # BLIP's decoder has a head, but its model lacks an accessor for it
         met = [chain for chain in chains if set(found.values()) & set(chain)]
         heads = [name for chain in met for name in chain if type(module_at(name)) is nn.Linear]
         found |= {"output": heads[0]} if heads else {}
@@ -116,15 +117,15 @@ def find_roles(
 
 
 def is_lookup(module: nn.Module | None) -> bool:
-    """Whether `module` has a matrix of which rows are looked up: `nn.Embedding`, or what takes its place.
+    """Whether rows of the matrix of `module` are looked up: `nn.Embedding`, or a replacement of it.
 
-    Quantisation and pruning may have put something else in the place of the parameter: it is a lookup still.
+    Quantisation and pruning may have replaced the parameter; the module is still a lookup.
     """
     return isinstance(module, nn.Embedding) or (_has_matrix(module) and not isinstance(module, nn.Linear | _Conv))
 
 
 def is_product(module: nn.Module | None) -> bool:
-    """Whether `module` has a matrix that makes logits: `nn.Linear`, or an embedding whose class multiplies by it."""
+    """Whether `module` has a matrix that can make logits: `nn.Linear`, or an embedding that is multiplied by."""
     return isinstance(module, nn.Linear | nn.Embedding) or _has_matrix(module)
 
 
@@ -134,15 +135,15 @@ def _has_matrix(module: nn.Module | None) -> bool:
 
 
 def _is_carrier(model: PreTrainedModel, name: str) -> bool:
-    """Whether `name` is a matrix that its family only carries, where it has other lookups of it."""
+    """Whether `name` is a matrix that its architecture only carries, beside the lookups that use it."""
     place = name.removesuffix(".weight")
-    known = IDLE_MODULES.get(getattr(model.config, "model_type", None))
+    known = IDLE_MODULES.get(getattr(model.config, "model_type", ""))
     return place in known if known else place.rpartition(".")[2] == "shared"
 
 
 def _role_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     modules = {"output": ask(model, "get_output_embeddings")}
-    if table := ROLE_MODULES.get(getattr(model.config, "model_type", None)):
+    if table := ROLE_MODULES.get(getattr(model.config, "model_type", "")):
         for role, path in table.items():
             try:
                 modules[role] = model.base_model.get_submodule(path)
@@ -161,9 +162,10 @@ def _has_decoder(model: PreTrainedModel) -> bool:
     return decoder is not None and decoder is not model and decoder is not ask(model, "get_encoder")
 
 
-def ask(owner, accessor: str):
-    """What an accessor answers; `None` where an architecture has none, which is no error here: it lacks the role, and
-    a scheme that needs the role is refused by name.
+def ask(owner: object, accessor: str) -> Any:
+    """Call an accessor. `None` where an architecture has none: it lacks the role.
+
+    That is not an error here: a scheme that needs the role is refused by name.
 
     AttributeError: no such method, or no such owner (a model without an encoder). NotImplementedError: transformers'
     own `get_input_embeddings` where it finds nothing. TypeError: an accessor of custom code that wants an argument.

@@ -1,7 +1,7 @@
-"""Configs that several live models share: a model whose ties change gets a config of its own first.
+"""Configs that several live models share. A model whose ties change gets a config of its own first.
 
-Two models made from one config object (student and teacher, an ensemble) share it. What `tie` records for one of them
-would be the other's record too, and its file would be read wrong.
+Two models made from one config object (student and teacher, an ensemble) share it. The entry that `tie` writes for one
+of them would be in the config of the other too, and the file of that one would be read wrongly.
 """
 
 import copy
@@ -11,7 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-# From a config to the live models that were made with it.
+# The live models that were made with each config.
 _models_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -23,10 +23,10 @@ def remember_config(model: PreTrainedModel) -> None:
 def own_config(model: PreTrainedModel) -> None:
     """Give `model` a copy of its config, unless no other live model can have the same.
 
-    The modules inside take the copies of their configs too. A model inside, and the model that this one is inside of,
-    are no others: their configs stay one, so that each sees what is written to it.
+    The modules inside get the copies of their configs too. Models inside this one and around it do not count as other
+    models: they keep sharing a config, so that each sees what is written to it.
     """
-    known = _models_of.get(model.config, ())
+    known = _models_of.get(model.config) or ()
     others = [other for other in known if other is not model]
     if model in known:
         if not others:

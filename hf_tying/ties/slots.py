@@ -6,19 +6,21 @@ checkpointing, torch.compile and FSDP keep a module inside one of their own, and
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..config import TyingError, nearest
 
-# Where wrappers keep the stock module. PEFT: tuner layers under `base_layer`, modules_to_save under `original_module`,
-# trainable tokens under `token_adapter.base_layer`. torch: activation checkpointing, FSDP1, torch.compile.
+# Attributes in which wrappers keep the stock module. PEFT: tuner layers under `base_layer`, modules_to_save under
+# `original_module`, trainable tokens under `token_adapter.base_layer`. torch: activation checkpointing, FSDP1,
+# torch.compile.
 _WRAPPERS = (
     *("base_layer", "original_module", "token_adapter"),
     *("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod"),
 )
-# Those of them whose name a state dict leaves out.
+# Wrappers whose name a state dict leaves out.
 _NOT_IN_KEYS = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 # The packages whose modules and tensors hold quantised weights; transformers' own such layers are in `integrations`.
 _QUANTISERS = (
@@ -51,16 +53,40 @@ def find_parameter(model: nn.Module, name: str) -> nn.Parameter | None:
     return slot[0]._parameters.get(slot[1]) if slot else None
 
 
+def slot_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """`find_slot` of a name that must be there.
+
+    Raises:
+        TyingError: when a module on the way is missing.
+    """
+    if (slot := find_slot(model, name)) is None:
+        raise TyingError(f"{name!r} {why_no_parameter(model, name)}.")
+    return slot
+
+
+def parameter_of(model: nn.Module, name: str) -> nn.Parameter:
+    """`find_parameter` of a name that must be there.
+
+    Raises:
+        TyingError: when `name` is not a parameter.
+    """
+    if (parameter := find_parameter(model, name)) is None:
+        raise TyingError(f"{name!r} {why_no_parameter(model, name)}.")
+    return parameter
+
+
 def parameter_at_work(model: nn.Module, name: str) -> nn.Parameter | None:
-    """The parameter that a forward pass uses for `name`: the active copy of PEFT's `modules_to_save`, if there is one,
-    else what `find_parameter` gives."""
+    """The parameter that a forward pass uses for `name`.
+
+    That is the active copy of PEFT's `modules_to_save` if there is one, else the result of `find_parameter`.
+    """
     *path, attribute = name.split(".")
     module = model
     for part in path:
         if (module := module._modules.get(part)) is None:
             return None
-        copies = module._modules.get("modules_to_save", {})
-        active = () if getattr(module, "disable_adapters", True) else module.active_adapters
+        copies: Any = module._modules.get("modules_to_save", {})
+        active: Any = () if getattr(module, "disable_adapters", True) else module.active_adapters
         module = unwrap(next((copies[adapter] for adapter in active if adapter in copies), module))
     return module._parameters.get(attribute)
 
@@ -86,7 +112,8 @@ def named_slots(model: nn.Module, places: list[tuple[str, nn.Module]] | None = N
     """Every name of every parameter, tied ones under each of their names (`named_parameters` gives only the first).
 
     Args:
-        places: `places_of(model)`, where the caller has it already.
+        model: any module.
+        places: `places_of(model)`, where the caller has it already. Default `None`: it is read here.
     """
     return {
         f"{place}.{attribute}" if place else attribute: parameter
@@ -97,7 +124,7 @@ def named_slots(model: nn.Module, places: list[tuple[str, nn.Module]] | None = N
 
 
 def places_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Every module with its path, in the order of `named_modules`; one that stands at several paths, at each of them.
+    """Every module with its path, in the order of `named_modules`. One at several paths is listed at each of them.
 
     Paths are without wrappers: a wrapper and the module inside it have the same.
     """
@@ -125,7 +152,7 @@ def names_of(model: nn.Module, parameter: nn.Parameter) -> list[str]:
     """Every name of `parameter` in `model`, the root of its tie group first; an empty list for one of another model.
 
     `named_parameters()` lists a tied parameter once, under the first of its names. A recipe that chooses parameters by
-    name (`"lm_head" in name`) asks here for the others.
+    name (`"lm_head" in name`) finds the other names here.
 
     Args:
         model: any module, also a wrapper around the model (PEFT, DistributedDataParallel): names start at the module
@@ -143,12 +170,12 @@ def names_of(model: nn.Module, parameter: nn.Parameter) -> list[str]:
 
 
 def canonical(path: str) -> str:
-    """A path without the modules that wrappers put in."""
+    """Remove the modules of wrappers from a path."""
     return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 
 def why_no_parameter(model: nn.Module, name: str, names: Iterable[str] = ()) -> str:
-    """Why `name` is not a parameter of `model`, as the middle of a sentence that starts with the name."""
+    """Reason why `name` is not a parameter of `model`, as the middle of a sentence that starts with the name."""
     slot = find_slot(model, name)
     if slot is None:
         return f"does not exist in {type(model).__name__}{nearest(name, names)}"
@@ -174,10 +201,10 @@ def why_no_parameter(model: nn.Module, name: str, names: Iterable[str] = ()) -> 
 def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     """Put `parameter` into the slot `name`.
 
-    Into the module's table rather than by `setattr`: `accelerate.init_empty_weights` answers an attribute by a new
-    parameter on the meta device, and a tie would be lost in the making.
+    It goes into the module's dict of parameters rather than through `setattr`, which `accelerate.init_empty_weights`
+    answers by a new parameter on the meta device: the tie would be lost.
     """
-    module, attribute = find_slot(model, name)
+    module, attribute = slot_of(model, name)
     module._parameters[attribute] = parameter
 
 
@@ -188,7 +215,7 @@ def share_parameter(model: nn.Module, names: Iterable[str], parameter: nn.Parame
 
 
 def own_module(model: nn.Module, name: str) -> None:
-    """Give the slot `name` modules of its own on the whole path, where one module object stands at several paths."""
+    """Copy the modules on the path of `name` that stand at several paths, so that the slot is separate."""
     parent = model
     for part in name.split(".")[:-1]:
         child = parent._modules[part]
@@ -201,11 +228,11 @@ def own_module(model: nn.Module, name: str) -> None:
 
 
 def untie_others(model: nn.Module, groups: Iterable) -> None:
-    """Give a parameter of its own to every name that is tied now and shall not be.
+    """Give a parameter of its own to every name that is tied now and is not tied in `groups`.
 
     Args:
-        model: changed in place; values stay.
-        groups: the tie groups (with `name` and `names`) that shall hold.
+        model: model to change in place. Values stay.
+        groups: tie groups (with `name` and `names`) that are to hold.
     """
     group_of = {name: group.name for group in groups for name in group.names}
     slots = named_slots(model)
@@ -230,7 +257,7 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def is_quantised(module: nn.Module, parameter: torch.Tensor) -> bool:
-    """Whether a slot holds a quantised matrix: by what it is, not by how the architecture's files are called."""
+    """Whether a slot holds a quantised matrix, by its dtype and the packages of its classes."""
     return not parameter.is_floating_point() or any(_is_of(type(x), _QUANTISERS) for x in (module, parameter))
 
 
@@ -239,7 +266,7 @@ def _is_of(kind: type, packages: tuple[str, ...]) -> bool:
 
 
 def why_incomparable(tensor: torch.Tensor) -> str | None:
-    """Why the values of `tensor` cannot be compared, as the end of a sentence about it; `None` if they can."""
+    """Reason why the values of `tensor` cannot be compared, as the end of a sentence about it; `None` if they can."""
     if _is_of(type(tensor), _QUANTISERS):
         return f"is quantised ({type(tensor).__name__}). Tie before quantising, or untie(model) first"
     if getattr(tensor, "ds_numel", 0) > tensor.numel():
@@ -266,7 +293,7 @@ def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> str:
-    """How far two tensors are apart, as the middle of a sentence."""
+    """Describe how far two tensors are apart, as the middle of a sentence."""
     if a.shape != b.shape:
         return f"shapes {tuple(a.shape)} and {tuple(b.shape)}"
     a, b = a.detach().double().cpu(), b.detach().double().cpu()
@@ -277,7 +304,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> str:
 
 
 def fit_rows(module: nn.Module) -> None:
-    """After a new row count of `module.weight`: `num_embeddings` or `out_features`, bias and padding index follow.
+    """Adapt `num_embeddings` or `out_features`, bias and padding index to the rows of `module.weight`.
 
     New biases are zero, as transformers pads them.
     """
@@ -297,9 +324,9 @@ def fit_rows(module: nn.Module) -> None:
 
 
 def stands_in(model: nn.Module, name: str) -> bool:
-    """Whether something at work has put a plain tensor where the parameter `name` was: torch.func, FSDP, DataParallel.
+    """Whether torch.func, FSDP or DataParallel has put a plain tensor where the parameter `name` was.
 
-    Pruning and parametrisation do so too, but leave their own traces.
+    Pruning and parametrisation do so too, but they add names by which they are recognised.
     """
     if (slot := find_slot(model, name)) is None:
         return False

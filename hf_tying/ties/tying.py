@@ -1,6 +1,7 @@
-"""`tie` and `untie`: the explicit acts on a live model. It is read once; a plan is made, checked, and applied."""
+"""`tie` and `untie`, which change the ties of a live model. It is read once; a plan is made, checked, and applied."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -17,42 +18,50 @@ from .record import refuse_foreign_entry, write_config
 from .resizing import fit_tied
 from .sharding import gathered
 from .shared_configs import own_config
-from .slots import difference, find_parameter, same_values, untie_others, why_incomparable
+from .slots import difference, parameter_of, same_values, untie_others, why_incomparable
+from .verify import why_unsupported
 from .vocabulary import vocabularies_of
 
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
 logger = logging.get_logger(__name__)
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 def tie(
-    model: PreTrainedModel,
-    scheme_or_groups: str | list[str] | dict[str, list[str]] | TyingConfig,
+    model: Model,
+    scheme_or_groups: str | list[str] | tuple[str, ...] | dict[str, Any] | TyingConfig,
     init_from: str | None = None,
-    tokenizer=None,
-    target_tokenizer=None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    target_tokenizer: "PreTrainedTokenizerBase | None" = None,
     on_conflict: str | None = None,
-) -> PreTrainedModel:
-    """Tie parameters of a live model, in place; from then on the tie is kept by everything that `TiedModelMixin` does.
+) -> Model:
+    """Tie parameters of a live model, in place. From then on `TiedModelMixin` keeps the tie.
 
-    A scheme says everything about the embeddings: roles that it does not name are given their own matrix. Explicit
+    A scheme declares all embeddings: roles that it does not name get their own matrix. Explicit
     groups are added to the ties that the model has. Nothing is changed if anything is wrong.
 
-    Only parameters are tied. Biases, embedding scales and padding indices stay each module's own. So a padding row
-    gets no gradient as an input, as before; as a row of the softmax it learns like any other word's.
+    Only parameters are tied. Each module keeps its own bias, embedding scale and padding index. So a padding row
+    gets no gradient as an input, as before; as a row of the softmax it learns like that of any other word.
 
-    An optimizer made before holds matrices that are no longer the model's: make it again.
+    An optimizer made before holds matrices that the model no longer has: make it again.
 
     Args:
         model: any `PreTrainedModel`; its class gets `TiedModelMixin` in front, under the same name.
-        scheme_or_groups: `"none"`, `"two_way"`, `"source_target"`, `"three_way"`; or a list of parameter names (one
-            group, the first is its root); or a dict of named groups; or a dict from each tied name to its source, as
-            in transformers' `_tied_weights_keys`; or a `TyingConfig`. A module's name stands for all its parameters.
-        init_from: where the values come from when those of a group differ: a role (`"source"`, `"target"`,
+        scheme_or_groups: declaration of the ties: `"none"`, `"two_way"`, `"source_target"`, `"three_way"`; or a
+            list of parameter names (one group, the first is its root); or a dict of named groups; or a dict from each
+            tied name to its source, as in transformers' `_tied_weights_keys`; or a `TyingConfig`. The name of a module
+            stands for all its parameters.
+        init_from: source of the values when those of a group differ: a role (`"source"`, `"target"`,
             `"output"`), `"mean"`, or the name of a parameter or of a module that holds one of each such group. There
             is no default, since one of two trained matrices would be dropped.
-        tokenizer: of the source side, compared with `target_tokenizer` when source and target are tied: equal sizes
-            are not equal vocabularies. One tokenizer that holds two vocabularies (Marian, FSMT) is compared in itself.
-        target_tokenizer: of the target side.
-        on_conflict: recorded for later loads, see `TyingConfig`; `"error"` unless given here or in a `TyingConfig`.
+        tokenizer: tokenizer of the source side. When source and target are tied, its vocabulary is compared with that
+            of `target_tokenizer`: equal sizes are not equal vocabularies. A single tokenizer may hold
+            two vocabularies (Marian, FSMT); these are compared.
+        target_tokenizer: tokenizer of the target side. Default `None`: `tokenizer`.
+        on_conflict: choice recorded for later loads, see `TyingConfig`. Default: that of the `TyingConfig`, or
+            `"error"`.
 
     Returns:
         The same model.
@@ -75,26 +84,26 @@ def tie(
         _refuse_meta(anatomy, groups)
         _compare_vocabularies(anatomy, groups, tokenizer, target_tokenizer)
         values = _values_to_take(anatomy, groups, init_from)
-        further = config.declared_extensions()  # one that is not named stays as it is
+        further = config.declared_extensions()  # extensions that are not named stay
         _apply(anatomy, groups, values, on_conflict=config.on_conflict, save_format=config.save_format, **further)
     honour_extensions(model, config)
     return model
 
 
-def untie(model: PreTrainedModel, names: list[str] | str | None = None) -> PreTrainedModel:
-    """Give names a parameter of their own, in place; the config says so and nothing ties them again.
+def untie(model: Model, names: list[str] | str | None = None) -> Model:
+    """Give names a parameter of their own, in place, and record it in the config, so that nothing ties them again.
 
     Values are unchanged. The first name keeps the old `nn.Parameter`, the others get a copy: an optimizer made before
     does not know the copies; make it again, or add them by `optimizer.add_param_group`.
 
-    Without `names`, what an architecture ties besides its embeddings stays (BERT's output bias), and a matrix that
-    only carries another one stays with it (BART's and T5's `shared`, with the source embedding): alone it would be a
-    dead parameter without gradient. Name such a one to untie it all the same.
+    Without `names`, two kinds of ties stay. One is the ties of an architecture besides its embeddings (BERT's output
+    bias). The other is a matrix that only carries an embedding (`shared` in BART and T5): alone it would be a dead
+    parameter without gradient. Name it to untie it all the same.
 
     Args:
         model: any `PreTrainedModel`, tied by this package, by its own class, or by hand.
-        names: what to take out of its groups: parameters, modules (all that is tied below them) and whole groups, by
-            their names; everything when not given.
+        names: names to take out of their groups: parameters, modules (for all tied parameters below them) and whole
+            groups. Default `None`: all.
 
     Returns:
         The same model.
@@ -113,10 +122,10 @@ def untie(model: PreTrainedModel, names: list[str] | str | None = None) -> PreTr
 
 
 def refuse_unfit(model: nn.Module, action: str) -> None:
-    """Whether ties of `model` can be changed.
+    """Refuse a model whose ties cannot be changed.
 
     Raises:
-        TyingError: for a model that carries adapters, and for what is no `PreTrainedModel`.
+        TyingError: for a model that carries adapters, and for anything that is not a `PreTrainedModel`.
     """
     modules = model.modules() if isinstance(model, nn.Module) else ()
     if any("base_layer" in module._modules or "original_module" in module._modules for module in modules):
@@ -126,11 +135,7 @@ def refuse_unfit(model: nn.Module, action: str) -> None:
             "`model.unload()`."
         )
     if not isinstance(model, PreTrainedModel):
-        raise TyingError(
-            f"Cannot {action} a {type(model).__name__}: expected a transformers PreTrainedModel. Inside a wrapper "
-            "(DistributedDataParallel, torch.compile) it is `model.module` or `model._orig_mod`: do it before "
-            "wrapping."
-        )
+        raise TyingError(f"Cannot {action} {why_unsupported(model)}")
 
 
 # --- the plan: groups and values, from a reading of the model --------------------------------------------------------
@@ -143,7 +148,7 @@ def _at_stake(anatomy: Anatomy, explicit: Iterable[list[str]] = ()) -> list[nn.P
 
 
 def _plan_tie(anatomy: Anatomy, config: TyingConfig, explicit: dict[str, list[str]]) -> list[TieGroup]:
-    """The groups after `config`: those of now, the roles regrouped by a scheme, the explicit groups added."""
+    """The groups after `tie`: the present ones, with roles regrouped by the scheme, and the explicit groups added."""
     chains = list(explicit.values())
     named = {**_group_names(anatomy.model), **explicit}
     if config.scheme is None:
@@ -156,25 +161,25 @@ def _plan_tie(anatomy: Anatomy, config: TyingConfig, explicit: dict[str, list[st
             chains += [[name for name in chain if name not in anatomy.role_of] for chain in anatomy.tied]
         else:
             chains += [*anatomy.without_roles(anatomy.tied), *anatomy.beside_roles(anatomy.tied)]
-            # What the architecture ties besides, where that overwrites nothing.
+            # Other ties of the architecture, if that overwrites nothing.
             others = anatomy.without_roles(anatomy.declarable)
             chains += [chain for chain in others if _equal([anatomy.slots[name] for name in chain])]
     return make_groups(anatomy, [chain for chain in chains if len(chain) > 1], named)
 
 
 def _without_ties(anatomy: Anatomy) -> list[list[str]]:
-    """What `untie` without names leaves tied: carriers, and what the architecture ties besides its embeddings."""
+    """The chains that `untie` without names keeps: carriers, and ties of the architecture besides its embeddings."""
     kept = [*scheme_chains(anatomy, "none"), *anatomy.without_roles(anatomy.declarable)]
     return [[name for name in part if name in chain] for chain in anatomy.tied for part in kept]
 
 
 def _without_names(anatomy: Anatomy, names: str | Iterable[str]) -> list[list[str]]:
-    """What is tied now, without `names`: of parameters, of modules, or of groups."""
+    """The chains that are tied now, without `names` (of parameters, of modules, or of groups)."""
     given = [names] if isinstance(names, str) else names
     if not isinstance(given, list | tuple | set) or not all(isinstance(name, str) for name in given):
         raise TyingError(f"Cannot untie {names!r}: expected a parameter name, a list of names, or nothing for all.")
     groups = _group_names(anatomy.model)
-    # In fact, those on record may be apart.
+    # Names on record may not be tied in fact, and are accepted too.
     tied = {name for chain in anatomy.tied for name in chain} | {name for names in groups.values() for name in names}
     leaving: set[str] = set()
     for name in given:
@@ -189,7 +194,7 @@ def _without_names(anatomy: Anatomy, names: str | Iterable[str]) -> list[list[st
 
 
 def _is_made(group: str) -> bool:
-    """Whether it is a name that `make_groups` gives to groups of embeddings."""
+    """Whether `group` is a name that `make_groups` gives to groups of embeddings."""
     made = {"embeddings", *SCHEMES["three_way"]}
     return group in made or group.rpartition("_")[0] in made
 
@@ -199,17 +204,17 @@ def _group_names(model: PreTrainedModel) -> dict[str, list[str]]:
     return {group.name: list(group.names) for group in getattr(model, "tie_groups", None) or []}
 
 
-def _equal(tensors: list[torch.Tensor]) -> bool:
+def _equal(tensors: Sequence[torch.Tensor]) -> bool:
     return all(same_values(tensor, tensors[0]) for tensor in tensors)
 
 
 def _values_to_take(anatomy: Anatomy, groups: list[TieGroup], init_from: str | None) -> dict[str, torch.Tensor]:
-    """The values that groups take, by the root's name; without those whose root has them already."""
+    """The new values of groups, by the names of their roots. A group whose root has them already is left out."""
     slots = anatomy.slots
     chosen = _chosen_names(anatomy, groups, init_from)
     values = {}
     for group in groups:
-        # Whatever a carrier holds is nobody's training.
+        # The values of a carrier were never trained.
         used = [name for name in group.names if name not in anatomy.carriers] or group.names
         held = list({id(slots[name]): slots[name] for name in used}.values())
         if len(held) > 1:
@@ -231,9 +236,9 @@ def _values_to_take(anatomy: Anatomy, groups: list[TieGroup], init_from: str | N
 
 
 def _chosen_names(anatomy: Anatomy, groups: list[TieGroup], init_from: str | None) -> set[str]:
-    """The parameters that `init_from` means; none for the mean, and for no choice."""
+    """The parameters that `init_from` names. None for `"mean"`, and without a choice."""
     if not isinstance(init_from, str | None):
-        raise TyingError(f"init_from={init_from!r}: expected a role, 'mean', or a name of the tied groups.")
+        raise TyingError(f"init_from={init_from!r}: expected a role, 'mean', or a name in the tie groups.")
     if init_from is None or init_from == "mean":
         return set()
     if init_from in anatomy.roles:
@@ -247,15 +252,15 @@ def _chosen_names(anatomy: Anatomy, groups: list[TieGroup], init_from: str | Non
     chosen = {name for name in names if name == init_from or name.startswith(f"{init_from}.")}
     if not chosen:
         hint = nearest(init_from, [*anatomy.roles, "mean", *names])
-        raise TyingError(f"init_from={init_from!r}: expected a role, 'mean', or a name of the tied groups{hint}.")
+        raise TyingError(f"init_from={init_from!r}: expected a role, 'mean', or a name in the tie groups{hint}.")
     return chosen
 
 
 # --- the checks ------------------------------------------------------------------------------------------------------
 
 
-def _refuse_absent_values(anatomy: Anatomy, names: list[str]) -> None:
-    """Names whose values are to be compared, or taken, have them in this process."""
+def _refuse_absent_values(anatomy: Anatomy, names: Iterable[str]) -> None:
+    """Refuse names whose values this process cannot compare or copy."""
     for name in names:
         if (why := why_incomparable(anatomy.slots[name])) is not None:
             raise TyingError(f"Cannot tie {name!r}: it {why}.")
@@ -270,17 +275,22 @@ def _refuse_meta(anatomy: Anatomy, groups: list[TieGroup]) -> None:
             )
 
 
-def _compare_vocabularies(anatomy: Anatomy, groups: list[TieGroup], tokenizer, target_tokenizer) -> None:
-    if tokenizer is None and target_tokenizer is None:
+def _compare_vocabularies(
+    anatomy: Anatomy,
+    groups: list[TieGroup],
+    tokenizer: "PreTrainedTokenizerBase | None",
+    target_tokenizer: "PreTrainedTokenizerBase | None",
+) -> None:
+    given = [each for each in (tokenizer, target_tokenizer) if each is not None]
+    if not given:
         return
     if not {"source", "target"} <= anatomy.roles.keys():
         return
     pair = {anatomy.roles[role].name for role in ("source", "target")}
     if not any(pair <= set(group.names) for group in groups):
         return
-    # One given for both sides is compared with itself: MarianTokenizer and FSMTTokenizer can hold two vocabularies.
-    source = vocabularies_of(tokenizer if tokenizer is not None else target_tokenizer)[0]
-    target = vocabularies_of(target_tokenizer if target_tokenizer is not None else tokenizer)[1]
+    # A single tokenizer is compared with itself: MarianTokenizer and FSMTTokenizer can hold two vocabularies.
+    source, target = vocabularies_of(given[0])[0], vocabularies_of(given[-1])[1]
     unlike = [word for word in source.keys() | target.keys() if source.get(word) != target.get(word)]
     if unlike:
         example = min(unlike)
@@ -295,30 +305,34 @@ def _compare_vocabularies(anatomy: Anatomy, groups: list[TieGroup], tokenizer, t
 # --- the one writer --------------------------------------------------------------------------------------------------
 
 
-def _apply(anatomy: Anatomy, groups: list[TieGroup], values: dict[str, torch.Tensor], **changes) -> None:
-    """Make a model what `groups` say, with `values` by the names of roots, and write its config.
+def _apply(anatomy: Anatomy, groups: list[TieGroup], values: dict[str, torch.Tensor], **changes: Any) -> None:
+    """Tie a model by `groups`, and write its config.
 
     Args:
-        changes: further changes of the config's entry (see `record.write_config`).
+        anatomy: reading of the model before the change.
+        groups: all groups that are to hold.
+        values: new values, by the names of roots.
+        **changes: further changes of the config's entry (see `record.write_config`).
     """
     model = anatomy.model
     own_config(model)
     untie_others(model, groups)
     with torch.no_grad():
         for root, value in values.items():
-            find_parameter(model, root).copy_(value)  # the root keeps its identity
+            parameter_of(model, root).copy_(value)  # the root keeps its identity
     if not isinstance(model, TiedModelMixin):
         model.__class__ = with_mixin(TiedModelMixin, type(model))
+    assert isinstance(model, TiedModelMixin)  # for type checkers
     model._ties_made = True
     set_groups(model, groups)
     fit_tied(model)
     write_config(model, anatomy, **changes)
-    # A warning, so that it is seen: transformers shows nothing below that unless it is asked to.
-    logger.warning(f"{type(model).__name__}: {_told(groups)}.")
+    # A warning, since transformers shows nothing below that level by default.
+    logger.warning(f"{type(model).__name__}: {_described(groups)}.")
 
 
-def _told(groups: list[TieGroup], most: int = 3) -> str:
-    """What is tied, in one line."""
+def _described(groups: list[TieGroup], most: int = 3) -> str:
+    """Describe groups in one line."""
     parts = []
     for group in groups[:most]:
         more = f" and {len(group.names) - 4} more" if len(group.names) > 5 else ""

@@ -1,6 +1,7 @@
-"""Where a tie is checked: what is declared against what is so, on a live model."""
+"""Check the ties of a live model: `assert_tied`, and the sentences that it is made of."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any
 
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
@@ -28,12 +29,12 @@ def assert_tied(model: nn.Module, across_ranks: bool = False) -> None:
     """Raise unless every tie that `model` declares holds: one `nn.Parameter` in every place of each group.
 
     Identity counts, not equal values: two equal matrices drift apart at the first optimizer step. A model that
-    `hf_tying` knows (class form, or after `tie`) is held to its groups and its config; any other `PreTrainedModel` to
-    what its class declares under `tie_word_embeddings`.
+    `hf_tying` knows (class form, or after `tie`) is checked against its groups and its config. Any other
+    `PreTrainedModel` is checked against the declaration of its class under `tie_word_embeddings`.
 
-    Under PEFT the tie is on what lies inside. Adapters that PEFT itself keeps as one for both sides are left alone
-    (`trainable_token_indices`, `ensure_weight_tying`), and so is a LoRA on one side. A copy that `modules_to_save`
-    trains in place of one side is a broken tie.
+    Under PEFT the base model is checked. A LoRA on one side is accepted, and so are adapters that PEFT itself shares
+    between both sides (`trainable_token_indices`, `ensure_weight_tying`). A copy that `modules_to_save` trains in
+    place of one side is a broken tie.
 
     Args:
         model: a `PreTrainedModel`, also wrapped by PEFT, DistributedDataParallel or torch.compile.
@@ -48,17 +49,19 @@ def assert_tied(model: nn.Module, across_ranks: bool = False) -> None:
         with raised_on_every_rank():
             assert_tied(model)
     model = unwrapped(model)
-    groups = groups_of(model)
-    if across_ranks:
-        problems = differing_copies(model, groups)
-    else:
-        problems = [*violations(model, groups), *_parted_by_peft(model, groups)]
-    if problems:
-        listed = "\n".join(f"  - {problem}" for problem in problems)
+    if found := differing_copies(model, groups_of(model)) if across_ranks else problems(model):
+        listed = "\n".join(f"  - {problem}" for problem in found)
         raise TyingError(f"{type(model).__name__} is not tied as declared:\n{listed}")
 
 
-# Where whole-model wrappers keep the model: torch.compile, activation checkpointing, FSDP1, DDP and DeepSpeed.
+def problems(model: PreTrainedModel) -> list[str]:
+    """One sentence for each reason why `model` is not tied as declared. One about a group begins with its name."""
+    groups = groups_of(model)
+    return [*violations(model, groups), *_parted_by_peft(model, groups)]
+
+
+# Attributes in which wrappers of whole models keep the model: torch.compile, activation checkpointing, FSDP1, DDP and
+# DeepSpeed.
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
 
 
@@ -66,36 +69,55 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
     """The `PreTrainedModel` inside DDP, torch.compile and PEFT wrappers.
 
     Raises:
-        TyingError: when there is none.
+        TyingError: when there is not one.
     """
-    inner = model
+    inner: Any = model
     while not isinstance(inner, PreTrainedModel):
         if hasattr(inner, "get_base_model"):
             inner = inner.get_base_model()
         else:
             inner = next((held for name in _WRAPPERS if (held := getattr(inner, name, None)) is not None), None)
         if inner is None:
-            raise TyingError(f"Expected a PreTrainedModel (or a wrapper around one), found {type(model).__name__}.")
+            raise TyingError(f"Cannot read the ties of {why_unsupported(model)}")
     return inner
 
 
 def is_split(model: PreTrainedModel, groups: Iterable[TieGroup]) -> bool:
     """Whether one of `groups` is not one parameter now, and nothing at work stands in for it: a quick look, for every
-    step."""
+    step.
+    """
     return any(
         not is_one(model, group.names) and not any(stands_in(model, n) or offloaded(model, n) for n in group.names)
         for group in groups
     )
 
 
+def why_unsupported(model: object) -> str:
+    """Name what is not a `PreTrainedModel`, and say what to do with it: the end of a message."""
+    expected = f"a {type(model).__name__}: expected a transformers PreTrainedModel"
+    if not isinstance(model, nn.Module):
+        return f"{expected}."
+    inside = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
+    outermost = [name for name in inside if not any(name.startswith(f"{other}.") for other in inside)]
+    if outermost:
+        listed = ", ".join(f"{name!r} ({type(inside[name]).__name__})" for name in outermost)
+        return f"{expected}. This module holds {listed}: give that one, before it is wrapped."
+    return (
+        f"{expected}. A plain nn.Module has no config that could record a tie. Derive its class from PreTrainedModel, "
+        "with a config class, and self.post_init() at the end of __init__; or tie by hand (module.head.weight = "
+        "module.embedding.weight), and save with safetensors.torch.save_model, which keeps such a tie. "
+        "hf_tying.losses works with any module."
+    )
+
+
 def groups_of(model: PreTrainedModel) -> list[TieGroup]:
-    """The declared groups: those that `hf_tying` holds for the model, else those of its class."""
+    """The declared groups of a model: those of `TiedModelMixin`, else those that its class declares."""
     known = getattr(model, "tie_groups", None)
     return list(known) if known is not None else declared_groups(Anatomy(model))
 
 
 def violations(model: PreTrainedModel, groups: Iterable[TieGroup]) -> Iterator[str]:
-    """One sentence for everything in which `model` is not what `groups` and its config say."""
+    """One sentence for each difference between `model` and what `groups` and its config declare."""
     groups, anatomy = list(groups), Anatomy(model)
     for group in groups:
         yield from _broken(model, group, anatomy.slots)
@@ -122,7 +144,7 @@ def _broken(model: nn.Module, group: TieGroup, slots: dict) -> Iterator[str]:
 
 
 def _apart(parameter: nn.Parameter, root: nn.Parameter) -> str:
-    """How two parameters that should be one differ, and what makes them one again."""
+    """Describe how two parameters that should be one differ, and how to make them one again."""
     if parameter.is_meta or root.is_meta:
         return "on the meta device). To tie them again: load the weights, then model.tie_weights()"
     if is_dtensor(parameter) or is_dtensor(root):
@@ -150,7 +172,7 @@ def _stale_sizes(model: nn.Module, group: TieGroup, slots: dict) -> Iterator[str
 def _undeclared(groups: list[TieGroup], anatomy: Anatomy) -> Iterator[str]:
     group_of = {name: group.name for group in groups for name in group.names}
     for tied in anatomy.tied:
-        # What PEFT shares between its own adapters is not the model's, and stands in no file of it.
+        # Parameters that PEFT shares between its own adapters are not the model's, and are not in its files.
         names = [name for name in tied if find_slot(anatomy.model, name) is not None]
         if len({group_of.get(name, name) for name in names}) > 1:
             yield (
@@ -162,22 +184,24 @@ def _undeclared(groups: list[TieGroup], anatomy: Anatomy) -> Iterator[str]:
 def _config_differs(anatomy: Anatomy, groups: list[TieGroup]) -> Iterator[str]:
     model = anatomy.model
     if entry_of(model.config) is None or not getattr(model, "_is_declared_class", lambda: True)():
-        return  # the record of another head has no names for what this class has besides
+        return  # the record of another head lacks the names that only this class has
     record = TyingConfig.in_config(anatomy.model.config)
-    located = [{locate(anatomy, name) for name in names} - {None} for names in record.groups.values()]
+    located: list[Collection[str]] = [
+        {place for name in names if (place := locate(anatomy, name)) is not None} for names in record.groups.values()
+    ]
     if record.scheme is None:  # the embeddings are left to what the class declares
-        located = join_chains([*located, *anatomy.declared])
-    declared = {frozenset(names) for names in located if len(names) > 1}
-    held = {frozenset(group.names) for group in groups}
+        located = [*join_chains([*located, *anatomy.declared])]
+    declared = sorted({tuple(sorted(names)) for names in located if len(names) > 1})
+    held = sorted({tuple(sorted(group.names)) for group in groups})
     if declared != held:
         yield (
-            f"config.tying declares {sorted(map(sorted, declared)) or 'no group'}, the model holds "
-            f"{sorted(map(sorted, held)) or 'no group'}. Change ties by tie() and untie(), not by editing the config."
+            f"config.tying declares {[*map(list, declared)] or 'no group'}, the model holds "
+            f"{[*map(list, held)] or 'no group'}. Change ties by tie() and untie(), not by editing the config."
         )
 
 
 def _parted_by_peft(model: PreTrainedModel, groups: list[TieGroup]) -> Iterator[str]:
-    """Ties that `modules_to_save` opens: it lets a copy of one side work, and trains it alone."""
+    """Ties that `modules_to_save` breaks: it replaces one side by a copy, which is trained alone."""
     carriers = Anatomy(model).carriers if groups else ()
     for group in groups:
         used = [name for name in group.names if name not in carriers]

@@ -1,4 +1,6 @@
-"""What training needs beside `Trainer`: flags that declare ties and objectives, the callback, the papers' trainers."""
+"""Tools for training beside `Trainer`: flags that declare ties and objectives, the callback, the papers' trainers."""
+
+from typing import TYPE_CHECKING
 
 from .._lazy import lazy_names
 
@@ -8,14 +10,41 @@ _HOME = {
     "HeadlessTrainer": "headless",
     "ObjectiveArguments": "arguments",
     "RECIPES": "recipes",
+    "ScriptParser": "command_line",
     "TyingArguments": "arguments",
     "TyingCallback": "callbacks",
     "average_into": "averaging",
-    "config_with_overrides": "arguments",
+    "config_with_overrides": "model_config",
     "recover_lm_head": "headless",
+    "resume_path": "resuming",
     "set_accepts_loss_kwargs": "callbacks",
 }
 
-__all__ = [*_HOME]
+__all__ = [
+    "CarriedStateArguments",
+    "CarriedStateTrainer",
+    "HeadlessTrainer",
+    "ObjectiveArguments",
+    "RECIPES",
+    "ScriptParser",
+    "TyingArguments",
+    "TyingCallback",
+    "average_into",
+    "config_with_overrides",
+    "recover_lm_head",
+    "resume_path",
+    "set_accepts_loss_kwargs",
+]
 
-__getattr__, __dir__ = lazy_names(globals(), _HOME)
+if TYPE_CHECKING:
+    from .arguments import ObjectiveArguments, TyingArguments
+    from .averaging import average_into
+    from .callbacks import TyingCallback, set_accepts_loss_kwargs
+    from .carried_state import CarriedStateArguments, CarriedStateTrainer
+    from .command_line import ScriptParser
+    from .headless import HeadlessTrainer, recover_lm_head
+    from .model_config import config_with_overrides
+    from .recipes import RECIPES
+    from .resuming import resume_path
+else:
+    __getattr__, __dir__ = lazy_names(globals(), _HOME)

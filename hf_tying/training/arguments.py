@@ -1,7 +1,7 @@
 """Flags for `HfArgumentParser`, beside `TrainingArguments`: what to tie, and what to train by."""
 
+import dataclasses
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,12 @@ from ..losses.contrastive import NEGATIVES
 from ..objectives.objective import AugmentedObjective, ContrastiveObjective, Objective
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from .callbacks import TyingCallback
+
+
+def _with_prefix(name: str) -> list[str]:
+    """The longer spellings of a flag, for a command line where the short one would say too little."""
+    return [f"--tying_{name}", f"--tying_{name}".replace("_", "-")]
 
 
 @dataclass
@@ -21,6 +26,7 @@ class TyingArguments:
     scheme: str | None = field(
         default=None,
         metadata={
+            "aliases": _with_prefix("scheme"),
             "help": "The usual tie groups by name: two_way (target and output embedding, all that a causal language "
             "model has), source_target, three_way (source, target and output embedding), or none (untie). Default: "
             "what the model's config says.",
@@ -30,27 +36,31 @@ class TyingArguments:
     groups_file: str | None = field(
         default=None,
         metadata={
+            "aliases": _with_prefix("groups_file"),
             "help": "JSON or YAML file with further tie groups: a mapping from a group's name to a list of parameter "
-            "or module names, the first of which is the root."
+            "or module names, the first of which is the root.",
         },
     )
     init_from: str | None = field(
         default=None,
         metadata={
+            "aliases": _with_prefix("init_from"),
             "help": "Where a tied parameter starts when the group's values differ: a role (source, target, output), "
-            "mean, or a parameter name. Differing values and no choice is an error: nothing is dropped unasked."
+            "mean, or a parameter name. Differing values and no choice is an error: nothing is dropped unasked.",
         },
     )
     on_conflict: str = field(
         default="error",
         metadata={
+            "aliases": _with_prefix("on_conflict"),
             "help": "What to do when a checkpoint has different values for the names of one group: error, "
-            "keep_untied, or use:<parameter name>."
+            "keep_untied, or use:<parameter name>.",
         },
     )
     save_format: str | None = field(
         default=None,
         metadata={
+            "aliases": _with_prefix("save_format"),
             "help": "dedup writes each group once; portable writes every name, for loaders without hf_tying. Default: "
             "dedup where the stock class re-ties these groups by itself, portable elsewhere.",
             "choices": ["dedup", "portable"],
@@ -59,6 +69,7 @@ class TyingArguments:
     loss: str = field(
         default="stock",
         metadata={
+            "aliases": _with_prefix("loss"),
             "help": "tied trains through the tied softmax: the same loss, computed by blocks of the vocabulary, "
             "without the logits.",
             "choices": list(LOSSES),
@@ -67,27 +78,38 @@ class TyingArguments:
     log_roles: bool = field(
         default=False,
         metadata={
+            "aliases": _with_prefix("log_roles"),
             "help": "Log how much of a tied matrix's gradient comes through its input role and how much through its "
-            "output role."
+            "output role.",
         },
     )
     untie_at: float | None = field(
         default=None,
-        metadata={"help": "Train tied for this share of the steps, then untied. Default: tied to the end."},
+        metadata={
+            "aliases": _with_prefix("untie_at"),
+            "help": "Train tied for this share of the steps, then untied. Default: tied to the end.",
+        },
     )
     freeze: str | None = field(
         default=None,
         metadata={
-            "help": "A role that is not trained: input, source, target or output. Tied to one that is, it is untied."
+            "aliases": _with_prefix("freeze"),
+            "help": "A role that is not trained: input, source, target or output. Tied to one that is, it is untied.",
         },
     )
     freeze_until: float | None = field(
         default=None,
-        metadata={"help": "The share of the steps after which it is trained. Default: not before the end."},
+        metadata={
+            "aliases": _with_prefix("freeze_until"),
+            "help": "The share of the steps after which it is trained. Default: not before the end.",
+        },
     )
     input_gradient_scale: float | None = field(
         default=None,
-        metadata={"help": "A factor of the gradient that comes through the input role of a matrix, such as 5."},
+        metadata={
+            "aliases": _with_prefix("input_gradient_scale"),
+            "help": "A factor of the gradient that comes through the input role of a matrix, such as 5.",
+        },
     )
 
     def to_tying_config(self) -> TyingConfig | None:
@@ -107,7 +129,7 @@ class TyingArguments:
             loss=self.loss,
         )
 
-    def to_callback(self):
+    def to_callback(self) -> "TyingCallback":
         """The `TyingCallback` that asserts the ties and follows the schedule in the flags.
 
         Raises:
@@ -166,8 +188,15 @@ class ObjectiveArguments:
         """The objective for `use_tied_loss(model, objective=...)`; `None` for cross entropy.
 
         Raises:
-            TyingError: the chosen objective refuses its options. The options of the other one are not read.
+            TyingError: the chosen objective refuses its options, or options of another objective are given.
         """
+        for option in dataclasses.fields(self):
+            owner = option.name.partition("_")[0]
+            if owner not in ("objective", self.objective) and getattr(self, option.name) != option.default:
+                raise TyingError(
+                    f"--{option.name} is an option of --objective {owner}, and the objective is {self.objective}: "
+                    f"give --objective {owner}, or leave --{option.name} out."
+                )
         if self.objective == "al":
             return AugmentedObjective(self.al_temperature, self.al_alpha, self.al_gamma, self.al_detach_target)
         if self.objective == "cwt":
@@ -175,27 +204,6 @@ class ObjectiveArguments:
                 self.cwt_negatives, self.cwt_num_sampled, self.cwt_temperature, self.cwt_stop_gradient, self.cwt_gather
             )
         return None
-
-
-def config_with_overrides(make: "Callable[..., PreTrainedConfig]", overrides: str | None) -> "PreTrainedConfig":
-    """A config with what `--config_overrides` says, and with what follows from that.
-
-    `update_from_string` sets fields of a config that has computed others from them already: the width of a head, the
-    kinds of layers, the number of a decoder's layers. Here the values are given to the constructor.
-
-    Args:
-        make: makes the config, from keywords that it adds to its own.
-        overrides: such as `"hidden_size=64,num_hidden_layers=2"`; `None` for none.
-
-    Raises:
-        ValueError, TypeError: what `update_from_string` refuses: a key that the config has not, a wrong value.
-    """
-    config = make()
-    if not overrides:
-        return config
-    config.update_from_string(overrides)
-    keys = [pair.partition("=")[0] for pair in overrides.split(",")]
-    return make(**{key: getattr(config, key) for key in keys})
 
 
 def _read_groups(path: Path) -> dict[str, Any]:

@@ -1,5 +1,7 @@
-"""Averages of a model's parameters: a moving one, and averaged SGD that begins when validation stops getting better:
-NT-ASGD (Merity et al. 2017, section 3)."""
+"""Averages of a model's parameters: a moving average, and averaged SGD with a trigger (NT-ASGD).
+
+NT-ASGD starts averaging when the validation loss stops improving (Merity et al. 2017, section 3).
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,18 +22,20 @@ _FILE = "averaging.safetensors"
 def average_into(averaged: nn.Module, model: nn.Module, decay: float) -> None:
     """Move an exponential moving average (EMA) by one step: `averaged = decay * averaged + (1 - decay) * model`.
 
-    A tied matrix is moved once. An average in place over `state_dict().items()` moves it once for each of its names.
+    A tied matrix is moved once. An average in place over `state_dict().items()` would move it once for each of its
+    names.
 
-    The first choice is torch's own `AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))` of
-    `torch.optim.swa_utils`, which also holds the copy. This is for a loop that has a copy of its own.
+    Prefer torch's own `AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))` of `torch.optim.swa_utils`,
+    which also holds the copy. This function is for a loop with its own copy.
 
     Args:
-        averaged: a copy of the model, from `copy.deepcopy(model)`; also in another precision, or on another device.
-        model: the one that is trained, also wrapped (DistributedDataParallel, torch.compile).
-        decay: 0 (the model itself) to 1 (no step). Parameters that are not floating point, and buffers, are copied.
+        averaged: copy of the model from `copy.deepcopy(model)`, also in another precision or on another device.
+        model: model that is trained, also wrapped (DistributedDataParallel, torch.compile).
+        decay: weight of the old average, from 0 (the model itself) to 1 (no step). Buffers, and parameters that are
+            not floating point, are copied.
 
     Raises:
-        TyingError: for other parameters, shapes or ties in the copy than in the model. Nothing is changed.
+        TyingError: if parameters, shapes or ties of the copy differ from those of the model. Nothing is changed then.
 
     Example:
         >>> averaged = copy.deepcopy(model).requires_grad_(False)
@@ -62,22 +66,24 @@ def average_into(averaged: nn.Module, model: nn.Module, decay: float) -> None:
 
 
 class Averaging:
-    """The mean of a model's parameters after each update, from the moment when `patience` evaluations in a row were no
-    better than the best one before them. Training itself goes on from the last parameters, not from the mean.
+    """The mean of a model's parameters over all updates since a trigger.
+
+    The trigger is an evaluation whose loss is above the best loss of all evaluations before the last `patience` ones.
+    Training continues from the last parameters, not from the mean.
 
     Args:
-        model: its trained parameters are averaged; a tied one once.
-        patience: evaluations; 5 in the paper.
+        model: model whose trained parameters are averaged, a tied one once.
+        patience: number of evaluations; 5 in the paper.
     """
 
-    def __init__(self, model: nn.Module, patience: int):
+    def __init__(self, model: nn.Module, patience: int) -> None:
         self.model, self.patience = model, patience
         self.history: list[float] = []
         self.updates = 0
         self.mean: dict[str, torch.Tensor] | None = None
 
     def evaluated(self, loss: float) -> None:
-        """Remember a validation loss, and begin if it is time."""
+        """Record a validation loss, and start averaging if it is the trigger."""
         if self.mean is None and len(self.history) > self.patience:
             if loss > min(self.history[: len(self.history) - self.patience]):
                 self.mean = {name: p.detach().clone() for name, p in self._parameters()}
@@ -85,18 +91,18 @@ class Averaging:
 
     @torch.no_grad()
     def updated(self) -> None:
-        """After each update of the parameters."""
+        """Add the parameters to the mean. Call it after each update."""
         if self.mean is None:
             return
         self.updates += 1
         for name, parameter in self._parameters():
-            if name not in self.mean:  # untied, or no longer frozen, since it began
+            if name not in self.mean:  # untied, or no longer frozen, since averaging began
                 self.mean[name] = parameter.detach().clone()
-            self.mean[name].lerp_(parameter, 1 / self.updates)  # the first replaces what was there when it began
+            self.mean[name].lerp_(parameter, 1 / self.updates)  # the first update replaces the initial values
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """While it is open the model has the mean."""
+        """Put the mean into the model for the length of this context."""
         if self.mean is None or not self.updates:
             yield
             return
@@ -108,18 +114,18 @@ class Averaging:
             self._put(kept)
 
     def finish(self) -> None:
-        """Leave the model with the mean."""
+        """Put the mean into the model for good."""
         if self.updates:
             self._put(self.mean)
 
     def save(self, folder: Path) -> None:
-        """Into a checkpoint's folder."""
+        """Write mean and history into the folder of a checkpoint."""
         tensors = {f"mean.{name}": value.contiguous() for name, value in (self.mean or {}).items()}
         history = torch.tensor(self.history, dtype=torch.float64)
         save_file(tensors | {"history": history, "updates": torch.tensor(self.updates)}, folder / _FILE)
 
     def load(self, folder: Path) -> None:
-        """What `save` has written; nothing where a run without averaging is gone on with."""
+        """Read what `save` has written. A folder of a run without averaging has no such file, and changes nothing."""
         if not (folder / _FILE).is_file():
             return
         tensors = load_file(folder / _FILE)

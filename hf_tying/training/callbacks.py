@@ -1,11 +1,19 @@
-"""`TyingCallback`: a Trainer that says when a tie breaks, what each role does, and changes ties on the way."""
+"""`TyingCallback`: checks of the ties during training, measurements of each role, and changes of ties."""
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import IntervalStrategy, PreTrainedModel, TrainerCallback
+from transformers import (
+    IntervalStrategy,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
@@ -26,51 +34,56 @@ logger = logging.get_logger(__name__)
 
 
 class TyingCallback(TrainerCallback):
-    """Assert the ties when training begins and whenever a checkpoint is saved; and, if asked to, watch the roles of
-    tied matrices, untie in mid-run, freeze a role, or scale its gradient.
+    """Check the ties when training begins and whenever a checkpoint is saved.
 
-    Of several processes each is told what any of them has lost, by its rank and within the step; they send one number
-    for that at each step, and the digests of tied matrices at train begin and before a save.
+    Of several processes, each raises what any of them has lost, with its rank and within the step. For that they send
+    one number at each step, and digests of the tied matrices when training begins and before a save. A checkpoint that
+    is whole gets a seal (`complete.json`, see `hf_tying.parallel.last_complete_checkpoint`).
 
-    A "moment" is a fraction of all steps (a float above 0, up to 1.0) or a number of steps (an int from 1).
+    On request, it also measures the roles of tied matrices, unties during training, freezes a role, or scales its
+    gradient. A "moment" below is a fraction of all steps (a float above 0, up to 1.0) or a number of steps (an int
+    from 1).
 
-    Each checkpoint gets a seal when it is whole (`complete.json`, see `hf_tying.parallel.last_complete_checkpoint`).
-    The optimizer is compared with the model too (`assert_optimized`): it may have been made before a `tie` or `untie`.
-    A warning tells of a model whose gradient `Trainer` multiplies by the processes and the steps of accumulation
-    (`set_accepts_loss_kwargs`).
-    What is not seen: a recipe that looks for `lm_head` in `named_parameters()`, which lists a tied matrix under the
-    first of its names (ask `hf_tying.names_of`), and an average that has moved a tied matrix once for each name in a
-    state dict (use torch's `AveragedModel`, or `hf_tying.training.average_into`).
+    The optimizer is compared with the model (`assert_optimized`), because it may have been made before a `tie` or an
+    `untie`. A warning says if `Trainer` multiplies the gradient of the model by the number of processes and of
+    accumulation steps (`set_accepts_loss_kwargs`).
+
+    Two faults are not detected. One is a recipe that looks for `lm_head` in `named_parameters()`, which lists a tied
+    matrix under its first name only (use `hf_tying.names_of`). The other is an average that has moved a tied matrix
+    once for each name in a state dict (use torch's `AveragedModel`, or `hf_tying.training.average_into`).
 
     Args:
-        log_roles: with every log, also the gradient norm of each tied matrix by role: `grad_norm/<group>/<role>` for
-            the part that comes through that use (input rows looked up, or the softmax) and
-            `grad_share/<group>/<role>`, its share in the sum of these norms. Measured on the last backward pass before
-            a log, at no further matrix product; one more matrix of the tied size is alive for each role during that
-            pass. A loss that takes the matrix without calling the head (Liger, TRL's fused loss) hides a role: that is
-            told, the role has no `grad_norm`, and its group no `grad_share`.
-        untie_at: the moment up to which the model trains tied; then it goes on untied, as `untie(model)` has it, with
-            the optimizer's state copied (`untie_trained`). `None`, the default, is never, as 1.0 is. The config says
-            it from then on. **To resume from a checkpoint made after that, give Trainer an untied model**: the one
-            that is loaded from the checkpoint, `from_pretrained(checkpoint)`, or any `untie(model)`.
-        freeze: a role whose matrix is not trained: `"input"` (all input embeddings), `"source"`, `"target"` or
-            `"output"`. Where it is tied to one that is, that one gets a matrix of its own at train begin
-            (`freeze_role`); to resume, see `untie_at`. It is freed at train end. Default: none.
-        freeze_until: the moment at which it is freed; still untied. `None`, the default, is train end.
-        input_gradient_scale: the part of the gradient that comes through the embedding lookup is multiplied by this,
-            0 or more, see `scale_input_gradient`. `None`, the default, leaves it alone, as 1.0 does.
-        diagnose_with: an untied twin (same vocabulary); with logs, also `effective_rank/<group>`, and
+        log_roles: whether each log has the gradient norm of each tied matrix by role. `grad_norm/<group>/<role>` is
+            the norm of the part of the gradient that comes through this role (rows that are looked up, or the
+            softmax). `grad_share/<group>/<role>` is its share in the sum of these norms. Both are measured on the last
+            backward pass before a log. This takes no further matrix product, and the memory of one more matrix for
+            each role during the pass. A role is not measured if the loss reads its matrix without calling its module
+            (Liger, TRL's fused loss). A warning says so; the role then has no `grad_norm`, and its group no
+            `grad_share`. Default `False`.
+        untie_at: moment at which the model is untied, as by `untie(model)`, with the optimizer's state copied
+            (`untie_trained`). From then on the config says that it is untied. **To resume from a checkpoint made after
+            that moment, give Trainer an untied model**: `from_pretrained(checkpoint)`, or any `untie(model)`. Default
+            `None`, which is never, as is 1.0.
+        freeze: role whose matrix is not trained: `"input"` (all input embeddings), `"source"`, `"target"` or
+            `"output"`. If its matrix is tied to that of a trained role, the two are untied when training begins
+            (`freeze_role`); to resume, see `untie_at`. The matrix is trainable again when training ends. Default:
+            none.
+        freeze_until: moment at which the matrix becomes trainable again. It stays untied. Default `None`, which is the
+            end of training.
+        input_gradient_scale: factor of the gradient that comes through the embedding lookup, 0 or more, see
+            `scale_input_gradient`. Default `None`, which changes nothing, as does 1.0.
+        diagnose_with: untied twin with the same vocabulary. With it, logs also have `effective_rank/<group>`, and
             `alignment/<group>/<role>` and `neighbours/<group>/<role>` of the tied matrix to the twin's matrix of each
-            role (`hf_tying.diagnostics`).
-        diagnose_steps: of the logs, only those at multiples of so many steps have these. Default: every log. For each
-            role of the twin it costs about 4 V D^2 multiplications in float64: on a CPU less than a second for 10,000
-            words by 200, many seconds for 50,000 by 768.
+            role (`hf_tying.diagnostics`). Default: none.
+        diagnose_steps: number of steps; only logs at its multiples have the values of `diagnose_with`. Default: every
+            log. Each role of the twin costs about 4 V D^2 multiplications in float64: on a CPU, less than a second for
+            10,000 words by 200, and many seconds for 50,000 by 768.
 
     Raises:
-        TyingError: for values out of range. At train begin or at a save, when a tie does not hold. At train begin,
-            when the optimizer leaves a matrix out, or has a tied one twice; when `untie_at` or `freeze` is
-            used in several processes, with nothing tied, or with a role that the model has not; when a run is resumed
-            after `untie_at` with a tied model.
+        TyingError: if a value is out of range. When training begins or a checkpoint is saved: if a tie does not hold.
+            When training begins: if the optimizer leaves out a matrix or has a tied one twice; if `untie_at` or
+            `freeze` is used in several processes, with nothing tied, or with a role that the model does not have; if a
+            run is resumed after `untie_at` with a tied model.
 
     Example:
         >>> Trainer(model=model, args=args, train_dataset=data, callbacks=[TyingCallback(log_roles=True)]).train()
@@ -87,7 +100,7 @@ class TyingCallback(TrainerCallback):
         input_gradient_scale: float | None = None,
         diagnose_with: PreTrainedModel | None = None,
         diagnose_steps: int | None = None,
-    ):
+    ) -> None:
         check_when("untie_at", untie_at)
         check_when("freeze_until", freeze_until)
         if freeze is not None and freeze not in ROLES:
@@ -113,13 +126,30 @@ class TyingCallback(TrainerCallback):
         self._untie_step: int | None = None
         self._groups: list[TieGroup] = []
 
-    def on_init_end(self, args, state, control, model=None, **kwargs):
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Guard the ties of a model that will be untied, before Trainer loads a checkpoint into it."""
         # A stock class would load a checkpoint of the untied model into the tied matrix, the last name over the first.
         if (self.untie_at is not None or self.freeze is not None) and model is not None and args.world_size == 1:
             guard(unwrapped(model))
 
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        self._let_go()  # of a run that was broken off
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Check ties and optimizer, and prepare what was asked for."""
+        self._let_go()  # left by a run that was interrupted
         assert_tied(model, across_ranks=True)
         if optimizer is not None:
             with raised_on_every_rank():
@@ -135,7 +165,7 @@ class TyingCallback(TrainerCallback):
             until = "to the end" if self.freeze_until is None else f"until freeze_until={self.freeze_until}"
             logger.warning(f"Step {state.global_step}: role {self.freeze} is frozen {until}.")
         if self.diagnose_with is not None:
-            diagnose(inner, self.diagnose_with)  # what is wrong with the twin is said now
+            diagnose(inner, self.diagnose_with)  # refuses a wrong twin before training
         self._groups = groups_of(inner)
         for group in self._groups:
             logger.info(f"Training with group {group.name!r} as one parameter: {', '.join(group.names)}.")
@@ -144,16 +174,25 @@ class TyingCallback(TrainerCallback):
         if self.input_gradient_scale is not None:
             self._handles = scale_input_gradient(inner, self.input_gradient_scale)
 
-    def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Check the ties; untie, or make a frozen role trainable, at its moment; attach the meter before a step with a log."""
         if args.world_size > 1 and on_any_rank(is_split(unwrapped(model), self._groups), args.device):
             with raised_on_every_rank():
                 assert_tied(model)
         if self._untie_step is not None and state.global_step >= self._untie_step:
             self._untie_step = None
-            # Warnings, here and below, so that they are seen: transformers shows nothing lower unless it is asked to.
+            # A warning, here and below, because transformers does not show a lower level by default.
             logger.warning(f"Step {state.global_step}: untying (untie_at={self.untie_at}).")
             untie_trained(unwrapped(model), optimizer)
-            if self._meter is not None:  # another one, for what is still tied
+            if self._meter is not None:  # a new one for the groups that are still tied
                 self._meter.detach()
                 self._meter = RoleMeter(unwrapped(model))
         if self._frozen and self._is_past(state, self.freeze_until):
@@ -162,13 +201,29 @@ class TyingCallback(TrainerCallback):
         if self._meter is not None:
             self._meter.attach() if _is_logged(args, state) else self._meter.detach()
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        if control.should_save:  # before anything is written
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Check the ties of all processes before a checkpoint is written."""
+        if control.should_save:
             assert_tied(model, across_ranks=True)
 
     on_epoch_end = on_step_end
 
-    def on_save(self, args, state, control, model=None, **kwargs):
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Check the ties of a checkpoint that was saved, and seal it."""
         with raised_on_every_rank():
             assert_tied(model)
         # All processes have written their files by now.
@@ -176,7 +231,16 @@ class TyingCallback(TrainerCallback):
         if args.should_save and folder.is_dir():
             seal_checkpoint(folder, state.global_step, entry_of(unwrapped(model).config))
 
-    def on_log(self, args, state, control, logs=None, model=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        model: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the measurements to a log of the training loss."""
         if logs is None or "loss" not in logs:
             return
         found = self._measured() if self._meter is not None else {}
@@ -186,11 +250,14 @@ class TyingCallback(TrainerCallback):
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(found)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Undo what is only for the training: hooks and frozen roles."""
         self._let_go()
 
     def _measured(self) -> dict[str, float]:
-        """What the meter has seen, for the log; what it has not seen is told once."""
+        """The measurements for the log. A warning names roles that were not measured, once."""
         if (unseen := self._meter.unseen()) and unseen != self._unseen:
             uses = ", ".join(f"{group}/{role}" for group, role in unseen)
             logger.warning(
@@ -201,7 +268,13 @@ class TyingCallback(TrainerCallback):
         self._unseen = unseen
         return self._meter.norms()
 
-    def _plan_untying(self, args, state, model: PreTrainedModel, optimizer) -> None:
+    def _plan_untying(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        model: PreTrainedModel,
+        optimizer: torch.optim.Optimizer | None,
+    ) -> None:
         step = step_of(self.untie_at, state.max_steps)
         tied = bool(groups_of(model))
         if state.global_step > step:
@@ -222,11 +295,11 @@ class TyingCallback(TrainerCallback):
                 f"untie_at={self.untie_at} is not before the last of {state.max_steps} steps: never untied."
             )
         if args.load_best_model_at_end:
-            # The best checkpoint may be a tied one, and is loaded into the untied model.
+            # The best checkpoint may be tied, and Trainer loads it into the untied model.
             guard(model, save_format="portable")
         self._untie_step = step
 
-    def _is_past(self, state, when: float | int | None) -> bool:
+    def _is_past(self, state: TrainerState, when: float | int | None) -> bool:
         return when is not None and state.global_step >= step_of(when, state.max_steps)
 
     def _let_go(self) -> None:
@@ -245,9 +318,9 @@ class TyingCallback(TrainerCallback):
         self._frozen = []
 
 
-def _warn_of_multiplied_gradient(args, model: PreTrainedModel) -> None:
+def _warn_of_multiplied_gradient(args: TrainingArguments, model: PreTrainedModel) -> None:
     times = args.world_size * args.gradient_accumulation_steps
-    # With label smoothing the loss is Trainer's own.
+    # With label smoothing, Trainer computes the loss itself.
     if times == 1 or args.label_smoothing_factor or not getattr(model, "accepts_loss_kwargs", True):
         return
     if averages_own_loss(model):
@@ -259,17 +332,17 @@ def _warn_of_multiplied_gradient(args, model: PreTrainedModel) -> None:
         )
 
 
-def _refuse_processes(args) -> None:
+def _refuse_processes(args: TrainingArguments) -> None:
     if args.world_size > 1:
         raise TyingError(
             f"untie_at and freeze need one process, found {args.world_size}: DistributedDataParallel and sharding do "
             "not know a parameter that is made, or frozen, after the model was wrapped. Do it before Trainer: "
-            "untie(model), and requires_grad_(False) on what shall be frozen."
+            "untie(model), and requires_grad_(False) on the parameters to freeze."
         )
 
 
-def _is_logged(args, state) -> bool:
-    """Whether the step that begins ends in a log; by epochs, any step may be the last one before it."""
+def _is_logged(args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether the step that begins may end in a log. With logs by epochs, each step may be the last of its epoch."""
     if args.logging_strategy != IntervalStrategy.STEPS:
         return args.logging_strategy == IntervalStrategy.EPOCH
     step = state.global_step + 1
@@ -277,17 +350,24 @@ def _is_logged(args, state) -> bool:
 
 
 def assert_optimized(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """The optimizer steps what the model trains, and each tied matrix once.
+    """Check that the optimizer has all trained parameters of the model, and each tied matrix once.
 
-    Nothing is said of an optimizer without any parameter of the model: it has flattened or sharded copies (DeepSpeed,
-    FSDP1), or steps during the backward pass. Among the rest, what has `requires_grad` and is in no parameter group:
+    An optimizer without any parameter of the model is accepted, because it has flattened or sharded copies (DeepSpeed,
+    FSDP1), or steps during the backward pass. Otherwise, a parameter with `requires_grad` that is in no parameter
+    group is one of these:
 
-    - a tied matrix or an embedding, where the optimizer has most of what is trained, is an error: it was made before
-      `tie` or `untie`, or chose its parameters by a name that is not in `named_parameters()`;
-    - any other parameter, and a matrix where the optimizer has but a part of the model, may be meant: a warning.
+    - A tied matrix or an embedding, while the optimizer has most of the trained parameters. This is an error: the
+      optimizer was made before `tie` or `untie`, or its parameters were chosen by a name that is not in
+      `named_parameters()`.
+    - Any other parameter, or a matrix while the optimizer has only a part of the model. This may be intended, so it is
+      a warning.
+
+    Args:
+        model: model to train, also wrapped.
+        optimizer: its optimizer.
 
     Raises:
-        TyingError: for a matrix that is left out, and for a tied one that is stepped twice.
+        TyingError: if a matrix is left out, or a tied one is stepped twice.
     """
     held = Counter(id(p) for group in optimizer.param_groups for p in group["params"])
     if not any(id(p) in held for p in model.parameters()):
@@ -301,7 +381,7 @@ def assert_optimized(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
                 "steps it once for each. Choose parameters from model.named_parameters(), which lists it once; "
                 "names_of(model, parameter) gives all of its names."
             )
-    named = {id(p): [name] for name, p in model.named_parameters()}  # with those of PEFT beside the model: prompts
+    named = {id(p): [name] for name, p in model.named_parameters()}  # also prompts, which PEFT keeps beside it
     inside: dict[int, list[str]] = {}
     for name, parameter in anatomy.slots.items():
         inside.setdefault(id(parameter), []).append(name)
@@ -316,7 +396,7 @@ def assert_optimized(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
     if matrices and len(left_out) < len(trained) / 2:
         raise TyingError(
             f"{what}. {', '.join(matrices)} would never be trained: the optimizer was made before tie() or untie(), "
-            "or its parameter groups leave that out. Make the optimizer after tie() and untie(); for what shall not "
-            "be trained: requires_grad_(False)."
+            "or its parameter groups leave it out. Make the optimizer after tie() and untie(), and set "
+            "requires_grad_(False) on parameters that are not to be trained."
         )
-    logger.warning(f"{what}. They stay as they are; requires_grad_(False) says that it is meant.")
+    logger.warning(f"{what}. They are not trained. If this is intended, set requires_grad_(False) on them.")

@@ -1,17 +1,32 @@
-"""Training a recurrent language model as its papers did: contiguous batches, with the state carried from one to the
-next, their losses and their learning rates, and evaluation over a whole text; all within `Trainer`."""
+"""The papers' training of a recurrent language model, within `Trainer`.
+
+Batches are contiguous, and the state is carried from each batch to the next one. Losses and learning rates are those
+of the papers, and evaluation runs over a whole text.
+"""
 
 import math
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
-from transformers.trainer_utils import get_last_checkpoint
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+)
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.utils import ModelOutput
 
 from ..config import TyingError
 from ..data.words import ContiguousText
@@ -19,78 +34,94 @@ from ..metrics.perplexity import exp_or_infinity
 from ..ties.verify import unwrapped
 from .averaging import Averaging
 
-# Logits of one piece in evaluation, at most: 64 MiB of them.
+# The most logits of one piece in evaluation, 64 MiB in float32.
 _MOST_LOGITS = 2**24
 _FILE = "carried_state.safetensors"
 
 
 @dataclass
 class CarriedStateArguments(TrainingArguments):
-    """`TrainingArguments` with the defaults and the further choices of the papers' recipes."""
+    """`TrainingArguments` with the defaults and the further settings of the papers."""
 
     optim: str = field(default="sgd", metadata={"help": "Plain SGD is what the papers use."})
-    learning_rate: float = field(default=1.0, metadata={"help": "In the first epochs."})
-    max_grad_norm: float = field(default=5.0, metadata={"help": "Of all gradients together."})
-    train_sampling_strategy: str = field(default="sequential", metadata={"help": "The order of the text."})
+    learning_rate: float = field(default=1.0, metadata={"help": "Learning rate of the first epochs."})
+    max_grad_norm: float = field(default=5.0, metadata={"help": "Largest norm of all gradients together."})
+    train_sampling_strategy: str = field(
+        default="sequential", metadata={"help": "Order of the batches. sequential is the order of the text."}
+    )
     sum_over_time: bool = field(
         default=True,
         metadata={
-            "help": "The loss is summed over the steps of a piece and divided by the batch size, not by the number of "
-            "words (Zaremba et al. 2014): learning rate and clipping mean what they say with that."
+            "help": "Sum the loss over the steps of a piece and divide it by the batch size, not by the number of "
+            "words (Zaremba et al. 2014). The papers' learning rates and clipping are for this loss."
         },
     )
-    decay: float = field(default=1.0, metadata={"help": "What the learning rate is multiplied by after each epoch."})
+    decay: float = field(default=1.0, metadata={"help": "Factor of the learning rate after each epoch."})
     decay_after: int = field(
         default=0,
-        metadata={"help": "Epochs before the first that is decayed, less one: decay ** max(epoch - this, 0), from 0."},
+        metadata={"help": "Start of the decay. The factor is decay ** max(epoch - decay_after, 0), epochs from 0."},
     )
 
     average_after: int | None = field(
         default=None,
         metadata={
-            "help": "Average the parameters once so many evaluations in a row were no better than the best one before "
-            "them (NT-ASGD, Merity et al. 2017 section 3); evaluated and kept is the mean then."
+            "help": "Start averaging the parameters when the loss of an evaluation is above the best loss of all "
+            "evaluations before the last average_after ones (NT-ASGD, Merity et al. 2017 section 3). From then on the "
+            "mean is evaluated and kept."
         },
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
-        # Each process has some of the columns, and the same ones in every batch.
+        # Each process has a part of the columns, the same part in every batch.
         self.accelerator_config.split_batches = True
 
 
 class CarriedStateTrainer(Trainer):
-    """`Trainer` for a model that takes and gives a `state` (`TiedLSTMForCausalLM`).
+    """A `Trainer` for a model that takes and returns a `state` (`TiedLSTMForCausalLM`).
 
-    The state starts at zero in each epoch, and is saved with each checkpoint: training that is resumed in the middle
-    of an epoch goes on bit for bit. Beside each loss the log has `train_perplexity`, of the epoch so far and of the
-    losses as they were in training (with dropout, without penalties, as the papers give it), and
-    `tokens_per_second`, without evaluation.
+    The state starts at zero in each epoch, and is saved with each checkpoint. Training that is resumed in the middle
+    of an epoch gives the same numbers, bit for bit. Beside each loss, the log has `train_perplexity` and
+    `tokens_per_second`. The perplexity is that of the epoch so far, from the losses in training (with dropout and
+    without penalties, as in the papers). The speed is that of training, without evaluation.
+
+    Evaluation reads a text at batch size 1. It predicts all words except the first, and carries the state from the
+    first to the last. The metrics are `loss`, `perplexity` and `tokens`.
 
     Args:
-        model, args (`CarriedStateArguments`), callbacks, ...: as for `Trainer`.
-        train_dataset (`ContiguousText`): of `args.per_device_train_batch_size` columns; over all processes together.
-        eval_dataset: ids of a text, (words,), int64, or a dict of such texts: evaluated at batch 1, all words but the
-            first predicted, the state carried from the first to the last. Metrics: `loss`, `perplexity`, `tokens`.
+        model: model to train, as for `Trainer`.
+        args: training arguments.
+        train_dataset: training text, with `args.per_device_train_batch_size` columns for all processes together.
+        **kwargs: further arguments of `Trainer`. `eval_dataset` is the ids of a text, (words,), int64, or a dict of
+            such texts.
 
     Raises:
-        TyingError: for another kind of dataset, or a checkpoint without a state.
+        TyingError: if a dataset is of another kind, or a checkpoint has no state.
     """
 
-    def __init__(self, model=None, args=None, *, train_dataset=None, **kwargs):
+    def __init__(
+        self,
+        model: PreTrainedModel | None = None,
+        args: CarriedStateArguments | None = None,
+        *,
+        train_dataset: ContiguousText | None = None,
+        **kwargs: Any,
+    ) -> None:
         if train_dataset is not None:
             if not isinstance(train_dataset, ContiguousText):
                 raise TyingError(f"train_dataset is a {type(train_dataset).__name__}: expected a ContiguousText.")
             if train_dataset.batch_size != args.per_device_train_batch_size:
                 raise TyingError(
                     f"The text has {train_dataset.batch_size} columns, and the batch has "
-                    f"{args.per_device_train_batch_size} rows: expected as many, since a row goes on where that of "
-                    "the batch before it ended."
+                    f"{args.per_device_train_batch_size} rows: expected as many, because each row continues that "
+                    "of the previous batch."
                 )
         kwargs.setdefault("data_collator", default_data_collator)
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
         if self.args.label_names is None:
-            self.label_names = ["shift_labels"]  # of a ContiguousText; Trainer drops what the model has not by name
+            self.label_names = [
+                "shift_labels"
+            ]  # of a ContiguousText; not an argument by name, which Trainer looks for
         self._epoch = _Epoch()
         self._resumed: Path | None = None
         patience = self.args.average_after
@@ -99,22 +130,30 @@ class CarriedStateTrainer(Trainer):
 
     # --- training ----------------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As in `Trainer`; the state is taken up where the checkpoint left it."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Train as `Trainer` does. A resumed run continues with the state of the checkpoint.
+
+        Args:
+            resume_from_checkpoint: folder of a checkpoint, or `True` for the last one in `args.output_dir`.
+            **kwargs: further arguments of `Trainer.train`.
+
+        Raises:
+            TyingError: if there is no checkpoint, or it has no state.
+        """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
-                raise TyingError(f"There is no checkpoint in {self.args.output_dir} to go on from.")
+                raise TyingError(f"There is no checkpoint in {self.args.output_dir} to resume from.")
         self._resumed = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         if self._resumed is not None and not (self._resumed / self._file).is_file():
             raise TyingError(
-                f"{self._resumed} has no {self._file}, without which the text cannot be gone on with: expected a "
+                f"{self._resumed} has no {self._file}, without which training cannot be resumed: expected a "
                 "checkpoint that a CarriedStateTrainer of as many processes wrote."
             )
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
-    def create_scheduler(self, num_training_steps: int, optimizer=None):
-        """`decay ** max(epoch - decay_after, 0)`, unless another scheduler is asked for."""
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """Make the schedule `decay ** max(epoch - decay_after, 0)`, or the one that `args` asks for."""
         if self.lr_scheduler is None and self.args.decay != 1:
             updates = math.ceil(self.train_dataset.pieces / self.args.gradient_accumulation_steps)  # in an epoch
             decay, after = self.args.decay, self.args.decay_after
@@ -122,19 +161,27 @@ class CarriedStateTrainer(Trainer):
             self.lr_scheduler = LambdaLR(optimizer, lambda step: decay ** max(step // updates - after, 0))
             self._created_lr_scheduler = True
         elif self.lr_scheduler is None and self.args.lr_scheduler_type == "linear":
-            self.args.lr_scheduler_type = "constant"  # Trainer's default, which no recipe here means
+            self.args.lr_scheduler_type = "constant"  # linear is Trainer's default, and no recipe has it
         return super().create_scheduler(num_training_steps, optimizer)
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The batches of one update, and what the sum of their losses is divided by."""
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, torch.Tensor]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
+        """Get the batches of one update, and the divisor of the sum of their losses."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         divisor = self.train_dataset.batch_size
         if not self.args.sum_over_time:
             divisor = divisor * self.train_dataset.time_steps * max(len(batches), 1)
         return batches, torch.tensor(divisor, device=device)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """As in `Trainer`, from the state that the batch before has left, which is no part of the gradient."""
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, ModelOutput]:
+        """Compute the loss from the state after the previous batch. No gradient flows into that state."""
         inputs = {**inputs, "state": self._epoch.state, "use_cache": True}
         if num_items_in_batch is not None:
             steps = self.current_gradient_accumulation_steps * self.accelerator.num_processes
@@ -146,7 +193,7 @@ class CarriedStateTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in `Trainer`, with the perplexity and the speed of the epoch so far beside each loss."""
+        """Log as `Trainer` does, with the perplexity and the speed of the epoch so far beside each loss."""
         if "loss" in logs and self._epoch.words:
             logs |= self._epoch.report()
         super().log(logs, start_time)
@@ -157,13 +204,30 @@ class CarriedStateTrainer(Trainer):
 
     @property
     def _file(self) -> str:
-        """One for each process, since each has its own columns."""
+        """The name of the file of the state. Each process has its own, because it has its own columns."""
         return _FILE if self.args.process_index == 0 else f"{self.args.process_index}_{_FILE}"
 
     # --- evaluation --------------------------------------------------------------------------------------------------
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Perplexity of a whole text at batch 1, each piece from the state that the one before it has left."""
+    def evaluate(
+        self,
+        eval_dataset: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Evaluate a whole text at batch size 1, with the state carried from each piece to the next one.
+
+        Args:
+            eval_dataset: ids of a text, (words,), int64, or a dict of such texts. Default: the trainer's.
+            ignore_keys: without effect.
+            metric_key_prefix: start of the names of the metrics. Default `"eval"`.
+
+        Returns:
+            `loss` in nats per token, `perplexity`, `tokens` and `runtime` in seconds, with the prefix.
+
+        Raises:
+            TyingError: if there is no text of at least two words.
+        """
         texts = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(texts, dict):
             metrics = {}
@@ -178,7 +242,7 @@ class CarriedStateTrainer(Trainer):
         if self.averaging is not None and self.is_in_train:
             self.averaging.evaluated(loss)
         seconds = time.perf_counter() - start
-        self._epoch.start += seconds  # no part of its training
+        self._epoch.start += seconds  # time that is not spent on training
         metrics = {
             "loss": loss,
             "perplexity": exp_or_infinity(loss),
@@ -192,12 +256,15 @@ class CarriedStateTrainer(Trainer):
 
 
 @torch.no_grad()
-def negative_log_likelihood(model, tokens: torch.Tensor) -> float:
-    """The sum over all words of a text but the first, in nats; the state is carried from the first to the last.
+def negative_log_likelihood(model: PreTrainedModel, tokens: torch.Tensor) -> float:
+    """Compute the negative log-likelihood of a text, with the state carried from the first word to the last.
 
     Args:
-        model: a `TiedLSTMForCausalLM`; dropout is off while it reads.
+        model: a `TiedLSTMForCausalLM`. It is in eval mode meanwhile.
         tokens: (words,), int64.
+
+    Returns:
+        The sum over all words except the first, in nats.
     """
     training = model.training
     model.eval()
@@ -219,14 +286,14 @@ def negative_log_likelihood(model, tokens: torch.Tensor) -> float:
 
 
 class _Epoch:
-    """What is carried through an epoch: the state, and the sums of its reports."""
+    """The state within one epoch, and the sums for its reports."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.state, self.batches, self.words = None, 0, 0
         self.loss: torch.Tensor | float = 0.0
         self.start, self.timed_words = time.perf_counter(), 0
 
-    def count(self, cross_entropy: torch.Tensor, divisor, inputs: dict) -> None:
+    def count(self, cross_entropy: torch.Tensor, divisor: torch.Tensor | int, inputs: dict) -> None:
         self.loss = self.loss + (cross_entropy * divisor).double()
         self.words += inputs["input_ids"].numel()
         self.timed_words += inputs["input_ids"].numel()
@@ -246,7 +313,7 @@ class _Epoch:
         save_file(tensors, path)
 
     @classmethod
-    def load(cls, path: Path, device) -> "_Epoch":
+    def load(cls, path: Path, device: torch.device) -> "_Epoch":
         epoch, tensors = cls(), load_file(path, device=str(device))
         epoch.batches, epoch.words = tensors.pop("counts").tolist()
         epoch.loss = tensors.pop("loss")
@@ -256,39 +323,47 @@ class _Epoch:
 
 
 class _KeepState(TrainerCallback):
-    """Begins each epoch with a new state or that of a checkpoint, and saves it with each checkpoint."""
+    """Start each epoch with a new state or with that of a checkpoint, and save it with each checkpoint."""
 
-    def __init__(self, trainer: CarriedStateTrainer):
+    def __init__(self, trainer: CarriedStateTrainer) -> None:
         self.trainer = trainer
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.trainer.averaging is not None and self.trainer._resumed is not None:
             self.trainer.averaging.load(self.trainer._resumed)
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         trainer = self.trainer
         trainer._epoch = _Epoch()
         if trainer._resumed is not None:
             epoch = _Epoch.load(trainer._resumed / trainer._file, args.device)
-            if epoch.batches < trainer.train_dataset.pieces:  # a checkpoint at the end of one leaves nothing to carry
+            if epoch.batches < trainer.train_dataset.pieces:  # at the end of an epoch there is no state to carry
                 trainer._epoch = epoch
             trainer._resumed = None
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.trainer.averaging is not None:
             self.trainer.averaging.updated()
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
         if self.trainer._epoch.state is not None:
             self.trainer._epoch.save(folder / self.trainer._file)
         if self.trainer.averaging is not None and state.is_world_process_zero:
             self.trainer.averaging.save(folder)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.trainer.averaging is not None:
             self.trainer.averaging.finish()
 
 
-def _detached(state) -> tuple:
+def _detached(state: tuple[tuple[torch.Tensor, torch.Tensor], ...]) -> tuple:
     return tuple(tuple(part.detach() for part in layer) for layer in state)

@@ -1,8 +1,11 @@
-"""Training without a head (CWT, Godey et al. 2023), and the head that is recovered afterwards."""
+"""Training without a head by CWT (Godey et al. 2023), and the recovery of the head afterwards."""
 
 import tempfile
+from typing import Any
 
 import torch
+from torch import nn
+from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import logging
 
@@ -17,29 +20,40 @@ logger = logging.get_logger(__name__)
 
 
 class HeadlessTrainer(Trainer):
-    """Train a causal or masked language model by contrastive weight tying, in training and evaluation without a
-    product with the vocabulary.
+    """Train a causal or masked language model by contrastive weight tying (CWT).
 
-    It is `Trainer` on `use_tied_loss(model, objective=...)`: what the model does before its softmax matrix stays (the
-    dense layer of a BERT's head too), and what is saved is the whole model. `eval_loss` is the contrastive loss of the
-    evaluation batches: it depends on their size, and is no perplexity. There are no logits, so no `compute_metrics`.
-    For perplexity, `recover_lm_head(trainer.model)` and a plain `Trainer`.
+    No step of training or evaluation multiplies by the matrix of the vocabulary.
+
+    This is a `Trainer` on `use_tied_loss(model, objective=...)`. Everything that the model does before its softmax
+    matrix stays, also the dense layer of a BERT's head, and the whole model is saved. `eval_loss` is the contrastive
+    loss of the evaluation batches. It depends on their size, and is not a perplexity. There are no logits, so
+    `compute_metrics` is refused. For perplexity, call `recover_lm_head(trainer.model)` and use a plain `Trainer`.
 
     Args:
-        model: any `PreTrainedModel` with a softmax matrix and `labels`, or one that PEFT has adapted. It keeps the
+        model: any `PreTrainedModel` with a softmax matrix and `labels`, also with PEFT adapters. It keeps the
             objective after training.
-        objective: default `ContrastiveObjective()`, the paper's.
-        Everything else: as for `Trainer`.
+        args: training arguments, as for `Trainer`.
+        *positional: further positional arguments of `Trainer`.
+        objective: the contrastive objective. Default: `ContrastiveObjective()`, the paper's.
+        **kwargs: further arguments of `Trainer`.
 
     Raises:
-        TyingError: for `compute_metrics`, an objective of another kind, and for what `use_tied_loss` refuses.
+        TyingError: if `compute_metrics` is given, the objective is of another kind, or `use_tied_loss` refuses the
+            model.
 
     Example:
         >>> HeadlessTrainer(model=model, args=args, train_dataset=data).train()
         >>> recover_lm_head(model, data, args=TrainingArguments("recovered", learning_rate=1e-4, max_steps=200))
     """
 
-    def __init__(self, model=None, args=None, *positional, objective: ContrastiveObjective | None = None, **kwargs):
+    def __init__(
+        self,
+        model: PreTrainedModel | None = None,
+        args: TrainingArguments | None = None,
+        *positional: Any,
+        objective: ContrastiveObjective | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.objective = ContrastiveObjective() if objective is None else objective
         if not isinstance(self.objective, ContrastiveObjective):
             raise TyingError(
@@ -55,13 +69,19 @@ class HeadlessTrainer(Trainer):
                 "out, or evaluate after recover_lm_head(model) by a plain Trainer."
             )
 
-    def call_model_init(self, trial=None):
-        """A new model of `model_init`, with the objective."""
+    def call_model_init(self, trial: Any = None) -> PreTrainedModel:
+        """Make a new model by `model_init`, and give it the objective."""
         return use_tied_loss(super().call_model_init(trial), objective=self.objective)
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The contrastive loss; no logits."""
-        if objective_of(model) is None:  # the head was recovered since
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, Any, Any]:
+        """Compute the contrastive loss of a batch, without logits."""
+        if objective_of(model) is None:  # the head has been recovered
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         with evaluated_by_objective(model):
             return super().prediction_step(model, inputs, True, ignore_keys)
@@ -69,32 +89,33 @@ class HeadlessTrainer(Trainer):
 
 def recover_lm_head(
     model: PreTrainedModel,
-    train_dataset=None,
+    train_dataset: "Dataset[Any] | None" = None,
     *,
     how: str = "clone",
     args: TrainingArguments | None = None,
-    **trainer_kwargs,
+    **trainer_kwargs: Any,
 ) -> PreTrainedModel:
     """Give a model that was trained without a head its softmax matrix, in place, and train it by cross entropy.
 
-    The objective is taken off; from then on training steps have cross entropy, by blocks (`use_tied_loss`). An
-    optimizer made before holds matrices that may no longer be the model's: make it again.
+    The objective is removed. From then on, the loss of a training step is cross entropy, computed by blocks
+    (`use_tied_loss`). An optimizer made before may hold a matrix that no longer belongs to the model: make it again.
 
     Args:
-        model: any `PreTrainedModel` with a softmax matrix; not one with adapters.
-        train_dataset: of the fine-tuning; without it there is none. The paper takes less than 2% of the tokens.
-        how: `"clone"`, the paper's: the softmax matrix becomes a copy of the input embedding and is untied, in the
-            config too. `"tie"`: it becomes the input embedding.
-        args: of the fine-tuning's `Trainer`. Default: one epoch at the paper's learning rate of 1e-4, warmed up over
-            a fifth of it, nothing saved. The model's biases of the head are trained again.
-        **trainer_kwargs: of `Trainer`, such as `data_collator` (masked language models need theirs), `callbacks`.
+        model: any `PreTrainedModel` with a softmax matrix, without adapters.
+        train_dataset: data of the fine-tuning. Default: no fine-tuning. The paper takes less than 2% of the tokens.
+        how: `"clone"` (the default, as in the paper) makes the softmax matrix a copy of the input embedding, and
+            unties it, also in the config. `"tie"` makes it the input embedding itself.
+        args: training arguments of the fine-tuning. Default: one epoch at the paper's learning rate of 1e-4, with a
+            warm-up over a fifth of it, and nothing saved. The biases of the head are trained again.
+        **trainer_kwargs: further arguments of `Trainer`, such as `callbacks`, and the `data_collator` that masked
+            language models need.
 
     Returns:
         The same model.
 
     Raises:
-        TyingError: for an unknown `how`, `args` or keywords without a dataset, an embedding and a softmax matrix of
-            different sizes, and for what `tie`, `untie` and `use_tied_loss` refuse.
+        TyingError: if `how` is unknown, `args` or keywords are given without a dataset, the embedding and the softmax
+            matrix have different sizes, or `tie`, `untie` or `use_tied_loss` refuses the model.
 
     Source: Godey et al. 2023, section 4.2: a clone of the embedding, 10k steps at 1e-4.
 

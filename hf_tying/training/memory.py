@@ -1,4 +1,4 @@
-"""The memory that a training step keeps for its backward pass, on any device, counted where autograd saves it."""
+"""The memory that autograd saves in a training step for the backward pass, on any device."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,19 +8,32 @@ from torch import nn
 
 
 class SavedActivations:
-    """What autograd has saved: storages by their address, each counted once however many views of it are saved."""
+    """The storages that autograd has saved. Each is counted once, also if several views of it are saved.
 
-    def __init__(self, model: nn.Module):
+    Args:
+        model: model whose parameters and buffers are not counted.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
         self._storages: dict[int, torch.UntypedStorage] = {}
         self._not_counted = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
 
     @property
     def bytes(self) -> int:
-        """Of all storages together."""
+        """The size of all storages together, in bytes."""
         return sum(storage.nbytes() for storage in self._storages.values())
 
     def see(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Count the storage of a tensor, if it is none of the model's own; hold it, so that no address comes twice."""
+        """Count the storage of a tensor, unless it belongs to the model.
+
+        The storage is kept, so that no other one can have its address.
+
+        Args:
+            tensor: tensor that autograd saves.
+
+        Returns:
+            The same tensor.
+        """
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._not_counted:
             self._storages.setdefault(storage.data_ptr(), storage)
@@ -29,16 +42,19 @@ class SavedActivations:
 
 @contextmanager
 def saved_activations(model: nn.Module) -> Iterator[SavedActivations]:
-    """Count the bytes that autograd saves for the backward pass while this is open; parameters and buffers are not.
+    """Count the bytes that autograd saves for the backward pass inside this context.
 
-    A number without noise, and of the CPU too, where PyTorch keeps no peak:
+    The number is exact. It is also available on a CPU, where PyTorch does not record a peak:
 
         with saved_activations(model) as saved:
             loss = model(**batch).loss
         saved.bytes
 
     Args:
-        model: whose parameters and buffers are not counted. Their copies in another dtype, by autocast, are.
+        model: model whose parameters and buffers are not counted. Copies that autocast makes of them are counted.
+
+    Yields:
+        A `SavedActivations`, with the number in `.bytes`.
     """
     saved = SavedActivations(model)
     with torch.autograd.graph.saved_tensors_hooks(saved.see, lambda tensor: tensor):

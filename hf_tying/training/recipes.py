@@ -1,11 +1,13 @@
-"""How the papers trained their LSTM language models: keywords of `CarriedStateArguments`, by the names of the sizes.
+"""The papers' training of their LSTM language models: keywords of `CarriedStateArguments`, by the names of the sizes.
 
-Zaremba et al. 2014 section 4 and their released code (Press & Wolf 2016 use the same); Inan et al. 2016 section 5 with
-a third party's decay; Merity et al. 2017 section 5.
+Sources: Zaremba et al. 2014 section 4 and their released code (also Press & Wolf 2016); Inan et al. 2016 section 5,
+with the decay of another implementation; Merity et al. 2017 section 5.
 """
 
+from typing import Any
 
-def _sgd(time_steps: int, epochs: int, decay: float, decay_after: int, clip: float) -> dict:
+
+def _sgd(time_steps: int, epochs: int, decay: float, decay_after: int, clip: float) -> dict[str, Any]:
     return {
         "time_steps": time_steps,
         "per_device_train_batch_size": 20,
@@ -18,7 +20,7 @@ def _sgd(time_steps: int, epochs: int, decay: float, decay_after: int, clip: flo
     }
 
 
-RECIPES: dict[str, dict] = {
+RECIPES: dict[str, dict[str, Any]] = {
     "zaremba_small": _sgd(20, 13, 0.5, 4, 5.0),
     "zaremba_medium": _sgd(35, 39, 0.8, 6, 5.0),
     "zaremba_large": _sgd(35, 55, 1 / 1.15, 14, 10.0),

@@ -1,4 +1,4 @@
-"""The roles of a tied matrix in training: what each of them gives to the gradient, and a factor for one of them."""
+"""The roles of a tied matrix in training: the gradient that comes through each, and a factor for one of them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,13 +17,14 @@ ROLES = {"input": ("source", "target"), "source": ("source",), "target": ("targe
 
 
 def names_of_role(model: PreTrainedModel, role: str) -> list[str]:
-    """The parameter names of `role` in `model`, with those that only carry its matrix (BART's `shared`).
+    """Find the parameter names of a role, with the names that only carry its matrix (BART's `shared`).
 
     Args:
+        model: any `PreTrainedModel`.
         role: `"input"`, `"source"`, `"target"` or `"output"` (see `ROLES`).
 
     Raises:
-        TyingError: for an unknown role, or one that the model has not.
+        TyingError: if the role is unknown, or the model does not have it.
     """
     if role not in ROLES:
         raise TyingError(f"Unknown role {role!r}: expected one of {', '.join(ROLES)}.")
@@ -37,23 +38,23 @@ def names_of_role(model: PreTrainedModel, role: str) -> list[str]:
 
 
 class RoleMeter:
-    """Gradient norm of each use of a tied matrix.
+    """A meter of the gradient norm of each use of a tied matrix.
 
-    During a forward pass each use gets a view of the one parameter. Autograd computes the gradient of every use anyway
-    before it sums them; on the view it can be seen.
+    In a forward pass, each use gets a view of the one parameter. Autograd computes the gradient of every use before it
+    sums them, so a hook on the view can read it.
 
     Args:
-        model: a model with declared groups. Only names with a role are measured.
+        model: model with declared groups. Only names with a role are measured.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._handles: list = []
         self._watched: list[tuple[str, str]] = []
         self._norms: dict[tuple[str, str], torch.Tensor] = {}
 
     def attach(self) -> None:
-        """Watch every forward pass until `detach`."""
+        """Measure every forward pass until `detach`."""
         if self._handles:
             return
         self._norms.clear()
@@ -66,14 +67,15 @@ class RoleMeter:
                     self._watch(module, group.name, role_of[name])
 
     def detach(self) -> None:
+        """Stop measuring. The last measurements are kept."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
     def norms(self) -> dict[str, float]:
-        """`grad_norm/<group>/<role>` (L2) and `grad_share/<group>/<role>` (0 to 1) of the last backward pass.
+        """Return `grad_norm/<group>/<role>` (L2) and `grad_share/<group>/<role>` (0 to 1) of the last backward pass.
 
-        A group of which a role was not seen has no shares.
+        A group has no shares if one of its roles was not measured.
         """
         norms = {key: float(value) for key, value in self._norms.items()}
         totals: dict[str, float] = {}
@@ -87,10 +89,10 @@ class RoleMeter:
         return logs
 
     def unseen(self) -> list[tuple[str, str]]:
-        """The groups and roles through which no gradient was seen to come in the last backward pass.
+        """Return the groups and roles without a gradient in the last backward pass, as pairs of names.
 
-        A loss that takes the matrix itself, and does not call the head, is such a use. Before the first pass, and of a
-        matrix that is not trained, there is nothing to see.
+        A loss that reads the matrix itself, and does not call the head, is such a use. The list is empty before the
+        first pass, and if nothing is trained.
         """
         return [key for key in dict.fromkeys(self._watched) if key not in self._norms] if self._norms else []
 
@@ -99,7 +101,7 @@ class RoleMeter:
         self._watched.append(key)
         parameters: list[nn.Parameter] = []
 
-        def before(module, args):
+        def before(module: nn.Module, args: tuple) -> None:
             parameter = module._parameters.get("weight")
             if torch.is_grad_enabled() and parameter is not None and parameter.requires_grad:
                 view = parameter.view_as(parameter)
@@ -107,11 +109,11 @@ class RoleMeter:
                 parameters.append(parameter)
                 module._parameters["weight"] = view
 
-        def after(module, args, output):
+        def after(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
             if parameters:
                 module._parameters["weight"] = parameters.pop()
 
-        after.reads_no_output = True  # so that a loss by blocks stays one
+        after.reads_no_output = True  # so that the loss is still computed by blocks
         self._handles += [
             module.register_forward_pre_hook(before),
             module.register_forward_hook(after, always_call=True),
@@ -120,7 +122,7 @@ class RoleMeter:
 
 @contextmanager
 def measured_roles(model: nn.Module) -> Iterator[RoleMeter]:
-    """A `RoleMeter` on `model` for the length of a block, outside Trainer."""
+    """Attach a `RoleMeter` to `model` for the length of a block, outside `Trainer`."""
     meter = RoleMeter(unwrapped(model))
     meter.attach()
     try:
@@ -132,15 +134,16 @@ def measured_roles(model: nn.Module) -> Iterator[RoleMeter]:
 def scale_input_gradient(model: nn.Module, scale: float) -> list:
     """Multiply the part of the gradient that comes through the embedding lookup by `scale`, until it is removed.
 
-    Nothing lies below the lookup but the matrix, so no other gradient changes. The softmax's part is as before. (The
-    published code also has a factor for the other role, put on the logits: it would scale the whole model's gradient.)
+    Only the matrix is below the lookup, so no other gradient changes, and the part of the softmax is as before. (The
+    published code also has a factor for the other role. It acts on the logits, so it would scale the gradient of the
+    whole model.)
 
     Args:
-        model: with input embeddings, tied or not, also under `use_tied_loss`.
-        scale: 0 or more. 5 in the source.
+        model: model with input embeddings, tied or untied, also under `use_tied_loss`.
+        scale: factor, 0 or more; 5 in the source.
 
     Returns:
-        Handles; `handle.remove()` on each of them undoes it.
+        Handles. `handle.remove()` on each of them removes the factor.
 
     Source: Lopardo et al. 2026 (arXiv 2603.26663).
 
@@ -149,7 +152,7 @@ def scale_input_gradient(model: nn.Module, scale: float) -> list:
         >>> rows.register_hook(lambda grad: grad * scale)
     """
 
-    def after(module, args, output):
+    def after(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
         if torch.is_grad_enabled() and output.requires_grad:
             output.register_hook(lambda grad: grad * scale)
 

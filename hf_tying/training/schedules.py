@@ -1,4 +1,4 @@
-"""Ties that change while a model trains: untied in mid-run, or one role frozen, with the optimizer following."""
+"""Changes of ties during training: untie, or freeze one role, and keep the optimizer consistent."""
 
 import copy
 
@@ -8,6 +8,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from ..config import TyingConfig, TyingError
+from ..ties.groups import TieGroup
 from ..ties.modeling import TiedModelMixin
 from ..ties.slots import find_parameter, named_slots
 from ..ties.tying import tie, untie
@@ -20,25 +21,25 @@ logger = logging.get_logger(__name__)
 def untie_trained(
     model: PreTrainedModel, optimizer: torch.optim.Optimizer, names: list[str] | None = None
 ) -> PreTrainedModel:
-    """`untie(model, names)` between two steps of `optimizer`, which goes on with every matrix as if nothing had been.
+    """Untie names between two steps of `optimizer`, and give the optimizer the new copies with their state.
 
-    The first name keeps its `nn.Parameter`; each copy is put into the same parameter group (learning rate, weight
-    decay, what a scheduler keeps there), with a copy of the optimizer's state: moments, momentum, step count. So both
-    take the next step that a model would take that had been untied all along and had that state. In its group a copy
-    stands where the order of `model.parameters()` has it: an optimizer made later for the untied model, as in a
-    resumed run, loads this one's state dict.
+    The first name keeps its `nn.Parameter`. Each copy is put into the same parameter group (learning rate, weight
+    decay, values of a scheduler), with a copy of the optimizer's state: moments, momentum, step count. So all of them
+    take the step that an untied model with this state would take. In its group, a copy has the place that it has in
+    `model.parameters()`. An optimizer that is made later for the untied model, as in a resumed run, can therefore load
+    the state dict of this one.
 
     Args:
         model: any `PreTrainedModel`, unwrapped, between two steps (no gradients).
-        optimizer: holds the tied matrices, unless they are frozen; also as Accelerate wraps it.
-        names: see `untie`; all when not given.
+        optimizer: optimizer of the tied matrices, unless they are frozen; also wrapped by Accelerate.
+        names: names to untie, see `untie`. Default: all.
 
     Returns:
         The same model.
 
     Raises:
-        TyingError: when the optimizer does not hold a matrix that is trained (it flattens or shards them: DeepSpeed,
-            FSDP), and for all that `untie` refuses.
+        TyingError: if the optimizer does not hold a trained matrix (DeepSpeed and FSDP flatten or shard them), or
+            `untie` refuses.
     """
     refuse_unheld(model, optimizer)
     before = named_slots(model)
@@ -48,21 +49,21 @@ def untie_trained(
 
 
 def freeze_role(model: PreTrainedModel, optimizer: torch.optim.Optimizer | None, role: str) -> list[nn.Parameter]:
-    """Stop the training of one role's matrix. Where it is tied to a role that stays free, it is untied first.
+    """Freeze the matrix of one role. If it is tied to a role that is still trained, it is untied first.
 
-    A frozen matrix stays in the optimizer, which passes over it for want of a gradient: weight decay and momentum do
-    not move it either, and its state dict fits a run that freezes nothing. An output bias is no matrix and stays free.
+    A frozen matrix stays in the optimizer, which skips it because it has no gradient. So weight decay and momentum do
+    not change it, and the optimizer's state dict fits a run that freezes nothing. An output bias is not frozen.
 
     Args:
         model: any `PreTrainedModel`, unwrapped, between two steps (no gradients).
-        optimizer: see `untie_trained`; `None` where it is not made yet.
+        optimizer: optimizer of the model, see `untie_trained`; `None` before it is made.
         role: `"input"`, `"source"`, `"target"` or `"output"`.
 
     Returns:
-        The parameters that were free and are frozen now.
+        The parameters that were trainable before and are frozen now.
 
     Raises:
-        TyingError: for a role that the model has not, and for all that `untie_trained` refuses.
+        TyingError: if the model does not have the role, or `untie_trained` refuses.
 
     Source: "Train your classifier first", arXiv 2102.04697.
     """
@@ -80,17 +81,21 @@ def freeze_role(model: PreTrainedModel, optimizer: torch.optim.Optimizer | None,
 
 
 def refuse_unheld(model: PreTrainedModel, optimizer: torch.optim.Optimizer | None) -> None:
-    """Whether `optimizer` can follow an `untie` of `model`.
+    """Refuse an optimizer that does not hold a trained tied matrix, because its state could not be copied.
+
+    Args:
+        model: any `PreTrainedModel`, unwrapped.
+        optimizer: optimizer of the model; `None` before it is made, which is accepted.
 
     Raises:
-        TyingError: when a trained tied matrix is not among its parameters.
+        TyingError: if a trained tied matrix is not among its parameters.
     """
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer is not None else set()
     for group in groups_of(model):
         parameter = find_parameter(model, group.root)
         if optimizer is not None and parameter.requires_grad and id(parameter) not in stepped:
             raise TyingError(
-                f"Group {group.name!r} ({', '.join(group.names)}) cannot be taken apart in training: "
+                f"Group {group.name!r} ({', '.join(group.names)}) cannot be untied in training: "
                 f"{type(optimizer).__name__} does not hold its matrix (it was made before the tie, or it flattens or "
                 "shards parameters, as DeepSpeed and FSDP do). Expected an optimizer over the model's own parameters; "
                 "else untie(model) before training."
@@ -98,10 +103,14 @@ def refuse_unheld(model: PreTrainedModel, optimizer: torch.optim.Optimizer | Non
 
 
 def guard(model: PreTrainedModel, save_format: str | None = None) -> None:
-    """Put `model` under `TiedModelMixin` with the ties that it has; its files get `save_format`, if given.
+    """Declare the actual ties of `model`, so that `TiedModelMixin` guards them.
 
-    It then refuses a state dict in which tied names differ, and `"portable"` files hold each name, so that the model
-    can load them after it has been untied.
+    The model then refuses a state dict whose tied names have different values.
+
+    Args:
+        model: any `PreTrainedModel`, unwrapped.
+        save_format: format of its files. `"portable"` files have each name, so that the model can load them after it
+            has been untied. Default: unchanged.
     """
     entry = TyingConfig.from_dict(getattr(model.config, "tying", None))
     groups = {group.name: list(group.names) for group in groups_of(model)}
@@ -110,15 +119,24 @@ def guard(model: PreTrainedModel, save_format: str | None = None) -> None:
 
 
 def step_of(when: float | int, steps: int) -> int:
-    """The number of steps done at `when`: a fraction of `steps`, or that number itself."""
+    """Convert a moment to a number of steps.
+
+    Args:
+        when: fraction of all steps, or number of steps.
+        steps: number of all steps.
+    """
     return when if isinstance(when, int) else max(1, round(when * steps))
 
 
 def check_when(name: str, when: float | int | None) -> None:
-    """A fraction in (0, 1] or a number of steps.
+    """Refuse a moment that is neither a fraction in (0, 1] nor a number of steps from 1.
+
+    Args:
+        name: name of the argument, for the message.
+        when: moment; `None` is accepted.
 
     Raises:
-        TyingError: for anything else.
+        TyingError: if `when` is anything else.
     """
     whole = isinstance(when, int) and not isinstance(when, bool) and when >= 1
     if when is not None and not whole and not (isinstance(when, float) and 0 < when <= 1):
@@ -128,12 +146,14 @@ def check_when(name: str, when: float | int | None) -> None:
         )
 
 
-def _part(model, optimizer, group, inside: list[str], role: str) -> None:
-    """Take the names `inside` out of `group`, as one matrix among themselves."""
+def _part(
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer | None, group: TieGroup, inside: list[str], role: str
+) -> None:
+    """Untie the names `inside` from the rest of `group`. They stay one matrix among themselves."""
     refuse_unheld(model, optimizer)
     before = named_slots(model)
     untie(model, inside)
-    if len(inside) > 1:  # in the order of the slots, so that the one that kept the parameter is the root
+    if len(inside) > 1:  # the first of the slots kept the parameter, so it is the root
         tie(model, {f"{group.name}_{role}": inside})
     if optimizer is not None:
         _add_copies(model, optimizer, before)
@@ -146,7 +166,7 @@ def _part(model, optimizer, group, inside: list[str], role: str) -> None:
 
 
 def _add_copies(model: PreTrainedModel, optimizer: torch.optim.Optimizer, before: dict[str, nn.Parameter]) -> None:
-    """Put into `optimizer` each parameter that stands where another one stood `before`."""
+    """Put the new parameters of the model into `optimizer`, beside those that had their places `before`."""
     place = {id(parameter): i for i, parameter in enumerate(model.parameters())}
     added: set[int] = set()
     for name, parameter in named_slots(model).items():

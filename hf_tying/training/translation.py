@@ -3,11 +3,25 @@ decoder's inputs; and a callback that keeps two tokenizers with it."""
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, DataCollatorForSeq2Seq, PreTrainedConfig, TrainerCallback
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
-from ..config import TyingError
+from ..config import TyingError, nearest
 from ..ties.anatomy import roles
 from ..ties.slots import find_parameter
 
@@ -18,17 +32,31 @@ TARGET_TOKENIZER = "decoder_tokenizer"
 _INSTEAD = {"bos_token_id": "cls_token_id", "eos_token_id": "sep_token_id", "pad_token_id": "eos_token_id"}
 
 
-def special_ids(tokenizer) -> dict[str, int | None]:
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
     """`bos_token_id`, `eos_token_id` and `pad_token_id` of a tokenizer, with `[CLS]`, `[SEP]` and the end token as
     stand-ins where it has none."""
     ids = {name: getattr(tokenizer, name) for name in _INSTEAD}
     return {name: getattr(tokenizer, _INSTEAD[name]) if value is None else value for name, value in ids.items()}
 
 
-def translation_config(model_type: str, tokenizer, target_tokenizer=None, **changes) -> PreTrainedConfig:
+def rows_needed(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows of an embedding that a tokenizer needs: its vocabulary, and language codes beyond it (M2M100)."""
+    ids = {*tokenizer.get_vocab().values(), *tokenizer.all_special_ids}
+    ids |= {*getattr(tokenizer, "lang_token_to_id", {}).values(), *getattr(tokenizer, "lang_code_to_id", {}).values()}
+    return max(len(tokenizer), max(ids) + 1)
+
+
+def translation_config(
+    model_type: str,
+    tokenizer: PreTrainedTokenizerBase,
+    target_tokenizer: PreTrainedTokenizerBase | None = None,
+    **changes: Any,
+) -> PreTrainedConfig:
     """The default config of a type of translation model, with the sizes and special ids of its tokenizers.
 
     The decoder starts with the padding (Marian, T5), the end (BART) or the beginning, as in the type's own default.
+    Types that can scale their embedding (Marian, BART, M2M100) start with rows of unit norm, times the root of the
+    width (Vaswani et al. 2017, section 3.4): with 0.02, attention stays flat for hundreds of steps in a small model.
 
     Args:
         model_type (`str`): such as `"marian"`, `"bart"` or `"t5"`.
@@ -40,20 +68,24 @@ def translation_config(model_type: str, tokenizer, target_tokenizer=None, **chan
         TyingError: for a type that transformers does not know or that is no encoder-decoder, and for two tokenizers
             with a type that has one vocabulary.
     """
+    if model_type not in CONFIG_MAPPING:
+        raise TyingError(
+            f"transformers has no model type {model_type!r}: expected such as marian, bart or t5"
+            f"{nearest(model_type, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)}."
+        )
     try:
         stock = AutoConfig.for_model(model_type)
-    except ValueError:
-        raise TyingError(
-            f"transformers has no model type {model_type!r}: expected such as marian, bart or t5."
-        ) from None
-    if not stock.is_encoder_decoder or hasattr(stock, "encoder"):
+    except ValueError:  # of transformers 5.17, where a model of two models has no default config
+        stock = None
+    if stock is None or not stock.is_encoder_decoder or hasattr(stock, "encoder"):
         raise TyingError(
             f"A model of type {model_type!r} is no translation model: expected such as marian, bart or t5."
         )
     target = target_tokenizer or tokenizer
     usual = ("vocab_size", "decoder_vocab_size")
     names = ("src_vocab_size", "tgt_vocab_size") if hasattr(stock, "tgt_vocab_size") else usual
-    fields = {name: len(side) for name, side in zip(names, (tokenizer, target), strict=True) if hasattr(stock, name)}
+    sizes = zip(names, map(rows_needed, (tokenizer, target)), strict=True)
+    fields = {name: size for name, size in sizes if hasattr(stock, name)}
     fields |= special_ids(target)
     if target is not tokenizer:
         if names[1] not in fields:
@@ -61,6 +93,9 @@ def translation_config(model_type: str, tokenizer, target_tokenizer=None, **chan
         if hasattr(stock, "share_encoder_decoder_embeddings"):
             fields["share_encoder_decoder_embeddings"] = False
 
+    if hasattr(stock, "scale_embedding") and hasattr(stock, "init_std"):
+        width = changes.get("d_model") or changes.get("hidden_size") or stock.d_model
+        fields |= {"scale_embedding": True, "init_std": width**-0.5}
     start = getattr(stock, "decoder_start_token_id", None)
     as_in_stock = [name for name in _INSTEAD if start is not None and getattr(stock, name, None) == start]
     # Where the default does not say: T5, which has no beginning, starts with the padding; mBART with the labels' end.
@@ -71,7 +106,7 @@ def translation_config(model_type: str, tokenizer, target_tokenizer=None, **chan
     return AutoConfig.for_model(model_type, **fields | changes)
 
 
-def fill_special_ids(model, target_tokenizer) -> None:
+def fill_special_ids(model: PreTrainedModel, target_tokenizer: PreTrainedTokenizerBase) -> None:
     """Tell two joined models (`EncoderDecoderModel`) the special ids that nobody has told them; others have theirs."""
     if not hasattr(model.config, "encoder"):
         return
@@ -82,7 +117,12 @@ def fill_special_ids(model, target_tokenizer) -> None:
                 setattr(part, name, value)
 
 
-def use_languages(model, tokenizer, source_language: str | None, target_language: str | None) -> None:
+def use_languages(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    source_language: str | None,
+    target_language: str | None,
+) -> None:
     """Tell a multilingual tokenizer (mBART, M2M100, NLLB) its languages, and the model the code to begin with.
 
     Args:
@@ -115,7 +155,13 @@ def use_languages(model, tokenizer, source_language: str | None, target_language
         model.generation_config.forced_bos_token_id = first
 
 
-def check_fit(model, tokenizer, target_tokenizer, max_source_length: int, max_target_length: int) -> None:
+def check_fit(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    target_tokenizer: PreTrainedTokenizerBase,
+    max_source_length: int,
+    max_target_length: int,
+) -> None:
     """Each side of a model has a row for every token and a position for every place.
 
     Args:
@@ -134,9 +180,9 @@ def check_fit(model, tokenizer, target_tokenizer, max_source_length: int, max_ta
     }
     for role, (config, side, length) in sides.items():
         rows = find_parameter(model, roles(model)[role].names[0]).shape[0]
-        if len(side) > rows:
+        if (needed := rows_needed(side)) > rows:
             raise TyingError(
-                f"The tokenizer of the {role} side has {len(side)} tokens and the {role} embedding {rows} rows: "
+                f"The tokenizer of the {role} side has {needed} tokens and the {role} embedding {rows} rows: "
                 "expected a row for each. Give the tokenizer of this model, or resize the model first."
             )
         positions = getattr(config, "max_position_embeddings", None)
@@ -147,7 +193,9 @@ def check_fit(model, tokenizer, target_tokenizer, max_source_length: int, max_ta
             )
 
 
-def translation_collator(model, tokenizer, **kwargs) -> DataCollatorForSeq2Seq:
+def translation_collator(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **kwargs: Any
+) -> DataCollatorForSeq2Seq:
     """Pad a batch of `encode_parallel`, and shift its labels right to be the decoder's inputs.
 
     The inputs are made here since label smoothing takes the labels from the model, and some (M2M100, Blenderbot) would
@@ -166,7 +214,17 @@ def translation_collator(model, tokenizer, **kwargs) -> DataCollatorForSeq2Seq:
         inputs = torch.cat([start, labels[:, :-1]], dim=1)
         return inputs.masked_fill(inputs == -100, model.config.pad_token_id)
 
-    return DataCollatorForSeq2Seq(tokenizer, SimpleNamespace(prepare_decoder_input_ids_from_labels=shifted), **kwargs)
+    return _Collator(tokenizer, SimpleNamespace(prepare_decoder_input_ids_from_labels=shifted), **kwargs)
+
+
+class _Collator(DataCollatorForSeq2Seq):
+    """Leaves `labels` out of a batch that has none: `Seq2SeqTrainer` asks a loss of any batch that names them."""
+
+    def __call__(self, features: list[dict[str, Any]], return_tensors: str | None = None) -> dict[str, Any]:
+        batch = super().__call__(features, return_tensors)
+        if batch.get("labels", 0) is None:
+            del batch["labels"]
+        return batch
 
 
 class TwoTokenizersCallback(TrainerCallback):
@@ -179,22 +237,24 @@ class TwoTokenizersCallback(TrainerCallback):
         target_tokenizer: of the target side.
     """
 
-    def __init__(self, tokenizer, target_tokenizer):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer, self.target_tokenizer = tokenizer, target_tokenizer
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._save(Path(args.output_dir, f"checkpoint-{state.global_step}"), state)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._save(Path(args.output_dir), state)
 
-    def _save(self, folder: Path, state) -> None:
+    def _save(self, folder: Path, state: TrainerState) -> None:
         if state.is_world_process_zero:
             self.tokenizer.save_pretrained(folder)
             self.target_tokenizer.save_pretrained(folder / TARGET_TOKENIZER)
 
 
-def target_tokenizer_beside(model_path: str | Path):
+def target_tokenizer_beside(model_path: str | Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer in `decoder_tokenizer/` of a model's folder, or `None` if there is none."""
     folder = Path(model_path, TARGET_TOKENIZER)
     return AutoTokenizer.from_pretrained(folder) if folder.is_dir() else None

@@ -1,4 +1,6 @@
-"""Two vocabularies become one: the words (`joint`), the tokenizer (`tokenizer`) and a trained model (`join`)."""
+"""Joins of two vocabularies: their words (`joint`), the tokenizer (`tokenizer`) and a trained model (`join`)."""
+
+from typing import TYPE_CHECKING
 
 from .._lazy import lazy_names
 
@@ -9,6 +11,17 @@ _HOME = {
     "join_vocabularies": "join",
 }
 
-__all__ = [*_HOME]
+__all__ = [
+    "JointTokenizer",
+    "JointVocabulary",
+    "MASK",
+    "join_vocabularies",
+]
 
-__getattr__, __dir__ = lazy_names(globals(), _HOME)
+if TYPE_CHECKING:
+    from .join import join_vocabularies
+    from .joint import JointVocabulary
+    from .rows import MASK
+    from .tokenizer import JointTokenizer
+else:
+    __getattr__, __dir__ = lazy_names(globals(), _HOME)

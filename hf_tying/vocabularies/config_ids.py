@@ -1,8 +1,9 @@
-"""The ids that a config states of the source side, padding before all: what they become in a joint vocabulary."""
+"""The special ids of the source side in a config, above all padding, and their ids in a joint vocabulary."""
 
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ..config import TyingError
 from ..ties.anatomy import Anatomy
@@ -11,8 +12,18 @@ from ..ties.vocabulary import vocabularies_of
 from .joint import JointVocabulary
 
 
-def padding_move(anatomy: Anatomy, joint: JointVocabulary, target_tokenizer) -> tuple[int, int] | None:
-    """The padding id of the source side before and after; `None` where it stays.
+def padding_move(
+    anatomy: Anatomy, joint: JointVocabulary, target_tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, int] | None:
+    """Find the padding id of the source side before and after the join.
+
+    Args:
+        anatomy: the model.
+        joint: ids of the joint vocabulary.
+        target_tokenizer: tokenizer of the target side.
+
+    Returns:
+        The two ids, or `None` if the id does not change.
 
     Raises:
         TyingError: the id would change, and one config has it for both sides with two padding tokens, or the model
@@ -48,7 +59,9 @@ def write_source_ids(model: PreTrainedModel, joint: JointVocabulary, padding: tu
     """Write the joint ids of the source's special tokens into its config, and its padding id into its modules.
 
     Args:
-        padding: from `padding_move`.
+        model: the model, in place.
+        joint: ids of the joint vocabulary.
+        padding: the ids before and after, from `padding_move`.
     """
     config = _source_config(model)
     if config is not model.config:
@@ -68,11 +81,11 @@ def write_source_ids(model: PreTrainedModel, joint: JointVocabulary, padding: tu
 
 
 def _source_config(model: PreTrainedModel) -> PreTrainedConfig:
-    """The config that states the ids of the source side: the encoder's own where it has one, else the model's."""
+    """The config with the ids of the source side: the encoder's own if it has one, else the model's."""
     config = getattr(model.config, "encoder", None)
     return config if isinstance(config, PreTrainedConfig) else model.config
 
 
 def _source_model(model: PreTrainedModel) -> nn.Module:
-    """The part of the model that takes its ids from that config."""
+    """The part of the model that reads its ids from the source config."""
     return model if _source_config(model) is model.config else model.get_encoder()

@@ -1,4 +1,4 @@
-"""How subword vocabularies mark the beginning or the end of a word, and one spelling in the terms of another."""
+"""The marks of the beginning or the end of a word in subword vocabularies, and conversions between spellings."""
 
 import functools
 from collections.abc import Iterable
@@ -10,9 +10,16 @@ _STARTS, _INSIDE, _ENDS, _OPEN, _BYTES = "starts a word", "inside a word", "ends
 
 
 def convention_of(words: Iterable[str]) -> str:
-    """The mark that most words of a vocabulary carry; `""` for a vocabulary that has none.
+    """Find the mark that most words of a vocabulary have.
 
-    A mark on fewer than one word in a hundred is no convention: GPT-2 has a few words of number signs, BERT has a `▁`.
+    A mark on fewer than one word in a hundred does not count: GPT-2 has a few words of number signs, and BERT has a
+    `▁`.
+
+    Args:
+        words: words of the vocabulary.
+
+    Returns:
+        The mark, or `""` if there is none.
     """
     words = list(words)
     counts = {mark: sum(word.startswith(mark) and word != "##" for word in words) for mark in _BEFORE}
@@ -22,7 +29,12 @@ def convention_of(words: Iterable[str]) -> str:
 
 
 def piece_of(word: str, convention: str) -> tuple[str, str]:
-    """What `word` means under a convention: its place in a word, and its text."""
+    """Read a piece of a vocabulary: its place in a word, and its text.
+
+    Args:
+        word: entry of the vocabulary.
+        convention: mark of the vocabulary, from `convention_of`.
+    """
     if convention == "Ġ":
         text = _from_bytes(word)
         if text is None:
@@ -41,7 +53,15 @@ def piece_of(word: str, convention: str) -> tuple[str, str]:
 
 
 def spelled(piece: tuple[str, str], convention: str) -> str | None:
-    """The word that means `piece` under a convention, the inverse of `piece_of`; `None` where it has no such word."""
+    """Spell a piece under a convention: the inverse of `piece_of`.
+
+    Args:
+        piece: place and text, from `piece_of`.
+        convention: mark of the vocabulary, from `convention_of`.
+
+    Returns:
+        The entry of the vocabulary, or `None` if the convention cannot spell the piece.
+    """
     place, text = piece
     if place == _BYTES:
         return text if convention == "Ġ" else None
@@ -77,5 +97,5 @@ def _bytes_of_alphabet() -> dict[str, int]:
 def _from_bytes(word: str) -> str | None:
     try:
         return bytes(_bytes_of_alphabet()[character] for character in word).decode("utf-8")
-    except (KeyError, UnicodeDecodeError):  # a part of a character, or no byte-level word at all
+    except (KeyError, UnicodeDecodeError):  # a part of a character, or not a byte-level word
         return None

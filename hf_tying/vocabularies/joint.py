@@ -1,38 +1,43 @@
-"""One vocabulary from two: which words of two tokenizers become one word, and the ids that follow from it.
+"""One vocabulary from two: the words of two tokenizers that become one word, and the resulting ids.
 
-Nothing here knows a model.
+This file does not depend on a model.
 """
 
 import functools
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..config import TyingError, nearest
 from .conventions import convention_of, piece_of, spelled
 
-#: The rules by which words of two vocabularies become one; see `join_vocabularies`.
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+
+#: The rules by which two words become one; see `join_vocabularies`.
 OVERLAPS = ("word", "spelling", "none")
 
 
 class VocabularySide:
-    """The vocabulary of one side of a translation: its words by their ids, and what they mean.
+    """The vocabulary of one side of a translation: its words by their ids, and their meaning.
 
     Args:
-        tokenizer: the transformers tokenizer of this side.
-        vocabulary (`dict[str, int]`): the ids of its words, from `vocabularies_of`.
+        tokenizer: transformers tokenizer of this side.
+        vocabulary (`dict[str, int]`): ids of its words, from `vocabularies_of`.
     """
 
-    def __init__(self, tokenizer, vocabulary: dict[str, int]):
-        # Of two words with one id, the first in the order of the alphabet.
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", vocabulary: dict[str, int]) -> None:
+        # If two words have one id, the first in alphabetical order is kept.
         self.words = {index: word for word, index in reversed(sorted(vocabulary.items()))}
         self.convention = convention_of(vocabulary)
         special = {name: str(word) for name, word in tokenizer.special_tokens_map.items()}
-        #: The roles of each special token, as `{"pad_token"}`.
+        #: The roles of each special token, such as `{"pad_token"}`.
         self.roles = {word: frozenset(n for n, w in special.items() if w == word) for word in special.values()}
-        #: The words that a tokenizer never splits, since they are no pieces of text: special and added tokens.
+        #: The words that a tokenizer never splits, because they are not pieces of text: special and added tokens.
         self.whole = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
 
     def piece(self, index: int) -> tuple[str, str]:
-        """What the word with this id means: its place in a word, and its text."""
+        """Read the word with this id: its place in a word, and its text."""
         return piece_of(self.words[index], self.convention)
 
 
@@ -41,9 +46,9 @@ class JointVocabulary:
     """The ids of a joint vocabulary.
 
     Args:
-        target_size (`int`): number of rows of the target side. Their ids are unchanged. All ids from here on are of
-            words that only the source side has.
-        source_ids (`dict[int, int]`): from the id of each source word to its id in the joint vocabulary.
+        target_size (`int`): number of rows of the target side, whose ids are unchanged. Ids from this number on belong
+            to words that only the source side has.
+        source_ids (`dict[int, int]`): map from the id of each source word to its id in the joint vocabulary.
 
     Raises:
         TyingError: two source words have one id, or the ids of words that only the source has leave a gap.
@@ -52,18 +57,18 @@ class JointVocabulary:
     target_size: int
     source_ids: dict[int, int]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         ids = self.source_ids.values()
         own = sorted(index for index in ids if index >= self.target_size)
         if len(set(ids)) < len(ids) or own != list(range(self.target_size, self.target_size + len(own))):
             raise TyingError(
-                f"The ids of {len(ids)} source words are no joint vocabulary: expected each once, below "
+                f"The ids of {len(ids)} source words do not make a joint vocabulary: expected each once, below "
                 f"{self.target_size} for a word of both sides, and from there on without a gap."
             )
 
     @functools.cached_property
     def joint_to_source(self) -> dict[int, int]:
-        """From joint ids back to the source side's own ids."""
+        """The map from joint ids to the source side's own ids."""
         return {joint: source for source, joint in self.source_ids.items()}
 
     @property
@@ -78,16 +83,18 @@ class JointVocabulary:
 
 
 def join_words(source: VocabularySide, target: VocabularySide, target_size: int, overlap: str) -> JointVocabulary:
-    """Give each source word the id of the target word that it is one with, or a new id in the order of the old ones.
+    """Give each source word the id of the target word that it becomes one with, or else a new id.
+
+    New ids are in the order of the old ones.
 
     Args:
-        source: the source side.
-        target: the target side.
+        source: vocabulary of the source side.
+        target: vocabulary of the target side.
         target_size: number of rows of the target's matrix, which may have more rows than words.
-        overlap: one of `OVERLAPS`.
+        overlap: rule, one of `OVERLAPS`.
 
     Raises:
-        TyingError: `overlap` is another rule.
+        TyingError: `overlap` is not one of these.
     """
     check_overlap(overlap)
     known: dict = {}
@@ -96,7 +103,7 @@ def join_words(source: VocabularySide, target: VocabularySide, target_size: int,
             known.setdefault(meaning, index)
     source_ids: dict[int, int] = {}
     taken = set()
-    # Tokens of one spelling come first, so that no token is taken by its roles while it has a namesake.
+    # Equal spellings come first, so that a token is matched by its roles only if no token has its spelling.
     for depth in (0, 1):
         for index in sorted(source.words):
             meanings = _meanings(source, index, overlap)
@@ -110,7 +117,14 @@ def join_words(source: VocabularySide, target: VocabularySide, target_size: int,
 
 
 def check_overlap(overlap: str) -> None:
-    """Refuse an unknown rule by a `TyingError`."""
+    """Refuse an unknown rule.
+
+    Args:
+        overlap: rule.
+
+    Raises:
+        TyingError: `overlap` is not one of `OVERLAPS`.
+    """
     if overlap not in OVERLAPS:
         hint = nearest(overlap, OVERLAPS) if isinstance(overlap, str) else ""
         raise TyingError(f"Unknown overlap rule {overlap!r}: expected one of {', '.join(OVERLAPS)}{hint}.")
@@ -121,12 +135,17 @@ def row_names(
 ) -> tuple[dict[int, str], dict[int, str]]:
     """Name each row of the joint vocabulary.
 
-    A source word is named as the target's convention spells it: the WordPiece `##ing` becomes `ing` beside a
-    byte-level vocabulary. A row without a word is named as unused.
+    A source word is spelled by the convention of the target: the WordPiece `##ing` becomes `ing` beside a byte-level
+    vocabulary. A row without a word is named as unused.
+
+    Args:
+        source: vocabulary of the source side.
+        target: vocabulary of the target side.
+        joint: ids of the joint vocabulary.
 
     Returns:
-        From each id to its name, each name once; and from each id to its spelling. They differ where another word
-        has the spelling for its name.
+        A map from each id to its unique name, and a map from each id to its spelling. They differ if another word has
+        the spelling as its name.
     """
     written = dict(target.words)
     for index in joint.source_only:
@@ -148,7 +167,7 @@ def row_names(
 
 
 def _meanings(side: VocabularySide, index: int, overlap: str) -> list:
-    """The keys by which a word is found on the other side, the stronger one first."""
+    """The keys by which a word is found on the other side, the stronger key first."""
     word = side.words[index]
     if word in side.whole:
         return [("token", word), *([("role", side.roles[word])] if word in side.roles else [])]

@@ -1,4 +1,4 @@
-"""`joint_vocabulary.json`, the file of a `JointTokenizer`: written, read, and checked against its tokenizers."""
+"""`joint_vocabulary.json`, the file of a `JointTokenizer`: writing, reading, and a check against its tokenizers."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,16 @@ from ..config import TyingError
 from .joint import JointVocabulary, VocabularySide
 
 _VERSION = 1
-_MOST_ROWS = 10_000_000  # a file that claims more is refused, since every row gets a name in memory
+_MOST_ROWS = 10_000_000  # a file with more rows is refused, because every row gets a name in memory
 
 
 def write_joint_file(joint: JointVocabulary, file: Path) -> None:
-    """Write the ids of `joint`, as a list from each source id to its joint id (null for an id without a word)."""
+    """Write the ids of `joint`, as a list from each source id to its joint id (null for an id without a word).
+
+    Args:
+        joint: ids of the joint vocabulary.
+        file: JSON file to write.
+    """
     ids = joint.source_ids
     content = {
         "version": _VERSION,
@@ -24,8 +29,11 @@ def write_joint_file(joint: JointVocabulary, file: Path) -> None:
 def read_joint_file(file: str | None) -> JointVocabulary:
     """Read the ids that `write_joint_file` wrote.
 
+    Args:
+        file: JSON file; `None` if a tokenizer was saved without it.
+
     Raises:
-        TyingError: there is no file, or it is no joint vocabulary, of a newer version, or of too many rows.
+        TyingError: there is no file, or it is not a joint vocabulary, has a newer version, or has too many rows.
     """
     if file is None:
         raise TyingError(
@@ -36,19 +44,24 @@ def read_joint_file(file: str | None) -> JointVocabulary:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
         version, size, ids = content["version"], content["target_size"], content["source_ids"]
     except (ValueError, KeyError, TypeError) as error:
-        raise TyingError(f"{file} is no joint vocabulary ({error!r}). Save the tokenizer again.") from error
+        raise TyingError(f"{file} is not a joint vocabulary ({error!r}). Save the tokenizer again.") from error
     if version != _VERSION:
         raise TyingError(f"{file} has version {version!r}: this hf_tying reads {_VERSION}. Upgrade hf-tying.")
     numbers = [size, *(index for index in ids if index is not None)] if isinstance(ids, list) else [None]
     if not all(type(number) is int and number >= 0 for number in numbers):
-        raise TyingError(f"{file} is no joint vocabulary: expected target_size and source_ids as numbers from 0 on.")
+        raise TyingError(f"{file} is not a joint vocabulary: expected target_size and source_ids as numbers from 0.")
     if size + len(ids) > _MOST_ROWS:
         raise TyingError(f"{file} has {size + len(ids)} rows: no vocabulary has more than {_MOST_ROWS}.")
     return JointVocabulary(size, {source: joint for source, joint in enumerate(ids) if joint is not None})
 
 
 def check_fit(joint: JointVocabulary, source: VocabularySide, target: VocabularySide) -> None:
-    """Refuse ids that are not those of these tokenizers, as after one of them has changed.
+    """Refuse ids that do not belong to these tokenizers, for example because one of them has changed.
+
+    Args:
+        joint: ids of the joint vocabulary.
+        source: vocabulary of the source side.
+        target: vocabulary of the target side.
 
     Raises:
         TyingError: a word of a side has no row, or an id of the source has no word.

@@ -1,4 +1,6 @@
-"""What `join_vocabularies` refuses, before anything is changed: matrices and tokenizers that cannot become one."""
+"""The refusals of `join_vocabularies`: matrices and tokenizers that cannot become one."""
+
+from typing import TYPE_CHECKING
 
 from ..config import TyingError
 from ..ties.anatomy import Anatomy
@@ -6,9 +8,19 @@ from ..ties.slots import find_slot, why_no_parameter
 from ..ties.vocabulary import vocabularies_of
 from .joint import VocabularySide
 
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
 
 def refuse_missing_matrices(anatomy: Anatomy) -> None:
-    """Each of the three roles has a matrix of floating-point values, with a row for each word."""
+    """Refuse a model that lacks a matrix of floating-point values, with a row for each word, for one of the roles.
+
+    Args:
+        anatomy: the model.
+
+    Raises:
+        TyingError: a role is missing, or its matrix has no values that can be joined.
+    """
     model = anatomy.model
     missing = [role for role in ("source", "target", "output") if role not in anatomy.roles]
     if missing:
@@ -38,7 +50,14 @@ def refuse_missing_matrices(anatomy: Anatomy) -> None:
 
 
 def refuse_unjoinable_matrices(anatomy: Anatomy) -> None:
-    """Source and target have two matrices of one width, and none of them is tied to anything else."""
+    """Refuse source and target matrices that are one, have different widths, or are tied to anything else.
+
+    Args:
+        anatomy: the model.
+
+    Raises:
+        TyingError: one of these holds.
+    """
     names = {role: found.name for role, found in anatomy.roles.items()}
     held = {role: anatomy.slots[name] for role, name in names.items()}
     if held["source"] is held["target"] or held["source"] is held["output"]:
@@ -60,13 +79,22 @@ def refuse_unjoinable_matrices(anatomy: Anatomy) -> None:
         if known & set(chain) and set(chain) - known:
             other = min(set(chain) - known)
             raise TyingError(
-                f"Cannot join the vocabularies: {other!r} is tied to {min(known & set(chain))!r}, and is no "
+                f"Cannot join the vocabularies: {other!r} is tied to {min(known & set(chain))!r}, and is not a "
                 f"vocabulary matrix. untie(model, [{other!r}]) first."
             )
 
 
-def refuse_two_ends(tokenizer) -> None:
-    """A tokenizer with two vocabularies (Marian, FSMT) ends texts of both sides with the id of the source's end."""
+def refuse_two_ends(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Refuse a tokenizer with two vocabularies whose end tokens have different ids.
+
+    Such a tokenizer (Marian, FSMT) ends texts of both sides with the id of the source's end token.
+
+    Args:
+        tokenizer: tokenizer of the target side.
+
+    Raises:
+        TyingError: the two ids differ.
+    """
     end = tokenizer.special_tokens_map.get("eos_token") or tokenizer.special_tokens_map.get("sep_token")
     ids = [vocabulary.get(end) for vocabulary in vocabularies_of(tokenizer)]
     if ids[0] != ids[1]:
@@ -77,7 +105,16 @@ def refuse_two_ends(tokenizer) -> None:
 
 
 def refuse_missing_rows(anatomy: Anatomy, role: str, side: VocabularySide) -> None:
-    """Every word of a side has a row in the matrix of its role."""
+    """Refuse a tokenizer with words that have no row in the matrix of their role.
+
+    Args:
+        anatomy: the model.
+        role: `"source"` or `"target"`.
+        side: vocabulary of this side.
+
+    Raises:
+        TyingError: a word has no row.
+    """
     name = anatomy.roles[role].name
     rows = len(anatomy.slots[name])
     last = max(side.words, default=rows)

@@ -1,16 +1,23 @@
-"""A stock tokenizer with two vocabularies, Marian's or FSMT's, made again with one."""
+"""Conversion of a stock tokenizer with two vocabularies (Marian, FSMT) to one with a single vocabulary."""
 
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 
-def with_one_vocabulary(tokenizer, vocabulary: dict[str, int]):
-    """A tokenizer of the same class and settings that has `vocabulary` for both sides.
+def with_one_vocabulary(tokenizer: "PreTrainedTokenizerBase", vocabulary: dict[str, int]) -> "PreTrainedTokenizerBase":
+    """Make a tokenizer of the same class and settings with one vocabulary for both sides.
 
     Args:
-        tokenizer: a `MarianTokenizer` or `FSMTTokenizer`, unchanged.
-        vocabulary: from each word to its id.
+        tokenizer: a `MarianTokenizer` or `FSMTTokenizer`, which is not changed.
+        vocabulary: map from each word to its id.
+
+    Returns:
+        The new tokenizer.
     """
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -27,5 +34,5 @@ def with_one_vocabulary(tokenizer, vocabulary: dict[str, int]):
         joined = type(tokenizer).from_pretrained(folder)
     joined.name_or_path = tokenizer.name_or_path
     if hasattr(tokenizer, "spm_files"):
-        joined.spm_files = list(tokenizer.spm_files)  # from where a copy in another process reads its pieces
+        joined.spm_files = list(tokenizer.spm_files)  # a copy in another process reads its pieces from there
     return joined

@@ -1,11 +1,13 @@
-"""The tokenizer of a joint vocabulary: `JointTokenizer` over any two, or a stock class where it can have one."""
+"""The tokenizer of a joint vocabulary: `JointTokenizer` for any two tokenizers, or a stock class if that can do it."""
 
 import copy
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from transformers import AutoTokenizer, BatchEncoding, PreTrainedConfig, PreTrainedTokenizer
-from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
+from transformers import AddedToken, AutoTokenizer, BatchEncoding, PreTrainedConfig, PreTrainedTokenizer
+from transformers.tokenization_utils_base import PaddingStrategy, PreTrainedTokenizerBase, TruncationStrategy
 
 from ..config import TyingError
 from ..ties.vocabulary import vocabularies_of
@@ -13,42 +15,48 @@ from .joint import JointVocabulary, VocabularySide, row_names
 from .joint_file import check_fit, read_joint_file, write_joint_file
 from .stock_tokenizer import with_one_vocabulary
 
-_WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "token")  # what finds a checkpoint's files
+_WHERE = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "revision",
+    "token",
+)  # arguments that find the files of a checkpoint
 
 
 class JointTokenizer(PreTrainedTokenizer):
-    """Two tokenizers with one vocabulary: made by `join_vocabularies`, used like any tokenizer.
+    """Two tokenizers with one vocabulary. `join_vocabularies` makes it, and it is used like any tokenizer.
 
-    The source's tokenizer splits a text and adds its special tokens; the target's does so for a `text_target`. The
-    result is ids of the joint vocabulary: the target side's own ids, and behind them those of words that only the
-    source has. Ids are decoded by the tokenizer of the side that has them all, the target first; ids of both sides
-    together by the target's conventions. The files of the two tokenizers are in the folders `source_tokenizer` and
-    `target_tokenizer`, and can be opened by themselves.
+    The source tokenizer splits a text and adds its special tokens; the target tokenizer does so for a `text_target`.
+    The result is ids of the joint vocabulary: the target side's own ids, and after them those of words that only the
+    source has. Ids are decoded by the tokenizer of a side that has all of them, the target first. Ids of both sides
+    together are decoded by the target's conventions. The files of the two tokenizers are in the folders
+    `source_tokenizer` and `target_tokenizer`, and can be loaded by themselves.
 
-    `AutoTokenizer.from_pretrained` opens a saved one after `import hf_tying`. No code from a checkpoint is run.
+    `AutoTokenizer.from_pretrained` loads a saved one after `import hf_tying`. No code from a checkpoint is run.
 
     Args:
         source_tokenizer: any transformers tokenizer. Padding and truncation are on its sides.
-        target_tokenizer: another one. The length limit is the smaller of the two.
-        joint (`JointVocabulary`): the ids.
-        joint_file (`str`): the saved form of `joint`, given by `from_pretrained`.
-        kwargs: as for any tokenizer.
+        target_tokenizer: any transformers tokenizer. The length limit is the smaller one of the two.
+        joint (`JointVocabulary`): ids of the joint vocabulary.
+        joint_file (`str`): file of `joint`, from `from_pretrained`.
+        **kwargs: arguments of any tokenizer.
 
     Raises:
-        TyingError: the ids do not fit the tokenizers, the file is missing or broken, or the target's tokenizer cannot
-            split text of the target (FSMT's, which has no such mode).
+        TyingError: the ids do not fit the tokenizers, the file is missing or broken, or the target tokenizer cannot
+            split text of the target (FSMT's tokenizer, which has no such mode).
     """
 
     vocab_files_names = {"joint_file": "joint_vocabulary.json"}
 
     def __init__(
         self,
-        source_tokenizer=None,
-        target_tokenizer=None,
+        source_tokenizer: PreTrainedTokenizerBase | None = None,
+        target_tokenizer: PreTrainedTokenizerBase | None = None,
         joint: JointVocabulary | None = None,
         joint_file: str | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         if source_tokenizer is None or target_tokenizer is None:
             raise TyingError("A JointTokenizer is made of two: expected source_tokenizer and target_tokenizer.")
         if _splits_source_only(target_tokenizer):
@@ -69,7 +77,7 @@ class JointTokenizer(PreTrainedTokenizer):
         super().__init__(**kwargs)
 
     def _special_tokens(self, source: VocabularySide, target: VocabularySide) -> dict[str, Any]:
-        """The token of each role: the target's where it has one, but the source's for padding, since it pads texts."""
+        """The token of each role: the target's if it has one; for padding the source's, because it pads texts."""
         of_source = {index: self._names[self.joint.source_ids[index]] for index in source.words}
         named = {word: of_source[index] for index, word in source.words.items() if word in source.whole}
         mine = {role: named[word] for word, held in source.roles.items() for role in held if word in named}
@@ -96,14 +104,14 @@ class JointTokenizer(PreTrainedTokenizer):
 
     @property
     def vocab_size(self) -> int:
-        """Number of rows of the model's matrices, those without a word included."""
+        """The number of rows of the model's matrices, with rows that have no word."""
         return self.joint.size
 
     def get_vocab(self) -> dict[str, int]:
-        """From each word to its id. A word of the source is named as the target's convention spells it."""
+        """Return a dict from each word to its id. A word of the source is spelled by the target's convention."""
         return dict(self._ids)
 
-    def _add_tokens(self, new_tokens, special_tokens: bool = False) -> int:
+    def _add_tokens(self, new_tokens: Sequence[str | AddedToken], special_tokens: bool = False) -> int:
         for token in new_tokens:
             if str(token) not in self._ids:
                 raise TyingError(
@@ -118,8 +126,8 @@ class JointTokenizer(PreTrainedTokenizer):
     def _convert_id_to_token(self, index: int) -> str:
         if index not in self._names:
             raise TyingError(
-                f"{index} is no id of this vocabulary: expected 0 to {self.joint.size - 1}. Put the padding token in "
-                "place of the -100 of labels first."
+                f"{index} is not an id of this vocabulary: expected 0 to {self.joint.size - 1}. Replace the -100 of "
+                "labels by the padding token first."
             )
         return self._names[index]
 
@@ -133,8 +141,8 @@ class JointTokenizer(PreTrainedTokenizer):
 
     def _encode_plus(
         self,
-        text,
-        text_pair=None,
+        text: str | list,
+        text_pair: str | list | None = None,
         padding_strategy: PaddingStrategy = PaddingStrategy.DO_NOT_PAD,
         truncation_strategy: TruncationStrategy = TruncationStrategy.DO_NOT_TRUNCATE,
         max_length: int | None = None,
@@ -142,7 +150,7 @@ class JointTokenizer(PreTrainedTokenizer):
         padding_side: str | None = None,
         return_tensors: str | None = None,
         return_attention_mask: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BatchEncoding:
         tokenizer = self.target_tokenizer if self._for_target else self.source_tokenizer
         tokenizer.truncation_side = self.truncation_side
@@ -174,17 +182,32 @@ class JointTokenizer(PreTrainedTokenizer):
     def _joint_ids(self, ids: list[int]) -> list[int]:
         return ids if self._for_target else [self.joint.source_ids[index] for index in ids]
 
-    def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs) -> list[str]:
-        """The words of the joint vocabulary that `text` is made of, as the source side splits it."""
+    def tokenize(
+        self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any
+    ) -> list[str]:
+        """Split a text of the source side into words of the joint vocabulary.
+
+        Args:
+            text: text of the source side.
+            pair: second text. Default: none.
+            add_special_tokens: whether to add special tokens. Default `False`.
+            **kwargs: further arguments of a tokenizer's call.
+        """
         encoded = self._encode_plus(text, pair, add_special_tokens=add_special_tokens, **kwargs)
         return self.convert_ids_to_tokens(encoded["input_ids"])
 
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
-        """As the source's tokenizer adds them."""
+        """Return the number of special tokens that the source tokenizer adds."""
         return self.source_tokenizer.num_special_tokens_to_add(pair)
 
-    def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None) -> list[int]:
-        """Refuse: each side's tokenizer adds its special tokens to a text, not to ids.
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        """Refuse to add special tokens to ids. Each side's tokenizer adds its special tokens to a text.
+
+        Args:
+            token_ids_0: ids of a text.
+            token_ids_1: ids of a second text.
 
         Raises:
             TyingError: always.
@@ -193,9 +216,9 @@ class JointTokenizer(PreTrainedTokenizer):
 
     # --- from ids to text --------------------------------------------------------------------------------------------
 
-    def _decode(self, token_ids, skip_special_tokens: bool = False, **kwargs) -> str:
+    def _decode(self, token_ids: int | Sequence[int], skip_special_tokens: bool = False, **kwargs: Any) -> str:
         ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
-        self.convert_ids_to_tokens(ids)  # refuses what is no id
+        self.convert_ids_to_tokens(ids)  # refuses numbers that are not ids
         if all(index < self.joint.target_size for index in ids):
             return self.target_tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, **kwargs)
         back = self.joint.joint_to_source
@@ -205,14 +228,22 @@ class JointTokenizer(PreTrainedTokenizer):
         return super()._decode(ids, skip_special_tokens=skip_special_tokens, **kwargs)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """The text that words of the joint vocabulary make under the target's conventions."""
+        """Join words of the joint vocabulary to a text by the target's conventions."""
         written = [self._written[self._ids[token]] if token in self._ids else token for token in tokens]
         return self.target_tokenizer.convert_tokens_to_string(written)
 
     # --- files -------------------------------------------------------------------------------------------------------
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
-        """Write the ids, and the two tokenizers in folders of their own."""
+        """Write the ids, and the two tokenizers in folders of their own.
+
+        Args:
+            save_directory: folder.
+            filename_prefix: start of the name of the file of ids. Default: none.
+
+        Returns:
+            The names of all files.
+        """
         prefix = f"{filename_prefix}-" if filename_prefix else ""
         file = Path(save_directory) / f"{prefix}{self.vocab_files_names['joint_file']}"
         write_joint_file(self.joint, file)
@@ -222,8 +253,17 @@ class JointTokenizer(PreTrainedTokenizer):
         return tuple(files)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *init_inputs, subfolder: str = "", **kwargs):
-        """Open a saved one like any tokenizer. `AutoTokenizer` opens the two inside, without remote code."""
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *init_inputs: Any, subfolder: str = "", **kwargs: Any
+    ) -> Self:
+        """Load a saved tokenizer. `AutoTokenizer` loads the two tokenizers inside, without remote code.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub id.
+            *init_inputs: further positional arguments, as for any tokenizer.
+            subfolder: folder inside the repository. Default: its root.
+            **kwargs: further arguments, as for any tokenizer.
+        """
         where = {key: kwargs[key] for key in _WHERE if key in kwargs}
         for side in ("source_tokenizer", "target_tokenizer"):
             if kwargs.get(side) is None:
@@ -235,24 +275,29 @@ class JointTokenizer(PreTrainedTokenizer):
 
 
 class JointTokenizerConfig(PreTrainedConfig):
-    """The key under which `AutoTokenizer` knows `JointTokenizer`; no model has this config."""
+    """The key of `JointTokenizer` in `AutoTokenizer`. No model has this config."""
 
     model_type = "joint_tokenizer"
 
 
 def register() -> None:
-    """Make `AutoTokenizer.from_pretrained` know `JointTokenizer`."""
+    """Register `JointTokenizer` with `AutoTokenizer.from_pretrained`."""
     AutoTokenizer.register(JointTokenizerConfig, JointTokenizer, exist_ok=True)
 
 
-def tokenizer_over(joint: JointVocabulary, source_tokenizer, target_tokenizer, overlap: str):
-    """The tokenizer of a joint vocabulary: a stock one where its class can have one, else a `JointTokenizer`.
+def tokenizer_over(
+    joint: JointVocabulary,
+    source_tokenizer: PreTrainedTokenizerBase,
+    target_tokenizer: PreTrainedTokenizerBase,
+    overlap: str,
+) -> PreTrainedTokenizerBase:
+    """Make the tokenizer of a joint vocabulary: a stock tokenizer if its class allows it, else a `JointTokenizer`.
 
     Args:
-        joint: the ids.
-        source_tokenizer: the source side's tokenizer.
-        target_tokenizer: the target side's tokenizer; the same one where a tokenizer holds both vocabularies.
-        overlap: the rule by which `joint` was made.
+        joint: ids of the joint vocabulary.
+        source_tokenizer: tokenizer of the source side.
+        target_tokenizer: tokenizer of the target side. It is the same one if it holds both vocabularies.
+        overlap: rule by which `joint` was made.
 
     Raises:
         TyingError: see `JointTokenizer`.
@@ -266,6 +311,6 @@ def tokenizer_over(joint: JointVocabulary, source_tokenizer, target_tokenizer, o
     return JointTokenizer(copy.deepcopy(source_tokenizer), copy.deepcopy(target_tokenizer), joint)
 
 
-def _splits_source_only(tokenizer) -> bool:
+def _splits_source_only(tokenizer: PreTrainedTokenizerBase) -> bool:
     source, target = vocabularies_of(tokenizer)
     return source != target and not hasattr(tokenizer, "_switch_to_target_mode")

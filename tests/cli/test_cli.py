@@ -72,13 +72,20 @@ def test_inspect_draws_a_picture(hf_tying, tied_folder, tmp_path):
     assert (tmp_path / "ties.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_picture_that_cannot_be_drawn_is_said_before_anything_else(hf_tying, tied_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    status, output, message = hf_tying("inspect", tied_folder, "--plot", tmp_path / "ties.png")
+    assert status == 2 and not output
+    assert "--plot needs matplotlib, which is missing: pip install 'hf-tying[plots]'." in message
+
+
 def test_an_error_is_a_message_and_not_a_traceback(tied_folder):
     config = json.loads((tied_folder / "config.json").read_text())
     broken = tied_folder.parent / "broken [bold]"
     shutil.copytree(tied_folder, broken)
     (broken / "config.json").write_text(json.dumps(config | {"tying": {"version": 1, "scheme": "two_wey"}}))
     result = run_python("-m", "hf_tying", "inspect", broken, check=False)
-    assert result.returncode == 1
+    assert result.returncode == 3
     assert "two_wey" in result.stderr and "two_way" in result.stderr
     assert "Traceback" not in result.stderr and result.stdout == ""
 

@@ -111,7 +111,7 @@ def test_the_corpus_is_the_same_in_every_process_and_another_one_by_seed(english
         (("", "de"), r"Unknown language ''"),
         (("en", "de;e"), r"Unknown language 'de;e'"),
         (("en", "en-GB"), r"'en' and the target language 'en_GB' are the same language"),
-        (("en", "vo"), r"knows too little of 'vo': it names \d+ of \d+"),
+        (("en", "vo"), r"has too few names in 'vo': it names \d+ of \d+"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, tuple) else "",
 )

@@ -191,6 +191,23 @@ def test_the_table_shows_numbers_and_their_ratio():
         assert expected in table
 
 
+def test_a_missing_library_is_named_before_anything_is_done(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(job, "standard_library_corpus", lambda: pytest.fail("the text was read"))
+    with pytest.raises(TyingError, match=r"matplotlib, which is missing: pip install 'hf-tying\[demo\]'"):
+        job.run_demo(DemoSettings(output_dir=tmp_path / "out"))
+
+
+@pytest.mark.parametrize("library", ["accelerate", "datasets"])
+def test_a_dependency_that_was_left_out_is_named(library, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.setattr(job, "run_demo", lambda settings: pytest.fail("the demo was started"))
+    monkeypatch.setattr(sys, "argv", ["hf-tying", "demo"])
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    assert f"The demo needs {library}, which is missing: pip install 'hf-tying[demo]'." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [

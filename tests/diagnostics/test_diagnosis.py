@@ -79,7 +79,7 @@ def test_a_twin_that_does_not_fit_is_told(model, twin):
         diagnose(model, model)
     with pytest.raises(TyingError, match=r"rows: expected one vocabulary"):
         diagnose(model, tiny_model("gpt2", tie_word_embeddings=False, vocab_size=60))
-    with pytest.raises(TyingError, match="Expected a PreTrainedModel"):
+    with pytest.raises(TyingError, match="a Linear: expected a transformers PreTrainedModel"):
         diagnose(torch.nn.Linear(2, 2))
 
 

@@ -374,3 +374,12 @@ def test_between_two_compiled_graphs_the_loss_runs_as_it_is():
     expected = results(run, **tensors)
     compiled = results(torch.compile(run, backend="eager"), **tensors)
     assert_near(compiled, expected, 1e-12)
+
+
+def test_words_that_a_bias_forbids_may_be_the_first_blocks(budget):
+    tensors = problem()
+    tensors["bias"][:12] = -torch.inf
+    tensors["labels"] = torch.where(tensors["labels"] == -100, -100, 12 + tensors["labels"] % 19)
+    expected = results(plain, **tensors)
+    assert all(value is None or value.isfinite().all() for value in expected.values())
+    assert_near(results(augmented_loss, **tensors, memory_budget=budget), expected, 1e-12)

@@ -253,8 +253,8 @@ def test_each_option_gives_the_numbers_of_the_reference(case, on_gpu):
     [
         ("cce", {"bias": torch.zeros(WORDS)}, WORDS, "bias"),
         ("cce", {"label_smoothing": 0.1}, WORDS, "label_smoothing"),
-        ("cce", {"logit_softcap": 30.0}, WORDS, "logit_softcap and 13 words, no multiple of 256"),
-        ("cce", {"logit_softcap": 30.0}, 300, "logit_softcap and 300 words, no multiple of 256"),
+        ("cce", {"logit_softcap": 30.0}, WORDS, "logit_softcap and 13 words, not a multiple of 256"),
+        ("cce", {"logit_softcap": 30.0}, 300, "logit_softcap and 300 words, not a multiple of 256"),
     ],
 )
 def test_an_option_that_a_library_computes_otherwise_is_refused_before_it_is_called(

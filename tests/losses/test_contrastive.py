@@ -108,6 +108,13 @@ def test_all_words_sampled_is_the_whole_softmax():
     assert_same(loss, among(list(range(WORDS)), hidden, weight, labels), hidden, weight)
 
 
+def test_words_of_the_batch_are_found_before_sampled_ones_that_are_smaller():
+    hidden, weight, labels = problem()
+    labels = torch.where(labels == -100, labels, WORDS - 1 - labels % 3)
+    loss = contrastive_weight_tying_loss(hidden, weight, labels, negatives="sampled", num_sampled=1000)
+    assert_same(loss, among(list(range(WORDS)), hidden, weight, labels), hidden, weight)
+
+
 def test_every_word_outside_the_batch_is_sampled_as_often_as_the_others():
     batch, often = torch.tensor([1, 1, 4]), torch.zeros(8)
     for _ in range(600):

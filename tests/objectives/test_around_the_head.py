@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+import transformers
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
@@ -116,7 +117,12 @@ class TestModelsInsideModels:
 
     def test_an_objective_is_trained_where_stock_trains(self, name):
         stock = zoo.build(name).train()
-        self.step(stock).backward()
+        try:
+            self.step(stock).backward()
+        except AttributeError as error:
+            if not (name.startswith("Llama4") and "image_outputs" in str(error)):
+                raise
+            pytest.skip(f"Llama 4 with pictures does not run in transformers {transformers.__version__}: {error}")
         model = use_tied_loss(zoo.build(name).train(), objective=AugmentedObjective(temperature=2.0))
         self.step(model).backward()
         assert set(model.loss_parts) == {"cross_entropy", "augmented"}

@@ -133,6 +133,26 @@ def test_deferred_logits_answer_what_a_tensor_is_asked():
         assert ask(logits) == ask(real), number
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_deferred_logits_require_a_gradient_if_they_were_made_with_one(grad):
+    with torch.set_grad_enabled(grad):
+        (logits, _), (real, _) = deferred(2, 5)
+    assert isinstance(logits, DeferredLogits) and logits.requires_grad is real.requires_grad is grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_under_autocast_they_have_the_dtype_of_the_real_logits(dtype):
+    with torch.autocast("cpu", torch.bfloat16):
+        (logits, _), (real, _) = deferred(2, 5, dtype=dtype)
+    assert logits.dtype == real.dtype == (torch.float64 if dtype == torch.float64 else torch.bfloat16)
+
+
+def test_two_sizes_to_be_inferred_are_refused_as_by_torch():
+    for logits, _ in deferred(2, 5):
+        with pytest.raises(RuntimeError, match="only one dimension can be inferred"):
+            logits.reshape(-1, 10, -1)
+
+
 @pytest.mark.parametrize("names, by_blocks", [
     ((), True), (("view",), True), (("transpose",), False), (("probabilities",), False), (("words",), False),
     (("bytes",), False),

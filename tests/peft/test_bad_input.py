@@ -27,7 +27,7 @@ from ..tiny import tiny_model
         (dict(share_by="name"), "share_by='name': expected one of 'module', 'shape', 'all'"),
         (dict(bias="lora_only"), "bias='lora_only': expected 'none', 'all' or 'tied_lora_only'"),
         (dict(layer_groups=[0, 1]), "expected lists of indices"),
-        (dict(layer_groups=[[0, 1], [1]]), "layer 1 stands in more than one group"),
+        (dict(layer_groups=[[0, 1], [1]]), "layer 1 is in more than one group"),
         (dict(layer_groups=7), "layer_groups=7: expected lists of indices"),
         (dict(layer_groups=[["0"], [1]]), "expected lists of indices"),
         (dict(target_modules=".*q_proj", layers_to_transform=[0]), "regular expression can name the layers"),
@@ -146,6 +146,9 @@ class TestAFileThatDoesNotFit:
             else:
                 with pytest.raises(RuntimeError, match="not known which row is whose; export it to LoRA"):
                     PeftModel.from_pretrained(towers(*after), folder)
+                # Not even where the new names are told: the rows are in the order of the old ones.
+                with pytest.raises(RuntimeError, match="not known which row is whose; export it to LoRA"):
+                    PeftModel.from_pretrained(towers(*after), folder, key_mapping={"^text": "zz_text"})
 
     def test_a_file_without_its_list_of_modules_is_refused_by_transformers(self, folder):
         path = folder / "adapter_config.json"

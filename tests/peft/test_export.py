@@ -17,6 +17,7 @@ from torch import nn
 from hf_tying.cli import main
 from hf_tying.peft import TiedLoraConfig, export_to_lora
 
+from ..native_adapters import needs_native_adapters
 from ..processes import run_python
 from ..tied_lora import dense_updates, outputs, shake, tied_lora, tiny_classifier
 from ..tiny import tiny_model
@@ -84,8 +85,9 @@ def test_from_a_model_and_from_its_file_every_update_is_that_of_the_formula(conf
         assert equal_updates(lora_updates(folder / name), expected)
 
 
-def test_both_ways_write_the_same_bytes_and_leave_nothing_else(tmp_path):
-    model = tied_lora(base_of("gpt2"), task_type="CAUSAL_LM", fan_in_fan_out=True)
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", None])  # without one, a file names the class of its model
+def test_both_ways_write_the_same_bytes_and_leave_nothing_else(task_type, tmp_path):
+    model = tied_lora(base_of("gpt2"), task_type=task_type, fan_in_fan_out=True)
     model.save_pretrained(tmp_path / "tied")
     export_to_lora(model, tmp_path / "of_model")
     export_to_lora(str(tmp_path), tmp_path / "of_path", subfolder="tied")
@@ -134,6 +136,7 @@ def test_modules_to_save_and_biases_go_with_it(tmp_path):
     assert not torch.allclose(lora(input_ids=ids).logits, tiny_classifier("bert")(input_ids=ids).logits, atol=1e-3)
 
 
+@needs_native_adapters
 def test_an_adapter_that_transformers_put_in_itself_is_exported(tmp_path):
     model = base_of("llama")
     model.add_adapter(TiedLoraConfig(r=4, target_modules=["q_proj", "v_proj"]), "mine")
@@ -255,6 +258,15 @@ def test_an_error_while_writing_leaves_the_folder_as_it_was(tmp_path, monkeypatc
     assert equal_updates(lora_updates(tmp_path / "lora"), dense_updates(model))
     assert (tmp_path / "lora" / "notes.txt").read_text() == "mine"
     shutil.rmtree(tmp_path / "lora")
+
+
+def test_the_settings_are_replaced_last(tmp_path, monkeypatch):
+    """Who reads the folder meanwhile finds the old settings."""
+    export_to_lora(tied_lora(base_of("llama")), tmp_path)
+    moved, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda source, place: (moved.append(Path(place).name), replace(source, place)))
+    export_to_lora(tied_lora(base_of("llama"), seed=2), tmp_path)
+    assert moved == ["adapter_model.safetensors", "adapter_config.json"]
 
 
 class TestTheCommand:

@@ -32,7 +32,10 @@ class TestRefused:
 
     def test_an_adapter_of_another_type_is_refused(self, saved, tmp_path):
         config = json.loads((saved / "adapter_config.json").read_text())
-        for kind, message in {"IA3": "of type IA3: expected TIED_LORA", "NEW": "'NEW', which is no type"}.items():
+        for kind, message in {
+            "IA3": "of type IA3: expected TIED_LORA",
+            "NEW": "'NEW', which is not a known type",
+        }.items():
             (saved / "adapter_config.json").write_text(json.dumps(config | {"peft_type": kind}))
             with pytest.raises(ValueError, match=message):
                 export_to_lora(saved, tmp_path / "out")

@@ -38,6 +38,17 @@ def test_a_new_adapter_changes_nothing(arch):
     assert torch.equal(outputs(model), outputs(tiny_model(arch)))
 
 
+@pytest.mark.parametrize(
+    ("trained", "zero"), [("ABuv", "B"), ("AB", "B"), ("Auv", "v"), ("uv", "v"), ("Au", "u"), ("u", "u"), ("A", "A")]
+)
+def test_one_factor_of_a_new_adapter_starts_at_zero_and_no_other(trained, zero):
+    switches = {f"train_{kind}": kind in trained for kind in "ABuv"}
+    model = get_peft_model(tiny_model("llama"), TiedLoraConfig(r=4, target_modules=["q_proj"], **switches))
+    factors = {name: value for name, value in model.named_parameters() if "tied_lora_" in name}
+    assert {name.partition("tied_lora_")[2][0] for name, value in factors.items() if not value.any()} == {zero}
+    assert {name.partition("tied_lora_")[2][0] for name in factors} == {"A", "B", *trained}
+
+
 @st.composite
 def switches(draw):
     values = {name: draw(st.booleans()) for name in SWITCHES}

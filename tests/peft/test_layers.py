@@ -40,6 +40,7 @@ class TestNames:
             (["h.0.q", "h.0.k"], [("h.0", 0, "q"), ("h.0", 0, "k")]),
             (["fc1", "fc2"], [(*OUTSIDE, "fc1"), (*OUTSIDE, "fc2")]),
             (["a.w1", "a.w3"], [(*OUTSIDE, "a.w1"), (*OUTSIDE, "a.w3")]),
+            (["conv1.q", "conv1.k"], [(*OUTSIDE, "conv1.q"), (*OUTSIDE, "conv1.k")]),
             (["_orig_mod.h.0.q", "_orig_mod.h.1.q"], [("h.0", 0, "q"), ("h.1", 1, "q")]),
             (["enc.block.0.layer.1.q", "enc.block.1.layer.1.q", "dec.block.0.layer.2.q"],
              [("enc.block.0", 0, "layer.1.q"), ("enc.block.1", 1, "layer.1.q"), ("dec.block.0", 0, "layer.2.q")]),
@@ -59,6 +60,7 @@ class TestNames:
         names = ["m.0.h.3.q", "m.1.h.3.q", "m.0.other.q"]
         assert places(names, "h") == [("m.0.h.3", 3, "q"), ("m.1.h.3", 3, "q"), (*OUTSIDE, "m.0.other.q")]
         assert places(names, ["none", "m"])[0] == ("m.0", 0, "h.3.q")
+        assert places(["m.h.2.h.3.q"], "h") == [("m.h.2", 2, "h.3.q")]  # the outer one of two lists of that name
         assert find_layers({}, "h") == {} and Place(None, None, "q") == find_layers({"q": SQUARE})["q"]
 
 
@@ -111,8 +113,8 @@ class TestModels:
     def test_a_module_that_is_named_whole_is_meant_whatever_its_layer(self):
         layers = "models.0.model.layers"
         targets = [f"{layers}.3.mlp.up_proj", "q_proj"]
-        model = adapted(Held(), layers_to_transform=[0], target_modules=targets)
-        assert sorted(layers_of(model)) == [f"{layers}.0.self_attn.q_proj", f"{layers}.3.mlp.up_proj"]
+        model = adapted(Held(), layers_to_transform=[1], target_modules=targets)
+        assert sorted(layers_of(model)) == [f"{layers}.1.self_attn.q_proj", f"{layers}.3.mlp.up_proj"]
 
     @pytest.mark.parametrize(
         ("model", "config", "told"),

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_tying.peft import TiedLoraConfig
 
+from ..native_adapters import needs_native_adapters
 from ..processes import run_python
 from ..tied_lora import QKV, layers_of, outputs, shake, shares_its_factors, tied_lora, tiny_classifier
 from ..tiny import tiny_inputs, tiny_model
@@ -110,6 +111,7 @@ def test_offloaded_layers_get_their_adapter_from_the_disk(tmp_path, monkeypatch,
 
 
 class TestTransformersOwnAdapters:
+    @needs_native_adapters
     def test_an_adapter_is_added_saved_loaded_switched_off_and_deleted(self, tmp_path):
         model = tiny_model("llama")
         model.add_adapter(TiedLoraConfig(r=4, target_modules=QKV["llama"]), "mine")

@@ -160,7 +160,11 @@ class TestStatusAndConversion:
             change()
             yield peft.get_model_status(model.base_model.model), peft.get_layer_status(model)
 
-    @pytest.mark.parametrize("settings", [{}, {"variant": "TL5"}, {"train_A": False, "train_B": False}], ids=str)
+    @pytest.mark.parametrize(
+        "settings",
+        [{}, {"variant": "TL5"}, {"train_A": False, "train_B": False}, {f"train_{kind}": False for kind in "ABu"}],
+        ids=str,
+    )
     def test_the_status_is_that_of_lora(self, settings):
         lora = self.states(LoraConfig(target_modules=QKV["llama"]))
         ours = self.states(TiedLoraConfig(r=4, target_modules=QKV["llama"], **settings))
@@ -172,6 +176,18 @@ class TestStatusAndConversion:
             assert of_models[0] == of_models[1]
             renamed = [dataclasses.replace(row, module_type="tied_" + row.module_type) for row in of_layers]
             assert renamed == layers
+
+    def test_a_layer_whose_factors_are_trained_in_part_is_irregular_as_in_lora(self):
+        for config, factor in (
+            (LoraConfig(target_modules=["q_proj"]), "lora_A"),
+            (TiedLoraConfig(r=4, target_modules=["q_proj"]), "tied_lora_A"),
+        ):
+            model = get_peft_model(tiny_model("llama"), config)
+            for name, parameter in model.named_parameters():
+                if factor in name:
+                    parameter.requires_grad_(False)
+            rows = model.get_layer_status()
+            assert rows and all(row.requires_grad == {"default": "irregular"} for row in rows)
 
     def test_peft_converts_an_adapter_to_lora_in_its_own_way_too(self, model):
         from peft import convert_to_lora

@@ -72,6 +72,12 @@ class TestWhoWatches:
             around(model).backward()
         around(merge_projection(model)).backward()
 
+    def test_hooks_of_the_user_stay_when_nothing_is_watched_any_more(self):
+        model, calls = projected(), []
+        model.base_model.register_forward_hook(lambda *_: calls.append(1))
+        around(merge_projection(model)).backward()
+        assert calls == [1]
+
     def test_a_model_that_a_config_makes_is_watched_once(self, tmp_path):
         projected().save_pretrained(tmp_path)
         model = type(tiny_model("llama")).from_pretrained(tmp_path).train()

@@ -104,8 +104,7 @@ def test_a_declared_name_that_nothing_has_is_named_where_the_class_is_known_and_
     (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["HouseModel"]}))
     report = tying_report(tmp_path)
     assert report.groups[0].in_file == ["model.embed_tokens.weight", "lm_head.weight"]
-    (row,) = (line for line in report.to_table(200).splitlines() if "model.layers.9.weight" in line)
-    assert "NO" in row
+    assert "2 of 3" in report.to_table() and report.ok  # the class may have it, and a load fills it
 
 
 # --- the Hub's cache -------------------------------------------------------------------------------------------------

@@ -55,10 +55,16 @@ def keys_in(folder) -> set[str]:
 
 
 def load(arch: str, folder, **kwargs) -> PreTrainedModel:
-    """What a user calls, and nothing that the file should have given is missing from it."""
+    """What a user calls, and nothing that the file should have given is missing from it.
+
+    What no file holds is frozen: transformers 5.24.0 trains the positions of a Marian that was loaded, stock too
+    (their `forward` lost its `no_grad`, and loading forgets that they are frozen), and the next file lacks them.
+    """
     model, info = AUTO[arch].from_pretrained(folder, output_loading_info=True, **kwargs)
     found = {key: info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
     assert not found
+    for name in not_saved(model):
+        model.get_parameter(name).requires_grad_(False)
     return model.eval()
 
 

@@ -9,6 +9,7 @@ from transformers import Trainer, TrainingArguments
 from hf_tying import TyingCallback, TyingError, assert_tied, tie, untie
 
 from ..forms import tied_model
+from ..native_adapters import ADD_ADAPTER
 from ..tiny import Sentences, tiny_inputs, tiny_model
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -90,7 +91,7 @@ def run(model, folder):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("make", HELD.values(), ids=HELD)
 @pytest.mark.parametrize("options", KEPT.values(), ids=KEPT)
-@pytest.mark.parametrize("how", ["get_peft_model", "add_adapter"])
+@pytest.mark.parametrize("how", ["get_peft_model", ADD_ADAPTER])
 class TestKept:
     def test_it_trains_as_on_a_stock_model(self, make, options, how):
         held, control = (adapted(model, how, **options) for model in (make(), stock()))
@@ -148,7 +149,7 @@ def test_a_merge_leaves_one_parameter_and_the_same_outputs(form, name):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("make", [*HELD.values(), stock], ids=[*HELD, "stock"])
 @pytest.mark.parametrize("saved,names", PARTED.values(), ids=PARTED)
-@pytest.mark.parametrize("how", ["get_peft_model", "add_adapter"])
+@pytest.mark.parametrize("how", ["get_peft_model", ADD_ADAPTER])
 class TestParted:
     def test_a_copy_that_trains_alone_is_told_before_a_step(self, make, saved, names, how, tmp_path):
         model = adapted(make(), how, **QUERY, modules_to_save=saved)

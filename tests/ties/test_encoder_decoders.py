@@ -82,13 +82,18 @@ def test_an_encoder_decoder_is_tied_by_every_scheme_and_its_file_opens_with_and_
     loaded, info = stock.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert_tied(loaded)
-    assert by_name(loaded) == by_name(model) and torch.equal(translate(loaded), expected)
+    assert by_name(loaded) == by_name(model) and same(translate(loaded), expected)
     if save_format == "portable":  # a class that is told nothing of the entry
         config = json.loads((tmp_path / "config.json").read_text())
         del config["tying"]
         (tmp_path / "config.json").write_text(json.dumps(config))
         plain = stock.from_pretrained(tmp_path)
-        assert not hasattr(plain, "tie_groups") and torch.equal(translate(plain), expected)
+        assert not hasattr(plain, "tie_groups") and same(translate(plain), expected)
+
+
+def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """But for rounding: a stock FSMT of transformers 5.17, saved and loaded, differs by 1e-8 at equal parameters."""
+    return torch.allclose(found, expected, rtol=0, atol=1e-6)
 
 
 def translate(model: PreTrainedModel) -> torch.Tensor:

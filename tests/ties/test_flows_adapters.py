@@ -5,8 +5,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from hf_tying import TyingError, assert_tied, tie, untie
+from hf_tying.peft import TiedLoraConfig
 
 from ..forms import matrix, tied_model
+from ..native_adapters import needs_native_adapters
 from ..tiny import logits, tiny_inputs, tiny_model
 
 MLP = ["transformer.h.0.mlp.c_fc.weight", "transformer.h.1.mlp.c_fc.weight"]
@@ -148,6 +150,19 @@ def test_an_adapter_trains_saves_and_reloads_over_a_tied_base(model, tmp_path):
     assert torch.allclose(outputs(PeftModel.from_pretrained(base, tmp_path).eval()), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("config", [LoraConfig, TiedLoraConfig])
+def test_a_peft_that_transformers_finds_too_old_is_refused_as_on_a_stock_model(model, config, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "999")
+    before, expected = model.state_dict().keys(), logits(model)
+    for each in (tiny_model("gpt2"), model):
+        with pytest.raises(ValueError, match="The version of PEFT.*999"):
+            each.add_adapter(config(r=2, target_modules=["c_attn"]))
+        assert not hasattr(each, "peft_config")
+    assert model.state_dict().keys() == before and torch.equal(logits(model), expected)
+    assert_tied(model)
+
+
+@needs_native_adapters
 def test_transformers_own_adapter_loading_works_on_a_tied_model(model, tmp_path):
     model.add_adapter(LoraConfig(r=2, target_modules=["c_attn"]), adapter_name="a")
     assert_tied(model)

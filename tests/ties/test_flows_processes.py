@@ -1,4 +1,4 @@
-"""f16, f16b, f20: in two processes, DDP and FSDP2 keep a tie, or the user is told."""
+"""f16, f16b, f20, f23: in two processes, DDP and FSDP2 keep a tie, or the user is told."""
 
 import pytest
 

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainingArguments
 from hf_tying import TyingCallback, TyingError, assert_tied, names_of, tie, untie
 
 from ..forms import matrix, tied_model
+from ..native_adapters import ADD_ADAPTER
 from ..tiny import Sentences, logits, tiny_inputs, tiny_model
 
 WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
@@ -232,7 +233,7 @@ class TestFrozen:
         assert "and 3 more groups" in message
 
     @pytest.mark.parametrize("targets", [["c_attn"], ["wte"], ["lm_head"], "all-linear"])
-    @pytest.mark.parametrize("how", ["get_peft_model", "add_adapter"])
+    @pytest.mark.parametrize("how", ["get_peft_model", ADD_ADAPTER])
     def test_an_adapter_over_a_tied_model_is_no_scare(self, form, told, targets, how):
         for model in (tied_model(form), tied_model(form, spec=LAYERS, init_from="transformer.h.0")):
             config = LoraConfig(r=2, target_modules=targets)

@@ -1,4 +1,4 @@
-"""A published custom class loads by `trust_remote_code` where this package is not installed: tied, same logits."""
+"""f21: a published custom class loads tied by `trust_remote_code` where this package is not installed."""
 
 import ast
 import importlib

@@ -1,4 +1,4 @@
-"""Each translation model works tied by each scheme, with one or two vocabularies, or a `TyingError` says why not.
+"""f19: each translation model works tied by each scheme, with one or two vocabularies, or an error says why not.
 
 The table: every stock translation model and three joined ones x every scheme x one or two vocabularies. What works in
 each cell: gradient, step, files, other processes, resize, beams.

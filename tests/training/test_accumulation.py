@@ -67,6 +67,12 @@ class Divides(T5ForConditionalGeneration):
         return super().forward(*args, **kwargs)
 
 
+class CallsLossFunction(T5ForConditionalGeneration):
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        logits = super().forward(input_ids=input_ids, decoder_input_ids=labels).logits
+        return {"loss": self.loss_function(logits, labels, self.config.vocab_size, **kwargs), "logits": logits}
+
+
 class PassesOn(T5ForConditionalGeneration):
     def forward(self, *args, **kwargs):
         return super().forward(*args, **kwargs)
@@ -93,6 +99,7 @@ def encoder_decoder():
         (lambda: use_tied_loss(tiny_model("bert")), True),
         (lambda: PassesOn(tiny_config("t5")), True),
         (lambda: Divides(tiny_config("t5")), False),
+        (lambda: CallsLossFunction(tiny_config("t5")), False),
         (lambda: NoKeywords(tiny_config("t5")), False),
     ],
 )

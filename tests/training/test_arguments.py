@@ -76,6 +76,15 @@ def test_the_flags_on_training_become_the_callback():
         parse("--freeze", "encoder").to_callback()
 
 
+@pytest.mark.parametrize("field", dataclasses.fields(TyingArguments), ids=lambda field: field.name)
+def test_a_flag_has_its_long_name_too_with_dashes_or_underscores(field):
+    value = {"scheme": "two_way", "save_format": "dedup", "loss": "tied"}.get(field.name, "1")
+    expected = getattr(parse(f"--{field.name}", value), field.name)
+    long = f"--tying_{field.name}"
+    for flag in (long, long.replace("_", "-")):
+        assert getattr(parse(flag, value), field.name) == expected != field.default
+
+
 def test_every_flag_has_its_help():
     assert all(len(field.metadata["help"]) > 40 for field in dataclasses.fields(TyingArguments))
 
@@ -95,8 +104,8 @@ def test_overrides_give_the_config_that_its_constructor_gives(model_type, overri
     assert found.to_dict() != AutoConfig.for_model(model_type, vocab_size=99).to_dict()
 
 
-def test_a_key_that_the_config_has_not_is_refused_as_in_transformers():
-    with pytest.raises(ValueError, match="key hiden_size"):
+def test_a_key_that_the_config_has_not_is_refused_with_the_nearest():
+    with pytest.raises(TyingError, match="key 'hiden_size' is not in .*nearest names are 'hidden_size'"):
         config_with_overrides(partial(AutoConfig.for_model, "llama"), "hiden_size=64")
 
 

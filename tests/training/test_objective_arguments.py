@@ -5,6 +5,7 @@ import inspect
 import pytest
 from transformers import HfArgumentParser
 
+from hf_tying import TyingError
 from hf_tying.objectives.objective import AugmentedObjective, ContrastiveObjective
 from hf_tying.training import ObjectiveArguments
 
@@ -36,3 +37,13 @@ def test_every_option_of_an_objective_has_a_flag():
     for prefix, objective in (("al", AugmentedObjective), ("cwt", ContrastiveObjective)):
         options = {f"{prefix}_{name}": p.default for name, p in inspect.signature(objective).parameters.items()}
         assert options == {name: flags[name].default for name in flags if name.startswith(f"{prefix}_")}
+
+
+@pytest.mark.parametrize(
+    "flags, owner",
+    [("--al_alpha 2", "al"), ("--objective al --cwt_gather", "cwt"), ("--objective cwt --al_temperature 3", "al")],
+)
+def test_an_option_of_another_objective_is_refused(flags, owner):
+    (arguments,) = HfArgumentParser(ObjectiveArguments).parse_args_into_dataclasses(flags.split())
+    with pytest.raises(TyingError, match=f"is an option of --objective {owner}"):
+        arguments.to_objective()

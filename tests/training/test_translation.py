@@ -23,6 +23,7 @@ from hf_tying.training.translation import (
     TwoTokenizersCallback,
     check_fit,
     fill_special_ids,
+    rows_needed,
     special_ids,
     target_tokenizer_beside,
     translation_collator,
@@ -178,7 +179,7 @@ def test_the_decoders_inputs_are_the_labels_shifted_right(arch, tokenizer, rows)
             assert torch.equal(model(**batch).logits, alone.logits)
 
 
-def test_a_side_without_rows_or_positions_enough_is_refused(tokenizer, other):
+def test_a_side_without_rows_or_positions_enough_is_refused(tokenizer, other, bert):
     def model(**sizes):
         return AutoModelForSeq2SeqLM.from_config(tiny_config("marian_separate", **sizes))
 
@@ -191,7 +192,20 @@ def test_a_side_without_rows_or_positions_enough_is_refused(tokenizer, other):
         check_fit(model(vocab_size=275, decoder_vocab_size=262), tokenizer, other, 32, 33)
     joined = AutoModelForSeq2SeqLM.from_config(joined_config("bert2gpt2"))
     with pytest.raises(TyingError, match="A source sentence may have 33 tokens"):
-        check_fit(joined, range(64), range(64), 33, 32)
+        check_fit(joined, bert, bert, 33, 32)
+
+
+def test_rows_and_start_of_a_model_from_scratch(tokenizer):
+    class WithCodes(PreTrainedTokenizerFast):  # as M2M100's, whose codes its vocabulary does not count
+        lang_token_to_id = {"__en__": 280, "__fr__": 281}
+
+    coded = WithCodes(tokenizer_object=tokenizer.backend_tokenizer, pad_token="<pad>", eos_token="</s>")
+    assert len(coded) == 275 and rows_needed(coded) == 282 and rows_needed(tokenizer) == 275
+    assert translation_config("m2m_100", coded).vocab_size == 282
+    config = translation_config("marian", tokenizer, d_model=64)
+    assert config.scale_embedding is True and config.init_std == 1 / 8
+    assert translation_config("marian", tokenizer, init_std=0.5, scale_embedding=False).init_std == 0.5
+    assert not hasattr(translation_config("t5", tokenizer), "init_std")
 
 
 def test_two_tokenizers_stay_with_every_checkpoint_and_with_the_model(tokenizer, other, tmp_path):

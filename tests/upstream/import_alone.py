@@ -79,9 +79,10 @@ def compare(names: list[str]) -> Iterator[tuple[str, str]]:
 def _answers(names: list[str], imported: bool) -> dict[str, dict]:
     command = [sys.executable, "-W", "ignore", "-m", f"{__package__}.import_alone", "--answer"]
     command += ["--imported"] * imported + [word for name in names for word in ("--only", name)]
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         command,
-        env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | ENVIRONMENT | {"PYTHONPATH": path},
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -48,7 +48,8 @@ class StockWorker:
             RuntimeError: what went wrong there.
         """
         if self.process is None:
-            environment = os.environ | {"TRANSFORMERS_VERBOSITY": "critical", "PYTHONPATH": str(ROOT)}
+            path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+            environment = os.environ | {"TRANSFORMERS_VERBOSITY": "critical", "PYTHONPATH": path}
             self.process = subprocess.Popen(
                 [sys.executable, "-W", "ignore", "-m", __name__],
                 cwd=ROOT,

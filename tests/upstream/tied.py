@@ -1,4 +1,4 @@
-"""The common tests on classes built with `TiedModelMixin`; the control of each has the same name in `stock.py`."""
+"""f24: the common tests on classes over `TiedModelMixin`; the control of each has the same name in `stock.py`."""
 
 import tempfile
 import unittest

@@ -21,7 +21,7 @@ from hf_tying.ties.slots import find_parameter
 from hf_tying.ties.vocabulary import vocabularies_of
 from hf_tying.vocabularies import MASK, join_vocabularies
 
-from ..tiny_translation import VOCAB, part_config, translation_inputs, translation_model
+from ..tiny_translation import VOCAB, beam_count, part_config, translation_inputs, translation_model
 from .models import generated, in_joint_ids, joined, logits, model_for, rows_of
 from .two_vocabularies import (
     BOS_FIRST,
@@ -55,7 +55,9 @@ def test_the_logits_of_the_old_target_words_are_unchanged(arch, dtype):
 def test_greedy_search_and_beams_find_what_they_found(arch):
     before, model, _, _, tokenizer = joined(arch)
     assert torch.equal(generated(before, num_beams=1), generated(model, tokenizer, num_beams=1))
-    kwargs = dict(num_beams=4, return_dict_in_generate=True, output_scores=True)
+    if (count := beam_count(before, 4)) == 1:
+        pytest.skip("this transformers has no beams for two vocabularies of different sizes")
+    kwargs = dict(num_beams=count, return_dict_in_generate=True, output_scores=True)
     old, new = generated(before, **kwargs), generated(model, tokenizer, **kwargs)
     assert torch.equal(old.sequences, new.sequences)
     torch.testing.assert_close(old.sequences_scores, new.sequences_scores)

@@ -139,7 +139,7 @@ def test_what_is_no_model_or_no_tokenizer_is_refused():
 def test_a_matrix_tied_to_what_is_no_vocabulary_is_refused():
     model = joined_model(part_config("bert", False), part_config("gpt2", True, TARGET, n_positions=TARGET))
     tie(model, ["decoder.transformer.wte.weight", "decoder.transformer.wpe.weight"], init_from="mean")
-    refused(model, *tokenizers_for("bert2gpt2"), r"wpe.weight' is tied to .* no vocabulary matrix. untie\(model")
+    refused(model, *tokenizers_for("bert2gpt2"), r"wpe.weight' is tied to .* not a vocabulary matrix. untie\(model")
 
 
 def test_positions_counted_from_a_padding_id_that_moves_are_refused():

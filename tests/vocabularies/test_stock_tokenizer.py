@@ -10,7 +10,7 @@ from hf_tying import TyingError, tie
 from hf_tying.ties.vocabulary import vocabularies_of
 from hf_tying.vocabularies import JointTokenizer, join_vocabularies
 
-from ..tiny_translation import translation_model
+from ..tiny_translation import beam_count, translation_model
 from .two_vocabularies import ENGLISH, GERMAN, fsmt_tokenizer, marian_tokenizer, reopened, wordpiece
 
 
@@ -48,7 +48,7 @@ def test_a_stock_tokenizer_with_two_vocabularies_becomes_a_stock_one_with_one(ki
     tokenizer = stock(kind, tmp_path)
     model = stock_model(kind, tokenizer)
     inputs = tokenizer(ENGLISH, padding=True, return_tensors="pt")
-    settings = dict(num_beams=3, max_new_tokens=10, max_length=None)
+    settings = dict(num_beams=beam_count(model, 3), max_new_tokens=10, max_length=None)
     old = model.generate(**inputs, **settings)
     texts = tokenizer.batch_decode(old, skip_special_tokens=True)
     _, target = vocabularies_of(tokenizer)

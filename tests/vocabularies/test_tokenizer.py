@@ -173,7 +173,7 @@ def test_what_cannot_be_done_with_a_joint_vocabulary_is_said(joint_tokenizer):
     with pytest.raises(TyingError, match="Cannot add '<new>'.*before join_vocabularies"):
         joint_tokenizer.add_tokens(["<new>"])
     for wrong in (-100, joint_tokenizer.vocab_size):
-        with pytest.raises(TyingError, match=f"{wrong} is no id.*-100 of labels"):
+        with pytest.raises(TyingError, match=f"{wrong} is not an id.*-100 of labels"):
             joint_tokenizer.decode([0, wrong])
     with pytest.raises(TyingError, match="call the tokenizer on a text"):
         joint_tokenizer.build_inputs_with_special_tokens([1, 2])
@@ -185,13 +185,13 @@ def test_what_cannot_be_done_with_a_joint_vocabulary_is_said(joint_tokenizer):
 @pytest.mark.parametrize(
     "content, match",
     [
-        ("", "is no joint vocabulary"),
-        ("[1]", "is no joint vocabulary"),
-        ("{}", "is no joint vocabulary"),
+        ("", "is not a joint vocabulary"),
+        ("[1]", "is not a joint vocabulary"),
+        ("{}", "is not a joint vocabulary"),
         ('{"version": 2, "target_size": 1, "source_ids": [0]}', "has version 2.*Upgrade"),
-        ('{"version": 1, "target_size": -1, "source_ids": [0]}', "numbers from 0 on"),
-        ('{"version": 1, "target_size": 330, "source_ids": ["a"]}', "numbers from 0 on"),
-        ('{"version": 1, "target_size": 330, "source_ids": {"0": 1}}', "numbers from 0 on"),
+        ('{"version": 1, "target_size": -1, "source_ids": [0]}', r"numbers from 0\."),
+        ('{"version": 1, "target_size": 330, "source_ids": ["a"]}', r"numbers from 0\."),
+        ('{"version": 1, "target_size": 330, "source_ids": {"0": 1}}', r"numbers from 0\."),
         ('{"version": 1, "target_size": 99999999999, "source_ids": [0]}', "no vocabulary has more than"),
         ('{"version": 1, "target_size": 330, "source_ids": [0, 0]}', "each once"),
         ('{"version": 1, "target_size": 330, "source_ids": [0, 1]}', "88 source words without an id"),

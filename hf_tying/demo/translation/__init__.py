@@ -1,4 +1,4 @@
-"""`hf-tying demo --task translation`: one small model trained untied, two_way and three_way, then compared and proved.
+"""`hf-tying demo --task translation`: train one small model untied, two_way and three_way, compare and check.
 
 `job` runs it.
 """

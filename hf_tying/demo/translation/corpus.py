@@ -1,4 +1,4 @@
-"""What the demo translates: the pairs that Babel makes from CLDR, or the user's own, as text and as token ids."""
+"""The pairs of the demo as text and as token ids: those that Babel generates from CLDR, or the user's own."""
 
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -13,19 +13,21 @@ from ...data.tokenizers import joint_tokenizer
 from ..settings import TranslationSettings
 
 _VALIDATION_FRACTION = 0.05
-# More would make the scores a little surer, and the demo a good deal longer.
+# More pairs would make the scores a little more precise, and the demo much longer.
 _MOST_HELD_OUT = 1000
 
 
 @dataclass(frozen=True)
 class Corpora:
-    """Both sides of the split, and the joint vocabulary that was trained on the first.
+    """Training and validation pairs, and the joint vocabulary of the training pairs.
 
     Args:
-        name (`str`): what it is, for reports.
-        train, validation (`ParallelCorpus`): with no line of either language in both.
-        tokenizer (`PreTrainedTokenizerFast`): of both languages.
-        train_ids, validation_ids (`datasets.Dataset`): the same pairs as `input_ids`, `attention_mask`, `labels`.
+        name (`str`): name of the text in reports.
+        train (`ParallelCorpus`): training pairs.
+        validation (`ParallelCorpus`): validation pairs, without a line of the training pairs in either language.
+        tokenizer (`PreTrainedTokenizerFast`): tokenizer of both languages.
+        train_ids (`datasets.Dataset`): training pairs as `input_ids`, `attention_mask` and `labels`.
+        validation_ids (`datasets.Dataset`): validation pairs in the same form.
     """
 
     name: str
@@ -36,7 +38,7 @@ class Corpora:
     validation_ids: datasets.Dataset
 
     def describe(self) -> dict:
-        """For announcement and report."""
+        """Return the description of the text for the report."""
         return {
             "name": self.name,
             "source_language": self.train.source_language,
@@ -49,10 +51,13 @@ class Corpora:
 
 
 def prepared_corpora(settings: TranslationSettings) -> Corpora:
-    """Make or read the pairs, split them, train the vocabulary, encode.
+    """Generate or read the pairs, split them, train the vocabulary, and encode them.
+
+    Args:
+        settings: settings of the demo.
 
     Raises:
-        TyingError: for languages or files that cannot be used, too few pairs, or too small a vocabulary.
+        TyingError: the languages or files cannot be used, there are too few pairs, or the vocabulary is too small.
     """
     languages = (settings.source_language, settings.target_language)
     if settings.train_file:

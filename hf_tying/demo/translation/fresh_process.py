@@ -1,29 +1,34 @@
-"""Load saved models in a process of its own and let them answer. Run by path, so that the package is imported only if
-asked:
+"""A script that loads saved models in a new process and translates with them.
+
+It is run by its path, so that the package is imported only on request:
 
     python -P fresh_process.py QUESTION.safetensors ANSWER.safetensors (plain | hf_tying) MODEL_FOLDER...
 
-The demo imports `answer` as well: what is compared is computed by the same lines.
+The demo uses the same `answer`, so both results are computed by the same code.
 """
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def answer(model, question: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Logits of given translations, translations by beam search, and parameters counted once each.
+
+def answer(model: "PreTrainedModel", question: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Compute the logits of given translations, translations by beam search, and the number of parameters.
 
     Args:
-        model: an encoder-decoder.
+        model: encoder-decoder.
         question (`dict[str, torch.Tensor]`): `input_ids` and `attention_mask`, `(sentences, source length)`; `labels`,
-            `(sentences, target length)`; `num_beams` and `max_length`, scalars.
+            `(sentences, target length)`; `num_beams` and `max_length`, scalars; all int64.
 
     Returns:
-        `dict[str, torch.Tensor]`: `logits`, `(sentences, target length, vocabulary)`; `beams`, token ids `(sentences,
-        length)`; `parameters`.
+        `dict[str, torch.Tensor]`: `logits`, `(sentences, target length, vocabulary)`, float32; `beams`, token ids
+        `(sentences, length)`; `parameters`, number of parameters, each counted once.
     """
     model.eval()
     inputs = {key: question[key].to(model.device) for key in ("input_ids", "attention_mask")}
@@ -42,7 +47,18 @@ def answer(model, question: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
-def main(question_file: str, answer_file: str, way: str, *folders: str):
+def main(question_file: str, answer_file: str, way: str, *folders: str) -> None:
+    """Load the models of all folders, and write their results.
+
+    Args:
+        question_file: safetensors file with the input of `answer`.
+        answer_file: safetensors file to write.
+        way: `"hf_tying"` to import the package first, and check the ties; `"plain"` for stock transformers.
+        *folders: folders of the models and their tokenizers.
+
+    Raises:
+        RuntimeError: under `"plain"`, the package was imported all the same.
+    """
     if way == "hf_tying":
         from hf_tying import assert_tied
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer

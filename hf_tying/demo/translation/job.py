@@ -1,15 +1,14 @@
-"""The job from sentence pairs to proof, in the order in which it happens."""
+"""The demo with a translation model, from sentence pairs to the checks, in order."""
 
 from collections.abc import Iterable
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from transformers.utils import logging
 
-from ...config import TyingError
+from ..._extras import require
 from ...training.callbacks import TyingCallback
 from ..measuring import one_thread
 from ..proof import still_tied
@@ -26,26 +25,27 @@ _SAMPLES = 8
 
 @one_thread()
 def run_translation_demo(settings: TranslationSettings, console: Console | None = None) -> bool:
-    """Train the three models, compare, save, reload and prove.
+    """Train three models, compare and save them, load them again, and check the claims.
+
+    `settings.output_dir` gets `untied/`, `two_way/`, `three_way/`, `report.json` and `curves.png`, also if a claim
+    does not hold.
 
     Args:
-        settings (`TranslationSettings`): what to translate, with what, where to write.
-        console (`rich.console.Console`, *optional*): where the table and the findings go.
+        settings (`TranslationSettings`): settings of the demo.
+        console (`rich.console.Console`, *optional*): console for the table and the claims. Default: standard output.
 
     Returns:
-        `bool`: whether everything that the demo claims holds. `settings.output_dir` then has `untied/`, `two_way/`,
-        `three_way/`, `report.json` and `curves.png`; it has them also when something does not hold.
+        `bool`: whether all claims hold.
 
     Raises:
-        TyingError: for languages, pairs or a model that cannot be used; nothing is written then.
+        TyingError: the languages, the pairs or the model cannot be used. Nothing is written then.
     """
-    for module, purpose in (("matplotlib", "draws its curves"), ("sacrebleu", "scores translations")):
-        if find_spec(module) is None:
-            raise TyingError(f"The demo {purpose} with {module}, which is missing: pip install 'hf-tying[demo]'.")
+    require("matplotlib.figure", "The picture of the demo", "demo")
+    require("sacrebleu", "BLEU", "demo")
     console = console or Console()
-    corpora = prepared_corpora(settings)  # warns where sentences are cut, hence before warnings are turned off
+    corpora = prepared_corpora(settings)  # warns if sentences are cut, so it runs before warnings are turned off
     logging.set_verbosity_error()
-    logging.disable_progress_bar()  # of loading and saving; the trainer's stays
+    logging.disable_progress_bar()  # for loading and saving; the trainer's bar stays
     config = small_config(settings.model_type, corpora.tokenizer, settings.max_length)
     models = build_models(config, settings.max_length, settings.seed)
     checks = [start_check(models)]
@@ -89,7 +89,7 @@ def _scores(run: TranslationRun) -> dict:
 
 
 def _samples(corpora: Corpora, run: TranslationRun) -> list[dict[str, str]]:
-    """Held-out sentences from all parts of the corpus, with the reference and what the model made of them."""
+    """Validation sentences from all parts of the corpus, with their references and translations."""
     places = range(0, len(corpora.validation), max(1, len(corpora.validation) // _SAMPLES))
     return [
         {
@@ -101,7 +101,7 @@ def _samples(corpora: Corpora, run: TranslationRun) -> list[dict[str, str]]:
     ]
 
 
-def _announce(console: Console, settings: TranslationSettings, corpus: dict):
+def _announce(console: Console, settings: TranslationSettings, corpus: dict) -> None:
     console.print(
         f"[bold]Pairs[/]  {escape(corpus['name'])}, {corpus['source_language']} to {corpus['target_language']}: "
         f"{corpus['training_pairs']:,} to train on, {corpus['validation_pairs']:,} held out; no line of either side "
@@ -114,7 +114,9 @@ def _announce(console: Console, settings: TranslationSettings, corpus: dict):
     )
 
 
-def _conclude(console: Console, settings: TranslationSettings, results: dict, samples: list[dict], checks: list):
+def _conclude(
+    console: Console, settings: TranslationSettings, results: dict, samples: list[dict], checks: list
+) -> None:
     scores = [
         ("exact match", "exact_match", "{:.3f}".format),
         ("BLEU", "bleu", "{:.2f}".format),

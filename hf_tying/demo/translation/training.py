@@ -1,41 +1,46 @@
-"""Train one of the models with `Seq2SeqTrainer`, let it translate what was held out, and score that."""
+"""Train a model with `Seq2SeqTrainer`, translate the validation sentences, and score the translations."""
 
 import hashlib
 import random
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ...metrics import Bleu, ChrF
 from ...metrics.translation import generated_text
+from ...objectives.own_loss import set_accepts_loss_kwargs
 from ...training.translation import translation_collator
 from ..measuring import StepClock, common_arguments, optimizer_bytes, train_quietly
 from ..settings import TranslationSettings
 from .corpus import Corpora
 
-# Languages written without spaces: BLEU counts n-grams of characters there, which needs no segmenter to be installed.
+# Languages written without spaces. BLEU counts n-grams of characters for these, which needs no segmenter.
 _NO_SPACES = {"bo", "dz", "ja", "km", "lo", "my", "th", "yue", "zh"}
 
-# Batches that are sorted by length together: many, that they have little padding; few, that they stay random.
+# Number of batches that are sorted by length together. More batches have less padding, fewer are more random.
 _POOL = 50
 
 
 @dataclass
 class TranslationRun:
-    """A trained model and what was measured on it.
+    """A trained model with its measurements.
 
     Args:
-        model (`PreTrainedModel`): trained, in eval mode.
-        tokens (`int`): source and target tokens trained on, padding not counted.
-        tokens_per_second (`float`): of the step at the upper quartile, validation not counted: whatever else the
-            machine does can only slow a step down.
-        optimizer_bytes (`int`): AdamW's states as they were in memory.
-        data (`str`): digest of every batch in its order.
-        history (`list[dict]`): the trainer's log.
-        translations (`list[str]`): of the held-out sentences, greedy.
-        exact_match (`float`): share of these that are the reference, letter for letter.
-        bleu, chrf (`dict`): `score` and `signature` of sacrebleu.
+        model (`PreTrainedModel`): trained model, in eval mode.
+        tokens (`int`): number of source and target tokens in training, without padding.
+        tokens_per_second (`float`): speed of the step at the upper quartile of speeds, without validation. Other
+            programs on the machine can only slow a step down.
+        optimizer_bytes (`int`): size of AdamW's states in memory.
+        data (`str`): digest of all batches in their order.
+        history (`list[dict]`): log of the trainer.
+        translations (`list[str]`): greedy translations of the validation sentences.
+        exact_match (`float`): share of translations that are equal to their reference, 0 to 1.
+        bleu (`dict`): `score` and `signature` of BLEU.
+        chrf (`dict`): `score` and `signature` of chrF.
     """
 
     model: PreTrainedModel
@@ -57,18 +62,18 @@ def train(
     corpora: Corpora,
     callbacks: list[TrainerCallback] | None = None,
 ) -> TranslationRun:
-    """Train `model` in place for `settings.steps` steps and score its translations of the held-out sentences.
+    """Train `model` in place for `settings.steps` steps, and score its translations of the validation sentences.
 
     Args:
-        model (`PreTrainedModel`): one of the three.
-        name (`str`): shown on the progress bar.
-        settings (`TranslationSettings`): steps, sizes, seed.
-        corpora (`Corpora`): what to train and to validate on.
+        model (`PreTrainedModel`): model to train.
+        name (`str`): name on the progress bar.
+        settings (`TranslationSettings`): settings of the demo.
+        corpora (`Corpora`): training and validation pairs.
         callbacks (`list[TrainerCallback]`, *optional*): further callbacks.
     """
     clock = StepClock()
     trainer = _RecordingTrainer(
-        model=model,
+        model=set_accepts_loss_kwargs(model),
         args=_arguments(settings),
         data_collator=translation_collator(model, corpora.tokenizer),
         train_dataset=corpora.train_ids.select(training_order(corpora, settings)),
@@ -97,18 +102,18 @@ def train(
 
 
 def training_order(corpora: Corpora, settings: TranslationSettings) -> list[int]:
-    """The pairs of all steps: batches of like length, so that little is padding, in an order that is random.
+    """Choose the pairs of all steps: batches of similar lengths, for little padding, in random order.
 
-    `train_sampling_strategy="group_by_length"` gives such batches from long to short, fifty at a time, so that
-    neighbours in training are all alike.
+    `train_sampling_strategy="group_by_length"` orders such batches from long to short, fifty at a time, so that
+    successive batches are similar.
 
     Args:
-        corpora (`Corpora`): the training pairs.
-        settings (`TranslationSettings`): steps, batch size, seed.
+        corpora (`Corpora`): training pairs.
+        settings (`TranslationSettings`): settings of the demo.
 
     Returns:
-        `list[int]`: `steps * batch_size` row numbers; each pair once before any comes again, but for less than a batch
-        that is left out of each pass, another each time.
+        `list[int]`: `steps * batch_size` row numbers. Each pass has every pair once, except for a random part of less
+        than a batch.
     """
     draw = random.Random(settings.seed)
     rows = corpora.train_ids
@@ -127,16 +132,23 @@ def training_order(corpora: Corpora, settings: TranslationSettings) -> list[int]
 
 
 def translated(
-    model: PreTrainedModel, tokenizer, sentences: list[str], max_length: int, batch_size: int = 128
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sentences: list[str],
+    max_length: int,
+    batch_size: int = 128,
 ) -> list[str]:
-    """Greedy translations, in the order of the sentences.
+    """Translate sentences greedily.
 
     Args:
-        model (`PreTrainedModel`): in eval mode.
-        tokenizer: of both languages.
-        sentences (`list[str]`): to translate; longer ones than `max_length` tokens are cut, as in training.
-        max_length (`int`): tokens of a translation at most.
-        batch_size (`int`, default 128): sentences at a time, those of like length together.
+        model (`PreTrainedModel`): model in eval mode.
+        tokenizer: tokenizer of both languages.
+        sentences (`list[str]`): sentences to translate. They are cut to `max_length` tokens, as in training.
+        max_length (`int`): largest number of tokens of a translation.
+        batch_size (`int`, default 128): number of sentences in a batch. Sentences of similar lengths are together.
+
+    Returns:
+        `list[str]`: translations in the order of the sentences.
     """
     order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
     translations = [""] * len(sentences)
@@ -167,14 +179,15 @@ def _arguments(settings: TranslationSettings) -> Seq2SeqTrainingArguments:
 
 
 class _RecordingTrainer(Seq2SeqTrainer):
-    """Counts the tokens of each step, and keeps a digest of what the model was given to learn from."""
+    """A trainer that counts the tokens of each step, and keeps a digest of the training data."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.digest = hashlib.sha256()
         self.tokens: list[int] = []
 
-    def training_step(self, model, inputs, *args, **kwargs):
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Train one step, and record its data."""
         for key in ("input_ids", "labels"):
             self.digest.update(inputs[key].cpu().numpy().tobytes())
         self.tokens.append(int(inputs["attention_mask"].sum() + (inputs["labels"] != -100).sum()))

@@ -1,4 +1,4 @@
-"""Encoder-decoders put together from two models, with one embedding for both languages and the softmax if you like."""
+"""Encoder-decoders made of two models, whose embeddings and softmax can be one matrix."""
 
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
@@ -7,6 +7,6 @@ from .modeling_encoder_decoder import TiedEncoderDecoderModel
 
 __all__ = ["TiedEncoderDecoderConfig", "TiedEncoderDecoderModel"]
 
-# Over the stock class of that type, to which `from_dict` hands every file without an entry.
+# This replaces the stock class of the model type. `from_dict` makes a stock config for every file without an entry.
 AutoConfig.register(TiedEncoderDecoderConfig.model_type, TiedEncoderDecoderConfig, exist_ok=True)
 AutoModelForSeq2SeqLM.register(TiedEncoderDecoderConfig, TiedEncoderDecoderModel, exist_ok=True)

@@ -15,12 +15,13 @@ class TiedEncoderDecoderConfig(TyingConfigMixin, EncoderDecoderConfig):
     the stock class for any other.
 
     Args:
-        encoder, decoder (`PreTrainedConfig` or `dict`): the configs of the two models.
-        tying (`dict`, *optional*): what is tied, see `TyingConfig`; `{"version": 1, "scheme": "three_way"}` for one
-            matrix in all three roles.
+        encoder (`PreTrainedConfig` or `dict`): config of the encoder.
+        decoder (`PreTrainedConfig` or `dict`): config of the decoder.
+        tying (`dict`, *optional*): what is tied, see `TyingConfig`. `{"version": 1, "scheme": "three_way"}` makes one
+            matrix of all three roles.
 
     Raises:
-        TyingError: for an entry that cannot be read.
+        TyingError: if the `tying` entry cannot be read.
 
     Example:
         >>> TiedEncoderDecoderConfig.from_encoder_decoder_configs(
@@ -32,14 +33,24 @@ class TiedEncoderDecoderConfig(TyingConfigMixin, EncoderDecoderConfig):
     model_type = "encoder-decoder"
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """As in transformers; what `AutoConfig` calls for each file of this model type."""
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> EncoderDecoderConfig:
+        """Make a config of this class for a dict with a `tying` entry, and a stock config for any other.
+
+        `AutoConfig` calls this for each file of the model type.
+
+        Args:
+            config_dict: content of `config.json`.
+            **kwargs: further arguments, as in transformers.
+
+        Returns:
+            The config. With `return_unused_kwargs=True`, also the unused arguments, as in transformers.
+        """
         if cls is TiedEncoderDecoderConfig and config_dict.get("tying") is None and kwargs.get("tying") is None:
             return EncoderDecoderConfig.from_dict(config_dict, **kwargs)
         return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers; the architecture is the stock one, which reads the file just as well."""
+        """Return the config as a dict, with the stock architecture, which reads the same file."""
         fields = super().to_dict()
         if fields.get("architectures") == ["TiedEncoderDecoderModel"]:
             fields["architectures"] = ["EncoderDecoderModel"]

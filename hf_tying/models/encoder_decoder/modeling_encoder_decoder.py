@@ -1,9 +1,12 @@
 """`TiedEncoderDecoderModel`: any encoder and any decoder of transformers, tied across the two."""
 
+from typing import Any
+
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.encoder_decoder.configuration_encoder_decoder import EncoderDecoderConfig
 from transformers.models.encoder_decoder.modeling_encoder_decoder import EncoderDecoderModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import cached_file, logging
 
 from ...config import SCHEMES, TyingConfig, TyingError
@@ -13,7 +16,7 @@ from .configuration_encoder_decoder import TiedEncoderDecoderConfig
 
 logger = logging.get_logger(__name__)
 
-# How the families that transformers gives cross-attention name it.
+# Parts of the names that transformers' families give to cross-attention.
 _CROSS_ATTENTION = ("cross", "encoder_attn", "encdecattention")
 
 
@@ -27,15 +30,15 @@ class TiedEncoderDecoderModel(TiedModelMixin, EncoderDecoderModel):
     own. The file is one of `EncoderDecoderModel`, and the stock class reads the same values from it.
 
     Args:
-        config (`TiedEncoderDecoderConfig`, *optional*): of both models; by default made from theirs.
-        encoder (`PreTrainedModel`, *optional*): a model without a head.
-        decoder (`PreTrainedModel`, *optional*): a causal language model with cross-attention.
-        init_from (`str`, *optional*): where a tied matrix takes its values, see `hf_tying.tie`. Needed where models
-            are given that disagree; a model made from a config alone is tied as it is initialised.
+        config (`TiedEncoderDecoderConfig`, *optional*): config of both models. Default: made from their configs.
+        encoder (`PreTrainedModel`, *optional*): model without a head.
+        decoder (`PreTrainedModel`, *optional*): causal language model with cross-attention.
+        init_from (`str`, *optional*): where a tied matrix takes its values, see `hf_tying.tie`. It is needed if the
+            given models have different values. A model from a config alone is tied while it is initialised.
 
     Raises:
-        TyingError: for different hidden sizes or vocabulary sizes, a decoder without cross-attention, or given models
-            whose matrices differ when `init_from` is not given.
+        TyingError: if the hidden sizes or the vocabulary sizes differ, the decoder has no cross-attention, or the
+            matrices of the given models differ and `init_from` is not given.
 
     Example:
         >>> config = TiedEncoderDecoderConfig.from_encoder_decoder_configs(
@@ -55,7 +58,7 @@ class TiedEncoderDecoderModel(TiedModelMixin, EncoderDecoderModel):
         encoder: PreTrainedModel | None = None,
         decoder: PreTrainedModel | None = None,
         init_from: str | None = None,
-    ):
+    ) -> None:
         if config is None and encoder is not None and decoder is not None:
             config = TiedEncoderDecoderConfig.from_encoder_decoder_configs(encoder.config, decoder.config)
         elif type(config) is EncoderDecoderConfig:  # what the stock `from_encoder_decoder_pretrained` makes
@@ -78,25 +81,32 @@ class TiedEncoderDecoderModel(TiedModelMixin, EncoderDecoderModel):
         cls,
         encoder_pretrained_model_name_or_path: str | None = None,
         decoder_pretrained_model_name_or_path: str | None = None,
-        *model_args,
+        *model_args: Any,
         tying: str | dict | TyingConfig | None = None,
         init_from: str | None = None,
-        tokenizer=None,
-        target_tokenizer=None,
-        **kwargs,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        target_tokenizer: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
     ) -> "TiedEncoderDecoderModel":
-        """As in `EncoderDecoderModel`, then tied.
+        """Load two models as `EncoderDecoderModel` does, and tie them.
 
         Args:
-            encoder_pretrained_model_name_or_path, decoder_pretrained_model_name_or_path (`str`): folders or ids.
-            tying: a scheme, or whatever `hf_tying.tie` accepts. By default what the two models tie by themselves.
+            encoder_pretrained_model_name_or_path (`str`): folder or Hub id of the encoder.
+            decoder_pretrained_model_name_or_path (`str`): folder or Hub id of the decoder.
+            *model_args: further arguments of the encoder, as in transformers.
+            tying: scheme, or anything else that `hf_tying.tie` accepts. Default: the ties that each of the two models
+                has by itself.
             init_from (`str`, *optional*): where a tied matrix takes its values, see `hf_tying.tie`.
-            tokenizer, target_tokenizer (*optional*): of the two sides, compared when source and target are tied. By
-                default those that are saved with the two models, where there are any.
-            kwargs: `encoder_...`, `decoder_...` for the two models, others for the config, as in transformers.
+            tokenizer (*optional*): tokenizer of the source side. If source and target are tied, the vocabularies of
+                the two sides are compared. Default: the tokenizers that are saved with the models, if both have one.
+            target_tokenizer (*optional*): tokenizer of the target side, see `tokenizer`.
+            **kwargs: `encoder_...` and `decoder_...` for the two models, others for the config, as in transformers.
+
+        Returns:
+            The tied model.
 
         Raises:
-            TyingError: as the class, and for two different vocabularies.
+            TyingError: see the class; also if the two vocabularies differ.
         """
         declared = TyingConfig.of(tying) if tying is not None else None
         names = [encoder_pretrained_model_name_or_path, decoder_pretrained_model_name_or_path]
@@ -109,13 +119,13 @@ class TiedEncoderDecoderModel(TiedModelMixin, EncoderDecoderModel):
         return model
 
     @classmethod
-    def register_for_auto_class(cls, auto_class="AutoModelForSeq2SeqLM") -> None:
-        """Nothing to register: the file is one of the stock `EncoderDecoderModel`, and is published without code."""
+    def register_for_auto_class(cls, auto_class: str = "AutoModelForSeq2SeqLM") -> None:
+        """Warn that nothing is registered: the stock `EncoderDecoderModel` reads the file without custom code."""
         logger.warning("A TiedEncoderDecoderModel is published without code: transformers' own class reads its file.")
 
 
 def _fields(config: EncoderDecoderConfig) -> dict:
-    """What the constructor of the tied config takes from a stock one."""
+    """The arguments that make a tied config of a stock config."""
     return {key: value for key, value in config.to_dict().items() if key not in ("model_type", "transformers_version")}
 
 
@@ -124,7 +134,7 @@ def _joins_sides(declared: TyingConfig) -> bool:
 
 
 def _refuse_unlike_parts(config: EncoderDecoderConfig | None, declared: TyingConfig | None = None) -> None:
-    """Before any weight is made: source and target can be one matrix only if it has one shape."""
+    """Refuse to tie source and target matrices of different shapes, before any weight is made."""
     declared = declared or TyingConfig.from_dict(getattr(config, "tying", None))
     if config is None or not _joins_sides(declared):
         return
@@ -156,7 +166,7 @@ def _saved_tokenizers(*names: str | None) -> tuple:
     from transformers import AutoTokenizer
 
     try:
-        for name in names:  # without a file, AutoTokenizer makes an empty one of the model's type
+        for name in names:  # without this file, AutoTokenizer makes an empty tokenizer of the model's type
             cached_file(name, "tokenizer_config.json")
         return tuple(AutoTokenizer.from_pretrained(name) for name in names)
     except (OSError, ValueError, KeyError, ImportError) as error:

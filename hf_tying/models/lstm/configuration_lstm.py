@@ -1,5 +1,7 @@
 """The config of the LSTM language model."""
 
+from typing import Any
+
 from transformers.configuration_utils import PreTrainedConfig
 
 from hf_tying.config import TyingConfigMixin, TyingError
@@ -13,42 +15,51 @@ _DROPOUTS = (
 
 
 class TiedLSTMConfig(TyingConfigMixin, PreTrainedConfig):
-    """An LSTM language model; the defaults are Zaremba et al. 2014's small one, tied.
+    """The config of an LSTM language model. The defaults are the small model of Zaremba et al. 2014, tied.
+
+    Every dropout is a rate in [0, 1), and 0 by default.
 
     Args:
-        vocab_size (`int`): words. Default 10,000, the Penn Treebank's.
+        vocab_size (`int`): number of words. Default 10,000, the size of the Penn Treebank's vocabulary.
         embedding_size (`int`): width of the embedding. Default 200.
-        hidden_size (`int`): width of the layers. The last one of a tied model has `embedding_size` (Merity et al.
-            2017): its output is multiplied by the embedding.
-        layer_sizes (`list[int]`, *optional*): the width of each layer, where they are not as above.
-        num_hidden_layers (`int`): Default 2.
-        tie_word_embeddings (`bool`): one matrix for the embedding and the softmax (Press & Wolf 2016; RE in Inan et
-            al. 2016). Default `True`; `tying` says it too.
-        output_bias (`bool`): the softmax has a bias: kept in Press & Wolf's tied models, not in Inan's (section 4).
-        initializer_range (`float`): all weights and the softmax's bias are uniform in +- this. Default 0.1.
-        recurrent_initializer_range (`float`, *optional*): the same of the layers' weights; `None` for the one of
-            `torch.nn.LSTM`, one over the root of the layer's width. A layer's bias starts at 0 (TensorFlow's cell).
-        zero_output_bias (`bool`): the softmax's bias starts at 0 instead (Merity et al. 2017).
-        dropout_kind (`str`): `"standard"`, a new mask at each step (Zaremba et al. 2014), or `"variational"`, one for
-            each example through all steps of a forward pass (Gal & Ghahramani 2016; "locked" in Merity et al. 2017).
-        embedding_dropout (`float`): whole words dropped from the embedding, **in its input role only**: the softmax
-            keeps all its rows (Merity et al. 2017 section 4.3).
-        input_dropout, hidden_dropout, output_dropout (`float`): of the vectors looked up, of each layer's output but
-            the last, of the last.
-        recurrent_dropout (`float`): of a layer's last output as its input in the next step (Gal & Ghahramani 2016);
-            variational whatever the kind.
-        shared_recurrent_mask (`bool`): the mask of a layer's output is also the one of its recurrent input (Inan et
-            al. 2016 section 5), instead of `recurrent_dropout`.
-        weight_dropout (`float`): of the recurrent weights, one mask for a forward pass (DropConnect, Merity et al.
-            2017 section 2).
-        activation_regularization, temporal_activation_regularization (`float`): AR and TAR (Merity et al. 2017
-            section 4.6): in training the loss has `alpha * mean(dropped output ** 2)`, and `beta * mean(d ** 2)` where
-            d is the difference of the outputs of two steps.
-        tying (`dict`, *optional*): see `hf_tying.TyingConfig`; it can also give the model a projection (PR).
+        hidden_size (`int`): width of the layers. Default 200. The last layer of a tied model has `embedding_size`
+            units instead (Merity et al. 2017), because its output is multiplied by the embedding.
+        layer_sizes (`list[int]`, *optional*): width of each layer, in place of the widths above.
+        num_hidden_layers (`int`): number of layers. Default 2.
+        tie_word_embeddings (`bool`): whether the embedding and the softmax are one matrix (Press & Wolf 2016; RE in
+            Inan et al. 2016). Default `True`. `tying` can say the same.
+        output_bias (`bool`): whether the softmax has a bias. Default `True`, as in Press & Wolf's tied models; Inan's
+            have none (section 4).
+        initializer_range (`float`): bound of the uniform distribution from which all weights and the bias of the
+            softmax are drawn, around 0. Default 0.1.
+        recurrent_initializer_range (`float`, *optional*): the same bound for the weights of the layers. Default 0.1;
+            `None` for that of `torch.nn.LSTM`, 1 / sqrt(width of the layer). The bias of a layer starts at 0, as in
+            TensorFlow's cell.
+        zero_output_bias (`bool`): whether the bias of the softmax starts at 0 (Merity et al. 2017). Default `False`.
+        dropout_kind (`str`): `"standard"` (the default) draws a new mask at each step (Zaremba et al. 2014);
+            `"variational"` draws one mask for each example, and keeps it for all steps of a forward pass (Gal &
+            Ghahramani 2016; "locked" in Merity et al. 2017).
+        embedding_dropout (`float`): rate of the words that are dropped whole from the embedding, **in its input role
+            only**. The softmax keeps all rows (Merity et al. 2017 section 4.3).
+        input_dropout (`float`): dropout of the vectors that are looked up.
+        hidden_dropout (`float`): dropout of the output of each layer except the last.
+        output_dropout (`float`): dropout of the output of the last layer.
+        recurrent_dropout (`float`): dropout of a layer's own output, where it is the layer's input at the next step
+            (Gal & Ghahramani 2016). It is variational under either `dropout_kind`.
+        shared_recurrent_mask (`bool`): whether the recurrent input of a layer has the mask of the layer's output (Inan
+            et al. 2016 section 5), in place of `recurrent_dropout`. Default `False`.
+        weight_dropout (`float`): dropout of the recurrent weights, with one mask for a forward pass (DropConnect,
+            Merity et al. 2017 section 2).
+        activation_regularization (`float`): alpha of AR (Merity et al. 2017 section 4.6), which adds
+            `alpha * mean(dropped_output ** 2)` to the loss in training. Default 0.
+        temporal_activation_regularization (`float`): beta of TAR (same section), which adds `beta * mean(d ** 2)` to
+            the loss in training, where d is the difference between the outputs of two successive steps. Default 0.
+        tying (`dict`, *optional*): the entry that `hf_tying.TyingConfig` reads. It can also give the model a
+            projection (PR).
 
     Raises:
-        TyingError: for a tied model whose last layer has another width than the embedding, a rate outside [0, 1), an
-            unknown kind, or sizes that are not positive.
+        TyingError: if the last layer of a tied model has a different width than the embedding, a rate is outside
+            [0, 1), a kind is unknown, or a size is not positive.
 
     Example:
         >>> TiedLSTMConfig.named("zaremba_small", tie_word_embeddings=False).layer_widths
@@ -83,7 +94,7 @@ class TiedLSTMConfig(TyingConfigMixin, PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if self.dropout_kind not in ("standard", "variational"):
             raise TyingError(f"dropout_kind={self.dropout_kind!r}: expected 'standard' or 'variational'.")
@@ -109,11 +120,16 @@ class TiedLSTMConfig(TyingConfigMixin, PreTrainedConfig):
             )
 
     @classmethod
-    def named(cls, size: str, **changes) -> "TiedLSTMConfig":
-        """A size of the papers: `zaremba_` or `inan_` and `small`, `medium` or `large`, or `awd`.
+    def named(cls, size: str, **changes: Any) -> "TiedLSTMConfig":
+        """Make the config of a model of the papers.
+
+        Args:
+            size: `"zaremba_small"`, `"zaremba_medium"`, `"zaremba_large"`, `"inan_small"`, `"inan_medium"`,
+                `"inan_large"` or `"awd"`; see `hf_tying.models.lstm.sizes`.
+            **changes: keywords of this class that differ from the paper.
 
         Raises:
-            TyingError: for another name.
+            TyingError: if there is no such size.
         """
         if size not in SIZES:
             raise TyingError(f"There is no size {size!r}: expected one of {', '.join(SIZES)}.")

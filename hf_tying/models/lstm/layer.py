@@ -1,4 +1,4 @@
-"""One layer of the language model: `torch.nn.LSTM` with one bias, and what the papers do to its recurrent input."""
+"""One layer of the language model: `torch.nn.LSTM` with one bias, and the papers' dropout of its recurrent input."""
 
 import torch
 from torch import nn
@@ -10,12 +10,17 @@ from .state import LayerState, check_state
 
 
 class LSTMLayer(nn.LSTM):
-    """A layer of `torch.nn.LSTM`, batch first, whose second bias is held at zero and is no parameter.
+    """A layer of `torch.nn.LSTM`, batch first, whose second bias is a buffer of zeros.
 
-    The papers' cell has one bias for each gate. Torch has two, which are counted twice and learn at twice the rate.
+    The cell of the papers has one bias for each gate. Torch's cell has two, which are counted twice, and whose sum
+    learns at twice the rate.
+
+    Args:
+        input_size: width of the inputs.
+        hidden_size: width of the outputs.
     """
 
-    def __init__(self, input_size: int, hidden_size: int):
+    def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__(input_size, hidden_size, batch_first=True)
         del self.bias_hh_l0
         self.register_buffer("bias_hh_l0", torch.zeros(4 * hidden_size), persistent=False)
@@ -28,19 +33,22 @@ class LSTMLayer(nn.LSTM):
         weight_dropout: float = 0.0,
         attended: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, LayerState]:
-        """
+        """Run the layer over all steps.
+
         Args:
             inputs: (batch, time, input width).
-            state: the output and the cell of the step before, without dropout.
-            recurrent_mask: (batch, width), for the output as the recurrent input of each step (variational dropout).
+            state: output and cell of the previous step, each (batch, width), without dropout.
+            recurrent_mask: (batch, width), mask of the recurrent input at each step (variational dropout). Default:
+                none.
             weight_dropout: share of the recurrent weights that is 0 in this pass, the same at each step (DropConnect).
-            attended: (batch, time), boolean; at a step where it is false the state stays as it was.
+            attended: (batch, time), boolean. Where it is false, the state does not change. Default: true everywhere.
 
         Returns:
-            The outputs (batch, time, width), and the state after the last step.
+            The outputs, (batch, time, width), and the state after the last step.
 
         Raises:
-            TyingError: for inputs or a state of another shape, which `torch.lstm` takes and reads beyond their memory.
+            TyingError: if the inputs or the state have a wrong shape. `torch.lstm` does not check this, and reads
+                beyond their memory.
         """
         if inputs.ndim != 3 or inputs.shape[-1] != self.input_size:
             raise TyingError(

@@ -1,6 +1,7 @@
 """`TiedLSTMForCausalLM`: the LSTM language model of Zaremba, Press & Wolf, Inan and Merity."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,12 +21,13 @@ from .state import LayerState, check_state, state_rows
 
 @dataclass
 class TiedLSTMModelOutput(ModelOutput):
-    """
+    """The output of `TiedLSTMModel`.
+
     Args:
         last_hidden_state: (batch, time, width of the last layer), after dropout.
-        state: for each layer its last output and its cell, each (batch, width), without dropout; pass it on with the
-            next piece of the same texts.
-        hidden_states: the vectors looked up and each layer's output, without dropout, if asked for.
+        state: last output and cell of each layer, each (batch, width), without dropout. Pass it on with the next piece
+            of the same texts.
+        hidden_states: vectors that were looked up, and outputs of all layers, without dropout. Only on request.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -35,11 +37,13 @@ class TiedLSTMModelOutput(ModelOutput):
 
 @dataclass
 class TiedLSTMOutput(ModelOutput):
-    """
+    """The output of `TiedLSTMForCausalLM`.
+
     Args:
-        loss: a scalar, if there are labels.
+        loss: scalar, if there are labels.
         logits: (batch, time, words).
-        state, hidden_states: see `TiedLSTMModelOutput`.
+        state: see `TiedLSTMModelOutput`.
+        hidden_states: see `TiedLSTMModelOutput`.
     """
 
     loss: torch.FloatTensor | None = None
@@ -49,6 +53,8 @@ class TiedLSTMOutput(ModelOutput):
 
 
 class TiedLSTMPreTrainedModel(TiedModelMixin, PreTrainedModel):
+    """The base class: config class and initial values."""
+
     config: TiedLSTMConfig
     config_class = TiedLSTMConfig
     base_model_prefix = "lstm"
@@ -78,7 +84,7 @@ class TiedLSTMPreTrainedModel(TiedModelMixin, PreTrainedModel):
 class TiedLSTMModel(TiedLSTMPreTrainedModel):
     """The embedding and the layers, without the softmax."""
 
-    def __init__(self, config: TiedLSTMConfig):
+    def __init__(self, config: TiedLSTMConfig) -> None:
         super().__init__(config)
         widths = [config.embedding_size, *config.layer_widths]
         self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_size)
@@ -94,19 +100,27 @@ class TiedLSTMModel(TiedLSTMPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> TiedLSTMModelOutput | tuple:
-        """
+        """Run all layers over a piece of text.
+
         Args:
-            input_ids: (batch, time), or `inputs_embeds`, (batch, time, embedding_size).
-            attention_mask: (batch, time); 0 for padding, which leaves the state as it was. A longer one belongs to
-                the whole of a text of which this is the end.
-            state: of the piece of the same texts before this one; zeros if there is none. It is not detached.
-            use_cache: whether the state is given out. Default `config.use_cache`.
+            input_ids: (batch, time), int64.
+            attention_mask: (batch, time), 0 for padding, which does not change the state. A longer mask belongs to a
+                whole text of which `input_ids` is the end. Default: no padding.
+            inputs_embeds: (batch, time, embedding_size), in place of `input_ids`.
+            state: state after the previous piece of the same texts. It is not detached. Default: zeros.
+            use_cache: whether to return the state. Default: `config.use_cache`.
+            output_hidden_states: whether to return the outputs of all layers. Default: `config.output_hidden_states`.
+            return_dict: whether to return a `ModelOutput` in place of a tuple. Default: `config.return_dict`.
+            **kwargs: arguments of other models, which are ignored.
+
+        Returns:
+            A `TiedLSTMModelOutput`, or a tuple of its values.
 
         Raises:
-            ValueError: for both or neither of `input_ids` and `inputs_embeds`.
-            TyingError: for a state of another batch size, or of another model.
+            ValueError: if both or neither of `input_ids` and `inputs_embeds` are given.
+            TyingError: if the state has a different batch size, or belongs to another model.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Expected either input_ids or inputs_embeds.")
@@ -146,7 +160,15 @@ class TiedLSTMModel(TiedLSTMPreTrainedModel):
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def initial_state(self, batch: int, like: torch.Tensor | None = None) -> tuple[LayerState, ...]:
-        """Zeros for each layer, in the dtype and on the device of `like`, or of the embedding."""
+        """Make the state at the beginning of a text: zeros.
+
+        Args:
+            batch: number of texts.
+            like: tensor whose dtype and device the state has. Default: the embedding.
+
+        Returns:
+            Output and cell of each layer, each (batch, width).
+        """
         like = self.embed_tokens.weight if like is None else like
         return tuple(
             (like.new_zeros(batch, width), like.new_zeros(batch, width)) for width in self.config.layer_widths
@@ -157,11 +179,15 @@ class TiedLSTMModel(TiedLSTMPreTrainedModel):
 
 
 class TiedLSTMForCausalLM(TiedLSTMPreTrainedModel, GenerationMixin):
-    """The language model, tied or not, with or without an output bias; a projection before the softmax (PR) and the
-    tied softmax come by `config.tying`.
+    """The LSTM language model, tied or untied, with or without an output bias.
 
-    `labels` are `input_ids` as everywhere in transformers (the model shifts them and predicts one word less than it
-    reads), or `shift_labels` are the next words: then a text that is cut into pieces loses none.
+    `config.tying` can add a projection before the softmax (PR), and the tied softmax.
+
+    As in all models of transformers, `labels` may be `input_ids`: the model shifts them, and predicts one word less
+    than it reads. `shift_labels` are the next words themselves, so that no word is lost between the pieces of a text.
+
+    Args:
+        config: sizes, dropout and ties.
 
     Example:
         >>> model = TiedLSTMForCausalLM(TiedLSTMConfig.named("zaremba_small"))
@@ -173,7 +199,7 @@ class TiedLSTMForCausalLM(TiedLSTMPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "lstm.embed_tokens.weight"}
 
-    def __init__(self, config: TiedLSTMConfig):
+    def __init__(self, config: TiedLSTMConfig) -> None:
         super().__init__(config)
         self.lstm = TiedLSTMModel(config)
         self.lm_head = nn.Linear(config.layer_widths[-1], config.vocab_size, bias=config.output_bias)
@@ -190,19 +216,32 @@ class TiedLSTMForCausalLM(TiedLSTMPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         return_dict: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> TiedLSTMOutput | tuple:
-        """
+        """Compute the logits, and the loss if there are labels.
+
         Args:
-            labels: (batch, time); position t is predicted from what comes before it; -100 is left out.
-            logits_to_keep: how many of the last logits to compute; 0 for all.
-            kwargs: `shift_labels`, (batch, time), the word after each position, in place of `labels`; -100 is left
-                out. No argument by name, as in transformers' own models: `Trainer` evaluates a batch only if it has
-                all arguments that are named like labels. `num_items_in_batch`: what to divide the sum of losses by.
-                `penalty_share`: the share of this pass in an update, by which penalties count (`share_of_update`).
-            The rest: see `TiedLSTMModel`.
+            input_ids: (batch, time), int64; see `TiedLSTMModel.forward`.
+            attention_mask: (batch, time); see `TiedLSTMModel.forward`.
+            inputs_embeds: (batch, time, embedding_size); see `TiedLSTMModel.forward`.
+            state: state after the previous piece; see `TiedLSTMModel.forward`.
+            labels: (batch, time), int64. The word at position t is predicted from the words before it; -100 is left
+                out.
+            use_cache: whether to return the state. Default: `config.use_cache`.
+            output_hidden_states: whether to return the outputs of all layers. Default: `config.output_hidden_states`.
+            logits_to_keep: number of the last positions whose logits are computed, or their indices. Default 0, which
+                means all positions.
+            return_dict: whether to return a `ModelOutput` in place of a tuple. Default: `config.return_dict`.
+            **kwargs: `shift_labels`, (batch, time), the word after each position, in place of `labels`; -100 is left
+                out. It is not a named argument, as in transformers' own models, because `Trainer` evaluates a batch
+                only if the batch has all arguments that are named like labels. `num_items_in_batch`: divisor of the
+                sum of the losses. `penalty_share`: share of this pass in an update, which weights the penalties
+                (`share_of_update`).
+
+        Returns:
+            A `TiedLSTMOutput`, or a tuple of its values.
         """
-        vars(self).pop("loss_parts", None)  # of the step before
+        vars(self).pop("loss_parts", None)  # those of the previous step
         config = self.config
         regularised = config.activation_regularization or config.temporal_activation_regularization
         show = config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -242,7 +281,7 @@ class TiedLSTMForCausalLM(TiedLSTMPreTrainedModel, GenerationMixin):
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def _activation_penalty(self, dropped: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
-        """AR of the last layer's output after dropout, and TAR of it before (Merity et al. 2017 section 4.6)."""
+        """AR of the last output after dropout, plus TAR of it before dropout (Merity et al. 2017 section 4.6)."""
         penalty = self.config.activation_regularization * dropped.float().square().mean()
         if outputs.shape[1] > 1:
             steps = outputs[:, 1:].float() - outputs[:, :-1].float()
@@ -251,7 +290,7 @@ class TiedLSTMForCausalLM(TiedLSTMPreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        """Private: `generate` makes no cache of keys and values; the cache is `state`."""
+        """Tell `generate` to make no cache of keys and values. The cache of this model is `state`."""
         return False
 
     def prepare_inputs_for_generation(
@@ -264,11 +303,26 @@ class TiedLSTMForCausalLM(TiedLSTMPreTrainedModel, GenerationMixin):
         cache: tuple[LayerState, ...] | None = None,
         is_first_iteration: bool = False,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> dict:
-        """The whole prompt at first, which follows what a given `state` has read; then the words that are new.
+        """Choose the inputs of one step of `generate`.
 
-        `cache` is the state under the one name that later versions of transformers carry.
+        The first step reads the whole prompt, after the text that a given `state` has read. Each later step reads the
+        new words.
+
+        Args:
+            input_ids: (batch, time), int64, the prompt and all words so far.
+            next_sequence_length: number of words that have not been read yet.
+            attention_mask: (batch, time), 0 for padding.
+            inputs_embeds: (batch, time, embedding_size), the prompt in place of its words.
+            state: state after the words that have been read.
+            cache: the same state, under the only name that later versions of transformers pass on.
+            is_first_iteration: whether nothing has been read yet.
+            use_cache: whether the model returns its state.
+            **kwargs: arguments of other models, which are ignored.
+
+        Returns:
+            The keyword arguments of `forward`.
         """
         inputs = {"attention_mask": attention_mask, "state": state if cache is None else cache, "use_cache": use_cache}
         if is_first_iteration and inputs_embeds is not None:
@@ -277,16 +331,20 @@ class TiedLSTMForCausalLM(TiedLSTMPreTrainedModel, GenerationMixin):
             return inputs | {"input_ids": input_ids}
         return inputs | {"input_ids": input_ids[:, -next_sequence_length:]}
 
-    def _update_model_kwargs_for_generation(self, outputs: ModelOutput, model_kwargs: dict, *args, **kwargs) -> dict:
-        """Private: the state goes on under the name that this version of transformers carries and reorders."""
+    def _update_model_kwargs_for_generation(
+        self, outputs: ModelOutput, model_kwargs: dict, *args: Any, **kwargs: Any
+    ) -> dict:
+        """Pass the state on by the name that this version of transformers keeps and reorders."""
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
         if outputs.get("state") is not None:
             model_kwargs.pop("state", None)
             model_kwargs["state" if "state" in utils.ALL_CACHE_NAMES else "cache"] = outputs.state
         return model_kwargs
 
-    def _expand_inputs_for_generation(self, expand_size: int = 1, *args, state=None, **kwargs) -> tuple:
-        """Private: a state that is given has a row for each beam, or for each sequence that is returned."""
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, *args: Any, state: tuple[LayerState, ...] | None = None, **kwargs: Any
+    ) -> tuple:
+        """Repeat the rows of a given state, one for each beam or each returned sequence."""
         input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size, *args, **kwargs)
         if state is not None:
             check_state(state, len(input_ids) // expand_size, self.config.layer_widths)

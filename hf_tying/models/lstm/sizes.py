@@ -1,8 +1,8 @@
 """The models of the papers by name: widths, initial values and dropout rates, as keywords of `TiedLSTMConfig`.
 
-Zaremba et al. 2014 sections 4.1 and 4.2 (also the small and the large model of Press & Wolf 2016); Inan et al. 2016
-section 5 with the widths of the former; Merity et al. 2017 section 5 (the released code's rates for WikiText-2).
-How they are trained is in `hf_tying.training.recipes`.
+Sources: Zaremba et al. 2014 sections 4.1 and 4.2 (also the small and the large model of Press & Wolf 2016); Inan et
+al. 2016 section 5, with Zaremba's widths; Merity et al. 2017 section 5, with the rates of the released code for
+WikiText-2. `hf_tying.training.recipes` says how the models are trained.
 """
 
 
@@ -21,12 +21,12 @@ def _zaremba(width: int, scale: float, dropout: float) -> dict:
 
 
 def _inan(width: int, scale: float, dropout: float) -> dict:
-    """One mask for each layer's output, on its way up and on its way to the next step."""
+    """A model with one mask for the output of each layer, both towards the next layer and towards the next step."""
     return _zaremba(width, scale, dropout) | {"dropout_kind": "variational", "shared_recurrent_mask": True}
 
 
-# Inan's rates are not in the text at hand: these are a third party's settings for the Penn Treebank (icoxfog417's
-# tying-wv-and-wc), read as shares to keep.
+# The text of the paper that was used does not state Inan's rates. These are the settings of another implementation for
+# the Penn Treebank (icoxfog417's tying-wv-and-wc), read as shares to keep.
 SIZES: dict[str, dict] = {
     "zaremba_small": _zaremba(200, 0.1, 0.0),
     "zaremba_medium": _zaremba(650, 0.05, 0.5),

@@ -1,4 +1,4 @@
-"""The state of the language model: what is checked before it is used, and how it is taken row by row."""
+"""The state of the language model: its check before use, and the choice of its rows."""
 
 import torch
 
@@ -9,15 +9,15 @@ LayerState = tuple[torch.Tensor, torch.Tensor]
 
 
 def check_state(state: tuple[LayerState, ...], batch: int, widths: list[int]) -> None:
-    """Refuse a state of another shape. `torch.lstm` does not check it, and reads beyond the memory of a smaller one.
+    """Refuse a state that does not fit. `torch.lstm` does not check it, and reads beyond the memory of a small one.
 
     Args:
-        state: for each layer its last output and its cell.
-        batch: number of texts that are read.
-        widths: of the layers.
+        state: last output and cell of each layer.
+        batch: number of texts in the batch.
+        widths: widths of the layers.
 
     Raises:
-        TyingError: for another number of layers, or a part that is not (batch, width).
+        TyingError: if the number of layers differs, or a part is not (batch, width).
     """
     expected = [[(batch, width)] * 2 for width in widths]
     found = [[tuple(part.shape) for part in layer] for layer in state]
@@ -30,10 +30,13 @@ def check_state(state: tuple[LayerState, ...], batch: int, widths: list[int]) ->
 
 
 def state_rows(state: tuple[LayerState, ...], rows: torch.Tensor) -> tuple[LayerState, ...]:
-    """The rows of a state, in the order given, each as often as it is there.
+    """Select rows of a state.
 
     Args:
-        state: of `batch` texts.
-        rows: int64, (new batch,).
+        state: last output and cell of each layer, each (batch, width).
+        rows: (new batch,), int64, the rows in their new order. A row may occur several times.
+
+    Returns:
+        The state of the new batch.
     """
     return tuple(tuple(part.index_select(0, rows.to(part.device)) for part in layer) for layer in state)

@@ -37,6 +37,7 @@ class Update:
     right: torch.Tensor
 
     def squared_norm(self) -> torch.Tensor:
+        """The squared Frobenius norm of the product, a tensor of one element."""
         return ((self.left.T @ self.left) * (self.right @ self.right.T)).sum().clamp(min=0)
 
 
@@ -57,6 +58,7 @@ class Factors:
     v: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def update(self, other: "Factors") -> None:
+        """Take over the factors of `other`, by their names."""
         for kind in ("A", "B", "u", "v"):
             getattr(self, kind).update(getattr(other, kind))
 
@@ -68,10 +70,13 @@ class Problem:
         updates: the update of each module.
         names: names of the factors of each module; other modules may be in it.
         r: rank of the tied factors.
-        with_u, with_v: whether there is a u and a v. Without one, it is 1.
+        with_u: whether there is a u. Without one, it is 1.
+        with_v: whether there is a v. Without one, it is 1.
     """
 
-    def __init__(self, updates: dict[str, Update], names: dict[str, FactorNames], r: int, with_u: bool, with_v: bool):
+    def __init__(
+        self, updates: dict[str, Update], names: dict[str, FactorNames], r: int, with_u: bool, with_v: bool
+    ) -> None:
         self.updates, self.r, self.with_u, self.with_v = updates, r, with_u, with_v
         self.names = {module: names[module] for module in updates}
         self.norm = sum(update.squared_norm() for update in updates.values())
@@ -163,6 +168,7 @@ class Problem:
         return torch.linalg.solve(gram, (right + near * old).unsqueeze(-1)).squeeze(-1)
 
     def solve_v(self) -> None:
+        """Set each v to the best one beside the other factors; nothing without a v."""
         if not self.with_v:
             return
         for module in self.updates:
@@ -173,6 +179,7 @@ class Problem:
             self.factors.v[module] = (top + near * v) / (bottom + near)
 
     def solve_B(self) -> None:
+        """Set each B to the best one beside the other factors."""
         for name, modules in self.users("B").items():
             b = self.factors.B[name]
             weights, grams = b.new_zeros(len(b), len(modules)), b.new_zeros(len(modules), self.r**2)
@@ -191,6 +198,7 @@ class Problem:
             )
 
     def solve_u(self) -> None:
+        """Set each u to the best one beside the other factors; nothing without a u."""
         if not self.with_u:
             return
         for name, modules in self.users("u").items():
@@ -203,6 +211,7 @@ class Problem:
             self.factors.u[name] = self.solve(gram, right, self.factors.u[name])
 
     def solve_A(self) -> None:
+        """Set each A to the best one beside the other factors."""
         for name, modules in self.users("A").items():
             a = self.factors.A[name]
             widths = sorted({self.updates[module].right.shape[1] for module in modules})

@@ -1,10 +1,11 @@
 """`fit_from_lora`: the tied adapter that is nearest to a LoRA adapter."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from math import sqrt
+from math import inf, sqrt
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.utils import logging
@@ -20,7 +21,8 @@ from .starting import starting_factors
 
 logger = logging.get_logger(__name__)
 
-_SWEEPS_OF_TRIAL = 8
+#: All starts are tried for a few sweeps, the best for some more: numbers of sweeps, and of starts that go on.
+_TRIALS = ((8, 4), (32, 1))
 
 
 @dataclass
@@ -52,19 +54,19 @@ class TiedLoraFit:
 
 
 def fit_from_lora(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     r: int,
-    out: str | os.PathLike | None = None,
+    out: str | os.PathLike[str] | None = None,
     variant: str | None = None,
     *,
     subfolder: str | None = None,
     token: str | bool | None = None,
     iterations: int = 300,
     tolerance: float = 1e-6,
-    restarts: int = 1,
+    restarts: int = 16,
     dtype: torch.dtype = torch.float64,
     device: str | torch.device = "cpu",
-    **config,
+    **config: Any,
 ) -> TiedLoraFit:
     """The Tied-LoRA adapter nearest to a LoRA adapter: a start for further training, or a smaller file.
 
@@ -82,7 +84,10 @@ def fit_from_lora(
         token: token for the Hub.
         iterations: the most sweeps over all factors. Default 300.
         tolerance: stop when a sweep reduces the squared error by less than this fraction of it. Default 1e-6.
-        restarts: number of random starts to try beside the computed ones. Default 1.
+        restarts: number of random starts to try beside the computed ones, where modules of different u share A and B.
+            Default 16. Measured on random adapters with v = 1 (2 to 8 layers, r of 2 to 8): 31 of 35 errors are within
+            0.1 % of the best of 32 starts that were all run to their end. The others, of 8 layers or of rank 8, are
+            up to 0.95 % above it: there one start in sixteen leads to the best.
         dtype: dtype of the computation. Default float64; float32 is for devices on which that is slow. The result has
             the dtype of the LoRA adapter.
         device: device of the computation. Default: the CPU.
@@ -135,7 +140,7 @@ def fit_updates(
     kinds: dict[str, str],
     iterations: int = 300,
     tolerance: float = 1e-6,
-    restarts: int = 1,
+    restarts: int = 16,
     rounded: torch.dtype | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, float], int]:
     """Fit the factors of an adapter to given updates.
@@ -144,7 +149,9 @@ def fit_updates(
         config: the adapter's settings. Its `adapted_modules` is set here.
         updates: the update of each module.
         kinds: "linear" or "embedding" for each module.
-        iterations, tolerance, restarts: as in `fit_from_lora`.
+        iterations: largest number of sweeps, as in `fit_from_lora`.
+        tolerance: relative gain below which the sweeps end, as in `fit_from_lora`.
+        restarts: number of random starts, as in `fit_from_lora`.
         rounded: the dtype that the factors will have. With it, the errors are those of the rounded factors.
 
     Returns:
@@ -185,26 +192,25 @@ def _alternate(
     Modules that share nothing, directly or through others, are separate problems.
 
     Args:
+        updates: the update of each module.
+        names: names of the factors of each module.
+        config: settings of the adapter.
+        iterations: largest number of sweeps of a problem.
+        tolerance: relative gain below which the sweeps end.
+        restarts: number of random starts.
+        rounded: dtype that the factors will have, for the errors; `None`: as they are computed.
         step: called with numbers of finished sweeps, which add up to `iterations` for each problem.
 
     Returns:
         The factors; the squared error of each module; the largest number of sweeps of a problem.
     """
-    found, errors, most = Factors(), {}, 0
+    found, most = Factors(), 0
+    errors: dict[str, float] = {}
     for modules in _independent_modules(names):
         problem = Problem(
             {module: updates[module] for module in modules}, names, config.r, config.train_u, config.train_v
         )
-        best, sweeps = None, 0
-        for start in starting_factors(problem, restarts):
-            problem.factors = start
-            problem.balance()
-            trial = problem.run(min(_SWEEPS_OF_TRIAL, iterations), tolerance)
-            if best is None or problem.error < best[0]:
-                best, sweeps = (problem.error, problem.factors), trial
-            if problem.error <= problem.floor:
-                break
-        problem.factors = best[1]
+        sweeps = _take_best_start(problem, restarts, iterations, tolerance)
         step(sweeps)
         sweeps += problem.run(iterations - sweeps, tolerance, step)
         step(iterations - sweeps)
@@ -217,9 +223,27 @@ def _alternate(
     return found, errors, most
 
 
+def _take_best_start(problem: Problem, restarts: int, iterations: int, tolerance: float) -> int:
+    """Leave the problem at the start that is best after some sweeps. Returns how many it has had."""
+    tried: Iterable[tuple[float, int, Factors]]
+    tried = ((inf, 0, start) for start in starting_factors(problem, restarts))
+    for sweeps, kept in _TRIALS:
+        after: list[tuple[float, int, Factors]] = []
+        for _, done, start in tried:
+            problem.factors = start
+            problem.balance()
+            done += problem.run(min(sweeps, iterations - done), tolerance)
+            if problem.error <= problem.floor:
+                return done
+            after.append((problem.error, done, problem.factors))
+        tried = best = sorted(after, key=lambda trial: trial[0])[:kept]
+    _, done, problem.factors = best[0]
+    return done
+
+
 def _independent_modules(names: dict[str, FactorNames]) -> list[list[str]]:
     """The modules in lists that share nothing with each other."""
-    groups: list[tuple[set, list[str]]] = []
+    groups: list[tuple[set[tuple[str, str]], list[str]]] = []
     for module, of in names.items():
         keys = {("A", of.A), ("B", of.B), ("u", of.u)}
         joined = [module]

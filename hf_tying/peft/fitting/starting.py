@@ -11,6 +11,8 @@ import torch
 
 from .alternating import Factors, Problem, Update
 
+#: Pairs of modules, by name.
+Pairs = list[tuple[str, str]]
 #: Number of pairs of layers from which a turn of A is computed. Each gives a start.
 _PAIRS = 3
 #: At larger ranks, the equations of the turn, r^2 x r^2, would take more time than the alternation.
@@ -24,7 +26,7 @@ def starting_factors(problem: Problem, restarts: int) -> Iterator[Factors]:
 
     Args:
         problem: gives the updates, the names and the rank; its factors are not used.
-        restarts: number of further starts with random turns of A.
+        restarts: number of further starts with a random u and random turns of A.
     """
     base = {name: _row_space(problem, modules) for name, modules in problem.users("A").items()}
     matching = {name: _matching(problem, name) for name in base}
@@ -34,12 +36,18 @@ def starting_factors(problem: Problem, restarts: int) -> Iterator[Factors]:
             yield _complete(problem, _turned(problem, base, matching if turned else {}, attempt))
     yield _complete(problem, base)
     generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(base[next(iter(base))])
+
     for _ in range(restarts if turned else 0):
-        turns = {name: torch.randn(problem.r, problem.r, generator=generator, dtype=torch.float64) for name in base}
-        yield _complete(problem, {name: turns[name].to(a) @ a for name, a in base.items()})
+        of_a = {name: draw(problem.r, problem.r) @ a for name, a in base.items()}
+        yield _complete(problem, of_a, {name: draw(problem.r) for name in problem.users("u")})
 
 
-def _turned(problem: Problem, base: dict, matching: dict, attempt: int) -> dict[str, torch.Tensor]:
+def _turned(
+    problem: Problem, base: dict[str, torch.Tensor], matching: dict[str, list[Pairs]], attempt: int
+) -> dict[str, torch.Tensor]:
     """Each A turned to the basis in which u is diagonal.
 
     An A whose modules share a B with the modules of a turned A is turned to agree with that one instead.
@@ -66,7 +74,7 @@ def _turned(problem: Problem, base: dict, matching: dict, attempt: int) -> dict[
     return done
 
 
-def _common(problem: Problem, name: str, done: dict) -> tuple[str, list[tuple[str, str]]] | None:
+def _common(problem: Problem, name: str, done: dict[str, torch.Tensor]) -> tuple[str, Pairs] | None:
     """The largest list of pairs of modules that share a B, where the first has this A and the second a turned A.
 
     In one list, all first modules have the same u, and all second modules have the same u and A.
@@ -74,7 +82,7 @@ def _common(problem: Problem, name: str, done: dict) -> tuple[str, list[tuple[st
     Returns:
         `name` and the list; `None` if there is no such pair.
     """
-    found: dict[tuple, list] = {}
+    found: dict[tuple[str, str, str], Pairs] = {}
     for module in problem.users("A")[name]:
         of = problem.names[module]
         for other in problem.users("B")[of.B]:
@@ -133,7 +141,7 @@ def _unit(rows: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize(rows, dim=1)
 
 
-def _matching(problem: Problem, name: str) -> list[list[tuple[str, str]]]:
+def _matching(problem: Problem, name: str) -> list[Pairs]:
     """Pairs of modules with this A that share a B and have different u; one list for each two u."""
     by_u: dict[str, dict[str, str]] = {}
     for module in problem.users("A")[name]:
@@ -147,7 +155,7 @@ def _matching(problem: Problem, name: str) -> list[list[tuple[str, str]]]:
     return found
 
 
-def _turn(problem: Problem, a: torch.Tensor, pairs: list[tuple[str, str]]) -> torch.Tensor | None:
+def _turn(problem: Problem, a: torch.Tensor, pairs: Pairs) -> torch.Tensor | None:
     """The turn W, `(r, r)`, such that `W @ a` is A: it has the eigenvectors of W^-1 diag(u / u') W."""
     matrix = _map(problem, [tuple(_coordinates(problem, module, a) for module in pair) for pair in pairs])
     values, vectors = torch.linalg.eig(matrix)
@@ -175,12 +183,12 @@ def _map(problem: Problem, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> to
     return torch.linalg.eigh(equations)[1][:, 0].view(r, r)
 
 
-def _complete(problem: Problem, of_a: dict[str, torch.Tensor]) -> Factors:
-    """All factors from A: u first, then the B and v that fit best."""
+def _complete(problem: Problem, of_a: dict[str, torch.Tensor], of_u: dict[str, torch.Tensor] | None = None) -> Factors:
+    """All factors from A: u first, unless it is given, then the B and v that fit best."""
     factors = Factors(A=of_a)
     coordinates = {module: _coordinates(problem, module, of_a[names.A]) for module, names in problem.names.items()}
     if problem.with_u:
-        factors.u = _first_u(problem, coordinates)
+        factors.u = of_u or _first_u(problem, coordinates)
     for name, modules in problem.users("B").items():
         rows = max(len(coordinates[module]) for module in modules)
         grams = problem.new(rows, problem.r, problem.r).zero_()
@@ -198,7 +206,7 @@ def _complete(problem: Problem, of_a: dict[str, torch.Tensor]) -> Factors:
     return factors
 
 
-def _without_u(problem: Problem, factors: Factors, module: str, coordinates: dict) -> torch.Tensor:
+def _without_u(problem: Problem, factors: Factors, module: str, coordinates: dict[str, torch.Tensor]) -> torch.Tensor:
     t = coordinates[module]
     if not problem.with_u:
         return t
@@ -221,7 +229,7 @@ def _first_u(problem: Problem, coordinates: dict[str, torch.Tensor]) -> dict[str
 
 
 def _ratio(problem: Problem, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """u / u', from pairs of coordinates y = v b u and x = v' b u'."""
+    """The ratio u / u', from pairs of coordinates y = v b u and x = v' b u'."""
     pairs = [(y[: len(x)], x[: len(y)]) for y, x in pairs]
     if not problem.with_v:
         top, bottom = sum((y * x).sum(0) for y, x in pairs), sum((x * x).sum(0) for _, x in pairs)

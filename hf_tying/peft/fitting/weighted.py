@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from peft.utils.other import ModulesToSaveWrapper
@@ -13,13 +14,19 @@ from ..tensor_names import names_in_model
 from .alternating import Update
 from .fit import fit_updates
 
+if TYPE_CHECKING:
+    from ..model import TiedLoraModel
+
 logger = logging.get_logger(__name__)
+
+#: A config, and the factors of each module by their kinds.
+Combined = tuple[TiedLoraConfig, dict[str, dict[str, torch.Tensor]]]
 
 COMBINATION_TYPES = ("fit", "cat")
 
 
 def add_weighted_adapter(
-    tuner,
+    tuner: "TiedLoraModel",
     adapters: list[str],
     weights: list[float],
     adapter_name: str,
@@ -30,7 +37,13 @@ def add_weighted_adapter(
     """Add an adapter that is the weighted sum of others.
 
     Args:
-        tuner: the `TiedLoraModel`. The other arguments are those of its `add_weighted_adapter`.
+        tuner: model with the adapters. The next arguments are those of its `add_weighted_adapter`.
+        adapters: names of the adapters.
+        weights: one finite factor for each adapter.
+        adapter_name: name of the new adapter.
+        combination_type: `"fit"` or `"cat"`.
+        r: rank of the new adapter, for `"fit"`.
+        iterations: largest number of sweeps of a fit.
 
     Raises:
         ValueError: as there; the model is then unchanged.
@@ -55,7 +68,14 @@ def add_weighted_adapter(
                 place.weight.copy_(values[module][kind])
 
 
-def _check(tuner, adapters, weights, adapter_name, combination_type, r) -> None:
+def _check(
+    tuner: "TiedLoraModel",
+    adapters: list[str],
+    weights: list[float],
+    adapter_name: str,
+    combination_type: str,
+    r: int | None,
+) -> None:
     unknown = [name for name in adapters if name not in tuner.peft_config]
     if unknown:
         raise ValueError(f"Adapter {unknown[0]} does not exist. The model has {', '.join(tuner.peft_config)}.")
@@ -80,7 +100,14 @@ def _check(tuner, adapters, weights, adapter_name, combination_type, r) -> None:
         )
 
 
-def _cat(configs, layers: dict[str, TiedLoraLayer], adapters, weights, r, iterations):
+def _cat(
+    configs: dict[str, TiedLoraConfig],
+    layers: dict[str, TiedLoraLayer],
+    adapters: list[str],
+    weights: list[float],
+    r: int | None,
+    iterations: int,
+) -> Combined:
     """The exact sum: the adapters side by side, as rows of one A and u and columns of one B."""
     way = "Use combination_type='fit', which approximates the sum; or export the adapters to LoRA and combine these."
     first = configs[adapters[0]]
@@ -110,7 +137,14 @@ def _cat(configs, layers: dict[str, TiedLoraLayer], adapters, weights, r, iterat
     return config, values
 
 
-def _fit(configs, layers: dict[str, TiedLoraLayer], adapters, weights, r, iterations):
+def _fit(
+    configs: dict[str, TiedLoraConfig],
+    layers: dict[str, TiedLoraLayer],
+    adapters: list[str],
+    weights: list[float],
+    r: int | None,
+    iterations: int,
+) -> Combined:
     """The adapter of rank r that is nearest to the sum."""
     updates = {}
     with torch.no_grad():

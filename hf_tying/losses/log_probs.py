@@ -1,0 +1,162 @@
+"""`tied_log_probs`: what post-training asks of each token, from hidden states and the softmax matrix."""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+
+import torch
+from torch.nn import functional as F
+
+from .compilation import untraced
+from .gradient import is_plain
+from .log_probs_autograd import LogProbsRequest, walked_log_probs
+from .logit_tiles import LogitSettings
+from .options import CrossEntropyOptions, check_operands, is_learned, with_learned_scale
+
+OUTPUTS = ("log_probs", "entropy", "top1", "logsumexp", "mean_logits", "log_sum_sq_probs")
+
+
+@dataclass(frozen=True)
+class TokenLogProbs:
+    """What `tied_log_probs` returns: tensors of the shape of the labels, and `None` for what was not asked for.
+
+    All are in float32, or in float64 for float64 inputs, but for `top1`. Where the label is ignored all are 0.
+
+    Attributes:
+        log_probs: natural logarithm of the probability of the label.
+        entropy: entropy of the whole distribution, in nats.
+        top1: bool, whether the label is the most likely word. Among equal words the first one is, as for `argmax`.
+        logsumexp: logarithm of the sum of the exponentials of all logits.
+        mean_logits: mean of all logits; no gradient flows through it.
+        log_sum_sq_probs: logarithm of the sum of the squared probabilities; no gradient flows through it.
+    """
+
+    log_probs: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    top1: torch.Tensor | None = None
+    logsumexp: torch.Tensor | None = None
+    mean_logits: torch.Tensor | None = None
+    log_sum_sq_probs: torch.Tensor | None = None
+
+
+def tied_log_probs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    outputs: Collection[str] = ("log_probs",),
+    *,
+    temperature: float = 1.0,
+    logit_scale: float | torch.Tensor | None = None,
+    logit_softcap: float | None = None,
+    ignore_index: int = -100,
+    head_dtype: torch.dtype | None = None,
+    memory_budget: int | None = None,
+) -> TokenLogProbs:
+    """Log-probability, entropy, and more of each token, without the (N, V) logits.
+
+    The logits are `softcap(logit_scale * (hidden @ weight.T + bias)) / temperature`, in this order, which is that of
+    the models and of the trainers that sample with a temperature. They are computed block by block, once in the
+    forward pass and once more in the backward pass. Alive at a time are one block of them, the hidden states' gradient
+    in float32, and one V x D gradient, into which `tied_embedding` of the same `weight` adds its rows
+    (`hf_tying.losses.gradient`). Tokens whose label is ignored take part in no matrix product.
+
+    Args:
+        hidden: (..., D), floating point; no shift is made: `hidden[i]` predicts `labels[i]`.
+        weight: (V, D), of the dtype of `hidden`, or any under autocast or with `head_dtype`.
+        labels: hidden.shape[:-1], int64: words from 0 to V - 1, or `ignore_index`.
+        bias: (V,), floating point.
+        outputs: names of the fields of `TokenLogProbs` to compute. Default `("log_probs",)`; each further one costs a
+            little at each logit. `log_probs`, `entropy` and `logsumexp` are differentiable.
+        temperature: number above 0 by which the logits are divided. Default 1.
+        logit_scale: factor of the products (Cohere; 1 / logits_scaling in Granite). Default 1. It may be learned: a
+            tensor of one element gets its gradient.
+        logit_softcap: the cap of `cap * tanh(logits / cap)`, after the scale (Gemma 2, section 2). Default: none.
+        ignore_index: labels of this value give 0, and no gradient. Default -100, as everywhere in transformers.
+        head_dtype: dtype of the matrix products. With `torch.float32` a bfloat16 matrix is converted block by block,
+            never whole. Default: that of `hidden`, or of autocast.
+        memory_budget: most bytes of one block of logits. Default: 4 MiB on a CPU, whose cache holds it, else 64 MiB.
+
+    Returns:
+        `TokenLogProbs`.
+
+    Raises:
+        IndexError: for a label outside the vocabulary.
+        ValueError: for an unknown output, none at all, a temperature not above 0, labels of another shape, and a soft
+            cap or a temperature that requires a gradient.
+        RuntimeError: for mixed dtypes or devices, a bias of another length, `hidden` and `weight` of different width,
+            and in the backward pass for `create_graph=True`.
+
+    Example (the reference, see `reference_log_probs`):
+        >>> log_probs = torch.log_softmax((hidden @ weight.T).float() / temperature, dim=-1)
+        >>> log_probs.gather(-1, labels[..., None])[..., 0], -(log_probs.exp() * log_probs).sum(-1)
+    """
+    outputs, temperature = _checked_outputs(outputs), _checked_temperature(temperature)
+    options = CrossEntropyOptions(ignore_index, logit_scale=logit_scale, logit_softcap=logit_softcap)
+    request = LogProbsRequest(outputs, LogitSettings(options, temperature, head_dtype, memory_budget))
+    return _log_probs(hidden, weight, labels, bias, request)
+
+
+@untraced
+def _log_probs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None,
+    request: LogProbsRequest,
+) -> TokenLogProbs:
+    settings = request.settings
+    check_operands(hidden, weight, labels, bias, settings.options, one_dtype=settings.head_dtype is None)
+    hidden, bias, options = with_learned_scale(hidden, bias, settings.options)
+    compute = walked_log_probs if is_plain(hidden) and is_plain(weight) else reference_log_probs
+    request = replace(request, settings=replace(settings, options=options))
+    return TokenLogProbs(**compute(hidden, weight, labels, bias, request))
+
+
+def reference_log_probs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None,
+    request: LogProbsRequest,
+) -> dict[str, torch.Tensor]:
+    """The outputs of `request` by name in plain torch, the logits whole; for transformed and sharded tensors."""
+    exact = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
+    settings, options = request.settings, request.settings.options
+    logits = F.linear(hidden.to(exact), weight.to(exact), None if bias is None else bias.to(exact))
+    if options.logit_scale is not None:
+        logits = logits * options.logit_scale
+    if options.logit_softcap is not None:
+        logits = options.logit_softcap * torch.tanh(logits / options.logit_softcap)
+    logits = logits / settings.temperature
+    counted = labels != options.ignore_index
+    places = labels.masked_fill(~counted, 0)[..., None]
+    log_probs = logits.log_softmax(-1)
+    compute: dict[str, Callable[[], torch.Tensor]] = {
+        "log_probs": lambda: log_probs.gather(-1, places)[..., 0],
+        # Of a word that is forbidden the product is 0, and so is its gradient.
+        "entropy": lambda: -(log_probs.exp() * log_probs.clamp(min=torch.finfo(exact).min)).sum(-1),
+        "top1": lambda: logits.argmax(-1) == places[..., 0],
+        "logsumexp": lambda: logits.logsumexp(-1),
+        "mean_logits": lambda: logits.detach().mean(-1),
+        "log_sum_sq_probs": lambda: (2 * log_probs.detach()).logsumexp(-1),
+    }
+    return {name: torch.where(counted, found := compute[name](), torch.zeros_like(found)) for name in request.outputs}
+
+
+def _checked_outputs(outputs: Collection[str]) -> tuple[str, ...]:
+    names = (outputs,) if isinstance(outputs, str) else tuple(outputs)
+    unknown = [name for name in names if name not in OUTPUTS]
+    if unknown or not names:
+        raise ValueError(f"outputs={outputs!r}: expected one or more of {', '.join(OUTPUTS)}.")
+    return names
+
+
+def _checked_temperature(temperature: float) -> float:
+    if is_learned(temperature):
+        raise ValueError(
+            "temperature is a tensor that requires a gradient, and would get none: expected a number. Without a soft "
+            "cap logit_scale=1 / temperature is the same, and may be learned."
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}: expected a number above 0.")
+    return float(temperature)
