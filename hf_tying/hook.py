@@ -282,23 +282,21 @@ def load_adapter(
     return ours(wrapped, model, args, kwargs)
 
 
-def shard_ties_whole(wrapped, instance, args, kwargs):
+def shard_ties_whole(wrapped: Callable[..., Any], instance: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Around `fsdp2_prepare_model`, by the name that `Accelerator.prepare` calls: a tie lies in one unit."""
     from .parallel.fsdp2 import prepare_model
 
     return prepare_model(wrapped, args, kwargs)
 
 
-def wrap_no_part_of_a_tie(wrapped, instance, args, kwargs):
-    """Around `fsdp2_prepare_auto_wrap_policy`: while `shard_ties_whole` is at work, what holds a part of a tie is no
-    unit.
-    """
+def wrap_no_part_of_a_tie(wrapped: Callable[..., Any], instance: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Around `fsdp2_prepare_auto_wrap_policy`: in `shard_ties_whole`, a module with a part of a tie is no unit."""
     from .parallel.fsdp2 import wrap_policy
 
     return wrap_policy(wrapped, args, kwargs)
 
 
-def hold_matrices(wrapped, instance, args, kwargs):
+def hold_matrices(wrapped: Callable[..., Any], instance: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Around `deepspeed.initialize`: the matrices that a tied loss reads are gathered for the whole of a step."""
     made = wrapped(*args, **kwargs)
     for module in made[0].modules():

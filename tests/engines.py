@@ -1,8 +1,8 @@
 """Models to train in several processes, and their training: gradients and weights beside one process's.
 
-Each kind is a model in float64 without dropout, a tie and an objective. An engine is what wraps the model and steps it;
-whatever it does, the gradient of the first step and the weights after the second are those of one process that has the
-whole batch.
+Each kind is a model in float64 without dropout, a tie and an objective. An engine is what wraps the model and steps
+it. Whatever it does, the gradient of the first step and the weights after the second are those of one process that has
+the whole batch.
 """
 
 from collections.abc import Callable
@@ -69,7 +69,9 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "bert two_way": lambda: stock("bert", "two_way"),
     "llama layers": lambda: stock("llama", "layers"),
     "encoder-decoder three_way": lambda: three_way().double(),
-    "llama Tied-LoRA": lambda: tied_lora(tiny_model("llama", dtype=torch.float64), target_modules="all-linear").double(),
+    "llama Tied-LoRA": lambda: tied_lora(
+        tiny_model("llama", dtype=torch.float64), target_modules="all-linear"
+    ).double(),
     "llama tied loss": lambda: use_tied_loss(stock("llama", "two_way")),
     "llama untied, tied loss": lambda: use_tied_loss(stock("llama", "none")),
     "bart tied loss": lambda: use_tied_loss(stock("bart", "three_way")),
@@ -129,7 +131,7 @@ def _alone(model: nn.Module) -> Trained:
 
 
 def train(model, forward, backward, step, zero_grad, full_gradient, full) -> Trained:
-    """Two steps. `full_gradient` and `full` give the whole tensors of a parameter; all processes call them together."""
+    """Two steps. `full_gradient` and `full` give whole tensors of a parameter; all processes call them together."""
     gradient, without_logits = {}, True
     start = {plain(name): full(p) for name, p in model.named_parameters()}
     for i in range(STEPS):

@@ -9,6 +9,8 @@ for each chunk; that of the matrix is each process's own.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
@@ -62,7 +64,18 @@ class _TokenLosses(torch.autograd.Function):
     """The loss of each token, (N,), from hidden states (N, D), this process's rows (v, D) and targets (N,)."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, options, group, start, words, budget):
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        options: CrossEntropyOptions,
+        group: dist.ProcessGroup,
+        start: int,
+        words: int,
+        budget: int,
+    ) -> torch.Tensor:
         ctx.options, ctx.group, ctx.start, ctx.words = options, group, start, words
         products, exact = compute_dtypes(hidden, weight)
         ctx.dtypes = products, exact
@@ -80,7 +93,7 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream):
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias, labels, log_sums = ctx.saved_tensors
         products, exact = ctx.dtypes
         options = ctx.options
@@ -105,7 +118,7 @@ class _TokenLosses(torch.autograd.Function):
         return of_hidden.to(hidden.dtype), of_weight.to(weight.dtype), of_bias, *[None] * 6
 
 
-def _logits(ctx, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _logits(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Those of this process's words, (n, v)."""
     products, exact = ctx.dtypes
     logits = (hidden.to(products) @ weight.to(products).T).to(exact)
@@ -116,14 +129,16 @@ def _logits(ctx, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def _own_targets(ctx, labels: torch.Tensor, words: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _own_targets(ctx: Any, labels: torch.Tensor, words: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The tokens whose target is a word of this process, and that word's place in it."""
     places = labels - ctx.start
     tokens = ((places >= 0) & (places < words)).nonzero()[:, 0]
     return tokens, places[tokens]
 
 
-def _exchanged(ctx, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _exchanged(
+    ctx: Any, logits: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of each token over all words: the log of the sum of exponentials, the target's logit, the sum of logits."""
     own = logits.new_zeros(4, len(logits))
     own[0] = logits.amax(1) if logits.shape[1] else float("-inf")

@@ -73,6 +73,10 @@ class DeferredLogits(LazyTensor):
         """Defer `torch.nn.functional.linear(input, weight, bias)`, for the loss of this step.
 
         Args:
+            loss: the loss of the step.
+            input: (..., D), hidden states.
+            weight: (V, D).
+            bias: (V,), or `None`, the default.
             product: computes it from `input`, where that function cannot: a matrix that is split over processes.
                 Default `None`: that function.
         """

@@ -103,8 +103,9 @@ class TiedLossMixin(MixinBase):
 
     @contextmanager
     def _head_without_gathering(self, split: bool) -> Iterator[Callable[[torch.Tensor], torch.Tensor] | None]:
-        """Inside this context the head gives what its class does. Tensor parallelism has given it a forward of its
-        own, which gathers the logits: that one is yielded.
+        """Let the head compute what its class does, and yield the forward that tensor parallelism has given it.
+
+        That one gathers the logits.
         """
         head = vars(slot_of(self, self._softmax_name)[0])
         gathering = head.pop("forward", None) if split else None

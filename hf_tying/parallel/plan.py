@@ -124,6 +124,7 @@ class ParallelPlan(Report):
         return asdict(self) | {"world_size": prod(self.mesh.values())}
 
     def to_json(self) -> str:
+        """`to_dict` as JSON."""
         return json.dumps(self.to_dict(), indent=2)
 
     def _table(self) -> Table:
@@ -262,7 +263,7 @@ class _Placement:
         sizes: dict[str, int],
         gather_dtype: torch.dtype | None,
         reduce_dtype: torch.dtype | None,
-    ):
+    ) -> None:
         self.anatomy, self.sizes = anatomy, sizes
         self.gather_dtype, self.reduce_dtype = gather_dtype, reduce_dtype
         self.styles: dict[str, str] = getattr(anatomy.model, "tp_plan", None) or {}
@@ -279,8 +280,9 @@ class _Placement:
     # --- one parameter -----------------------------------------------------------------------------------------------
 
     def stage_of(self, name: str) -> int:
-        """The pipeline stage of a parameter, as transformers cuts: embeddings first, the rest of what is no layer
-        last, layers evenly, with those that remain at the end.
+        """The pipeline stage of a parameter, as transformers cuts a model.
+
+        Embeddings are on the first, the rest of what is no layer on the last, layers are spread evenly.
         """
         last = self.sizes["pp"] - 1
         if match := _LAYER.search(name):
@@ -300,6 +302,8 @@ class _Placement:
         """Those of one step for one parameter.
 
         Args:
+            name: of the parameter.
+            parameter: the parameter itself.
             stages: that hold a copy.
             kept: whether FSDP2 keeps it whole from the forward to the backward pass.
         """

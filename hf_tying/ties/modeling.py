@@ -241,8 +241,9 @@ class TiedModelMixin(MixinBase):
         return result
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the forward pass. In training, a broken tie raises, and copies on the stages of a pipeline: the matrices
-        would drift apart unseen.
+        """Run the forward pass. In training, a broken tie raises: the matrices would drift apart unseen.
+
+        So do the copies of a matrix on the stages of a pipeline.
         """
         if self.training and not torch.compiler.is_compiling() and not getattr(self, "_is_replica", False):
             self._raise_if_split()
@@ -261,9 +262,7 @@ class TiedModelMixin(MixinBase):
         self._tell_frozen()
 
     def _refuse_stages(self) -> None:
-        """In a pipeline of transformers a tied matrix has a copy on each stage that uses it, and nothing sums their
-        gradients: it has a forward pass only.
-        """
+        """Refuse to train copies of a matrix on several stages: nothing sums their gradients."""
         for group, names in TyingConfig.in_config(self.config).groups.items():
             raise TyingError(
                 f"Cannot train {type(self).__name__} in pipeline stages: group {group!r} ({', '.join(names)}) has a "

@@ -78,8 +78,9 @@ def gather_for(module: nn.Module, parameters: Iterable[torch.Tensor]) -> None:
 
 
 def data_parallel_size(model: nn.Module) -> int:
-    """How many processes train copies of `model` on batches of their own: all, but for those of one tensor-parallel
-    or pipelined copy (transformers' `distributed_config`).
+    """How many processes train copies of `model` on batches of their own.
+
+    All do, except for those of one copy that is split by tensor parallelism or a pipeline (`distributed_config`).
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return 1
@@ -89,9 +90,7 @@ def data_parallel_size(model: nn.Module) -> int:
 
 
 def linear_replaced_by() -> str | None:
-    """What DeepSpeed has put in the place of `torch.nn.functional.linear`, as the middle of a sentence; `None`: it is
-    torch's.
-    """
+    """What DeepSpeed has put in the place of `torch.nn.functional.linear`: a part of a sentence, or `None`."""
     if not torch.nn.functional.linear.__module__.startswith("deepspeed."):
         return None
     return (

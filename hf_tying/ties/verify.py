@@ -83,9 +83,7 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
 
 
 def is_split(model: PreTrainedModel, groups: Iterable[TieGroup]) -> bool:
-    """Whether one of `groups` is not one parameter now, and nothing at work stands in for it: a quick look, for every
-    step.
-    """
+    """Whether one of `groups` is not one parameter now, and nothing stands in for it: a quick look, for every step."""
     return any(
         not is_one(model, group.names) and not any(stands_in(model, n) or offloaded(model, n) for n in group.names)
         for group in groups

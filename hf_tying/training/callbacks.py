@@ -183,7 +183,7 @@ class TyingCallback(TrainerCallback):
         optimizer: torch.optim.Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
-        """Check the ties; untie, or make a frozen role trainable, at its moment; attach the meter before a step with a log."""
+        """Check the ties. Untie, or train a frozen role, at its moment; attach the meter before a step with a log."""
         if args.world_size > 1 and on_any_rank(is_split(unwrapped(model), self._groups), args.device):
             with raised_on_every_rank():
                 assert_tied(model)
