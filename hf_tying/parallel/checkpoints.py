@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
@@ -27,7 +28,7 @@ VERSION = 1
 _FOLDER = re.compile(rf"^{PREFIX_CHECKPOINT_DIR}-(\d+)$")
 _STATE = "trainer_state.json"
 _WEIGHTS = (".safetensors", ".bin", ".distcp")
-_ZIPS = (".pt", ".pth", ".bin")
+_NO_WEIGHTS = ("optimizer", "training_args")
 # Where Trainer and the engines keep the state of the optimizer.
 _OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_0", "global_step*", "optimizer.safetensors")
 
@@ -110,13 +111,46 @@ def why_incomplete(folder: str | os.PathLike, step: int | None = None) -> str | 
         else:
             _refuse_partial(folder, step)
         for path in _files(folder):
-            if path.suffix in _ZIPS and zipfile.is_zipfile(path) and (broken := _first_broken(path)):
-                raise TyingError(f"{path.name!r} is damaged: the checksum of {broken!r} inside it is wrong.")
+            _refuse_broken_zip(path)
     except TyingError as error:
         return str(error)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         return f"it cannot be read ({type(error).__name__}: {error})."
     return None
+
+
+def refuse_other_engine(folder: str | os.PathLike, args: TrainingArguments) -> None:
+    """Whether `Trainer` can load the optimizer in `folder` with the engine of this run.
+
+    Raises:
+        TyingError: for a checkpoint of another engine, with the way to go on from its weights.
+    """
+    wrote, runs = _engine_that_wrote(Path(folder)), _engine_of(args)
+    if wrote != runs:
+        merge = ""
+        if any(Path(folder).glob("pytorch_model_fsdp_*")):
+            merge = " (of shards: `accelerate merge-weights` and a config.json first)"
+        raise TyingError(
+            f"{folder} was written by {wrote}, and this run is {runs}: Trainer cannot load the state of that "
+            f"optimizer. Resume with the engine that wrote it; or go on from its weights alone{merge}: "
+            f"--model_name_or_path {folder}, another --output_dir, no --resume_from_checkpoint."
+        )
+
+
+def _engine_that_wrote(folder: Path) -> str:
+    if (folder / "latest").exists() or any(folder.glob("global_step*")):
+        return "DeepSpeed"
+    if any(folder.glob("pytorch_model_fsdp*")) or (folder / "optimizer.bin").exists():
+        return "FSDP"
+    return "one process or DistributedDataParallel"
+
+
+def _engine_of(args: TrainingArguments) -> str:
+    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        return "DeepSpeed"
+    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        return "FSDP"
+    return "one process or DistributedDataParallel"
 
 
 def _refuse_unlike_seal(folder: Path, step: int | None) -> None:
@@ -146,16 +180,13 @@ def _refuse_partial(folder: Path, step: int | None) -> None:
     state = read_json(folder / _STATE)
     if step is not None and state.get("global_step") != step:
         raise TyingError(f"{_STATE!r} is of step {state.get('global_step')}.")
-    weights = [path for path in _files(folder) if path.suffix in _WEIGHTS and not path.name.startswith("optimizer")]
+    weights = [path for path in _files(folder) if path.suffix in _WEIGHTS and not path.name.startswith(_NO_WEIGHTS)]
     if not weights:
         raise TyingError("it has no weights.")
     for index in folder.glob("*.index.json"):
         if missing := [name for name in shard_names(index) if not (folder / name).is_file()]:
             raise TyingError(f"{index.name!r} names files that are not there: {missing}.")
     refuse_broken([str(path) for path in weights])
-    for path in _files(folder):
-        if path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):
-            raise TyingError(f"{path.name!r} is not whole: its directory is missing at the end.")
     has_optimizer = any(any(folder.glob(name)) for name in _OPTIMIZERS)
     if (folder / "scheduler.pt").exists() and not has_optimizer:
         raise TyingError("it has a scheduler and no optimizer.")
@@ -163,9 +194,14 @@ def _refuse_partial(folder: Path, step: int | None) -> None:
         raise TyingError("it has an optimizer and no scheduler.")
 
 
-def _first_broken(path: Path) -> str | None:
-    with zipfile.ZipFile(path) as archive:
-        return archive.testzip()
+def _refuse_broken_zip(path: Path) -> None:
+    """What `torch.save` writes is a ZIP archive, with a checksum of each part, and its directory at the end."""
+    if path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):
+        raise TyingError(f"{path.name!r} is not whole: its directory is missing at the end.")
+    if path.suffix in (".pt", ".pth", ".bin") and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if (broken := archive.testzip()) is not None:
+                raise TyingError(f"{path.name!r} is damaged: the checksum of {broken!r} inside it is wrong.")
 
 
 def _listed(folder: Path) -> list[Path]:

@@ -127,7 +127,7 @@ class ParallelPlan(Report):
         """`to_dict` as JSON."""
         return json.dumps(self.to_dict(), indent=2)
 
-    def _table(self) -> Table:
+    def _table(self, width: int) -> Table:
         mesh = ", ".join(f"{axis}={size}" for axis, size in self.mesh.items()) or "one process"
         notes = "".join(f"\n{note}" for note in self.notes)
         table = Table(
