@@ -1,4 +1,4 @@
-"""The changes that importing the package makes in transformers and PEFT: the table `CHANGES`.
+"""The changes that importing the package makes in transformers, PEFT, Accelerate and DeepSpeed: the table `CHANGES`.
 
 With these changes, stock classes honour a `tying` entry of their config: `AutoModelForCausalLM.from_pretrained(path)`
 gives a tied model or a `TyingError`, never a silently untied one. A config without the entry works as before. PEFT
@@ -92,6 +92,14 @@ TIES = (
     Change("transformers.integrations.peft", "PeftAdapterMixin.load_adapter", f"{_HERE}:load_adapter",
            "transformers loads an adapter's file by its names in the model, or refuses it",
            without="only PEFT loads a Tied-LoRA adapter"),
+    Change("accelerate.accelerator", "fsdp2_prepare_model", f"{_HERE}:shard_ties_whole",
+           "FSDP2 keeps a tie in one unit, and the tie is checked",
+           without="torch refuses a tie over several units"),
+    Change("accelerate.utils.fsdp_utils", "fsdp2_prepare_auto_wrap_policy", f"{_HERE}:wrap_no_part_of_a_tie",
+           "a module with a part of a tie is no unit of FSDP2",
+           without="torch refuses a tie over several units"),
+    Change("deepspeed", "initialize", f"{_HERE}:hold_matrices",
+           "ZeRO-3 keeps the softmax matrix of a tied loss gathered until the loss"),
 )  # fmt: skip
 
 #: Tied-LoRA. These changes wait until PEFT has been imported whole, because what is ours in them builds on it.
@@ -313,6 +321,29 @@ def load_adapter(
     except ImportError:  # a PEFT outside the tested range, for which `_add_tied_lora` has warned
         return wrapped(*args, **kwargs)
     return ours(wrapped, model, args, kwargs)
+
+
+def shard_ties_whole(wrapped: Callable[..., Any], instance: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Around `fsdp2_prepare_model`, by the name that `Accelerator.prepare` calls: a tie lies in one unit."""
+    from .parallel.fsdp2 import prepare_model
+
+    return prepare_model(wrapped, args, kwargs)
+
+
+def wrap_no_part_of_a_tie(wrapped: Callable[..., Any], instance: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Around `fsdp2_prepare_auto_wrap_policy`: in `shard_ties_whole`, a module with a part of a tie is no unit."""
+    from .parallel.fsdp2 import wrap_policy
+
+    return wrap_policy(wrapped, args, kwargs)
+
+
+def hold_matrices(wrapped: Callable[..., Any], instance: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Around `deepspeed.initialize`: the matrices that a tied loss reads are gathered for the whole of a step."""
+    made = wrapped(*args, **kwargs)
+    for module in made[0].modules():
+        if getattr(module, "_tied_loss", None) is not None:
+            module.hold_matrices()
+    return made
 
 
 # Our classes are registered with the Auto classes at first use. While those are being imported, the stock modules that

@@ -1,4 +1,4 @@
-"""`hf_tying.hook`: its table has all that importing the package changes in transformers and PEFT, and no more."""
+"""`hf_tying.hook`: its table has all that importing the package changes in other packages, and no more."""
 
 import json
 from importlib import import_module
@@ -13,8 +13,10 @@ from hf_tying.hook import CHANGES, TIED_LORA, TIES, apply_change
 
 from .processes import run_python
 
-MODULES = sorted({change.module for change in CHANGES})
-NAMES = {f"{change.module}:{change.name}" for change in CHANGES}
+#: DeepSpeed may be absent, and changes torch itself when it is imported: tests/parallel looks at what is done to it.
+PRESENT = [change for change in CHANGES if change.module != "deepspeed"]
+MODULES = sorted({change.module for change in PRESENT})
+NAMES = {f"{change.module}:{change.name}" for change in PRESENT}
 
 
 def for_each(changes):
@@ -23,7 +25,7 @@ def for_each(changes):
 
 class TestTheTable:
     def test_has_each_name_once_and_says_why(self):
-        assert len(CHANGES) == len(NAMES) == 30
+        assert len(PRESENT) == len(NAMES) == 32 == len(CHANGES) - 1
         assert CHANGES == (*TIES, *TIED_LORA)
         assert all(change.why and "\n" not in change.why for change in CHANGES)
 
@@ -36,7 +38,7 @@ class TestTheTable:
         ]
         assert all(change.without for change in CHANGES if change.private)
 
-    @for_each(CHANGES)
+    @for_each(PRESENT)
     def test_is_what_is_found_in_transformers_and_peft(self, change):
         module = import_module(change.module)
         found, ours = attrgetter(change.name)(module), resolve_name(change.ours)
@@ -73,7 +75,7 @@ for name in sys.argv[1:]:
     importlib.import_module(name)
 found, dicts = {}, {}
 for name, module in list(sys.modules.items()):
-    if name.partition(".")[0] not in ("transformers", "peft") or type(module) is not types.ModuleType:
+    if name.partition(".")[0] not in ("transformers", "peft", "accelerate") or type(module) is not types.ModuleType:
         continue
     names = found[name] = {}
     for key, value in list(vars(module).items()):

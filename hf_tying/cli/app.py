@@ -9,6 +9,7 @@ from ..config import TyingError
 from .demo import demo
 from .export import export
 from .inspect import inspect
+from .plan import plan
 
 app = typer.Typer(
     name="hf-tying",
@@ -16,7 +17,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
 )
-for command in (demo, inspect, export):
+for command in (demo, inspect, plan, export):
     app.command()(command)
 
 

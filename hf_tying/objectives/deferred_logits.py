@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from ..config import TyingError
 from ..losses.options import CrossEntropyOptions
+from ..ties.sharding import is_dtensor
 from .call_context import CallContext, Operands
 from .lazy_tensor import LazyTensor, Siblings, materialized
 from .step_loss import StepLoss, needs_deferred
@@ -62,16 +63,32 @@ class DeferredLogits(LazyTensor):
 
     @classmethod
     def of(
-        cls, loss: StepLoss, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+        cls,
+        loss: StepLoss,
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        product: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> DeferredLogits:
-        """Defer `torch.nn.functional.linear(input, weight, bias)`, for the loss of this step."""
+        """Defer `torch.nn.functional.linear(input, weight, bias)`, for the loss of this step.
+
+        Args:
+            loss: the loss of the step.
+            input: (..., D), hidden states.
+            weight: (V, D).
+            bias: (V,), or `None`, the default.
+            product: computes it from `input`, where that function cannot: a matrix that is split over processes.
+                Default `None`: that function.
+        """
         context = CallContext.now(input.device.type)
         dtype = context.dtype if context.autocast and input.dtype != torch.float64 else input.dtype
 
-        def product() -> torch.Tensor:
+        def compute() -> torch.Tensor:
+            if product is not None:
+                return product(input)
             return torch.ops.aten.linear.default(input, weight, bias)  # F.linear, which would be deferred again
 
-        return cls(loss, context, input, weight, bias, dtype, product, (input, weight, bias))
+        return cls(loss, context, input, weight, bias, dtype, compute, (input, weight, bias))
 
     # --- properties of a tensor --------------------------------------------------------------------------------------
 
@@ -238,6 +255,7 @@ class DeferredLogits(LazyTensor):
         scale, cap = self._scale_and_cap()
         by_word = target.ndim == self.ndim - 1 and self.ndim <= 2 and target.dtype == torch.int64
         fits = by_word and size_average is None and reduce is None and scale is not None
+        fits = fits and not (weight is not None and is_dtensor(self.weight))  # class weights, of a split vocabulary
         if not fits or self._siblings.materialized:
             self._loss.was_asked = True
             return F.cross_entropy(

@@ -141,6 +141,8 @@ def use_tied_loss(
     freeze_unused(inner, unused)
     if objective is not None:
         inner._embedding_name = found["target"].name
+    inner.hold_matrices()
+    if objective is not None:
         logger.info(f"{type(inner).__name__}: training steps have the loss of {objective}; their logits are None.")
         return model
     logger.info(f"{type(inner).__name__}: training steps compute their loss by blocks; their logits are None.")

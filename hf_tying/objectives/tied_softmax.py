@@ -25,6 +25,10 @@ class TiedSoftmax(TorchFunctionMode):
         num_items_in_batch: number by which the model will divide a sum of losses. Default `None`: the model has none.
         embedding: the input embedding, which an objective needs. Default `None`: `matrix`.
         defers: `False` leaves the products as they are. Default `True`.
+        now: gives the parameters that stand for `matrix` and `embedding` at this moment: FSDP2 puts whole ones in
+            their place when it gathers a unit. Default `None`: they stay.
+        product: computes the logits of hidden states, where `matrix` is split over processes. Default `None`: it is
+            whole.
 
     Attributes:
         loss: the loss of the step.
@@ -38,11 +42,14 @@ class TiedSoftmax(TorchFunctionMode):
         num_items_in_batch: float | torch.Tensor | None = None,
         embedding: torch.Tensor | None = None,
         defers: bool = True,
+        now: Callable[[], tuple[nn.Parameter, nn.Parameter]] | None = None,
+        product: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.matrix = matrix
         self.embedding = matrix if embedding is None else embedding
         self.loss = StepLoss(settings, num_items_in_batch, None if self.embedding is matrix else embedding)
+        self._now, self._product = now, product
         self.defers, self.deferred = defers, False
         self.grad, self._products = torch.is_grad_enabled(), WeakSet()
 
@@ -57,11 +64,16 @@ class TiedSoftmax(TorchFunctionMode):
         if self._products and (written := written_to(function, args, kwargs)):
             for product in list(self._products):
                 product.before_write(written)
+        if self._now is not None and function in (F.linear, F.embedding, F.cross_entropy):
+            self.matrix, self.embedding = self._now()
+            if self.loss.embedding is not None:
+                self.loss.embedding = self.embedding
         if function is F.linear and self._is_matrix(_argument(args, kwargs, 1, "weight")) and self._is_of_step(args):
             self.deferred = True
-            self._products.add(product := DeferredLogits.of(self.loss, *args, **kwargs))
+            self._products.add(product := DeferredLogits.of(self.loss, *args, **kwargs, product=self._product))
             return product
-        if function is F.embedding and self._is_embedding(_argument(args, kwargs, 1, "weight")):
+        lookup = function is F.embedding and _argument(args, kwargs, 1, "weight")
+        if function is F.embedding and is_plain(lookup) and self._is_embedding(lookup):
             return _embedding(*args, **kwargs)
         if function is F.cross_entropy and self._are_logits(args[0]):
             settings = self.loss.settings

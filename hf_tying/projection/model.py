@@ -5,6 +5,8 @@ it is made, and its class gets `ProjectedModelMixin` in front.
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -16,10 +18,11 @@ from ..config import ProjectionConfig, TyingConfig, TyingError
 from ..ties.anatomy import roles
 from ..ties.classes import MixinBase, mixins_of, with_mixin, without_mixin
 from ..ties.participation import Participation
+from ..ties.sharding import data_parallel_size
 from ..ties.slots import replace_module
 from ..ties.tying import tie, untie
 from .head import ProjectedLinear, linear_head, project
-from .penalty import projection_penalty, share_of_update
+from .penalty import norm_of, share_of_update, strength_of
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -103,8 +106,11 @@ class ProjectedModelMixin(MixinBase):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward pass. In training, add the penalty to the loss."""
         vars(self).pop("loss_parts", None)  # of the previous step
-        outputs = super().__call__(*args, **kwargs)
-        return _with_penalty(self, outputs, args, kwargs) if self.training else outputs
+        if not self.training:
+            return super().__call__(*args, **kwargs)
+        with _measured(self) as norms:
+            outputs = super().__call__(*args, **kwargs)
+        return _with_penalty(self, outputs, norms, args, kwargs)
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replace the output embedding; the projection stays before it."""
@@ -153,7 +159,29 @@ def honour(model: PreTrainedModel, value: Any, strict: bool = True) -> None:
         head.participation.watch(model)
 
 
-def _with_penalty(model: PreTrainedModel, outputs: Any, args: tuple, kwargs: dict) -> Any:
+@contextmanager
+def _measured(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """The norms of the projection, one for each time that it is used inside this context.
+
+    They are taken while it is used: FSDP2 and ZeRO-3 take the matrix away after that.
+    """
+    head, norms = model.get_output_embeddings(), []
+    if not isinstance(head, ProjectedLinear) or torch.compiler.is_compiling():
+        yield norms
+        return
+    norm = TyingConfig.in_config(model.config).projection.norm
+
+    def measure(projection: nn.Module, args: tuple, output: Any) -> None:
+        norms.append(norm_of(projection.weight, norm))
+
+    handle = head.projection.register_forward_hook(measure, prepend=True)
+    try:
+        yield norms
+    finally:
+        handle.remove()
+
+
+def _with_penalty(model: PreTrainedModel, outputs: Any, norms: list[torch.Tensor], args: tuple, kwargs: dict) -> Any:
     """Add the penalty to the loss in `outputs` of a training step, once for each update (`share_of_update`).
 
     The penalty is divided like the sum of the losses. Where each process has the mean of its own words, it is also
@@ -173,12 +201,10 @@ def _with_penalty(model: PreTrainedModel, outputs: Any, args: tuple, kwargs: dic
     divisor = given.get("num_items_in_batch")
     if divisor is None:
         divisor = (labels != -100).sum().clamp(min=1)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            divisor = divisor * torch.distributed.get_world_size()
+        divisor = divisor * data_parallel_size(model)
     settings = TyingConfig.in_config(model.config).projection
-    penalty = projection_penalty(
-        head.projection.weight, norm=settings.norm, strength=settings.strength, divisor=divisor
-    )
+    norm = norms[0] if norms else norm_of(head.projection.weight, settings.norm)
+    penalty = strength_of(settings.norm, settings.strength) * norm / divisor
     penalty = (penalty * share_of_update(labels, given)).to(loss.device)
     parts = vars(model).get("loss_parts") or {"cross_entropy": loss.detach()}
     vars(model)["loss_parts"] = {**parts, "projection": penalty.detach()}

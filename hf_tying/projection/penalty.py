@@ -41,18 +41,30 @@ def projection_penalty(
     Example:
         >>> loss = cross_entropy.sum() / batch + projection_penalty(P, divisor=batch)
     """
+    return strength_of(norm, strength) * norm_of(projection, norm) / divisor
+
+
+def strength_of(norm: str, strength: float | None = None) -> float:
+    """What `norm` is multiplied by: `strength`, or its own default.
+
+    Raises:
+        ValueError: for an unknown norm, or a negative strength.
+    """
     if norm not in STRENGTHS:
         raise ValueError(f"Unknown norm {norm!r}: expected one of {', '.join(map(repr, STRENGTHS))}.")
     strength = STRENGTHS[norm] if strength is None else strength
     if not strength >= 0:
         raise ValueError(f"strength={strength}: expected 0 or more.")
+    return strength
+
+
+def norm_of(projection: torch.Tensor, norm: str) -> torch.Tensor:
+    """The norm of a matrix, a scalar in float32 or float64 (see `projection_penalty`)."""
     exact = projection if projection.dtype == torch.float64 else projection.float()
     if norm == "fro":
         # The root has no gradient at a projection of zeros; torch gives the subgradient 0.
-        value = torch.linalg.vector_norm(exact)
-    else:
-        value = exact.square().sum() / 2
-    return strength * value / divisor
+        return torch.linalg.vector_norm(exact)
+    return exact.square().sum() / 2
 
 
 def share_of_update(labels: torch.Tensor, given: dict[str, Any]) -> float | torch.Tensor:

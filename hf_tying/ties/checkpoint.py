@@ -11,6 +11,7 @@ from transformers.utils import logging
 from ..config import TyingConfig, TyingError
 from .anatomy import Anatomy
 from .groups import TieGroup, declaration_of, groups_held, locate, make_groups
+from .sharding import gathered
 from .slots import (
     difference,
     find_parameter,
@@ -40,6 +41,13 @@ def tie_loaded(model: PreTrainedModel, missing: set[str]) -> list[TieGroup]:
     config = TyingConfig.in_config(model.config)
     anatomy = Anatomy(model)
     _refuse_out_of_reach(anatomy, config, missing)
+    names = {name for chain in (*(group.names for group in model.tie_groups), *anatomy.declarable) for name in chain}
+    with gathered((find_parameter(model, name) for name in names), write=True):
+        return _tie_filled(anatomy, config, missing)
+
+
+def _tie_filled(anatomy: Anatomy, config: TyingConfig, missing: set[str]) -> list[TieGroup]:
+    model = anatomy.model
     kept: list[TieGroup] = []
     for group in _with_new_ones(anatomy, missing):
         # Names of another shape in the file (ignore_mismatched_sizes) are still on the meta device, alone.
@@ -79,12 +87,13 @@ def initial_parameter(model: PreTrainedModel, group: TieGroup) -> nn.Parameter:
     held = [(name, parameter_of(model, name)) for name in group.names]
     loaded = [(name, p) for name, p in held if getattr(p, "_is_hf_initialized", False) and not p.is_meta]
     for name, parameter in loaded[1:]:
-        if not same_values(parameter, loaded[0][1]):
-            raise TyingError(
-                f"The config ties {loaded[0][0]!r} and {name!r} (group {group.name!r}), but both were loaded with "
-                f"values of their own ({difference(loaded[0][1], parameter)}), and tying keeps one. Put the model "
-                "together without the `tying` entry, then tie(model, ..., init_from=...)."
-            )
+        with gathered((parameter, loaded[0][1])):
+            if not same_values(parameter, loaded[0][1]):
+                raise TyingError(
+                    f"The config ties {loaded[0][0]!r} and {name!r} (group {group.name!r}), but both were loaded with "
+                    f"values of their own ({difference(loaded[0][1], parameter)}), and tying keeps one. Put the model "
+                    "together without the `tying` entry, then tie(model, ..., init_from=...)."
+                )
     return loaded[0][1] if loaded else parameter_of(model, group.root)
 
 

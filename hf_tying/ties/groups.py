@@ -11,6 +11,7 @@ from torch import nn
 from ..config import SCHEMES, TyingConfig, TyingError
 from .anatomy import Anatomy
 from .declared import join_chains
+from .sharding import shape_of
 from .slots import find_slot, is_quantised, why_no_parameter
 
 
@@ -182,10 +183,10 @@ def check_group(anatomy: Anatomy, group: TieGroup) -> None:
         # the stock class makes them one.
         unified = name in stock and group.root in stock
         rows = 1 if unified and not made else 0
-        if parameter.shape[rows:] != root.shape[rows:] or parameter.dtype != root.dtype and not unified:
+        if shape_of(parameter)[rows:] != shape_of(root)[rows:] or parameter.dtype != root.dtype and not unified:
             raise TyingError(
                 f"Cannot tie group {group.name!r}: expected every name to have the root's shape and dtype, "
-                f"{group.root!r} is {tuple(root.shape)} {root.dtype}, {name!r} is {tuple(parameter.shape)} "
+                f"{group.root!r} is {tuple(shape_of(root))} {root.dtype}, {name!r} is {tuple(shape_of(parameter))} "
                 f"{parameter.dtype}. Resize or convert one side first, or leave the name out."
             )
 

@@ -26,6 +26,7 @@ from .groups import TieGroup, resolve, subgroups
 from .record import refuse_contradicting_flag, write_config
 from .resizing import fit_tied, follow_bias, refuse_other_values, replace_tied, resize
 from .roles import ask
+from .sharding import gathered
 from .slots import (
     canonical,
     find_parameter,
@@ -35,12 +36,11 @@ from .slots import (
     parameter_of,
     same_values,
     share_parameter,
-    stands_in,
     state_key,
     untie_others,
     unwrap,
 )
-from .verify import offloaded, violations
+from .verify import is_split, offloaded, violations
 
 logger = logging.get_logger(__name__)
 
@@ -156,27 +156,38 @@ class TiedModelMixin(MixinBase):
         self._ties_made = True
         fit_tied(self)
 
+    def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
+        """As in transformers, which asks for it before a file's values are tied."""
+        self._leave_other_stages()
+        super().mark_tied_weights_as_initialized(loading_info)
+
+    def _leave_other_stages(self) -> None:
+        """Names on another stage of a pipeline are not here to be tied."""
+        if hasattr(self, "_pp_stage"):
+            here = [[n for n in group.names if find_parameter(self, n) is not None] for group in self.tie_groups]
+            pairs = zip(self.tie_groups, here, strict=True)
+            declare(self, [TieGroup(group.name, tuple(names)) for group, names in pairs if len(names) > 1])
+
     def _resolve_when_whole(self) -> None:
         """Resolve the groups again before the values of a file are tied.
 
-        A subclass may have added modules since `post_init`. Modules of other stages of a pipeline are missing.
+        A subclass may have added modules since `post_init`.
         """
         if vars(self).pop("_made_in_part", False):
             config = TyingConfig.in_config(self.config)
             self.tie_groups = resolve(Anatomy(self), config, self._is_declared_class())
             declare(self, self.tie_groups)
-        if hasattr(self, "_pp_stage"):
-            here = [[n for n in group.names if find_parameter(self, n) is not None] for group in self.tie_groups]
-            pairs = zip(self.tie_groups, here, strict=True)
-            declare(self, [TieGroup(group.name, tuple(names)) for group, names in pairs if len(names) > 1])
+        self._leave_other_stages()
 
     def _tie_again(self) -> None:
         for group in self.tie_groups:
             if is_one(self, group.names) or any(offloaded(self, name) for name in group.names):
                 continue
             root, *others = (find_parameter(self, name) for name in group.names)
-            alike = [p for p in others if root is not None and p is not None and p.is_meta == root.is_meta]
-            if root is None or len(alike) < len(others) or not all(p.is_meta or same_values(p, root) for p in alike):
+            with gathered((root, *others)):
+                alike = [p for p in others if root is not None and p is not None and p.is_meta == root.is_meta]
+                whole = len(alike) == len(others) and all(p.is_meta or same_values(p, root) for p in alike)
+            if root is None or not whole:
                 problems = "; ".join(violations(self, [group]))
                 raise TyingError(f"tie_weights() would overwrite trained values and changes nothing: {problems}")
             share_parameter(self, group.names, root)
@@ -229,9 +240,14 @@ class TiedModelMixin(MixinBase):
         return result
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the forward pass. In training, a broken tie raises: the matrices would drift apart unseen."""
+        """Run the forward pass. In training, a broken tie raises: the matrices would drift apart unseen.
+
+        So do the copies of a matrix on the stages of a pipeline.
+        """
         if self.training and not torch.compiler.is_compiling() and not getattr(self, "_is_replica", False):
             self._raise_if_split()
+            if hasattr(self, "_pp_stage"):
+                self._refuse_stages()
         return super().__call__(*args, **kwargs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -240,11 +256,18 @@ class TiedModelMixin(MixinBase):
         honour_extensions(self, TyingConfig.in_config(self.config), strict=False)
 
     def _raise_if_split(self) -> None:
-        for group in self.tie_groups:
-            at_work = any(stands_in(self, name) or offloaded(self, name) for name in group.names)
-            if not is_one(self, group.names) and not at_work:
-                self._raise_if_broken("train")
+        if is_split(self, self.tie_groups):
+            self._raise_if_broken("train")
         self._tell_frozen()
+
+    def _refuse_stages(self) -> None:
+        """Refuse to train copies of a matrix on several stages: nothing sums their gradients."""
+        for group, names in TyingConfig.in_config(self.config).groups.items():
+            raise TyingError(
+                f"Cannot train {type(self).__name__} in pipeline stages: group {group!r} ({', '.join(names)}) has a "
+                "copy on each stage that uses it, and transformers' pipeline runs no backward pass that would keep "
+                "them one. Train it by DDP, FSDP2, ZeRO or tensor parallelism, or evaluate it: model.eval()."
+            )
 
     def _tell_frozen(self) -> None:
         """Warn once that a matrix frozen under one name is frozen under all, if most of the model is trained.

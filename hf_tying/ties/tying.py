@@ -17,6 +17,7 @@ from .modeling import TiedModelMixin, set_groups
 from .plain_modules import hold, refuse_extensions
 from .record import refuse_foreign_entry, write_config
 from .resizing import fit_tied
+from .sharding import gathered
 from .shared_configs import own_config
 from .slots import difference, parameter_of, same_values, untie_others, why_incomparable
 from .verify import tied_part, why_unsupported
@@ -85,12 +86,14 @@ def tie(
     else:
         refuse_extensions(model, config)
     anatomy = Anatomy(model)
-    groups = _plan_tie(anatomy, config)
-    _refuse_meta(anatomy, groups)
-    _compare_vocabularies(anatomy, groups, tokenizer, target_tokenizer)
-    values = _values_to_take(anatomy, groups, init_from)
-    further = config.declared_extensions()  # extensions that are not named stay
-    _apply(anatomy, groups, values, on_conflict=config.on_conflict, save_format=config.save_format, **further)
+    explicit = explicit_groups(anatomy, config)
+    with gathered(_at_stake(anatomy, explicit.values()), write=True):
+        groups = _plan_tie(anatomy, config, explicit)
+        _refuse_meta(anatomy, groups)
+        _compare_vocabularies(anatomy, groups, tokenizer, target_tokenizer)
+        values = _values_to_take(anatomy, groups, init_from)
+        further = config.declared_extensions()  # extensions that are not named stay
+        _apply(anatomy, groups, values, on_conflict=config.on_conflict, save_format=config.save_format, **further)
     if isinstance(model, PreTrainedModel):
         honour_extensions(model, config)
     return model
@@ -123,7 +126,8 @@ def untie(model: Model, names: list[str] | str | None = None) -> Model:
     anatomy = Anatomy(model)
     remaining = _without_ties(anatomy) if names is None else _without_names(anatomy, names)
     groups = make_groups(anatomy, [chain for chain in remaining if len(chain) > 1], _group_names(model))
-    _apply(anatomy, groups, {}, save_format=None)
+    with gathered(_at_stake(anatomy)):
+        _apply(anatomy, groups, {}, save_format=None)
     return model
 
 
@@ -156,9 +160,14 @@ def refuse_unfit(model: nn.Module, action: str, plain: bool = False) -> None:
 # --- the plan: groups and values, from a reading of the model --------------------------------------------------------
 
 
-def _plan_tie(anatomy: Anatomy, config: TyingConfig) -> list[TieGroup]:
+def _at_stake(anatomy: Anatomy, explicit: Iterable[list[str]] = ()) -> list[nn.Parameter]:
+    """The parameters whose values a tie or an untie may read."""
+    names = {name for chain in (*explicit, *anatomy.declarable, *anatomy.tied) for name in chain}
+    return [anatomy.slots[name] for name in names | anatomy.role_of.keys() if name in anatomy.slots]
+
+
+def _plan_tie(anatomy: Anatomy, config: TyingConfig, explicit: dict[str, list[str]]) -> list[TieGroup]:
     """The groups after `tie`: the present ones, with roles regrouped by the scheme, and the explicit groups added."""
-    explicit = explicit_groups(anatomy, config)
     chains = list(explicit.values())
     named = {**_group_names(anatomy.model), **explicit}
     if config.scheme is None:

@@ -7,9 +7,11 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from ..config import TyingConfig, TyingError, entry_of
+from .across_ranks import differing_copies, raised_on_every_rank
 from .anatomy import Anatomy
 from .declared import join_chains
 from .groups import TieGroup, declared_groups, locate
+from .sharding import is_dtensor
 from .slots import (
     difference,
     find_parameter,
@@ -17,12 +19,13 @@ from .slots import (
     is_one,
     parameter_at_work,
     same_values,
+    stands_in,
     why_incomparable,
     why_no_parameter,
 )
 
 
-def assert_tied(model: nn.Module) -> None:
+def assert_tied(model: nn.Module, across_ranks: bool = False) -> None:
     """Raise unless every tie that `model` declares holds: one `nn.Parameter` in every place of each group.
 
     Identity counts, not equal values: two equal matrices drift apart at the first optimizer step. A model that
@@ -36,12 +39,18 @@ def assert_tied(model: nn.Module) -> None:
     Args:
         model: a `PreTrainedModel` or a plain `nn.Module`, also wrapped by PEFT, DistributedDataParallel, torch.compile
             or torch's `AveragedModel`. A plain module declares what `tie` or `load_tied` has tied in it.
+        across_ranks: of several processes, all must call it then: what is broken on one is raised on each, with its
+            rank; and a tied matrix that several hold must have one value, compared by SHA-256. Default `False`: each
+            process looks at its own model.
 
     Raises:
         TyingError: lists each broken group: expected, found, way out.
     """
+    if across_ranks:
+        with raised_on_every_rank():
+            assert_tied(model)
     model = tied_part(model)
-    if found := problems(model):
+    if found := differing_copies(model, groups_of(model)) if across_ranks else problems(model):
         listed = "\n".join(f"  - {problem}" for problem in found)
         raise TyingError(f"{type(model).__name__} is not tied as declared:\n{listed}")
 
@@ -96,6 +105,14 @@ def _wrapped(model: Any) -> Any:
     if hasattr(model, "get_base_model"):
         return model.get_base_model()
     return next((held for name in _WRAPPERS if (held := getattr(model, name, None)) is not None), None)
+
+
+def is_split(model: PreTrainedModel, groups: Iterable[TieGroup]) -> bool:
+    """Whether one of `groups` is not one parameter now, and nothing stands in for it: a quick look, for every step."""
+    return any(
+        not is_one(model, group.names) and not any(stands_in(model, n) or offloaded(model, n) for n in group.names)
+        for group in groups
+    )
 
 
 def why_unsupported(model: object) -> str:
@@ -171,7 +188,7 @@ def _apart(parameter: nn.Parameter, root: nn.Parameter, again: str) -> str:
     """Describe how two parameters that should be one differ, and how to make them one again."""
     if parameter.is_meta or root.is_meta:
         return f"on the meta device). To tie them again: load the weights, then {again}"
-    if hasattr(parameter, "device_mesh") or hasattr(root, "device_mesh"):
+    if is_dtensor(parameter) or is_dtensor(root):
         return "sharded apart). Shard them together: fully_shard([module_a, module_b]), or leave both to the root"
     if (why := why_incomparable(parameter) or why_incomparable(root)) is not None:
         return f"one {why})"

@@ -1,6 +1,7 @@
 """`TyingCallback`: checks of the ties during training, measurements of each role, and changes of ties."""
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,13 +14,17 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from ..config import TyingError
+from ..config import TyingError, entry_of
 from ..diagnostics.diagnosis import diagnose
 from ..objectives.own_loss import averages_own_loss, set_accepts_loss_kwargs
+from ..parallel.checkpoints import seal_checkpoint
+from ..ties.across_ranks import on_any_rank, raised_on_every_rank
 from ..ties.anatomy import Anatomy
-from ..ties.verify import assert_tied, groups_of, unwrapped
+from ..ties.groups import TieGroup
+from ..ties.verify import assert_tied, groups_of, is_split, unwrapped
 from .roles import ROLES, RoleMeter, measured_roles, scale_input_gradient
 from .schedules import check_when, freeze_role, guard, refuse_unheld, step_of, untie_trained
 
@@ -30,6 +35,10 @@ logger = logging.get_logger(__name__)
 
 class TyingCallback(TrainerCallback):
     """Check the ties when training begins and whenever a checkpoint is saved.
+
+    Of several processes, each raises what any of them has lost, with its rank and within the step. For that they send
+    one number at each step, and digests of the tied matrices when training begins and before a save. A checkpoint that
+    is whole gets a seal (`complete.json`, see `hf_tying.parallel.last_complete_checkpoint`).
 
     On request, it also measures the roles of tied matrices, unties during training, freezes a role, or scales its
     gradient. A "moment" below is a fraction of all steps (a float above 0, up to 1.0) or a number of steps (an int
@@ -115,6 +124,7 @@ class TyingCallback(TrainerCallback):
         self._frozen: list[nn.Parameter] = []
         self._handles: list = []
         self._untie_step: int | None = None
+        self._groups: list[TieGroup] = []
 
     def on_init_end(
         self,
@@ -140,9 +150,10 @@ class TyingCallback(TrainerCallback):
     ) -> None:
         """Check ties and optimizer, and prepare what was asked for."""
         self._let_go()  # left by a run that was interrupted
-        assert_tied(model)
+        assert_tied(model, across_ranks=True)
         if optimizer is not None:
-            assert_optimized(model, optimizer)
+            with raised_on_every_rank():
+                assert_optimized(model, optimizer)
         if self.untie_at is not None or self.freeze is not None:
             _refuse_processes(args)
         inner = unwrapped(model)
@@ -155,7 +166,8 @@ class TyingCallback(TrainerCallback):
             logger.warning(f"Step {state.global_step}: role {self.freeze} is frozen {until}.")
         if self.diagnose_with is not None:
             diagnose(inner, self.diagnose_with)  # refuses a wrong twin before training
-        for group in groups_of(inner):
+        self._groups = groups_of(inner)
+        for group in self._groups:
             logger.info(f"Training with group {group.name!r} as one parameter: {', '.join(group.names)}.")
         if self.log_roles:
             self._meter = RoleMeter(inner)
@@ -171,7 +183,10 @@ class TyingCallback(TrainerCallback):
         optimizer: torch.optim.Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
-        """Untie, or make a frozen role trainable, at its moment; attach the meter before a step with a log."""
+        """Check the ties. Untie, or train a frozen role, at its moment; attach the meter before a step with a log."""
+        if args.world_size > 1 and on_any_rank(is_split(unwrapped(model), self._groups), args.device):
+            with raised_on_every_rank():
+                assert_tied(model)
         if self._untie_step is not None and state.global_step >= self._untie_step:
             self._untie_step = None
             # A warning, here and below, because transformers does not show a lower level by default.
@@ -186,6 +201,20 @@ class TyingCallback(TrainerCallback):
         if self._meter is not None:
             self._meter.attach() if _is_logged(args, state) else self._meter.detach()
 
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Check the ties of all processes before a checkpoint is written."""
+        if control.should_save:
+            assert_tied(model, across_ranks=True)
+
+    on_epoch_end = on_step_end
+
     def on_save(
         self,
         args: TrainingArguments,
@@ -194,8 +223,13 @@ class TyingCallback(TrainerCallback):
         model: PreTrainedModel | None = None,
         **kwargs: Any,
     ) -> None:
-        """Check the ties before a checkpoint is saved."""
-        assert_tied(model)
+        """Check the ties of a checkpoint that was saved, and seal it."""
+        with raised_on_every_rank():
+            assert_tied(model)
+        # All processes have written their files by now.
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if args.should_save and folder.is_dir():
+            seal_checkpoint(folder, state.global_step, entry_of(unwrapped(model).config))
 
     def on_log(
         self,

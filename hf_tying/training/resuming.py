@@ -6,6 +6,7 @@ from transformers import AutoConfig, PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..config import TyingError
+from ..parallel.checkpoints import last_complete_checkpoint, refuse_other_engine, why_incomplete
 from ..ties.tying import untie
 from ..ties.verify import groups_of
 
@@ -15,29 +16,36 @@ def resume_path(args: TrainingArguments) -> str | None:
 
     Args:
         args: arguments whose `resume_from_checkpoint` is the folder of a checkpoint, or `"last"` (or `true`) for the
-            checkpoint with the most steps in `output_dir`.
+            newest complete one in `output_dir` (`hf_tying.parallel.last_complete_checkpoint`).
 
     Returns:
         The folder, or `None` for a fresh start.
 
     Raises:
-        TyingError: if the folder does not exist, or is not a checkpoint of `Trainer`.
+        TyingError: if the folder does not exist, is not a checkpoint of `Trainer` or is not complete, or was written
+            by another engine (FSDP, DeepSpeed), whose optimizer `Trainer` cannot load.
     """
     asked = args.resume_from_checkpoint
     if asked is None or asked is False or str(asked).lower() in ("false", "none", ""):
         return None
     if asked is True or str(asked).lower() in ("last", "true"):
-        last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+        last = last_complete_checkpoint(args.output_dir)
         if last is None:
             raise TyingError(
-                f"--resume_from_checkpoint {asked}: {args.output_dir!r} has no checkpoint. Leave the flag out to "
+                f"--resume_from_checkpoint {asked}: {args.output_dir!r} has no complete checkpoint. Leave the flag out to "
                 "begin, or give the --output_dir of the run to go on with."
             )
+        refuse_other_engine(last, args)
         return last
     if not Path(asked, "trainer_state.json").is_file():
         found = get_last_checkpoint(asked) if Path(asked).is_dir() else None
         hint = f" Its last checkpoint is {found!r}." if found else ""
         raise TyingError(f"--resume_from_checkpoint {asked}: not a checkpoint, no trainer_state.json in it.{hint}")
+    if (why := why_incomplete(asked)) is not None:
+        raise TyingError(
+            f"--resume_from_checkpoint {asked}: {why} With `last` in its place, the newest complete one is found."
+        )
+    refuse_other_engine(asked, args)
     return str(asked)
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.encoder_decoder.configuration_encoder_decoder import EncoderDecoderConfig
 from transformers.models.encoder_decoder.modeling_encoder_decoder import EncoderDecoderModel
@@ -72,6 +73,8 @@ class TiedEncoderDecoderModel(TiedModelMixin, EncoderDecoderModel):
         super().__init__(config, encoder, decoder)
         if given:
             tie(self, TyingConfig.from_dict(tying), init_from=init_from)
+        if isinstance(pooler := getattr(self.encoder, "pooler", None), nn.Module):
+            pooler.requires_grad_(False)  # of no use here: DistributedDataParallel would wait for its gradient
 
     @classmethod
     def from_encoder_decoder_pretrained(

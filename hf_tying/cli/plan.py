@@ -1,0 +1,49 @@
+"""`hf-tying plan`: where tied matrices lie on many processes, and what keeps them one."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ..config import TyingError
+
+
+def plan(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL_OR_PATH", help="Folder of a saved model, or its id on the Hub.")
+    ],
+    mesh: Annotated[
+        str,
+        typer.Option("--mesh", help="Sizes by axis: pp, dp, fsdp, tp. Example: dp=8,tp=2.", metavar="AXIS=SIZE,..."),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs in place of the table.")] = False,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Also write a picture to this file.")] = None,
+) -> None:
+    """Show where tied matrices lie on many processes, and what a step sends for them. Reads the config alone."""
+    from ..parallel import parallel_plan
+
+    sizes = _sizes(mesh)
+    try:
+        found = parallel_plan(model, sizes)
+    except (OSError, ValueError) as error:
+        raise error if isinstance(error, TyingError) else TyingError(str(error)) from error
+    if as_json:
+        typer.echo(json.dumps({"schema": 1, "command": "plan", "source": model, "findings": []} | found.to_dict()))
+    else:
+        console = Console()
+        typer.echo(found.to_table(width=console.width if console.is_terminal else 200))
+    if plot:
+        found.plot(plot)
+
+
+def _sizes(mesh: str) -> dict[str, int]:
+    """`{"dp": 8, "tp": 2}` for `dp=8,tp=2`."""
+    sizes = {}
+    for part in mesh.split(","):
+        axis, _, size = part.partition("=")
+        if not size.strip().isdecimal() or axis.strip() in sizes:
+            raise typer.BadParameter(f"{part!r}: expected AXIS=SIZE, each axis once.", param_hint="--mesh")
+        sizes[axis.strip()] = int(size)
+    return sizes

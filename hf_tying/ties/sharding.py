@@ -1,0 +1,99 @@
+"""What FSDP2 and DeepSpeed ZeRO-3 do to parameters: in which unit one lies, when its values are there, to gather them.
+
+Neither is imported here: a model that they have sharded says so by its classes and its parameters.
+"""
+
+import math
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+def is_dtensor(tensor: torch.Tensor | None) -> bool:
+    """Whether `tensor` is one of several processes (FSDP2, tensor parallel)."""
+    return hasattr(tensor, "device_mesh")
+
+
+def is_row_split(tensor: torch.Tensor | None) -> bool:
+    """Whether tensor parallelism has given each process a block of rows of `tensor`, on a mesh of one dimension."""
+    if not is_dtensor(tensor) or tensor.device_mesh.ndim != 1:
+        return False
+    return tensor.placements[0].is_shard(0)
+
+
+def unit_of(model: nn.Module, name: str) -> nn.Module | None:
+    """The FSDP2 unit in which the parameter `name` lies: its module, or the nearest one around it, that is a unit."""
+    fully_shard = sys.modules.get("torch.distributed.fsdp")
+    if not hasattr(fully_shard, "FSDPModule"):
+        return None
+    module, found = model, None
+    for part in ["", *name.split(".")[:-1]]:
+        module = module._modules[part] if part else module
+        found = module if isinstance(module, fully_shard.FSDPModule) else found
+    return found
+
+
+def keep_whole(unit: nn.Module) -> None:
+    """Let an FSDP2 unit keep its parameters whole from its forward to its backward pass, as the root does by default.
+
+    A loss that is computed after the head's forward reads its matrix then.
+    """
+    unit.set_reshard_after_forward(False, recurse=False)
+
+
+def shape_of(parameter: torch.Tensor) -> torch.Size:
+    """The shape of the whole parameter, also where ZeRO-3 leaves this process an empty tensor."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def is_partitioned(parameter: torch.Tensor | None) -> bool:
+    """Whether ZeRO-3 has partitioned `parameter`, and its values are not gathered now."""
+    return hasattr(parameter, "ds_id") and parameter.numel() < parameter.ds_numel
+
+
+@contextmanager
+def gathered(parameters: Iterable[torch.Tensor | None], write: bool = False) -> Iterator[None]:
+    """Inside this context those of `parameters` that ZeRO-3 has partitioned are whole; all processes must enter it.
+
+    Args:
+        parameters: any; those that nobody has partitioned are left alone.
+        write: whether they may be written to inside. Each process then keeps its part of what process 0 has written.
+    """
+    held = list({id(p): p for p in parameters if is_partitioned(p)}.values())
+    if not held:
+        yield
+        return
+    with sys.modules["deepspeed"].zero.GatheredParameters(held, modifier_rank=0 if write else None):
+        yield
+
+
+def gather_for(module: nn.Module, parameters: Iterable[torch.Tensor]) -> None:
+    """Let ZeRO-3 gather those of `parameters` that it has partitioned whenever `module` is used, forward and back."""
+    for parameter in parameters:
+        if hasattr(parameter, "ds_id"):
+            sys.modules["deepspeed"].zero.register_external_parameter(module, parameter)
+
+
+def data_parallel_size(model: nn.Module) -> int:
+    """How many processes train copies of `model` on batches of their own.
+
+    All do, except for those of one copy that is split by tensor parallelism or a pipeline (`distributed_config`).
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 1
+    config = getattr(getattr(model, "config", None), "distributed_config", None)
+    parts = [getattr(config, f"{kind}_size", None) or 1 for kind in ("tp", "pp", "cp")]
+    return max(1, torch.distributed.get_world_size() // math.prod(parts))
+
+
+def linear_replaced_by() -> str | None:
+    """What DeepSpeed has put in the place of `torch.nn.functional.linear`: a part of a sentence, or `None`."""
+    if not torch.nn.functional.linear.__module__.startswith("deepspeed."):
+        return None
+    return (
+        "DeepSpeed ZeRO-3 has replaced torch.nn.functional.linear by its own, which says nothing of its operands. Set "
+        '"memory_efficient_linear": false in the "zero_optimization" of its config'
+    )

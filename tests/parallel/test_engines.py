@@ -1,0 +1,114 @@
+"""Several processes reach what one reaches: every engine with every tie and objective of tests/engines.py."""
+
+import re
+from importlib.util import find_spec
+
+import pytest
+
+from ..engines import BY_BLOCKS, KINDS
+from ..processes import run_script
+
+pytestmark = pytest.mark.timeout(400)
+needs_deepspeed = pytest.mark.skipif(
+    find_spec("deepspeed") is None, reason="DeepSpeed is not installed (DS_BUILD_OPS=0 pip install deepspeed==0.19.8)"
+)
+WITH_LAYERS_APART = [kind for kind in KINDS if not kind.startswith(("marian", "llama layers"))]
+#: With the same numbers, but for one rounding of float64, or to float32 where DeepSpeed keeps that.
+EXACT, SINGLE = 1e-12, 1e-6
+
+
+@pytest.fixture(scope="module")
+def accelerate() -> dict:
+    return run_script("engines_accelerate.py", processes=2, timeout=380)
+
+
+@pytest.fixture(scope="module")
+def four() -> dict:
+    cases = [f"{engine}, {kind}" for engine in ("ddp", "fsdp2") for kind in FOUR]
+    return run_script("engines_accelerate.py", *cases, processes=4, timeout=380)
+
+
+@pytest.fixture(scope="module")
+def deepspeed() -> dict:
+    return run_script("engines_deepspeed.py", processes=2, timeout=380)
+
+
+FOUR = ("bart three_way", "llama layers", "llama tied loss", "bert CWT", "gpt2 PR")
+
+
+def is_as_alone(found: dict, kind: str, bound: float) -> None:
+    assert found["gradient"] < bound and found["weights"] < bound and found["moved"] > 1e-4
+    assert found["names"] == found["without gradient"] == []
+    assert found["without logits"] == (kind in BY_BLOCKS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_accelerate_trains_as_one_process_does(accelerate, engine, kind):
+    is_as_alone(accelerate[f"{engine}, {kind}"], kind, EXACT)
+
+
+@pytest.mark.parametrize("kind", FOUR)
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_four_processes_train_as_one_does(four, engine, kind):
+    is_as_alone(four[f"{engine}, {kind}"], kind, EXACT)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fsdp2_really_has_sharded(accelerate, kind):
+    found = accelerate[f"fsdp2, {kind}"]
+    assert found["sharded"]
+    assert found["units"] > 2 or kind not in WITH_LAYERS_APART
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *("checkpointed, llama two_way", "checkpointed, llama layers", "checkpointed, bart tied loss"),
+        *("checkpointed, llama tied loss", "from meta, llama two_way", "from meta, llama layers"),
+        *("from meta, t5 three_way", "from meta, bert two_way", "from meta, encoder-decoder three_way"),
+        *("from meta, llama CWT", "compiled, llama two_way", "compiled, llama tied loss"),
+    ],
+)
+def test_fsdp2_with_checkpointing_loaded_on_the_meta_device_or_compiled(accelerate, case):
+    found = accelerate[f"fsdp2 {case}"]
+    assert found["sharded"]
+    is_as_alone(found, case.partition(", ")[2], EXACT)
+
+
+@pytest.mark.parametrize("control", ["halved", "not reduced", "not gathered"])
+def test_the_comparison_sees_a_wrong_gradient(accelerate, control):
+    assert accelerate[f"control, {control}"]["gradient"] > 1e-2
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_trains_as_one_process_does(deepspeed, stage, kind):
+    found = deepspeed[f"zero{stage}, {kind}"]
+    assert found["partitioned"] == (stage == 3)
+    is_as_alone(found, kind, SINGLE)
+
+
+@needs_deepspeed
+def test_a_partitioned_model_is_tied_by_its_values_and_not_by_empty_shards(deepspeed):
+    found = deepspeed["zero.Init, tie"]
+    assert re.search("hold different values .*1024 of 1024 elements differ", found["without a choice"])
+    assert found["output"] == found["target"] == found["mean"] == found["untied"] == 0.0
+    assert found["rows"] == [64, 16]
+    assert re.search(r"is \(64, 16\) .* is \(32, 16\)", found["other shapes"])
+
+
+@needs_deepspeed
+def test_a_file_that_is_loaded_in_parts_is_tied_or_refused_as_in_one_process(deepspeed):
+    found = deepspeed["zero.Init, files"]
+    assert found["loaded"] == 0.0 and found["groups"] == ["embeddings", "layers"]
+    assert "different values for names that the config ties" in found["conflict"]
+
+
+@needs_deepspeed
+def test_what_deepspeeds_own_linear_takes_away_is_told_with_the_way_out(deepspeed):
+    found = deepspeed["another linear"]
+    logits_are_none, told = found["llama tied loss"]
+    assert not logits_are_none and '"memory_efficient_linear": false' in told
+    assert '"memory_efficient_linear": false' in found["llama AL"]

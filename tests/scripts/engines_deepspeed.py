@@ -1,0 +1,169 @@
+"""Kinds of tests/engines.py under DeepSpeed ZeRO-2 and ZeRO-3: started by `run_script`."""
+
+import os
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+import logging
+from functools import partial
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
+from transformers import AutoModelForCausalLM
+from transformers.integrations import HfDeepSpeedConfig
+
+from hf_tying import TyingConfig, TyingError, assert_tied, tie, untie
+from hf_tying.ties.slots import find_parameter
+from tests.engines import KINDS, RATE, alone, apart, inputs, own_rows, start, train
+from tests.processes import run_cases
+from tests.tiny import layer_pair, untied_model
+
+told: list[str] = []
+
+
+class Told(logging.Handler):
+    def emit(self, record):
+        told.append(record.getMessage())
+
+
+logging.getLogger("hf_tying").addHandler(Told())
+
+
+def config_of(stage: int) -> dict:
+    """No threshold, so that tiny matrices are partitioned too; no clipping, which would hide a doubled gradient."""
+    zero = {"stage": stage, "memory_efficient_linear": False}
+    if stage == 3:
+        limits = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
+        zero |= {f"stage3_{limit}": 0 for limit in limits}
+    return {
+        "train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0, "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+    }  # fmt: skip
+
+
+def joined(case):
+    """`case`, after DeepSpeed has joined the group."""
+    deepspeed.init_distributed("gloo", verbose=False)
+    return case()
+
+
+def zero(kind: str, stage: int) -> dict:
+    expected, model = alone(kind), start(kind)
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=RATE)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config_of(stage))
+    assert_tied(engine)
+    partitioned = all(p.numel() == 0 for p in model.parameters())
+
+    def full(p):
+        with deepspeed.zero.GatheredParameters([p]):
+            return p.detach().clone()
+
+    found = train(
+        model, lambda: engine(**inputs(model, own_rows())), engine.backward, engine.step, lambda: None,
+        full_gradient=lambda p: safe_get_full_grad(p), full=full,
+    )  # fmt: skip
+    return {**apart(found, expected), "partitioned": partitioned}
+
+
+FOLDER = os.path.dirname(os.environ["RENDEZVOUS"].removeprefix("file://"))
+
+
+def partitioned(folder: str, **changes):
+    """A model that transformers loads in parts (`zero.Init`), as `TrainingArguments(deepspeed=...)` has it."""
+    keep = HfDeepSpeedConfig(config_of(3))  # noqa: F841, as long as it lives
+    model = AutoModelForCausalLM.from_pretrained(folder, **changes)
+    assert all(p.numel() == 0 for p in model.parameters())
+    return model
+
+
+def values(model, name: str) -> torch.Tensor:
+    parameter = find_parameter(model, name)
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
+
+
+def with_another_linear() -> dict:
+    """DeepSpeed's own `linear`, its default: what cannot be done is told with its reason and the way out."""
+    found = {}
+    for kind in ("llama tied loss", "llama AL"):
+        settings = config_of(3)
+        del settings["zero_optimization"]["memory_efficient_linear"]
+        linear = torch.nn.functional.linear
+        model = start(kind)
+        optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        told.clear()
+        try:
+            found[kind] = [engine(**inputs(model, own_rows())).logits is None, *told]
+        except TyingError as error:
+            found[kind] = str(error)
+        finally:
+            torch.nn.functional.linear = linear
+    return found
+
+
+def written(model, name: str) -> str:
+    folder = f"{FOLDER}/{name}"
+    if dist.get_rank() == 0:
+        model.save_pretrained(folder)
+    dist.barrier()
+    return folder
+
+
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def tied_in_parts() -> dict:
+    """`tie` and `untie` of a partitioned model, against the same in one process."""
+    whole = untied_model("llama")
+    folder = written(whole, "untied")
+    found = {}
+    try:
+        tie(partitioned(folder), "two_way")
+    except TyingError as error:
+        found["without a choice"] = str(error)
+    for init_from in ("output", "target", "mean"):
+        model = tie(partitioned(folder), "two_way", init_from=init_from)
+        expected = tie(untied_model("llama"), "two_way", init_from=init_from)
+        assert_tied(model)
+        found[init_from] = (values(model, HEAD) - expected.lm_head.weight).abs().max().item()
+    untie(model)
+    found["untied"] = (values(model, HEAD) - values(model, EMBED)).abs().max().item()
+    found["rows"] = list(values(model, HEAD).shape)
+    try:
+        tie(partitioned(folder), [EMBED, "model.layers.0.mlp.up_proj.weight"], init_from="mean")
+    except TyingError as error:
+        found["other shapes"] = str(error)
+    return found
+
+
+def files_in_parts() -> dict:
+    """Files that hold each name, loaded in parts: equal values are tied, others refused."""
+    found = {}
+    model = untied_model("llama")
+    tie(model, TyingConfig("two_way", groups={"layers": layer_pair(model)}), init_from="mean")
+    folder = written(model, "tied")
+    loaded = partitioned(folder)
+    assert_tied(loaded)
+    found["loaded"] = max((values(loaded, name) - p).abs().max().item() for name, p in model.named_parameters())
+    found["groups"] = [group.name for group in loaded.tie_groups]
+    folder = written(untied_model("llama"), "conflicting")
+    try:
+        partitioned(folder, tying="two_way")
+    except TyingError as error:
+        found["conflict"] = str(error)
+    return found
+
+
+CASES = {
+    "zero.Init, tie": tied_in_parts,
+    "zero.Init, files": files_in_parts,
+    "another linear": with_another_linear,
+    **{f"zero2, {kind}": partial(zero, kind, 2) for kind in KINDS},
+    **{f"zero3, {kind}": partial(zero, kind, 3) for kind in KINDS},
+}
+
+if __name__ == "__main__":
+    run_cases({name: partial(joined, case) for name, case in CASES.items()})

@@ -1,0 +1,97 @@
+"""Models that transformers itself splits, by `from_pretrained(distributed_config=)`: started by `run_script`."""
+
+import os
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+
+from hf_tying import TyingError, assert_tied, use_tied_loss
+from hf_tying.objectives import AugmentedObjective
+from tests.engines import RATE, alone, apart, inputs, own_rows, start, train
+from tests.processes import run_cases
+from tests.tiny import tiny_inputs
+
+FOLDER = os.path.dirname(os.environ["RENDEZVOUS"].removeprefix("file://"))
+SIZE = int(os.environ["WORLD_SIZE"])
+
+
+def saved(model, name: str) -> str:
+    folder = f"{FOLDER}/{name}".replace(" ", "_")
+    if dist.get_rank() == 0:
+        model.save_pretrained(folder)
+    dist.barrier()
+    return folder
+
+
+def loaded(kind: str, **sizes):
+    """A model of its file, split. The tied loss is asked for again: a file of it may be meant for other processes."""
+    folder = saved(start(kind), f"{kind} {sizes}")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, distributed_config=DistributedConfig(**sizes), dtype=torch.float64
+    )
+    return (use_tied_loss(model) if kind.endswith("tied loss") else model).train()
+
+
+def full(tensor):
+    return tensor if tensor is None or not hasattr(tensor, "full_tensor") else tensor.full_tensor()
+
+
+def trained(kind: str, **sizes) -> dict:
+    """Two steps, then a save that one process loads."""
+    model = loaded(kind, **sizes)
+    rows = own_rows() if "fsdp_size" in sizes else slice(None)  # the processes of one copy have the same batch
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    units = sum(isinstance(module, FSDPModule) for module in model.modules())
+    split = hasattr(model.lm_head.weight, "device_mesh") and model.lm_head.weight.to_local().shape[0] < 64
+    found = train(
+        model, lambda: model(**inputs(model, rows)), lambda loss: loss.backward(), optimizer.step,
+        optimizer.zero_grad, full_gradient=lambda p: full(p.grad), full=lambda p: full(p.detach()).clone(),
+    )  # fmt: skip
+    folder = f"{FOLDER}/again {kind} {sizes}".replace(" ", "_")
+    model.save_pretrained(folder)
+    dist.barrier()
+    again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    assert_tied(again)
+    reloaded = max((p - found.weights[name]).abs().max().item() for name, p in again.named_parameters())
+    return {**apart(found, alone(kind)), "split": split, "units": units, "reloaded": reloaded}
+
+
+def objective() -> dict:
+    model = loaded("llama two_way", tp_size=SIZE)
+    use_tied_loss(model, objective=AugmentedObjective())
+    try:
+        model(**inputs(model))
+    except TyingError as error:
+        return {"error": str(error)}
+    return {"error": None}
+
+
+def pipelined(kind: str) -> dict:
+    model = loaded(kind, pp_size=SIZE).eval()
+    batch = {name: value for name, value in tiny_inputs(model).items() if name != "labels"}
+    with torch.no_grad():
+        logits = model(**batch).logits
+    expected = start(kind).eval()(**batch).logits
+    try:
+        model.train()(**tiny_inputs(model))
+        error = None
+    except TyingError as raised:
+        error = str(raised)
+    return {"logits": (logits - expected).abs().max().item(), "error": error}
+
+
+KINDS = ("llama two_way", "llama layers", "llama tied loss", "llama untied, tied loss")
+CASES = {
+    **{f"tp, {kind}": partial(trained, kind, tp_size=SIZE) for kind in KINDS},
+    **{f"fsdp, {kind}": partial(trained, kind, fsdp_size=SIZE) for kind in KINDS[:3]},
+    "tp, objective": objective,
+    "pp, llama two_way": partial(pipelined, "llama two_way"),
+    "pp, llama layers": partial(pipelined, "llama layers"),
+}  # fmt: skip
+
+if __name__ == "__main__":
+    run_cases(CASES)

@@ -1,0 +1,124 @@
+"""What one of two processes has lost is told on both: started by `run_script`."""
+
+import os
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hf_tying import TyingCallback, TyingError, assert_tied, tie
+from hf_tying.parallel import last_complete_checkpoint
+from tests.processes import run_cases
+from tests.tiny import Sentences, tiny_model, untied_model
+
+FOLDER = os.path.dirname(os.environ["RENDEZVOUS"].removeprefix("file://"))
+
+
+def tied():
+    return tie(untied_model("llama"), "two_way", init_from="output")
+
+
+def lose_the_tie(model) -> None:
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+
+
+def told(act: Callable) -> dict:
+    """The errors of both processes, and how long the slower one took."""
+    start = time.monotonic()
+    try:
+        act()
+        error = None
+    except TyingError as raised:
+        error = str(raised)
+    found = [None, None]
+    dist.all_gather_object(found, (error, time.monotonic() - start))
+    return {"errors": [error for error, _ in found], "seconds": max(seconds for _, seconds in found)}
+
+
+def lost() -> dict:
+    model = tied()
+    if dist.get_rank() == 1:
+        lose_the_tie(model)
+    return told(lambda: assert_tied(model, across_ranks=True))
+
+
+def drifted() -> dict:
+    model = tied()
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            model.lm_head.weight[3, 5] += 1e-6
+    found = told(lambda: assert_tied(model, across_ranks=True))
+    wrapped = DistributedDataParallel(model)  # which takes the values of rank 0
+    return {**found, "wrapped": told(lambda: assert_tied(wrapped, across_ranks=True))["errors"]}
+
+
+def sharded() -> dict:
+    """Two shards are no copies of one another; whoever holds the same shard must have the same."""
+    model = tied()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    found = {"shards": told(lambda: assert_tied(model, across_ranks=True))["errors"]}
+    replicated = tied()
+    fully_shard(replicated, mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard")))
+    found["copies"] = told(lambda: assert_tied(replicated, across_ranks=True))["errors"]
+    if dist.get_rank() == 0:
+        with torch.no_grad():
+            replicated.lm_head.weight.to_local()[0, 0] += 1
+    return {**found, "drifted": told(lambda: assert_tied(replicated, across_ranks=True))["errors"]}
+
+
+class Loses(TrainerCallback):
+    """Loses the tie of process 1 after the second step."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 2 and dist.get_rank() == 1:
+            lose_the_tie(model)
+
+
+def trainer(model, name: str, *callbacks, **options) -> Trainer:
+    args = TrainingArguments(
+        f"{FOLDER}/{name}", max_steps=4, per_device_train_batch_size=2, use_cpu=True, report_to=[], **options
+    )
+    return Trainer(model=model, args=args, train_dataset=Sentences(), callbacks=[*callbacks, TyingCallback()])
+
+
+def in_mid_run(stock: bool) -> dict:
+    model = tiny_model("llama", tie_word_embeddings=True) if stock else tied()
+    running = trainer(model, f"lost {stock}", Loses(), save_strategy="no")
+    found = told(running.train)
+    return {**found, "step": running.state.global_step}
+
+
+def before_a_save() -> dict:
+    """Lost in the step that ends in a save: nothing of it is written."""
+    running = trainer(tied(), "before a save", Loses(), save_strategy="steps", save_steps=2)
+    return {**told(running.train), "written": os.listdir(running.args.output_dir)}
+
+
+def saved() -> dict:
+    running = trainer(tied(), "saved", save_strategy="steps", save_steps=2)
+    running.train()
+    found = last_complete_checkpoint(running.args.output_dir)
+    resumed = trainer(tied(), "saved", save_strategy="no")
+    resumed.train(resume_from_checkpoint=found)
+    files = sorted(os.listdir(found))
+    return {"last": os.path.basename(found), "files": files, "steps": resumed.state.global_step}
+
+
+CASES = {
+    "lost": lost,
+    "drifted": drifted,
+    "sharded": sharded,
+    "in mid-run": lambda: in_mid_run(stock=False),
+    "in mid-run, a stock class": lambda: in_mid_run(stock=True),
+    "before a save": before_a_save,
+    "saved": saved,
+}
+
+if __name__ == "__main__":
+    run_cases(CASES)
