@@ -24,6 +24,7 @@ from .declared import stock_keys
 from .extensions import honour_extensions
 from .groups import TieGroup, resolve, subgroups
 from .record import refuse_contradicting_flag, write_config
+from .relaxation import Relaxation, relaxation_at, resized
 from .resizing import fit_tied, follow_bias, refuse_other_values, replace_tied, resize
 from .roles import ask
 from .sharding import gathered
@@ -98,7 +99,7 @@ class TiedModelMixin(MixinBase):
         declare(self, groups)
         stock_post_init()
         declare(self, groups)  # again, since the stock method has added what the models inside declare
-        self._ties_made = not _ties_wait()
+        self._ties_made = not ties_wait()
         if strict:
             write_config(self)
 
@@ -140,11 +141,14 @@ class TiedModelMixin(MixinBase):
         Raises:
             TyingError: when names of a group hold different values.
         """
-        if _ties_wait():
+        if ties_wait():
             return
         if missing_keys is not None:
             self._resolve_when_whole()
             kept = tie_loaded(self, missing_keys)
+            for module in self.modules():
+                if isinstance(module, Relaxation):
+                    module.active = True
             if kept != self.tie_groups:
                 declare(self, kept)
                 write_config(self)
@@ -227,7 +231,8 @@ class TiedModelMixin(MixinBase):
             TyingError: when the ties are already broken.
         """
         self._raise_if_broken("resize")
-        return resize(self, super().resize_token_embeddings, new_num_tokens, pad_to_multiple_of, mean_resizing)
+        with resized(self):
+            return resize(self, super().resize_token_embeddings, new_num_tokens, pad_to_multiple_of, mean_resizing)
 
     # --- tensors move and are replaced -------------------------------------------------------------------------------
 
@@ -378,13 +383,17 @@ class TiedModelMixin(MixinBase):
                 del state[key]
             for name in group.names if save_format == "portable" else (group.root,):
                 first = name == group.root
+                relaxation = relaxation_at(self, name)
                 for part, value in {"": kept, **parts}.items():
+                    if relaxation is not None and not value.is_meta:
+                        state[state_key(self, name) + part] = value + relaxation(value)
+                        continue
                     shared = first or not isinstance(value, torch.Tensor) or value.is_meta
                     state[state_key(self, name) + part] = value if shared else value.clone()
         return state
 
 
-def _ties_wait() -> bool:
+def ties_wait() -> bool:
     """Whether `from_pretrained` is making a model, and needs every name as a parameter of its own.
 
     It then replaces `PreTrainedModel.tie_weights` by a function of `transformers.initialization`, which does nothing.
