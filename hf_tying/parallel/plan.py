@@ -415,7 +415,9 @@ def _joined(found: Iterable[Collective]) -> tuple[Collective, ...]:
         totals = sums.setdefault((c.kind, c.axis, c.ranks, c.what), [0, 0])
         totals[0] += c.payload
         totals[1] += c.sent
-    return tuple(Collective(kind, axis, n, *totals, what) for (kind, axis, n, what), totals in sums.items())
+    return tuple(
+        Collective(kind, axis, n, payload, sent, what) for (kind, axis, n, what), (payload, sent) in sums.items()
+    )
 
 
 def _ranges(ranks: tuple[int, ...]) -> str:

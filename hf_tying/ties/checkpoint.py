@@ -43,7 +43,7 @@ def tie_loaded(model: PreTrainedModel, missing: set[str]) -> list[TieGroup]:
     config = TyingConfig.in_config(model.config)
     anatomy = Anatomy(model)
     _refuse_out_of_reach(anatomy, config, missing)
-    names = {name for chain in (*(group.names for group in model.tie_groups), *anatomy.declarable) for name in chain}
+    names = {name for chain in (*(group.names for group in groups_held(model)), *anatomy.declarable) for name in chain}
     with gathered((find_parameter(model, name) for name in names), write=True):
         return _tie_filled(anatomy, config, missing)
 

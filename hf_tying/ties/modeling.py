@@ -189,8 +189,7 @@ class TiedModelMixin(MixinBase):
                 continue
             root, *others = (find_parameter(self, name) for name in group.names)
             with gathered((root, *others)):
-                alike = [p for p in others if root is not None and p is not None and p.is_meta == root.is_meta]
-                whole = len(alike) == len(others) and all(p.is_meta or same_values(p, root) for p in alike)
+                whole = root is not None and all(_is_copy(p, root) for p in others)
             if root is None or not whole:
                 problems = "; ".join(violations(self, [group]))
                 raise TyingError(f"tie_weights() would overwrite trained values and changes nothing: {problems}")
@@ -452,6 +451,13 @@ def declare(model: PreTrainedModel, groups: list[TieGroup]) -> None:
             sub._ties_made = vars(model).get("_ties_made", True)
         if prefix and sub.config is not model.config:
             vars(sub.config).pop("tying", None)  # only the outer model has a record
+
+
+def _is_copy(parameter: nn.Parameter | None, root: nn.Parameter) -> bool:
+    """Whether tying the two loses nothing: both are on the meta device, or have equal values."""
+    if parameter is None or parameter.is_meta != root.is_meta:
+        return False
+    return root.is_meta or same_values(parameter, root)
 
 
 def _source(model: PreTrainedModel, group: TieGroup) -> str:
