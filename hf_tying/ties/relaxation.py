@@ -83,12 +83,15 @@ class Scale(Relaxation):
         self.reset_parameters()
 
     def difference(self, root: torch.Tensor) -> torch.Tensor:
+        """`diag(s) W`."""
         return self.offset.reshape(-1, *[1] * (root.ndim - 1)) * root
 
     def reset_parameters(self) -> None:
+        """Make the difference zero."""
         nn.init.zeros_(self.offset)
 
     def resize(self, rows: int) -> None:
+        """Follow a root with another number of rows."""
         self.offset = _with_rows(self.offset, rows, 0)
 
 
@@ -108,17 +111,21 @@ class LowRank(Relaxation):
         self.reset_parameters()
 
     def difference(self, root: torch.Tensor) -> torch.Tensor:
+        """`B A`."""
         return (self.lora_B @ self.lora_A).reshape(root.shape)
 
     @property
     def settings(self) -> dict[str, Any]:
+        """What a `relax` entry says of this relaxation."""
         return super().settings | {"rank": self.lora_A.shape[0]}
 
     def reset_parameters(self) -> None:
+        """Make the difference zero."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
 
     def resize(self, rows: int) -> None:
+        """Follow a root with another number of rows."""
         self.lora_B = _with_rows(self.lora_B, rows, 0)
 
     def fit(self, residual: torch.Tensor) -> None:
@@ -152,19 +159,23 @@ class Basis(Relaxation):
         self.reset_parameters()
 
     def difference(self, root: torch.Tensor) -> torch.Tensor:
+        """`c_0 W + sum_k c_k F_k`."""
         own, *others = self.coefficients
         return own * root + torch.tensordot(torch.stack(others), self.filters, dims=1)
 
     @property
     def settings(self) -> dict[str, Any]:
+        """What a `relax` entry says of this relaxation."""
         return super().settings | {"filters": self.filters.shape[0]}
 
     def reset_parameters(self) -> None:
+        """Make the difference zero."""
         columns = max(math.prod(self.filters.shape[2:]), 1)
         nn.init.normal_(self.filters, std=columns**-0.5)
         nn.init.zeros_(self.coefficients)
 
     def resize(self, rows: int) -> None:
+        """Follow a root with another number of rows."""
         if self.filters.shape[1] != rows:  # a shared one may be resized already
             self.filters = _with_rows(self.filters, rows, 1)
 
