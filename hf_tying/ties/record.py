@@ -11,7 +11,7 @@ from ..config import SCHEMES, TyingConfig, TyingError, entry_of
 from .anatomy import Anatomy
 from .declared import join_chains
 from .groups import TieGroup, groups_held, locate, scheme_of
-from .relaxation import relax_entries
+from .relaxation import SUFFIX, relax_entries
 from .roles import FLAG_SET_BY_THE_CLASS, SCALED_BY_THE_FLAG
 
 
@@ -87,6 +87,8 @@ def _recorded_groups(anatomy: Anatomy, before: dict[str, list[str]]) -> dict[str
     groups = {group.name: list(group.names) for group in groups_held(anatomy.model)}
     group_of: dict[str | None, str] = {name: group for group, names in groups.items() for name in names}
     for group, names in before.items():
+        if any(f"{SUFFIX}." in name for name in names):
+            continue  # what differences share follows from the groups that are relaxed
         place = {name: locate(anatomy, name) for name in names}
         seen = [name for name in names if place[name] is not None]
         if len(seen) == len(names):

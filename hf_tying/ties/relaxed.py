@@ -87,7 +87,7 @@ def harden(model: Model) -> Model:
     if names := [name for _, _, name in relaxed_names(part)]:
         for name in names:
             make_exact(part, name)
-        _record(part)
+        record_relaxed(part)
     return model
 
 
@@ -123,7 +123,6 @@ def refuse_misfit(model: nn.Module, value: Any) -> None:
 
 def honour(model: nn.Module, value: Any, strict: bool = True) -> None:
     """Relax the members of groups as `value`, the part of the entry that declares them, says."""
-    made = False
     for _, (root, *members), settings in _chains(model, value, strict):
         parameter = parameter_of(model, root)
         first = next((found for name in members if (found := relaxation_at(model, name)) is not None), None)
@@ -136,9 +135,6 @@ def honour(model: nn.Module, value: Any, strict: bool = True) -> None:
             for key in relaxation.shared:
                 relaxation._parameters[key] = first._parameters[key]
             relax(model, name, relaxation)
-            made = True
-    if made and groups_held(model):  # of a live model; one that is being made is recorded once its ties are made
-        _record(model)
 
 
 def values_before(model: nn.Module, config: TyingConfig) -> dict[str, torch.Tensor]:
@@ -159,15 +155,20 @@ def fit_before(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
             found.fit(value - parameter_of(model, name).detach())
 
 
-def _record(model: nn.Module) -> None:
-    """Record the groups of a live model: with its relaxations, and with what these share."""
+def record_relaxed(model: nn.Module, save_format: str | None = None) -> None:
+    """Record the relaxed groups of a live model, and what their differences share.
+
+    Args:
+        model: a model with `tie_groups`.
+        save_format: form of its file. Default `None`: the default for the groups as they are now.
+    """
     anatomy = Anatomy(model)
     groups = make_groups(anatomy, anatomy.tied, {group.name: list(group.names) for group in groups_held(model)})
     if isinstance(model, PreTrainedModel):
         set_groups(model, groups)
-        write_config(model, save_format=None)
+        write_config(model, save_format=save_format)
     else:
-        hold(model, groups)
+        hold(model, groups, save_format=save_format)
 
 
 def _chains(model: nn.Module, value: Any, strict: bool) -> list[tuple[str, list[str], dict[str, Any]]]:

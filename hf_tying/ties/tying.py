@@ -17,7 +17,7 @@ from .modeling import TiedModelMixin, set_groups
 from .plain_modules import hold, refuse_extensions
 from .record import refuse_foreign_entry, write_config
 from .relaxation import SUFFIX, make_exact, relaxed_names, value_at
-from .relaxed import fit_before, values_before
+from .relaxed import fit_before, record_relaxed, values_before
 from .resizing import fit_tied
 from .sharding import gathered
 from .shared_configs import own_config
@@ -99,7 +99,9 @@ def tie(
         further = {key: value for key, value in config.declared_extensions().items() if key != "relax"}
         _apply(anatomy, groups, values, on_conflict=config.on_conflict, save_format=config.save_format, **further)
     honour_extensions(model, config)
-    fit_before(model, before)
+    if config.relax:
+        fit_before(model, before)
+        record_relaxed(model, config.save_format)
     return model
 
 
