@@ -172,7 +172,7 @@ class ParallelPlan(Report):
 
 
 def parallel_plan(
-    model: nn.Module | str | os.PathLike,
+    model: nn.Module | str | os.PathLike[str],
     mesh: Mapping[str, int],
     *,
     gather_dtype: torch.dtype | None = None,
@@ -221,7 +221,7 @@ def parallel_plan(
     )
 
 
-def _empty_model(source: str | os.PathLike) -> PreTrainedModel:
+def _empty_model(source: str | os.PathLike[str]) -> PreTrainedModel:
     """The model of a config, on the meta device: of the class that it names, or of an Auto class that has one."""
     config = AutoConfig.from_pretrained(source)
     named = (getattr(transformers, name, None) for name in getattr(config, "architectures", None) or ())

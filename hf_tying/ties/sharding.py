@@ -62,14 +62,16 @@ def gathered(parameters: Iterable[torch.Tensor | None], write: bool = False) -> 
     """Inside this context those of `parameters` that ZeRO-3 has partitioned are whole; all processes must enter it.
 
     Args:
-        parameters: any; those that nobody has partitioned are left alone.
+        parameters: any; those that nobody has partitioned are left alone, and all where DeepSpeed is not loaded (the
+            empty tensors of a pickle).
         write: whether they may be written to inside. Each process then keeps its part of what process 0 has written.
     """
     held = list({id(p): p for p in parameters if is_partitioned(p)}.values())
-    if not held:
+    deepspeed = sys.modules.get("deepspeed")
+    if not held or deepspeed is None:
         yield
         return
-    with sys.modules["deepspeed"].zero.GatheredParameters(held, modifier_rank=0 if write else None):
+    with deepspeed.zero.GatheredParameters(held, modifier_rank=0 if write else None):
         yield
 
 
