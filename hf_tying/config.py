@@ -60,7 +60,6 @@ class Extension(NamedTuple):
 #: The entries of `tying` beside the ties, in the order in which they are honoured. A further one is a line here and a
 #: module; in a `TyingConfig` its value is in `extensions`, as it stands in the file.
 EXTENSIONS: dict[str, Extension] = {
-    "relax": Extension("ties.relaxed"),
     "projection": Extension("projection.model"),
     "loss": Extension("objectives.tied_loss", without="the stock loss is used, of the same value"),
 }
@@ -220,13 +219,17 @@ class TyingConfig:
                 f"The `tying` entry of the config is {_short(entry)}: expected a dict such as "
                 f"{cls(scheme='two_way').to_dict()}. Correct the entry in config.json, or remove it to load untied."
             )
-        version = entry.get("version", VERSION)
+        version = entry.get("version", 1)
         if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-            raise TyingError(f"The `tying` entry has version {_short(version)}: expected the number {VERSION}.")
-        if version > VERSION:
             raise TyingError(
-                f"The `tying` entry has version {_short(version)}; this hf_tying reads up to version {VERSION}. "
-                "Upgrade with `pip install -U hf-tying`."
+                f"The `tying` entry has version {_short(version)}: expected a number from 1 to {VERSION}."
+            )
+        groups = entry.get("groups")
+        relaxed = isinstance(groups, dict) and any(isinstance(names, dict) for names in groups.values())
+        if version > (known := VERSION if relaxed else 1):
+            raise TyingError(
+                f"The `tying` entry has version {_short(version)}; this hf_tying reads up to version {known} of an "
+                f"entry with{'' if relaxed else 'out'} relaxed groups. Upgrade with `pip install -U hf-tying`."
             )
         for key in entry:
             if key not in _KEYS | {"version"}:
@@ -304,8 +307,6 @@ class TyingConfig:
     def declared_extensions(self) -> dict[str, Any]:
         """The entries beside the ties that are declared, in the order of `EXTENSIONS`, as the file has them."""
         entry = self.to_dict()
-        if self.relax:
-            entry["relax"] = {name: self._group_entry(name) for name in self.relax}
         return {key: entry[key] for key in EXTENSIONS if key in entry}
 
     def replace(self, **changes: Any) -> "TyingConfig":
@@ -326,7 +327,7 @@ class TyingConfig:
 
 # The keys of an entry that are fields of `TyingConfig`.
 _FIELDS = TyingConfig.__dataclass_fields__.keys() - {"extensions"}
-# The keys of an entry in a file: `relax` stands within its group there.
+# The keys of an entry in a file. `relax` stands within its group there.
 _KEYS = (_FIELDS | EXTENSIONS.keys()) - {"relax"}
 
 

@@ -127,9 +127,9 @@ def check_loaded_state(model: nn.Module, state: dict, prefix: str, action: str =
         keys = {name: key for name in group.names if (key := prefix + state_key(model, name)) in state}
         if action == "load":
             relaxed = _refuse_rootless(model, group, keys)
-            exact = next((name for name in keys if name not in relaxed), None)
+            exact = [key for name, key in keys.items() if name not in relaxed]
             for name in relaxed & keys.keys():
-                state[keys[name]] = state[keys[exact]]  # it has the whole value there, and the root's in the model
+                state[keys[name]] = state[exact[0]]  # it has the whole value there, and the root's in the model
             live = find_parameter(model, group.root)
             keys = {name: key for name, key in keys.items() if not _is_memory_of(live, state[key])} or keys
         parts = parts_by_value(list(keys), lambda name: state[keys[name]])  # noqa: B023

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
 
-from torch import nn
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from ..config import EXTENSIONS, TyingConfig
@@ -26,7 +26,7 @@ logger = logging.get_logger(__name__)
 _CARRIED: dict[str, Callable[[], ModuleType]] = {}
 
 
-def refuse_misfits(model: nn.Module, config: TyingConfig) -> None:
+def refuse_misfits(model: PreTrainedModel, config: TyingConfig) -> None:
     """Refuse a declaration that `model` cannot have, before anything is changed.
 
     Raises:
@@ -37,7 +37,7 @@ def refuse_misfits(model: nn.Module, config: TyingConfig) -> None:
             module.refuse_misfit(model, value)
 
 
-def honour_extensions(model: nn.Module, config: TyingConfig, strict: bool = True) -> None:
+def honour_extensions(model: PreTrainedModel, config: TyingConfig, strict: bool = True) -> None:
     """Make `model` as the entries of `config` beside the ties say.
 
     Args:

@@ -25,6 +25,7 @@ from .extensions import honour_extensions
 from .groups import TieGroup, resolve, subgroups
 from .record import refuse_contradicting_flag, write_config
 from .relaxation import Relaxation, relaxation_at, resized
+from .relaxing import relax_declared
 from .resizing import fit_tied, follow_bias, refuse_other_values, replace_tied, resize
 from .roles import ask
 from .sharding import gathered
@@ -82,6 +83,7 @@ class TiedModelMixin(MixinBase):
         making = _models_being_made()
         parts = [model for model in making if model is not self and type(model.config) is type(self.config)]
         strict = not parts and self._is_declared_class()  # a part shares the record of the whole, with its names
+        relax_declared(self, config, strict, active=not _ties_wait())
         honour_extensions(self, config, strict)
         # A subclass may add modules after `super().__init__()`. Then two `__init__` of this object are running.
         whole = sum(model is self for model in making) < 2
@@ -99,7 +101,7 @@ class TiedModelMixin(MixinBase):
         declare(self, groups)
         stock_post_init()
         declare(self, groups)  # again, since the stock method has added what the models inside declare
-        self._ties_made = not ties_wait()
+        self._ties_made = not _ties_wait()
         if strict:
             write_config(self)
 
@@ -141,7 +143,7 @@ class TiedModelMixin(MixinBase):
         Raises:
             TyingError: when names of a group hold different values.
         """
-        if ties_wait():
+        if _ties_wait():
             return
         if missing_keys is not None:
             self._resolve_when_whole()
@@ -392,7 +394,7 @@ class TiedModelMixin(MixinBase):
         return state
 
 
-def ties_wait() -> bool:
+def _ties_wait() -> bool:
     """Whether `from_pretrained` is making a model, and needs every name as a parameter of its own.
 
     It then replaces `PreTrainedModel.tie_weights` by a function of `transformers.initialization`, which does nothing.

@@ -18,11 +18,11 @@ from torch.nn.parameter import is_lazy
 from ..config import TyingConfig, TyingError, nearest
 from .anatomy import Anatomy
 from .checkpoint import check_loaded_state, parts_by_value, settle
-from .extensions import honour_extensions, refuse_misfits
 from .groups import TieGroup, declaration_of, make_groups, resolve
 from .headers import read_header, read_json
 from .plain_modules import hold, refuse_extensions
 from .relaxation import make_exact, relaxation_at, relaxed_names, value_at
+from .relaxing import refuse_unrelaxable, relax_declared
 from .slots import state_key, untie_others
 from .tying import refuse_unfit
 from .verify import tied_part, violations
@@ -100,9 +100,9 @@ def load_tied(module: Module, folder: str | os.PathLike[str], on_conflict: str |
     if on_conflict is not None:
         config = config.replace(on_conflict=on_conflict)
     refuse_extensions(part, config)
-    refuse_misfits(part, config)
+    refuse_unrelaxable(part, config)
     exact = {name for name in Anatomy(part).slots if relaxation_at(part, name) is None}
-    honour_extensions(part, config)
+    relax_declared(part, config)
     try:
         groups = resolve(Anatomy(part), config)
         state = part.state_dict(keep_vars=True)

@@ -41,7 +41,7 @@ def refuse_extensions(module: nn.Module, config: TyingConfig) -> None:
     Raises:
         TyingError: naming the entries.
     """
-    if further := [key for key in config.declared_extensions() if key != "relax"]:
+    if further := [*config.declared_extensions()]:
         raise TyingError(
             f"{type(module).__name__} cannot have {', '.join(map(repr, further))}: expected a transformers "
             "PreTrainedModel, found a plain nn.Module. Leave the entry out, and call hf_tying.losses in its training."

@@ -17,7 +17,8 @@ from .modeling import TiedModelMixin, set_groups
 from .plain_modules import hold, refuse_extensions
 from .record import refuse_foreign_entry, write_config
 from .relaxation import SUFFIX, make_exact, relaxed_names, value_at
-from .relaxed import fit_before, record_relaxed, values_before
+from .relaxed import record_relaxed
+from .relaxing import fit_before, refuse_unrelaxable, relax_declared, values_before
 from .resizing import fit_tied
 from .sharding import gathered
 from .shared_configs import own_config
@@ -84,9 +85,10 @@ def tie(
         config = config.replace(on_conflict=on_conflict)
     if isinstance(model, PreTrainedModel):
         refuse_foreign_entry(model.config)
+        refuse_misfits(model, config)
     else:
         refuse_extensions(model, config)
-    refuse_misfits(model, config)
+    refuse_unrelaxable(model, config)
     anatomy = Anatomy(model)
     explicit = explicit_groups(anatomy, config)
     with gathered(_at_stake(anatomy, explicit.values()), write=True):
@@ -95,13 +97,14 @@ def tie(
         _compare_vocabularies(anatomy, groups, tokenizer, target_tokenizer)
         values = _values_to_take(anatomy, groups, init_from)
         before = values_before(model, config)
-        # Extensions that are not named stay. Relaxations are recorded once they are made.
-        further = {key: value for key, value in config.declared_extensions().items() if key != "relax"}
+        further = config.declared_extensions()  # extensions that are not named stay
         _apply(anatomy, groups, values, on_conflict=config.on_conflict, save_format=config.save_format, **further)
-    honour_extensions(model, config)
     if config.relax:
+        relax_declared(model, config)
         fit_before(model, before)
         record_relaxed(model, config.save_format)
+    if isinstance(model, PreTrainedModel):
+        honour_extensions(model, config)
     return model
 
 
