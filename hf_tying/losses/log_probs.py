@@ -9,7 +9,7 @@ from .compilation import untraced
 from .gradient import is_plain
 from .log_probs_autograd import LogProbsRequest, walked_log_probs
 from .logit_tiles import LogitSettings
-from .options import CrossEntropyOptions, check_operands, is_learned, with_learned_scale
+from .options import CrossEntropyOptions, check_operands, check_temperature, with_learned_scale
 from .reference import whole_logits
 
 OUTPUTS = ("log_probs", "entropy", "top1", "logsumexp", "mean_logits", "log_sum_sq_probs")
@@ -90,7 +90,7 @@ def tied_log_probs(
         >>> log_probs = torch.log_softmax((hidden @ weight.T).float() / temperature, dim=-1)
         >>> log_probs.gather(-1, labels[..., None])[..., 0], -(log_probs.exp() * log_probs).sum(-1)
     """
-    outputs, temperature = _checked_outputs(outputs), _checked_temperature(temperature)
+    outputs, temperature = _checked_outputs(outputs), check_temperature(temperature)
     options = CrossEntropyOptions(ignore_index, logit_scale=logit_scale, logit_softcap=logit_softcap)
     request = LogProbsRequest(outputs, LogitSettings(options, temperature, head_dtype, memory_budget))
     return _log_probs(hidden, weight, labels, bias, request)
@@ -144,14 +144,3 @@ def _checked_outputs(outputs: Collection[str]) -> tuple[str, ...]:
     if unknown or not names:
         raise ValueError(f"outputs={outputs!r}: expected one or more of {', '.join(OUTPUTS)}.")
     return names
-
-
-def _checked_temperature(temperature: float) -> float:
-    if is_learned(temperature):
-        raise ValueError(
-            "temperature is a tensor that requires a gradient, and would get none: expected a number. Without a soft "
-            "cap logit_scale=1 / temperature is the same, and may be learned."
-        )
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature}: expected a number above 0.")
-    return float(temperature)

@@ -92,6 +92,22 @@ def refuse_learned(otherwise: str, **options: object) -> None:
             )
 
 
+def check_temperature(temperature: float) -> float:
+    """The temperature as a number.
+
+    Raises:
+        ValueError: for one that is not above 0, or requires a gradient.
+    """
+    if is_learned(temperature):
+        raise ValueError(
+            "temperature is a tensor that requires a gradient, and would get none: expected a number. Without a soft "
+            "cap logit_scale=1 / temperature is the same, and may be learned."
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}: expected a number above 0.")
+    return float(temperature)
+
+
 def with_learned_scale(
     hidden: torch.Tensor, bias: torch.Tensor | None, options: CrossEntropyOptions
 ) -> tuple[torch.Tensor, torch.Tensor | None, CrossEntropyOptions]:
