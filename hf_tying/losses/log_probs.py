@@ -122,8 +122,14 @@ def reference_log_probs(
     """The outputs of `request` by name in plain torch, the logits whole; for transformed and sharded tensors."""
     options = request.settings.options
     logits = whole_logits(hidden, weight, bias, options.logit_scale, options.logit_softcap)
-    logits = logits / request.settings.temperature
-    counted = labels != options.ignore_index
+    return log_probs_of_logits(logits / request.settings.temperature, labels, request)
+
+
+def log_probs_of_logits(
+    logits: torch.Tensor, labels: torch.Tensor, request: LogProbsRequest
+) -> dict[str, torch.Tensor]:
+    """The outputs of `request` by name, of logits (..., V) over the temperature."""
+    counted = labels != request.settings.options.ignore_index
     places = labels.masked_fill(~counted, 0)[..., None]
     log_probs = logits.log_softmax(-1)
     compute: dict[str, Callable[[], torch.Tensor]] = {

@@ -15,7 +15,7 @@ from __future__ import annotations
 import builtins
 from collections.abc import Callable, Iterable, Iterator
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -26,9 +26,20 @@ from ..losses.options import CrossEntropyOptions
 from ..ties.sharding import is_dtensor
 from .call_context import CallContext, Operands
 from .lazy_tensor import LazyTensor, Siblings, materialized
-from .step_loss import StepLoss, needs_deferred
+from .step_loss import LossSettings, StepLoss, needs_deferred
 
 logger = logging.get_logger(__name__)
+
+
+class SoftmaxOperands(NamedTuple):
+    """What logits `softcap(scale * (hidden @ weight.T + bias))` are made of, in the modes of `context`."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    scale: float
+    softcap: float | None
+    context: CallContext
 
 
 class DeferredLogits(LazyTensor):
@@ -276,6 +287,23 @@ class DeferredLogits(LazyTensor):
             return self._loss.compute(
                 self.hidden, self.weight, target, self.bias, options, is_scaled=bool(self.pending_ops)
             )
+
+    @property
+    def settings(self) -> LossSettings:
+        """Settings of the step's loss."""
+        return self._loss.settings
+
+    def operands(self) -> SoftmaxOperands | None:
+        """What the logits are made of; `None` if they are materialized, or pending operations are of another kind.
+
+        Raises:
+            TyingError: when one of them was written to since.
+        """
+        scale, softcap = self._scale_and_cap()
+        if scale is None or self._siblings.materialized:
+            return None
+        self._check_operands()
+        return SoftmaxOperands(self.hidden, self.weight, self.bias, scale, softcap, self._context)
 
     def _scale_and_cap(self) -> tuple[builtins.float | None, builtins.float | None]:
         """The pending operations as a scale and a soft cap, where `cap * tanh(a * x)` is a soft cap of `a * cap * x`.
