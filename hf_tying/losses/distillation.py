@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .arithmetic import compute_dtypes
 from .compilation import untraced
 from .distillation_autograd import Softmaxes, collapsed_logits, most_likely, walked_divergence
 from .divergences import DIVERGENCES, divergence_terms, finite
@@ -244,7 +245,8 @@ def _side(
     options = replace(options, logit_scale=logit_scale, logit_softcap=logit_softcap)
     check_operands(hidden, weight, labels, bias, options, one_dtype=settings.head_dtype is None)
     hidden, bias, options = with_learned_scale(hidden, bias, options)
-    return _Side(hidden, weight, bias, replace(settings, options=options))
+    products, _ = compute_dtypes(hidden, weight, settings.head_dtype)
+    return _Side(hidden, weight, bias, replace(settings, options=options, head_dtype=products))
 
 
 def _stored_teacher(

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .arithmetic import compute_dtypes
 from .compilation import untraced
 from .gradient import is_plain
 from .log_probs_autograd import LogProbsRequest, walked_log_probs
@@ -104,12 +105,14 @@ def _log_probs(
     bias: torch.Tensor | None,
     request: LogProbsRequest,
 ) -> TokenLogProbs:
-    settings = request.settings
+    settings, device = request.settings, hidden.device.type
     check_operands(hidden, weight, labels, bias, settings.options, one_dtype=settings.head_dtype is None)
     hidden, bias, options = with_learned_scale(hidden, bias, settings.options)
     compute = walked_log_probs if is_plain(hidden) and is_plain(weight) else reference_log_probs
-    request = replace(request, settings=replace(settings, options=options))
-    return TokenLogProbs(**compute(hidden, weight, labels, bias, request))
+    products, _ = compute_dtypes(hidden, weight, settings.head_dtype)
+    request = replace(request, settings=replace(settings, options=options, head_dtype=products))
+    with torch.autocast(device, enabled=False):  # what is exact stays so
+        return TokenLogProbs(**compute(hidden, weight, labels, bias, request))
 
 
 def reference_log_probs(

@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from ..config import TyingError
 from ..losses.options import CrossEntropyOptions
+from ..losses.wide_linear import wide_linear
 from ..ties.sharding import is_dtensor
 from .call_context import CallContext, Operands
 from .lazy_tensor import LazyTensor, Siblings, materialized
@@ -93,13 +94,16 @@ class DeferredLogits(LazyTensor):
         """
         context = CallContext.now(input.device.type)
         dtype = context.dtype if context.autocast and input.dtype != torch.float64 else input.dtype
+        wide = loss.settings.head_dtype
 
         def compute() -> torch.Tensor:
             if product is not None:
                 return product(input)
+            if wide is not None:
+                return wide_linear(input, weight, bias, wide)
             return torch.ops.aten.linear.default(input, weight, bias)  # F.linear, which would be deferred again
 
-        return cls(loss, context, input, weight, bias, dtype, compute, (input, weight, bias))
+        return cls(loss, context, input, weight, bias, wide or dtype, compute, (input, weight, bias))
 
     # --- properties of a tensor --------------------------------------------------------------------------------------
 
@@ -281,6 +285,7 @@ class DeferredLogits(LazyTensor):
             logit_softcap=cap,
             class_weight=weight,
             upstream=self._loss.expected_upstream(reduction, self.device),
+            head_dtype=self.settings.head_dtype,
         )
         self._check_operands()
         with self._context.restored(grad=False):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as module_hooks
 
+from ..config import TyingError
 from ..losses.gradient import is_plain, is_transformed
 from ..ties.sharding import is_dtensor, is_partitioned, is_row_split, keep_whole, linear_replaced_by, unit_of
 from ..ties.slots import parameter_of, slot_of
@@ -90,6 +91,21 @@ def untraced_where_sharded(model: nn.Module, forward: Callable[..., Any]) -> Cal
     if "torch._dynamo" in sys.modules and hasattr(model, "set_reshard_after_forward"):
         return torch.compiler.disable(forward)
     return forward
+
+
+def refuse_narrow_head(model: nn.Module, mode: TiedSoftmax) -> None:
+    """Refuse a forward pass with a `head_dtype` whose products were not seen, and are in the model's own dtype.
+
+    Raises:
+        TyingError: where the model did not multiply by its softmax matrix through torch's `linear`.
+    """
+    dtype = mode.loss.settings.head_dtype
+    if dtype is not None and not mode.multiplied and not torch.compiler.is_compiling():
+        why = linear_replaced_by() or "it makes another matrix of it, or an adapter stands in for it"
+        raise TyingError(
+            f"{type(model).__name__} does not multiply by its softmax matrix itself ({why}), so head_dtype={dtype} of "
+            "use_tied_loss has no effect: expected a head that does. Leave head_dtype out: use_tied_loss(model)."
+        )
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from ..projection.head import ProjectedLinear
 from ..projection.penalty import strength_of
 from ..ties.anatomy import roles
 from .deferred_logits import DeferredLogits
-from .deferring import deferring, why_whole
+from .deferring import deferring, refuse_narrow_head, why_whole
 from .step_loss import LossSettings
 from .tied_loss import has_tied_loss
 from .token_log_probs import token_log_probs
@@ -141,10 +141,11 @@ def _answer(
     if model.training and torch.is_grad_enabled():
         _refuse_other_loss(model)
         _tell_of_penalty(model)
-    settings = replace(getattr(model, "_tied_loss", None) or LossSettings(), objective=None, label_smoothing=0.0)
+    settings = (getattr(model, "_tied_loss", None) or LossSettings()).without_training()
+    settings = replace(settings, head_dtype=asked.head_dtype or settings.head_dtype)
     name = roles(model)["output"].name
     whole = why_whole(model, name, name, split=False)
-    with deferring(model, settings, name, name, whole is None):
+    with deferring(model, settings, name, name, whole is None) as softmax:
         outputs = forward(use_cache=False)
         logits = outputs["logits"]
         if shift_labels is None and labels is not None:
@@ -156,8 +157,9 @@ def _answer(
             why = whole or "an adapter stands in for its matrix, or it makes another one of it"
             logger.warning_once(f"TRL's log-probabilities are computed from whole logits: {why}.")
         tokens = token_log_probs(
-            logits, labels, [_OUTPUTS[name] for name in asked.outputs], asked.temperature, asked.head_dtype
+            logits, labels, [_OUTPUTS[name] for name in asked.outputs], asked.temperature, settings.head_dtype
         )
+    refuse_narrow_head(model, softmax)
     found = {name: getattr(tokens, _OUTPUTS[name]) for name in asked.outputs}
     mask = labels != -100
     loss = -found["log_probs"].sum() / (mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)

@@ -1,6 +1,7 @@
 """The forward pass of a model under `use_tied_loss`: `TiedLossMixin`, which is put in front of the model's class."""
 
 import inspect
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -12,7 +13,7 @@ from ..ties.participation import Participation
 from ..ties.sharding import gather_for
 from ..ties.slots import parameter_of
 from .deferred_logits import DeferredLogits
-from .deferring import deferring, untraced_where_sharded, why_whole
+from .deferring import deferring, refuse_narrow_head, untraced_where_sharded, why_whole
 from .step_loss import LossSettings, needs_deferred
 
 logger = logging.get_logger(__name__)
@@ -36,13 +37,13 @@ class TiedLossMixin(MixinBase):
             self.training and torch.is_grad_enabled() or objective is not None and self._also_in_evaluation
         )
         if settings is None or not in_step:
-            return forward(*args, **kwargs)
+            return self._outside_a_step(forward, settings, args, kwargs)
         if not _has_labels(type(self), args, kwargs):
             if objective is not None:
                 raise needs_deferred(
                     "it has no labels; Trainer's label_smoothing_factor and compute_loss_func take them away", settings
                 )
-            return forward(*args, **kwargs)
+            return self._outside_a_step(forward, settings, args, kwargs)
         names = self._matrices()
         whole = why_whole(self, *names, split=objective is None)
         if whole is not None and objective is not None:
@@ -50,6 +51,7 @@ class TiedLossMixin(MixinBase):
         forward = untraced_where_sharded(self, forward)
         with deferring(self, settings, *names, whole is None, kwargs.get("num_items_in_batch")) as softmax:
             outputs = forward(*args, **kwargs)
+        refuse_narrow_head(self, softmax)
         if self._participation is not None and softmax.loss.was_asked:
             self._participation.took_part()
         if objective is not None:
@@ -67,6 +69,18 @@ class TiedLossMixin(MixinBase):
             )
             logger.warning_once(f"The loss of {type(self).__name__} is computed by the usual path: {whole}.")
         return _without_logits(outputs)
+
+    def _outside_a_step(
+        self, forward: Callable[..., Any], settings: LossSettings | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A forward pass that is no training step: as of the class, but for the dtype of the head."""
+        if settings is None or settings.head_dtype is None:
+            return forward(*args, **kwargs)
+        name = self._softmax_name
+        with deferring(self, settings.without_training(), name, name, defers=False) as softmax:
+            outputs = untraced_where_sharded(self, forward)(*args, **kwargs)
+        refuse_narrow_head(self, softmax)
+        return outputs
 
     def _matrices(self) -> tuple[str, str]:
         """The names of the softmax matrix and of the embedding that the loss reads."""
