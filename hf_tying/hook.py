@@ -1,4 +1,4 @@
-"""The changes that importing the package makes in transformers, PEFT, Accelerate and DeepSpeed: the table `CHANGES`.
+"""The changes that importing the package makes in transformers, PEFT, Accelerate, DeepSpeed and TRL, in one table.
 
 With these changes, stock classes honour a `tying` entry of their config: `AutoModelForCausalLM.from_pretrained(path)`
 gives a tied model or a `TyingError`, never a silently untied one. A config without the entry works as before. PEFT
@@ -10,6 +10,7 @@ same moment tells of a transformers newer than the versions that the tests have 
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -38,6 +39,8 @@ class Change:
         why: effect of the change.
         without: behaviour of versions without this name. Default `None`: every version has it, and its absence is an
             error. A private name may go at any time, so it always says this.
+        copied: whether other modules of the package import the name itself. Those that have done so before get ours
+            too. Default `False`.
     """
 
     module: str
@@ -45,6 +48,7 @@ class Change:
     ours: str
     why: str
     without: str | None = None
+    copied: bool = False
 
     @property
     def private(self) -> bool:
@@ -98,6 +102,9 @@ TIES = (
     Change("accelerate.utils.fsdp_utils", "fsdp2_prepare_auto_wrap_policy", f"{_HERE}:wrap_no_part_of_a_tie",
            "a module with a part of a tie is no unit of FSDP2",
            without="torch refuses a tie over several units"),
+    Change("trl.trainer.utils", "add_fused_lm_head", f"{_HERE}:answer_fused_head",
+           "log-probabilities of a projection and of a tied loss are the model's own",
+           without="a trainer that goes around the head of such a model is named, and raises", copied=True),
     Change("deepspeed", "initialize", f"{_HERE}:hold_matrices",
            "ZeRO-3 keeps the softmax matrix of a tied loss gathered until the loss"),
 )  # fmt: skip
@@ -168,8 +175,13 @@ def apply_change(change: Change, module: ModuleType) -> None:
         from .peft.config import TiedPeftType
 
         found[TiedPeftType.TIED_LORA] = resolve_name(change.ours)
-    else:
-        wrap_function_wrapper(module, change.name, resolve_name(change.ours))
+        return
+    made = wrap_function_wrapper(module, change.name, resolve_name(change.ours))
+    if change.copied:
+        package = change.module.partition(".")[0] + "."
+        for name, other in list(sys.modules.items()):
+            if name.startswith(package) and other is not None and vars(other).get(change.name) is found:
+                setattr(other, change.name, made)
 
 
 def warn_if_untested(transformers: ModuleType) -> None:
@@ -335,6 +347,13 @@ def wrap_no_part_of_a_tie(wrapped: Callable[..., Any], instance: Any, args: tupl
     from .parallel.fsdp2 import wrap_policy
 
     return wrap_policy(wrapped, args, kwargs)
+
+
+def answer_fused_head(wrapped: Callable[..., Any], instance: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Around TRL's `add_fused_lm_head`: what the trainers ask of each token is answered by the model's own forward."""
+    from .objectives.fused_head import add_fused_head
+
+    add_fused_head(wrapped, args, kwargs)
 
 
 def hold_matrices(wrapped: Callable[..., Any], instance: Any, args: tuple, kwargs: dict[str, Any]) -> Any:

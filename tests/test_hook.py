@@ -25,7 +25,7 @@ def for_each(changes):
 
 class TestTheTable:
     def test_has_each_name_once_and_says_why(self):
-        assert len(PRESENT) == len(NAMES) == 32 == len(CHANGES) - 1
+        assert len(PRESENT) == len(NAMES) == 33 == len(CHANGES) - 1
         assert CHANGES == (*TIES, *TIED_LORA)
         assert all(change.why and "\n" not in change.why for change in CHANGES)
 
@@ -51,8 +51,8 @@ class TestTheTable:
             assert type(found.__wrapped__) is not wrapt.FunctionWrapper  # it is wrapped once
 
 
-#: The names in the loaded modules of transformers and PEFT, each with its value in words that are the same in every
-#: process; and the dicts among the values, by identity.
+#: The names in the loaded modules of the packages that are changed, each with its value in words that are the same in
+#: every process; and the dicts among the values, by identity.
 CONTENTS = """
 import importlib, json, sys, types
 
@@ -75,7 +75,8 @@ for name in sys.argv[1:]:
     importlib.import_module(name)
 found, dicts = {}, {}
 for name, module in list(sys.modules.items()):
-    if name.partition(".")[0] not in ("transformers", "peft", "accelerate") or type(module) is not types.ModuleType:
+    changed = name.partition(".")[0] in ("transformers", "peft", "accelerate", "trl")
+    if not changed or type(module) is not types.ModuleType:
         continue
     names = found[name] = {}
     for key, value in list(vars(module).items()):

@@ -15,6 +15,8 @@ _HOME = {
     "reference_cross_entropy": "reference",
     "tied_log_probs": "log_probs",
     "TokenLogProbs": "log_probs",
+    "tied_distillation": "distillation",
+    "top_k_distillation": "distillation",
     "augmented_loss": "augmented",
     "AugmentedLoss": "augmented",
     "contrastive_weight_tying_loss": "contrastive",
@@ -31,6 +33,8 @@ __all__ = [
     "reference_cross_entropy",
     "tied_log_probs",
     "TokenLogProbs",
+    "tied_distillation",
+    "top_k_distillation",
     "augmented_loss",
     "AugmentedLoss",
     "contrastive_weight_tying_loss",
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
     from .augmented import AugmentedLoss, augmented_loss
     from .contrastive import ContrastiveWeightTyingLoss, contrastive_weight_tying_loss
     from .cross_entropy import TiedCrossEntropy, tied_cross_entropy
+    from .distillation import tied_distillation, top_k_distillation
     from .embedding import TiedEmbedding, tied_embedding
     from .log_probs import TokenLogProbs, tied_log_probs
     from .reference import reference_cross_entropy

@@ -8,12 +8,16 @@ import torch
 LOG2_E = 1 / log(2)
 
 
-def compute_dtypes(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
+def compute_dtypes(
+    hidden: torch.Tensor, weight: torch.Tensor, head_dtype: torch.dtype | None = None
+) -> tuple[torch.dtype, torch.dtype]:
     """The dtype of the matrix products, and that of losses and sums.
 
-    Products are in the dtype of `hidden`, or that of autocast; in float32 on a CPU that is slow in half precision.
-    Losses and sums are in float32, or in float64 where the products are.
+    Products are in `head_dtype`, where it is given; else in the dtype of `hidden`, or that of autocast, and in float32
+    on a CPU that is slow in half precision. Losses and sums are in float32, or in float64 where the products are.
     """
+    if head_dtype is not None:
+        return head_dtype, torch.promote_types(torch.float32, head_dtype)
     products, device = hidden.dtype, hidden.device.type
     if torch.is_autocast_enabled(device) and torch.float64 not in (hidden.dtype, weight.dtype):
         products = torch.get_autocast_dtype(device)

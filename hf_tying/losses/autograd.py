@@ -106,7 +106,7 @@ def _compute(
     flat = hidden.reshape(-1, hidden.shape[-1])
     if positions is not None:
         labels, flat = labels[positions], flat[positions]
-    products, exact = compute_dtypes(hidden, weight)
+    products, exact = compute_dtypes(hidden, weight, options.head_dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         softmax, share = _softmax(flat.to(products), weight, bias, labels, options, exact)
         rest = 1.0

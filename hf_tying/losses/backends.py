@@ -60,6 +60,11 @@ def choose_backend(
         raise ValueError(f"Unknown backend {backend!r}: expected one of {BACKENDS}.")
     if backend in ("auto", "torch"):
         return tied_path
+    if options.head_dtype is not None:
+        raise ValueError(
+            f"backend={backend!r} multiplies in the dtype of the tensors, and head_dtype={options.head_dtype}: use "
+            "backend='torch'."
+        )
     return _library_path(_LIBRARIES[backend], hidden, weight, bias, options)
 
 

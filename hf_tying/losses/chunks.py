@@ -72,7 +72,7 @@ def plan_chunks(
     at_work = min(_AT_WORK.get(device, _AT_WORK_ELSEWHERE), max(budget // 2, 1))
     most = max(at_work // (_NARROWEST * exact_itemsize), 1)
     if not gradients:
-        chunks = _even(0, tokens, most)
+        chunks = even_slices(0, tokens, most)
         return ChunkPlan(chunks, _blocks(_longest(chunks), vocabulary, at_work // exact_itemsize))
 
     def room(rows: int) -> int:
@@ -90,12 +90,12 @@ def plan_chunks(
         """Values of the first chunk that the gradient's memory has no room for."""
         return 0 if matrix_gradient and rows <= width else max(rows * vocabulary - borrowed, 0)
 
-    chunks = _even(0, tokens, max(tokens, 1))
+    chunks = even_slices(0, tokens, max(tokens, 1))
     extra = width if matrix_gradient else 0  # rows of the first chunk in the memory of the gradient
     copies = 3 * width * exact_itemsize
     later = (budget - at_work - extra * copies) // (vocabulary * itemsize + copies)
     if accumulates and missing(tokens) > room(tokens) and later >= FEWEST_ROWS:
-        chunks = (slice(0, later + extra), *_even(later + extra, tokens, later))
+        chunks = (slice(0, later + extra), *even_slices(later + extra, tokens, later))
     needed = max([missing(_longest(chunks[:1])), *(vocabulary * _longest([chunk]) for chunk in chunks[1:])])
     blocks = _blocks(_longest(chunks), vocabulary, at_work // exact_itemsize)
     return ChunkPlan(chunks, blocks, min(room(_longest(chunks)), needed))
@@ -114,7 +114,7 @@ def plan_tiles(tokens: int, vocabulary: int, itemsize: int, device: str, block_b
     values = max((block_bytes or _AT_WORK.get(device, _AT_WORK_ELSEWHERE)) // itemsize, 1)
     rows = max(min(tokens, isqrt(values)), 1)
     columns = min(max(values // rows, 1), vocabulary)
-    return ChunkPlan(_even(0, tokens, max(values // columns, 1)), _even(0, vocabulary, columns))
+    return ChunkPlan(even_slices(0, tokens, max(values // columns, 1)), even_slices(0, vocabulary, columns))
 
 
 def targets_by_block(labels: torch.Tensor, blocks: tuple[slice, ...]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -133,7 +133,7 @@ def targets_by_block(labels: torch.Tensor, blocks: tuple[slice, ...]) -> list[tu
     return [(words[a:b] - block.start, columns[a:b]) for block, a, b in zip(blocks, bounds, bounds[1:], strict=False)]
 
 
-def _even(start: int, stop: int, most: int) -> tuple[slice, ...]:
+def even_slices(start: int, stop: int, most: int) -> tuple[slice, ...]:
     """Slices of `most` or somewhat fewer, so that the last is not a small one."""
     count = -(-(stop - start) // most)
     bounds = [start + (stop - start) * i // count for i in range(count + 1)] if count > 0 else []
@@ -141,7 +141,7 @@ def _even(start: int, stop: int, most: int) -> tuple[slice, ...]:
 
 
 def _blocks(rows: int, vocabulary: int, values: int) -> tuple[slice, ...]:
-    return _even(0, vocabulary, _columns(rows, vocabulary, values))
+    return even_slices(0, vocabulary, _columns(rows, vocabulary, values))
 
 
 def _columns(rows: int, vocabulary: int, values: int) -> int:

@@ -25,6 +25,7 @@ def tied_cross_entropy(
     class_weight: torch.Tensor | None = None,
     memory_budget: int | None = None,
     backend: str = "auto",
+    head_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Exact cross entropy of `softcap(logit_scale * (hidden @ weight.T + bias))`, without the (N, V) logits.
 
@@ -55,6 +56,8 @@ def tied_cross_entropy(
             is more. A larger one avoids computing logits twice where the tokens are many.
         backend: implementation: `"torch"`, `"liger"`, `"cce"` (if installed, on a GPU), or `"auto"`, see
             `hf_tying.losses.backends`. Default `"auto"`.
+        head_dtype: dtype of the matrix products. With `torch.float32` a bfloat16 matrix is converted block by block,
+            never whole, and its gradient is summed in float32. Default `None`: that of `hidden`, or of autocast.
 
     Returns:
         A scalar, or for `"none"` a tensor like `labels`; float32, or float64 for float64 inputs. 0 where no label
@@ -73,8 +76,9 @@ def tied_cross_entropy(
         >>> torch.nn.functional.cross_entropy(logits.float(), labels)
     """
     options = CrossEntropyOptions(
-        ignore_index, label_smoothing, reduction, num_items_in_batch, logit_scale, logit_softcap, class_weight
-    )
+        ignore_index, label_smoothing, reduction, num_items_in_batch, logit_scale, logit_softcap, class_weight,
+        head_dtype=head_dtype,
+    )  # fmt: skip
     return cross_entropy(hidden, weight, labels, bias, options, memory_budget, backend)
 
 
@@ -89,7 +93,7 @@ def cross_entropy(
     backend: str = "auto",
 ) -> torch.Tensor:
     """`tied_cross_entropy` with its options in one object."""
-    check_operands(hidden, weight, labels, bias, options)
+    check_operands(hidden, weight, labels, bias, options, one_dtype=options.head_dtype is None)
     hidden, bias, options = with_learned_scale(hidden, bias, options)
     compute = choose_backend(backend, hidden, weight, bias, options)
     if not (is_plain(hidden) and is_plain(weight)):

@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .arithmetic import compute_dtypes
 from .compilation import untraced
 from .gradient import is_plain
 from .log_probs_autograd import LogProbsRequest, walked_log_probs
 from .logit_tiles import LogitSettings
-from .options import CrossEntropyOptions, check_operands, is_learned, with_learned_scale
+from .options import CrossEntropyOptions, check_operands, check_temperature, with_learned_scale
 from .reference import whole_logits
 
 OUTPUTS = ("log_probs", "entropy", "top1", "logsumexp", "mean_logits", "log_sum_sq_probs")
@@ -90,7 +91,7 @@ def tied_log_probs(
         >>> log_probs = torch.log_softmax((hidden @ weight.T).float() / temperature, dim=-1)
         >>> log_probs.gather(-1, labels[..., None])[..., 0], -(log_probs.exp() * log_probs).sum(-1)
     """
-    outputs, temperature = _checked_outputs(outputs), _checked_temperature(temperature)
+    outputs, temperature = _checked_outputs(outputs), check_temperature(temperature)
     options = CrossEntropyOptions(ignore_index, logit_scale=logit_scale, logit_softcap=logit_softcap)
     request = LogProbsRequest(outputs, LogitSettings(options, temperature, head_dtype, memory_budget))
     return _log_probs(hidden, weight, labels, bias, request)
@@ -104,12 +105,14 @@ def _log_probs(
     bias: torch.Tensor | None,
     request: LogProbsRequest,
 ) -> TokenLogProbs:
-    settings = request.settings
+    settings, device = request.settings, hidden.device.type
     check_operands(hidden, weight, labels, bias, settings.options, one_dtype=settings.head_dtype is None)
     hidden, bias, options = with_learned_scale(hidden, bias, settings.options)
     compute = walked_log_probs if is_plain(hidden) and is_plain(weight) else reference_log_probs
-    request = replace(request, settings=replace(settings, options=options))
-    return TokenLogProbs(**compute(hidden, weight, labels, bias, request))
+    products, _ = compute_dtypes(hidden, weight, settings.head_dtype)
+    request = replace(request, settings=replace(settings, options=options, head_dtype=products))
+    with torch.autocast(device, enabled=False):  # what is exact stays so
+        return TokenLogProbs(**compute(hidden, weight, labels, bias, request))
 
 
 def reference_log_probs(
@@ -122,8 +125,14 @@ def reference_log_probs(
     """The outputs of `request` by name in plain torch, the logits whole; for transformed and sharded tensors."""
     options = request.settings.options
     logits = whole_logits(hidden, weight, bias, options.logit_scale, options.logit_softcap)
-    logits = logits / request.settings.temperature
-    counted = labels != options.ignore_index
+    return log_probs_of_logits(logits / request.settings.temperature, labels, request)
+
+
+def log_probs_of_logits(
+    logits: torch.Tensor, labels: torch.Tensor, request: LogProbsRequest
+) -> dict[str, torch.Tensor]:
+    """The outputs of `request` by name, of logits (..., V) over the temperature."""
+    counted = labels != request.settings.options.ignore_index
     places = labels.masked_fill(~counted, 0)[..., None]
     log_probs = logits.log_softmax(-1)
     compute: dict[str, Callable[[], torch.Tensor]] = {
@@ -144,14 +153,3 @@ def _checked_outputs(outputs: Collection[str]) -> tuple[str, ...]:
     if unknown or not names:
         raise ValueError(f"outputs={outputs!r}: expected one or more of {', '.join(OUTPUTS)}.")
     return names
-
-
-def _checked_temperature(temperature: float) -> float:
-    if is_learned(temperature):
-        raise ValueError(
-            "temperature is a tensor that requires a gradient, and would get none: expected a number. Without a soft "
-            "cap logit_scale=1 / temperature is the same, and may be learned."
-        )
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature}: expected a number above 0.")
-    return float(temperature)

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from .arithmetic import add_product, exp_of_difference
+from .arithmetic import exp_of_difference
 from .gradient import accumulate_or_claim, refuse_double_backward
-from .logit_tiles import LogitSettings, LogitTiles
+from .logit_tiles import LabelledTiles, LogitSettings
 from .token_statistics import FAR, TokenStatistics
 
 
@@ -41,7 +41,7 @@ class _TiedLogProbs(torch.autograd.Function):
         request: LogProbsRequest,
     ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
-        tiles = LogitTiles(hidden, weight, labels, bias, request.settings)
+        tiles = LabelledTiles(hidden, weight, labels, bias, request.settings)
         statistics = TokenStatistics.of(tiles, request.outputs)
         ctx.request, ctx.weight = request, weight
         ctx.save_for_backward(hidden, weight, bias, labels, *statistics.tensors())
@@ -58,7 +58,7 @@ class _TiedLogProbs(torch.autograd.Function):
         for gradient in given.values():
             refuse_double_backward("tied_log_probs", "torch.log_softmax of whole logits", gradient)
         hidden, weight, bias, labels, *statistics = ctx.saved_tensors
-        tiles = LogitTiles(hidden, weight, labels, bias, ctx.request.settings)
+        tiles = LabelledTiles(hidden, weight, labels, bias, ctx.request.settings)
         given = {name: tiles.gathered(gradient) for name, gradient in given.items()}
         wanted = ctx.needs_input_grad[:3]
         into_hidden, into_weight, into_bias = _gradients(tiles, TokenStatistics(*statistics), wanted, **given)
@@ -72,7 +72,7 @@ class _TiedLogProbs(torch.autograd.Function):
 _DIFFERENTIABLE = ("log_probs", "entropy", "logsumexp")
 
 
-def _output(name: str, statistics: TokenStatistics, tiles: LogitTiles) -> torch.Tensor:
+def _output(name: str, statistics: TokenStatistics, tiles: LabelledTiles) -> torch.Tensor:
     label = statistics.at_label
     if name == "top1":
         assert statistics.first is not None
@@ -83,7 +83,7 @@ def _output(name: str, statistics: TokenStatistics, tiles: LogitTiles) -> torch.
 
 
 def _gradients(
-    tiles: LogitTiles,
+    tiles: LabelledTiles,
     statistics: TokenStatistics,
     wanted: tuple[bool, bool, bool],
     log_probs: torch.Tensor | None = None,
@@ -116,31 +116,15 @@ def _gradients(
         at_label = at_label - entropy * probability * (statistics.log_probs().clamp(min=FAR) + whole)
     share = 1 / statistics.normaliser
 
-    hidden, weight, exact = tiles.hidden, tiles.weight, tiles.exact
-    into_hidden = torch.zeros_like(hidden, dtype=exact) if wanted[0] else None
-    into_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if wanted[1] else None
-    into_bias = torch.zeros(len(weight), dtype=exact, device=weight.device) if wanted[2] else None
-    for number, words in enumerate(tiles.blocks):
-        matrix = tiles.matrix(words)
-        into_rows = torch.zeros_like(matrix, dtype=exact) if wanted[1] else None
-        for rows in tiles.tokens:
-            tile, at = tiles.tile(number, rows, matrix)
-            slope = tiles.slope(tile)
-            if entropy is None:
-                gradient = exp_of_difference(tile, base[rows]).mul_(constant[rows] * share[rows])
-            else:
-                differences = tile.sub_(base[rows]).clamp_(min=FAR)
-                gradient = differences.exp().mul_(share[rows])
-                gradient.mul_(differences.mul_(-entropy[rows]).add_(constant[rows]))
-            gradient[at] = at_label[rows][at[1]]
-            gradient.mul_(slope)
-            if into_bias is not None:
-                into_bias[words] += gradient.sum(1)
-            gradient = gradient.to(tiles.products)
-            if into_hidden is not None:
-                add_product(into_hidden[rows], gradient.t(), matrix)
-            if into_rows is not None:
-                add_product(into_rows, gradient, hidden[rows])
-        if into_weight is not None and into_rows is not None:
-            into_weight[words] = into_rows
-    return into_hidden, into_weight, into_bias
+    def of_tile(tile: torch.Tensor, number: int, rows: slice) -> torch.Tensor:
+        if entropy is None:
+            gradient = exp_of_difference(tile, base[rows]).mul_(constant[rows] * share[rows])
+        else:
+            differences = tile.sub_(base[rows]).clamp_(min=FAR)
+            gradient = differences.exp().mul_(share[rows])
+            gradient.mul_(differences.mul_(-entropy[rows]).add_(constant[rows]))
+        at = tiles.labels_at(number, rows)
+        gradient[at] = at_label[rows][at[1]]
+        return gradient
+
+    return tiles.gradients(wanted, of_tile)

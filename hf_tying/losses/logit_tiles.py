@@ -1,11 +1,12 @@
 """Logits tile by tile, for outputs of each token whose upstream gradients are not known before the backward pass."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from .arithmetic import compute_dtypes
-from .chunks import plan_tiles, targets_by_block
+from .arithmetic import add_product, compute_dtypes
+from .chunks import ChunkPlan, plan_tiles, targets_by_block
 from .options import CrossEntropyOptions
 from .pending_gradients import counted_positions
 
@@ -28,23 +29,141 @@ class LogitSettings:
 
 
 class LogitTiles:
-    """The logits of the tokens whose label counts, in tiles of shape (words, tokens), in the exact dtype.
+    """The logits of the tokens that count, in tiles of shape (words, tokens), in the exact dtype.
 
     Args:
-        hidden: hidden states, as for `tied_log_probs`; checked (`check_operands`), like the next three.
+        hidden: hidden states, as for `tied_log_probs`; checked (`check_operands`), like the next two.
         weight: softmax matrix.
-        labels: labels.
+        positions: (N,), places among all tokens of those that count; `None` if all count.
         bias: bias.
         settings: what the logits are.
+        plan: the tiles. Default `None`: by the settings.
 
     Attributes:
         hidden: (N, D), the hidden states of the tokens that count, in the dtype of the products.
         weight: (V, D), without gradient.
-        labels: (N,), int64.
-        positions: (N,), places of these tokens among all; `None` if all count.
-        at_label: (N,), the logit of each label.
+        positions: as given.
         exact: dtype of logits and sums, float32 or float64.
+        plan: the tiles.
         tokens, blocks: slices of the tokens and of the words.
+    """
+
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        positions: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        settings: LogitSettings,
+        plan: ChunkPlan | None = None,
+    ) -> None:
+        self.products, self.exact = compute_dtypes(hidden, weight, settings.head_dtype)
+        self.shape, self.weight, self.positions = hidden.shape[:-1], weight.detach(), positions
+        flat = hidden.detach().reshape(-1, hidden.shape[-1])
+        self.hidden = (flat if positions is None else flat[positions]).to(self.products)
+        self._bias = None if bias is None else bias.detach().to(self.exact)
+        cap, scale = settings.options.logit_softcap, settings.options.logit_scale
+        self._cap = None if cap is None else float(cap)
+        self._scale, self._temperature = 1.0 if scale is None else float(scale), settings.temperature
+        if plan is None:
+            sizes = len(self.hidden), len(weight), self.exact.itemsize
+            plan = plan_tiles(*sizes, hidden.device.type, settings.block_bytes)
+        self.plan = plan
+        self.tokens, self.blocks = plan.tokens, plan.blocks
+        self._memory = torch.empty(plan.longest_block, dtype=self.exact, device=hidden.device)
+
+    def matrix(self, words: slice) -> torch.Tensor:
+        """Rows of the matrix in the dtype of the products."""
+        return self.weight[words].to(self.products)
+
+    def tile(self, number: int, rows: slice, matrix: torch.Tensor) -> torch.Tensor:
+        """The logits of the words of `blocks[number]` at the tokens `rows`, in the memory of the tile before.
+
+        Args:
+            number: index of the block.
+            rows: one of `tokens`.
+            matrix: rows of the matrix for this block (`matrix`).
+        """
+        hidden = self.hidden[rows].t()
+        tile = self._memory[: len(matrix) * hidden.shape[1]].view(len(matrix), -1)
+        if matrix.dtype == self.exact:
+            torch.mm(matrix, hidden, out=tile)
+        else:
+            tile.copy_(matrix @ hidden)
+        if self._bias is not None:
+            tile.add_(self._bias[self.blocks[number], None])
+        return self._logits(tile)
+
+    def _logits(self, products: torch.Tensor) -> torch.Tensor:
+        if self._cap is None:
+            return products.mul_(self._scale / self._temperature)
+        return products.mul_(self._scale / self._cap).tanh_().mul_(self._cap / self._temperature)
+
+    def _slope(self, tile: torch.Tensor) -> torch.Tensor | float:
+        """The derivative of the logits of `tile` by their products: a number without a soft cap."""
+        factor = self._scale / self._temperature
+        if self._cap is None:
+            return factor
+        return (tile * (self._temperature / self._cap)).square_().neg_().add_(1).mul_(factor)
+
+    def gradients(
+        self, wanted: tuple[bool, ...], of_tile: Callable[[torch.Tensor, int, slice], torch.Tensor]
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """The gradients of hidden states, matrix and bias, where they are `wanted`; the matrix's in its own dtype.
+
+        Args:
+            wanted: for each of the three.
+            of_tile: makes the gradient of the logits of a tile, given the tile, the number of its block and its
+                tokens; it may write over the tile.
+        """
+        hidden, weight, exact = self.hidden, self.weight, self.exact
+        into_hidden = torch.zeros_like(hidden, dtype=exact) if wanted[0] else None
+        into_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if wanted[1] else None
+        into_bias = torch.zeros(len(weight), dtype=exact, device=weight.device) if wanted[2] else None
+        for number, words in enumerate(self.blocks):
+            matrix = self.matrix(words)
+            into_rows = torch.zeros_like(matrix, dtype=exact) if wanted[1] else None
+            for rows in self.tokens:
+                tile = self.tile(number, rows, matrix)
+                slope = self._slope(tile)
+                gradient = of_tile(tile, number, rows).mul_(slope)
+                if into_bias is not None:
+                    into_bias[words] += gradient.sum(1)
+                gradient = gradient.to(self.products)
+                if into_hidden is not None:
+                    add_product(into_hidden[rows], gradient.t(), matrix)
+                if into_rows is not None:
+                    add_product(into_rows, gradient, hidden[rows])
+            if into_weight is not None and into_rows is not None:
+                into_weight[words] = into_rows
+        return into_hidden, into_weight, into_bias
+
+    def spread(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of the tokens that count, (N, ...), at their places among all; 0 elsewhere."""
+        rest = values.shape[1:]
+        if self.positions is not None:
+            values = values.new_zeros(self.shape.numel(), *rest).index_put_((self.positions,), values)
+        return values.view(self.shape + rest)
+
+    def gathered(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of the tokens that count, (N, ...) in the exact dtype, of those of all tokens."""
+        flat = values.reshape(self.shape.numel(), *values.shape[len(self.shape) :]).to(self.exact)
+        return flat if self.positions is None else flat[self.positions]
+
+
+class LabelledTiles(LogitTiles):
+    """The logits of the tokens whose label counts, the label's own in the exact dtype.
+
+    Args:
+        hidden: as for `LogitTiles`, like the others but the labels.
+        weight: softmax matrix.
+        labels: labels, of the shape of the tokens.
+        bias: bias.
+        settings: what the logits are.
+
+    Attributes:
+        labels: (N,), int64.
+        at_label: (N,), the logit of each label.
     """
 
     def __init__(
@@ -55,76 +174,20 @@ class LogitTiles:
         bias: torch.Tensor | None,
         settings: LogitSettings,
     ) -> None:
-        self.products, self.exact = compute_dtypes(hidden, weight)
-        if settings.head_dtype is not None:
-            self.products, self.exact = settings.head_dtype, torch.promote_types(torch.float32, settings.head_dtype)
-        self.given, self.shape, self.weight = hidden, labels.shape, weight.detach()
-        flat, self.labels = hidden.detach().reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-        self.positions = counted_positions(self.labels, settings.options.ignore_index)
-        if self.positions is not None:
-            flat, self.labels = flat[self.positions], self.labels[self.positions]
-        self.hidden = flat.to(self.products)
-        self._bias = None if bias is None else bias.detach().to(self.exact)
-        cap, scale = settings.options.logit_softcap, settings.options.logit_scale
-        self._cap = None if cap is None else float(cap)
-        self._scale, self._temperature = 1.0 if scale is None else float(scale), settings.temperature
-        plan = plan_tiles(len(flat), len(weight), self.exact.itemsize, hidden.device.type, settings.block_bytes)
-        self.tokens, self.blocks = plan.tokens, plan.blocks
-        self._targets = {rows.start: targets_by_block(self.labels[rows], plan.blocks) for rows in plan.tokens}
-        self._memory = torch.empty(plan.longest_block, dtype=self.exact, device=hidden.device)
+        flat = labels.reshape(-1)
+        super().__init__(hidden, weight, counted_positions(flat, settings.options.ignore_index), bias, settings)
+        self.labels = flat if self.positions is None else flat[self.positions]
+        self._targets = {rows.start: targets_by_block(self.labels[rows], self.blocks) for rows in self.tokens}
         rows = self.weight[self.labels].to(self.exact)
         products = torch.bmm(self.hidden.to(self.exact)[:, None, :], rows[:, :, None]).view(-1)
         self.at_label = self._logits(products if self._bias is None else products.add_(self._bias[self.labels]))
 
-    def matrix(self, words: slice) -> torch.Tensor:
-        """Rows of the matrix in the dtype of the products."""
-        return self.weight[words].to(self.products)
+    def labels_at(self, number: int, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """The places of the labels in a tile: rows and columns."""
+        return self._targets[rows.start][number]
 
-    def tile(
-        self, number: int, rows: slice, matrix: torch.Tensor
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        """The logits of the words of `blocks[number]` at the tokens `rows`, in the memory of the tile before.
-
-        Args:
-            number: index of the block.
-            rows: one of `tokens`.
-            matrix: rows of the matrix for this block (`matrix`).
-
-        Returns:
-            The tile, and the places of the labels in it: rows and columns.
-        """
-        hidden = self.hidden[rows].t()
-        tile = self._memory[: len(matrix) * hidden.shape[1]].view(len(matrix), -1)
-        if matrix.dtype == self.exact:
-            torch.mm(matrix, hidden, out=tile)
-        else:
-            tile.copy_(matrix @ hidden)
-        if self._bias is not None:
-            tile.add_(self._bias[self.blocks[number], None])
-        at = self._targets[rows.start][number]
-        self._logits(tile)[at] = self.at_label[rows][at[1]]  # in the exact dtype, also where products are rounded
-        return tile, at
-
-    def _logits(self, products: torch.Tensor) -> torch.Tensor:
-        if self._cap is None:
-            return products.mul_(self._scale / self._temperature)
-        return products.mul_(self._scale / self._cap).tanh_().mul_(self._cap / self._temperature)
-
-    def slope(self, tile: torch.Tensor) -> torch.Tensor | float:
-        """The derivative of the logits of `tile` by their products: a number without a soft cap."""
-        factor = self._scale / self._temperature
-        if self._cap is None:
-            return factor
-        return (tile * (self._temperature / self._cap)).square_().neg_().add_(1).mul_(factor)
-
-    def spread(self, values: torch.Tensor) -> torch.Tensor:
-        """Values of the tokens that count, (N, ...), at their places among all; 0 elsewhere."""
-        rest = values.shape[1:]
-        if self.positions is not None:
-            values = values.new_zeros(self.shape.numel(), *rest).index_put_((self.positions,), values)
-        return values.view(self.shape + rest)
-
-    def gathered(self, values: torch.Tensor) -> torch.Tensor:
-        """Values of the tokens that count, (N,) in the exact dtype, of those of all tokens."""
-        flat = values.reshape(-1).to(self.exact)
-        return flat if self.positions is None else flat[self.positions]
+    def tile(self, number: int, rows: slice, matrix: torch.Tensor) -> torch.Tensor:
+        """As in `LogitTiles`, with the labels' logits in the exact dtype, also where products are rounded."""
+        tile, at = super().tile(number, rows, matrix), self.labels_at(number, rows)
+        tile[at] = self.at_label[rows][at[1]]
+        return tile

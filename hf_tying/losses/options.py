@@ -17,7 +17,8 @@ class CrossEntropyOptions:
     """The keywords of `tied_cross_entropy` that say what is computed.
 
     `upstream` is the expected factor of the backward pass. It is known beforehand where a sum is divided outside
-    (`ForCausalLMLoss`). Gradients are made with it; any other factor costs one more pass over them.
+    (`ForCausalLMLoss`). Gradients are made with it; any other factor costs one more pass over them. `head_dtype` is
+    the dtype of the matrix products; the reference has all in float32 or float64.
     """
 
     ignore_index: int = -100
@@ -28,10 +29,11 @@ class CrossEntropyOptions:
     logit_softcap: float | None = None
     class_weight: torch.Tensor | None = None
     upstream: float | torch.Tensor = 1.0
+    head_dtype: torch.dtype | None = None
 
     def keywords(self) -> dict[str, Any]:
         """The options as keywords of `reference_cross_entropy`."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "upstream"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("upstream", "head_dtype")}
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,22 @@ def refuse_learned(otherwise: str, **options: object) -> None:
                 f"{name} is a tensor that requires a gradient, and would get none from this loss: expected a number, "
                 f"or {name}.detach(){otherwise}."
             )
+
+
+def check_temperature(temperature: float) -> float:
+    """The temperature as a number.
+
+    Raises:
+        ValueError: for one that is not above 0, or requires a gradient.
+    """
+    if is_learned(temperature):
+        raise ValueError(
+            "temperature is a tensor that requires a gradient, and would get none: expected a number. Without a soft "
+            "cap logit_scale=1 / temperature is the same, and may be learned."
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}: expected a number above 0.")
+    return float(temperature)
 
 
 def with_learned_scale(

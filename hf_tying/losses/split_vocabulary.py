@@ -77,7 +77,7 @@ class _TokenLosses(torch.autograd.Function):
         budget: int,
     ) -> torch.Tensor:
         ctx.options, ctx.group, ctx.start, ctx.words = options, group, start, words
-        products, exact = compute_dtypes(hidden, weight)
+        products, exact = compute_dtypes(hidden, weight, options.head_dtype)
         ctx.dtypes = products, exact
         rows = max(budget // (max(len(weight), 1) * exact.itemsize), FEWEST_ROWS)
         ctx.chunks = [slice(i, i + rows) for i in range(0, len(hidden), rows)]

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import softplus
 
 from .arithmetic import exp_of_difference
-from .logit_tiles import LogitTiles
+from .logit_tiles import LabelledTiles
 
 #: Beyond this difference an exponential is 0 in float64 too; a forbidden word, at minus infinity, counts as this far.
 FAR = -1e4
@@ -42,7 +42,7 @@ class TokenStatistics:
     first: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, tiles: LogitTiles, outputs: tuple[str, ...]) -> "TokenStatistics":
+    def of(cls, tiles: LabelledTiles, outputs: tuple[str, ...]) -> "TokenStatistics":
         """The statistics that `outputs`, names of `TokenLogProbs`, need."""
         zeros = torch.zeros_like(tiles.at_label)
         needed = {name: zeros.clone() for output, name in _NEEDED.items() if output in outputs}
@@ -52,7 +52,7 @@ class TokenStatistics:
         for number, words in enumerate(tiles.blocks):
             matrix = tiles.matrix(words)
             for rows in tiles.tokens:
-                statistics._add(*tiles.tile(number, rows, matrix), words, rows)
+                statistics._add(tiles.tile(number, rows, matrix), tiles.labels_at(number, rows), words, rows)
         return statistics
 
     def _add(self, tile: torch.Tensor, at: tuple[torch.Tensor, torch.Tensor], words: slice, rows: slice) -> None:

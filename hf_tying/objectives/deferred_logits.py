@@ -15,7 +15,7 @@ from __future__ import annotations
 import builtins
 from collections.abc import Callable, Iterable, Iterator
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -23,12 +23,24 @@ from transformers.utils import logging
 
 from ..config import TyingError
 from ..losses.options import CrossEntropyOptions
+from ..losses.wide_linear import wide_linear
 from ..ties.sharding import is_dtensor
 from .call_context import CallContext, Operands
 from .lazy_tensor import LazyTensor, Siblings, materialized
-from .step_loss import StepLoss, needs_deferred
+from .step_loss import LossSettings, StepLoss, needs_deferred
 
 logger = logging.get_logger(__name__)
+
+
+class SoftmaxOperands(NamedTuple):
+    """What logits `softcap(scale * (hidden @ weight.T + bias))` are made of, in the modes of `context`."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    scale: float
+    softcap: float | None
+    context: CallContext
 
 
 class DeferredLogits(LazyTensor):
@@ -82,13 +94,16 @@ class DeferredLogits(LazyTensor):
         """
         context = CallContext.now(input.device.type)
         dtype = context.dtype if context.autocast and input.dtype != torch.float64 else input.dtype
+        wide = loss.settings.head_dtype
 
         def compute() -> torch.Tensor:
             if product is not None:
                 return product(input)
+            if wide is not None:
+                return wide_linear(input, weight, bias, wide)
             return torch.ops.aten.linear.default(input, weight, bias)  # F.linear, which would be deferred again
 
-        return cls(loss, context, input, weight, bias, dtype, compute, (input, weight, bias))
+        return cls(loss, context, input, weight, bias, wide or dtype, compute, (input, weight, bias))
 
     # --- properties of a tensor --------------------------------------------------------------------------------------
 
@@ -270,12 +285,30 @@ class DeferredLogits(LazyTensor):
             logit_softcap=cap,
             class_weight=weight,
             upstream=self._loss.expected_upstream(reduction, self.device),
+            head_dtype=self.settings.head_dtype,
         )
         self._check_operands()
         with self._context.restored(grad=False):
             return self._loss.compute(
                 self.hidden, self.weight, target, self.bias, options, is_scaled=bool(self.pending_ops)
             )
+
+    @property
+    def settings(self) -> LossSettings:
+        """Settings of the step's loss."""
+        return self._loss.settings
+
+    def operands(self) -> SoftmaxOperands | None:
+        """What the logits are made of; `None` if they are materialized, or pending operations are of another kind.
+
+        Raises:
+            TyingError: when one of them was written to since.
+        """
+        scale, softcap = self._scale_and_cap()
+        if scale is None or self._siblings.materialized:
+            return None
+        self._check_operands()
+        return SoftmaxOperands(self.hidden, self.weight, self.bias, scale, softcap, self._context)
 
     def _scale_and_cap(self) -> tuple[builtins.float | None, builtins.float | None]:
         """The pending operations as a scale and a soft cap, where `cap * tanh(a * x)` is a soft cap of `a * cap * x`.

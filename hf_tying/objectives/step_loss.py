@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,6 +29,11 @@ class LossSettings:
     memory_budget: int | None = None
     backend: str = "auto"
     objective: Objective | None = None
+    head_dtype: torch.dtype | None = None
+
+    def without_training(self) -> LossSettings:
+        """The settings of a pass that is no training step: by plain cross entropy."""
+        return replace(self, objective=None, label_smoothing=0.0)
 
 
 class StepLoss:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers.modeling_utils import PreTrainedModel
@@ -33,6 +34,7 @@ def use_tied_loss(
     label_smoothing: float = 0.0,
     memory_budget: int | None = None,
     backend: str = "auto",
+    head_dtype: str | torch.dtype | None = None,
 ) -> Model:
     """Let `model` train through `tied_cross_entropy`, in place: same loss, same gradients, no logits.
 
@@ -78,6 +80,10 @@ def use_tied_loss(
         label_smoothing: label smoothing of training steps, in [0, 1). Default 0.
         memory_budget: memory for blocks in bytes, see `tied_cross_entropy`. Default `None`.
         backend: implementation of the loss, see `tied_cross_entropy`. Default `"auto"`.
+        head_dtype: dtype of the head, `"float32"` or `"float64"`: logits, losses and gradients are computed in it from
+            the matrix as it is, which is converted block by block. It holds in evaluation and generation too, whose
+            logits are in it. In half precision the head is where reinforcement learning loses most to rounding
+            (Khatri et al. 2025, ScaleRL, section 3). Default `None`: that of the model.
 
     Returns:
         The same model.
@@ -85,9 +91,10 @@ def use_tied_loss(
     Raises:
         TyingError: for a model without a softmax matrix or `labels`, with a quantised softmax matrix, or prepared by
             Accelerate already. For an objective together with label smoothing or another backend, and one that does
-            not fit the model's embedding. For a contrastive objective with something to freeze in a model that
-            DistributedDataParallel wraps already.
-        ValueError: for an unknown backend, or a label smoothing outside [0, 1).
+            not fit the model's embedding. For a `head_dtype` together with an objective or another backend, and in a
+            forward pass whose model does not multiply by the matrix itself. For a contrastive objective with something
+            to freeze in a model that DistributedDataParallel wraps already.
+        ValueError: for an unknown backend or `head_dtype`, or a label smoothing outside [0, 1).
 
     Example:
         >>> model = use_tied_loss(AutoModelForCausalLM.from_pretrained("gpt2"))
@@ -110,6 +117,7 @@ def use_tied_loss(
         raise ValueError(f"Unknown backend {backend!r}: expected one of {BACKENDS}.")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing={label_smoothing}: expected a number in [0, 1).")
+    wide = _head_dtype(head_dtype, objective, backend)
     refuse_misfit(inner, "tied")
     unused = []
     if objective is not None:
@@ -135,7 +143,7 @@ def use_tied_loss(
     if not isinstance(inner, TiedLossMixin):
         inner.__class__ = with_mixin(TiedLossMixin, type(inner))
     assert isinstance(inner, TiedLossMixin)  # for type checkers
-    inner._tied_loss = LossSettings(label_smoothing, memory_budget, backend, objective)
+    inner._tied_loss = LossSettings(label_smoothing, memory_budget, backend, objective, wide)
     found = roles(inner)
     inner._softmax_name = found["output"].name
     freeze_unused(inner, unused)
@@ -147,6 +155,20 @@ def use_tied_loss(
         return model
     logger.info(f"{type(inner).__name__}: training steps compute their loss by blocks; their logits are None.")
     return model
+
+
+def _head_dtype(given: str | torch.dtype | None, objective: Objective | None, backend: str) -> torch.dtype | None:
+    if given is None:
+        return None
+    found = getattr(torch, given, None) if isinstance(given, str) else given
+    if found not in (torch.float32, torch.float64):
+        raise ValueError(f"head_dtype={given!r}: expected 'float32', 'float64' or None, the dtype of the model.")
+    if objective is not None or backend not in ("auto", "torch"):
+        what = f"backend={backend!r}" if objective is None else type(objective).__name__
+        raise TyingError(
+            f"{what} is computed in the dtype of the model: expected no head_dtype beside it, got {given!r}."
+        )
+    return found
 
 
 def _stop_watching(model: PreTrainedModel) -> None:

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..losses.embedding import tied_embedding
 from ..losses.gradient import is_plain
+from ..losses.wide_linear import wide_linear
 from .call_context import written_to
 from .deferred_logits import DeferredLogits
 from .step_loss import LossSettings, StepLoss, needs_deferred
@@ -33,6 +34,7 @@ class TiedSoftmax(TorchFunctionMode):
     Attributes:
         loss: the loss of the step.
         deferred: whether a product was deferred.
+        multiplied: whether there was a product at all.
     """
 
     def __init__(
@@ -50,7 +52,7 @@ class TiedSoftmax(TorchFunctionMode):
         self.embedding = matrix if embedding is None else embedding
         self.loss = StepLoss(settings, num_items_in_batch, None if self.embedding is matrix else embedding)
         self._now, self._product = now, product
-        self.defers, self.deferred = defers, False
+        self.defers, self.deferred, self.multiplied = defers, False, False
         self.grad, self._products = torch.is_grad_enabled(), WeakSet()
 
     def __torch_function__(
@@ -68,10 +70,14 @@ class TiedSoftmax(TorchFunctionMode):
             self.matrix, self.embedding = self._now()
             if self.loss.embedding is not None:
                 self.loss.embedding = self.embedding
-        if function is F.linear and self._is_matrix(_argument(args, kwargs, 1, "weight")) and self._is_of_step(args):
-            self.deferred = True
-            self._products.add(product := DeferredLogits.of(self.loss, *args, **kwargs, product=self._product))
-            return product
+        if function is F.linear and self._is_matrix(_argument(args, kwargs, 1, "weight")):
+            self.multiplied, head_dtype = True, self.loss.settings.head_dtype
+            if self._is_of_step(args):
+                self.deferred = True
+                self._products.add(product := DeferredLogits.of(self.loss, *args, **kwargs, product=self._product))
+                return product
+            if head_dtype is not None:
+                return _wide_linear(*args, **kwargs, dtype=head_dtype)
         if function is F.embedding and self._is_plain_embedding(_argument(args, kwargs, 1, "weight")):
             return _embedding(*args, **kwargs)
         if function is F.cross_entropy and self._are_logits(args[0]):
@@ -104,6 +110,12 @@ class TiedSoftmax(TorchFunctionMode):
 
 def _argument(args: tuple, kwargs: dict, position: int, name: str) -> Any:
     return args[position] if len(args) > position else kwargs.get(name)
+
+
+def _wide_linear(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, dtype: torch.dtype
+) -> torch.Tensor:
+    return wide_linear(input, weight, bias, dtype)
 
 
 def _embedding(

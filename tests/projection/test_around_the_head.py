@@ -116,9 +116,11 @@ class TestWhoWatches:
 
 
 class TestTRL:
+    """Its own head, as a version puts in by another name than the one that `hf_tying.hook` wraps."""
+
     def patched(self, model):
         utils = pytest.importorskip("trl.trainer.utils", reason="pip install hf-tying[trl]")
-        utils.add_fused_lm_head(model)
+        utils.add_fused_lm_head.__wrapped__(model)
         return lambda: model(**tiny_inputs(model), fused_lm_head=True).log_probs.mean()
 
     def test_its_fused_head_raises_with_a_projection_and_works_without(self):

@@ -1,0 +1,163 @@
+"""A forward pass of a model in which the products with its softmax matrix are deferred, and what stands against it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as module_hooks
+
+from ..config import TyingError
+from ..losses.gradient import is_plain, is_transformed
+from ..ties.sharding import is_dtensor, is_partitioned, is_row_split, keep_whole, linear_replaced_by, unit_of
+from ..ties.slots import parameter_of, slot_of
+from .step_loss import LossSettings
+from .tied_softmax import TiedSoftmax
+
+_HOOKS = ("forward", "backward", "backward_pre")
+
+
+def why_whole(model: nn.Module, softmax: str, embedding: str, split: bool = True) -> str | None:
+    """Reason why the logits of a forward pass cannot be deferred; `None` if they can.
+
+    Args:
+        model: the model.
+        softmax: name of the softmax matrix.
+        embedding: name of the embedding that the loss reads; the same, unless there is an objective.
+        split: whether the loss is computed over a vocabulary that is split over processes too. Default `True`.
+    """
+    if (replaced := linear_replaced_by()) is not None:
+        return replaced
+    for name in dict.fromkeys((softmax, embedding)):
+        parameter = parameter_of(model, name)
+        if is_partitioned(parameter):
+            return f"DeepSpeed ZeRO-3 has partitioned {name!r}: call use_tied_loss after deepspeed.initialize"
+        if is_plain(parameter):
+            continue
+        if is_transformed():
+            return "the step is transformed (by torch.func, forward-mode AD or a trace)"
+        unit = unit_of(model, name) if is_dtensor(parameter) else None
+        if unit is None and is_row_split(parameter) and split:
+            continue
+        if unit is None:
+            kind = type(parameter).__name__
+            return f"the softmax matrix or the embedding is a {kind} (sharded over processes, or quantised)"
+        keep_whole(unit)
+    reader = hooked(model, softmax)
+    return None if reader is None else f"a hook reads the output of {reader!r}"
+
+
+@contextmanager
+def deferring(
+    model: nn.Module,
+    settings: LossSettings,
+    softmax: str,
+    embedding: str,
+    defers: bool,
+    num_items_in_batch: float | torch.Tensor | None = None,
+) -> Iterator[TiedSoftmax]:
+    """Context manager of a forward pass of `model`: yields the mode (`TiedSoftmax`) in which it runs.
+
+    Args:
+        model: the model.
+        settings: settings of the loss.
+        softmax: name of the softmax matrix.
+        embedding: name of the embedding that the loss reads.
+        defers: whether products are deferred (`why_whole` has given no reason).
+        num_items_in_batch: number by which the model will divide a sum of losses.
+    """
+
+    def now() -> tuple[nn.Parameter, nn.Parameter]:
+        return parameter_of(model, softmax), parameter_of(model, embedding)
+
+    matrix, read = now()
+    moves = any(map(is_dtensor, (matrix, read)))
+    with _head_without_gathering(model, softmax, defers and is_row_split(matrix)) as product:
+        mode = TiedSoftmax(matrix, settings, num_items_in_batch, read, defers, now if moves else None, product)
+        with mode:
+            yield mode
+
+
+def untraced_where_sharded(model: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward`, which dynamo leaves alone under FSDP2.
+
+    FSDP2's hooks break the graph of a whole model, and dynamo would go on inside the mode, which it traces wrongly
+    there. Layers that are compiled by themselves stay so.
+    """
+    if "torch._dynamo" in sys.modules and hasattr(model, "set_reshard_after_forward"):
+        return torch.compiler.disable(forward)
+    return forward
+
+
+def refuse_narrow_head(model: nn.Module, mode: TiedSoftmax) -> None:
+    """Refuse a forward pass with a `head_dtype` whose products were not seen, and are in the model's own dtype.
+
+    Raises:
+        TyingError: where the model did not multiply by its softmax matrix through torch's `linear`.
+    """
+    dtype = mode.loss.settings.head_dtype
+    if dtype is not None and not mode.multiplied and not torch.compiler.is_compiling():
+        why = linear_replaced_by() or "it makes another matrix of it, or an adapter stands in for it"
+        raise TyingError(
+            f"{type(model).__name__} does not multiply by its softmax matrix itself ({why}), so head_dtype={dtype} of "
+            "use_tied_loss has no effect: expected a head that does. Leave head_dtype out: use_tied_loss(model)."
+        )
+
+
+@contextmanager
+def _head_without_gathering(
+    model: nn.Module, softmax: str, split: bool
+) -> Iterator[Callable[[torch.Tensor], torch.Tensor] | None]:
+    """Let the head compute what its class does, and yield the forward that tensor parallelism has given it.
+
+    That one gathers the logits.
+    """
+    head = vars(slot_of(model, softmax)[0])
+    gathering = head.pop("forward", None) if split else None
+    try:
+        yield gathering
+    finally:
+        if gathering is not None:
+            head["forward"] = gathering
+
+
+def hooked(model: nn.Module, name: str) -> str | None:
+    """The module with a hook that is given logits, or their gradient: the head, or one around it in the model.
+
+    A hook asks whether its output is a tensor, or changes it, and a backward hook is called for tensors alone. One
+    that looks at no output says so by an attribute `reads_no_output`.
+
+    Args:
+        model: the model.
+        name: name of the softmax matrix.
+
+    Returns:
+        The name of the module. `None` without such a hook, and for the matrix of an embedding, whose hooks see no
+        logits.
+    """
+    path = name.split(".")[:-1]
+    names = [".".join(path[: depth + 1]) for depth in range(len(path))]
+    if not names or isinstance(model.get_submodule(names[-1]), nn.Embedding):
+        return None
+    everywhere = [hook for kind in _HOOKS for hook in getattr(module_hooks, f"_global_{kind}_hooks", {}).values()]
+    if any(map(_reads_output, everywhere)):
+        return names[-1]
+    for each in names:
+        module = model.get_submodule(each)
+        if any(_reads_output(hook) for kind in _HOOKS for hook in getattr(module, f"_{kind}_hooks", {}).values()):
+            return each
+    return None
+
+
+# Their own hooks pass on whatever is no tensor: torch's tracker (of `FlopCounterMode`), FSDP2, ZeRO-3.
+_ENGINES = ("torch.utils.module_tracker", "torch.distributed.fsdp", "deepspeed.")
+
+
+def _reads_output(hook: Callable[..., Any]) -> bool:
+    """Whether a hook may look at its module's output."""
+    engine = (getattr(hook, "__module__", None) or "").startswith(_ENGINES)
+    return not engine and not getattr(hook, "reads_no_output", False)
