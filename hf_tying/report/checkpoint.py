@@ -148,7 +148,7 @@ class Checkpoint:
         return self.stock.names_in_file(name, self.tensors) if self.stock else []
 
     def matrix(self, name: str) -> tuple[tuple[int, ...], str]:
-        """Shape and dtype of a parameter that the files have, in several tensors where they hold experts one by one."""
+        """Shape and dtype of a parameter that the files have also in several tensors."""
         keys = self.keys_of(name)
         shape, dtype = self.tensors[keys[0]].kind
         return (shape if len(keys) == 1 else (len(keys), *shape)), dtype
@@ -156,6 +156,9 @@ class Checkpoint:
     @cached_property
     def groups(self) -> list[tuple[str, list[str]]]:
         """The tie groups that are declared, by the entry or by the class under its flags: (name, names)."""
+        if self.form == "gguf":  # llama.cpp takes the embedding for the softmax where a file has no other
+            names = ["token_embd.weight", "output.weight"]
+            return [("embeddings", names)] if names[0] in self.tensors and names[1] not in self.tensors else []
         entry, stock = self.entry, self.stock
         if entry is None or (entry.scheme is None and not entry.groups):
             return named_groups(stock, stock.declared(self.config)) if stock else []

@@ -64,8 +64,8 @@ class Pickled:
             return None
         if not isinstance(source, Folder):
             raise TyingError(
-                f"{source.name} has its weights in {names[0]}, a pickle, which can only be read whole: download it, or "
-                "have it converted to safetensors."
+                f"{source.name} has its weights in {names[0]}, a pickle, which can only be read whole: download it, "
+                "or have it converted to safetensors."
             )
         import torch
 

@@ -138,6 +138,22 @@ def _names_in_files(model: "PreTrainedModel") -> tuple[list[str], list[str]]:
     return [*dict.fromkeys([*names, *state])], sorted(buffers)
 
 
+def shapes_in_files(model: "PreTrainedModel") -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """The shapes of all tensors that a file of `model` can have, and the names of those that it may lack (buffers)."""
+    state = model.state_dict()
+    optional = {name for name, _ in model.named_buffers()} & state.keys()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+
+        reverted = {name: tuple(t.shape) for name, t in revert_weight_conversion(model, dict(state)).items()}
+    except (ImportError, AttributeError, TypeError, RuntimeError, ValueError, KeyError):
+        return shapes, optional
+    # Under either of its names; one of them is enough.
+    renamed = shapes.keys() - reverted.keys()
+    return reverted | {name: shapes[name] for name in renamed}, optional | renamed
+
+
 def _sizes(model: "PreTrainedModel", parameter: Any) -> list[str]:
     """The fields of the configs that count the rows of a matrix."""
     from ..ties.roles import TWO_SIZES
