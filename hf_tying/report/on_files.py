@@ -1,82 +1,50 @@
-"""A report on a checkpoint, from its config and its safetensors headers. No weight is loaded, and no code is run."""
+"""A report on a checkpoint, from its config and its headers. No weight is loaded, and no code is run."""
 
 from math import prod
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from ..config import TyingConfig, TyingError, entry_of
-from ..ties.headers import read_header, read_json, shard_names, weight_files
-from .file_values import ValuesOnDisk
+from .checkpoint import Checkpoint
 from .records import Finding, GroupReport, TyingReport, bytes_of, group_report, missing_in_file, torch_dtype
+from .stock_table import FLAG, StockClass, generalised
 
-if TYPE_CHECKING:
-    from transformers.modeling_utils import PreTrainedModel
+_NO_CLASS = StockClass([], {})
 
 
-def report_on_files(folder: Path, source: str) -> TyingReport:
+def report_on_files(checkpoint: Checkpoint) -> TyingReport:
     """Report the groups that the config of a saved model declares, and which of their names the weight files hold.
 
     Without a `tying` entry, the groups are those of the transformers class that the config names. Where the files hold
     several names of a group, their bytes are compared.
 
     Args:
-        folder: folder with `config.json` and safetensors files.
-        source: what the report calls the checkpoint.
+        checkpoint: the files, as `read_checkpoint` gives them.
 
     Raises:
-        TyingError: files are missing, truncated or malformed.
+        TyingError: the entry is malformed, or the config does not make its class.
     """
-    config = read_json(folder / "config.json")
-    header: dict[str, tuple[tuple[int, ...], str]] = {}
-    file_of: dict[str, Path] = {}
-    for file in weight_files(folder):
-        held = read_header(file)
-        header |= held
-        file_of |= dict.fromkeys(held, file)
-    named = config.get("architectures")
-    architecture = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
-    architecture = architecture or str(config.get("model_type", "unknown"))
-    entry = TyingConfig.in_config(config) if entry_of(config) is not None else None
-    blank = _without_weights(config, architecture)
-    role_of: dict[str, str] = {}
-    carriers: set[str] = set()
-    if blank is not None:
-        from ..ties.anatomy import Anatomy
-
-        anatomy = Anatomy(blank)
-        role_of, carriers = anatomy.role_of, anatomy.carriers
-    if entry is not None and (entry.groups or entry.scheme in (None, "none")):
-        groups = list(entry.groups.items())
-    elif blank is not None:
-        from ..ties.verify import groups_of
-
-        groups = [(group.name, list(group.names)) for group in groups_of(blank)]
-    else:
-        groups = []
-    keys_of = {name: _keys_on_disk(blank, name, header) for _, names in groups for name in names}
-    values = ValuesOnDisk(file_of, header)
+    entry, stock = checkpoint.entry, checkpoint.stock or _NO_CLASS
+    kept = entry.on_conflict if entry else "error"
     rows: list[GroupReport] = []
     findings: list[Finding] = []
-    kept = entry.on_conflict if entry else "error"
     repeated = 0
-    for name, names in groups:
+    for name, names in checkpoint.groups:
+        keys_of = {n: checkpoint.keys_of(n) for n in names}
         in_file = [n for n in names if keys_of[n]]
-        shape, dtype = _matrix(keys_of[in_file[0]], header) if in_file else ((), "")
-        copies, compared = values.different({n: keys_of[n] for n in in_file})
+        shape, dtype = checkpoint.matrix(in_file[0]) if in_file else ((), "")
+        copies, compared = checkpoint.values.different({n: keys_of[n] for n in in_file})
         apart = len(set(copies.values())) > 1
         broken = not in_file or (apart and kept == "error")
-        used = [n for n in copies if n not in carriers]
+        used = [n for n in copies if n not in stock.carriers]
         rows.append(
             group_report(
                 name,
                 names,
-                role_of,
+                stock.role_of,
                 list(shape),
                 torch_dtype(dtype),
                 bytes_of(dtype),
                 in_file=in_file,
                 copies=len({copies[n] for n in used}) if apart and not kept.startswith("use:") and used else 1,
-                carriers=carriers,
+                carriers=stock.carriers,
                 status="broken" if broken else "apart" if apart and kept == "keep_untied" else "tied",
                 apart=[n for n in in_file if copies[n] != copies[in_file[0]]],
                 compared=compared,
@@ -86,88 +54,51 @@ def report_on_files(folder: Path, source: str) -> TyingReport:
         if not in_file:
             findings.append(missing_in_file(rows[-1], "the file"))
         elif broken:
-            findings.append(_values_differ(rows[-1]))
-    buffers = set() if blank is None else {name for name, _ in blank.named_buffers()}
-    held = sum(prod(shape) for key, (shape, _) in header.items() if key not in buffers) - repeated
-    return TyingReport(source, architecture, entry.scheme if entry else None, held, rows, findings)
+            findings.append(_values_differ(checkpoint, rows[-1]))
+    buffers = set(stock.buffers)
+    sizes = (prod(shape) for key, (shape, _) in checkpoint.header.items() if generalised(key) not in buffers)
+    scheme = entry.scheme if entry else None
+    return TyingReport(checkpoint.source.name, checkpoint.architecture, scheme, sum(sizes) - repeated, rows, findings)
 
 
-def _values_differ(group: GroupReport) -> Finding:
+def _values_differ(checkpoint: Checkpoint, group: GroupReport) -> Finding:
+    """The finding on a group whose names have several values in the file: which kind of difference it is."""
+    root, other = group.in_file[0], group.apart[0]
+    one, two = checkpoint.keys_of(root), checkpoint.keys_of(other)
+    kinds = [checkpoint.tensors[keys[0]].kind for keys in (one, two)]
+    between = f"{root!r} and {other!r}"
+    if kinds[0][0] != kinds[1][0]:
+        evidence = f"{between} have the shapes {list(kinds[0][0])} and {list(kinds[1][0])}"
+    else:
+        found = checkpoint.values.difference(one[0], two[0]) if len(one) == 1 == len(two) else None
+        if found is not None and found.rows == 0 and kinds[0][1] != kinds[1][1]:
+            return Finding(
+                "T008",
+                "warning",
+                f"group {group.name!r}: expected one dtype, found {root!r} in {torch_dtype(kinds[0][1])} "
+                f"and {other!r} in {torch_dtype(kinds[1][1])}, with the same numbers. transformers loads them untied "
+                "where it keeps the dtypes of the file.",
+                "Write one of them: hf-tying convert SOURCE OUT --to dedup.",
+                group.name,
+            )
+        evidence = f"{between} differ" + (f": {found}" if found else "")
+    stock = checkpoint.stock
+    if stock and stock.forced and checkpoint.entry is None and checkpoint.config.get(FLAG) is False:
+        return Finding(
+            "T009",
+            "warning",
+            f"group {group.name!r}: config.json says {FLAG}=false, and the class ties all the same "
+            f"({evidence}). Which matrix counts depends on the loader: this transformers compares them and leaves "
+            "them untied, others keep the one that they meet first.",
+            "Record what is meant: hf-tying untie SOURCE OUT.",
+            group.name,
+        )
     return Finding(
         "T001",
         "error",
-        f"group {group.name!r}: expected one value for its names, found two in the file: {group.in_file[0]!r} and "
-        f"{group.apart[0]!r} differ. transformers loads them untied, and hf_tying refuses them.",
-        f"Choose when loading: from_pretrained(..., tying={{'on_conflict': 'use:{group.in_file[0]}'}}) or "
-        "'keep_untied'.",
+        f"group {group.name!r}: expected one value for its names, found two in the file: {evidence}. transformers "
+        "loads them untied, and hf_tying refuses them.",
+        f"Choose when loading: from_pretrained(..., tying={{'on_conflict': 'use:{root}'}}) or 'keep_untied'; or in "
+        f"the file: hf-tying convert SOURCE OUT --to dedup --init-from {root}, or hf-tying untie SOURCE OUT.",
         group.name,
     )
-
-
-def local_folder(path: str | Path) -> Path:
-    """The folder that holds a checkpoint: `path` itself, or the folder in the Hub's cache that a Hub id means.
-
-    Raises:
-        TyingError: it is neither.
-    """
-    if Path(path).is_dir():
-        return Path(path)
-    from transformers.utils import cached_file
-
-    try:
-        found = Path(cached_file(str(path), "config.json")).parent
-        try:
-            weight_files(found)
-        except TyingError:
-            index = cached_file(str(path), "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
-            names = shard_names(index) if index else ["model.safetensors"]
-            for name in names:
-                cached_file(str(path), name)
-        return found
-    except (OSError, ValueError) as error:
-        raise TyingError(f"{str(path)!r} is neither a folder nor a repository that can be read: {error}") from error
-
-
-def _without_weights(config: dict[str, Any], architecture: str) -> "PreTrainedModel | None":
-    """The transformers class that a config names, on the meta device; `None` where transformers has no such class."""
-    import torch
-    import transformers
-    from transformers import AutoConfig
-
-    cls = getattr(transformers, architecture, None)
-    if not hasattr(cls, "post_init") or not isinstance(config.get("model_type"), str):
-        return None
-    try:
-        fields = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
-        with torch.device("meta"):
-            return cls(AutoConfig.for_model(config["model_type"], **fields))
-    except TyingError:
-        raise
-    except Exception as error:
-        raise TyingError(f"config.json does not make a {architecture}: {error}") from error
-
-
-def _keys_on_disk(blank: "PreTrainedModel | None", name: str, header: dict) -> list[str]:
-    """The keys under which the files hold the parameter `name`; `[]` where they do not.
-
-    transformers saves some architectures under other names than those of the live model.
-    """
-    if name in header:
-        return [name]
-    if blank is None:
-        return []
-    from ..ties.slots import find_parameter
-
-    try:
-        from transformers.core_model_loading import revert_weight_conversion  # private; without it, own names only
-
-        keys = list(revert_weight_conversion(blank, {name: find_parameter(blank, name).detach()}))
-    except (ImportError, AttributeError, TypeError):
-        return []
-    return keys if all(key in header for key in keys) else []
-
-
-def _matrix(keys: list[str], header: dict) -> tuple[tuple[int, ...], str]:
-    """Shape and dtype of a parameter from its keys on disk (several where a file holds experts one by one)."""
-    shape, dtype = header[keys[0]]
-    return (shape if len(keys) == 1 else (len(keys), *shape)), dtype

@@ -37,7 +37,7 @@ def test_an_empty_folder_is_named(tmp_path):
 
 
 def test_a_folder_without_safetensors_says_what_is_expected(folder):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    (folder / "model.safetensors").rename(folder / "weights.msgpack")
     with pytest.raises(TyingError, match="model.safetensors"):
         tying_report(folder)
 
@@ -124,6 +124,6 @@ def test_a_config_with_wrong_values_is_an_error_or_a_report_and_never_a_crash(fo
     except TyingError as error:
         assert str(error)
     else:
-        assert "architectures" in changes and "tying" not in changes  # the entry says it all without the class
+        assert not changes.get("tying")  # the entry, or the table, says it all without the class
         assert report.groups[0].names == ["model.embed_tokens.weight", "lm_head.weight"]
         assert json.loads(report.to_json())

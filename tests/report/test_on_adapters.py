@@ -1,11 +1,13 @@
 """`tying_report` of Tied-LoRA adapters: each shared factor is a group, in a model and in a folder."""
 
 import copy
+import json
 
 import pytest
 from peft import LoraConfig, get_peft_model
 
 from hf_tying import TyingError, tying_report
+from hf_tying.peft import export_to_lora
 
 from ..tied_lora import QKV, layers_of, tied_lora, two_adapters
 from ..tiny import tiny_model
@@ -45,7 +47,26 @@ class TestTheReport:
             )
         assert len(report.groups) == len(live)
 
-    def test_the_refusal_of_another_adapter_names_its_type(self, tmp_path):
+    def test_an_adapter_of_another_type_shares_nothing(self, tmp_path):
         get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=QKV["llama"])).save_pretrained(tmp_path)
-        with pytest.raises(TyingError, match="type 'LORA'.*Expected a model's folder, or that of a Tied-LoRA adapter"):
+        report = tying_report(tmp_path)
+        assert (report.architecture, report.groups, report.parameters) == ("LoRA", [], 2 * 3 * (2 * 16 + 2 * 16))
+
+    def test_both_forms_are_one_report(self, tmp_path, model):
+        model.save_pretrained(tmp_path / "tied_lora")
+        export_to_lora(tmp_path / "tied_lora", tmp_path)
+        report = tying_report(tmp_path)
+        assert report.groups == tying_report(tmp_path / "tied_lora").groups and report.groups
+        assert "LoRA" in report.architecture and report.parameters > 360
+
+    @pytest.mark.parametrize(
+        "changes", [{"r": -1}, {"r": {}}, {"r": 10**9}, {"peft_type": 5}, {"adapted_modules": [1]},
+                    {"adapted_modules": {"a": {"A": 5}}}, {"adapted_modules": {"model.layers.\u00b2.q": {}}}],
+        ids=str,
+    )  # fmt: skip
+    def test_settings_of_wrong_types_are_named(self, tmp_path, model, changes):
+        model.save_pretrained(tmp_path)
+        path = tmp_path / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        with pytest.raises(TyingError, match="adapter_config.json"):
             tying_report(tmp_path)

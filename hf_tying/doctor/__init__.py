@@ -1,0 +1,37 @@
+"""What is wrong with a checkpoint's ties, what each loader will do with it, and the folder that is right.
+
+`diagnose` finds the diseases, `inspect` the ties, `forecast` tells what loaders do; `rewriting` writes new folders.
+"""
+
+from typing import TYPE_CHECKING
+
+from .._lazy import lazy_names
+
+_HOME = {
+    "Difference": "comparing",
+    "Finding": ".report.records",
+    "Forecast": "loaders",
+    "compare": "comparing",
+    "diagnose": "diagnosis",
+    "forecast": "loaders",
+    "inspect": "diagnosis",
+    "rewrite": "rewriting",
+}
+_HOME["Finding"] = ".report.records"
+
+__all__ = [
+    "Finding",
+    "Forecast",
+    "diagnose",
+    "forecast",
+    "inspect",
+    "rewrite",
+]
+
+if TYPE_CHECKING:
+    from ..report.records import Finding
+    from .diagnosis import diagnose, inspect
+    from .loaders import Forecast, forecast
+    from .rewriting import rewrite
+else:
+    __getattr__, __dir__ = lazy_names(globals(), _HOME)
