@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "hf_tying"
 #: From the ground up. A room is a folder of the package, or a file beside the folders.
 ROOMS = (
     *("_lazy", "_moved", "config", "_extras", "losses", "ties", "projection", "objectives", "report", "diagnostics"),
-    *("vocabularies", "peft", "models", "data", "metrics", "parallel", "training", "hook", "demo", "cli"),
+    *("vocabularies", "peft", "models", "data", "metrics", "parallel", "training", "hub", "hook", "demo", "cli"),
 )
 #: What starts the package, and so stands above all rooms.
 ROOF = ("hf_tying", "hf_tying.__main__")
