@@ -110,7 +110,7 @@ def card_errors(content: str) -> list[str]:
         if not isinstance(metadata.get(key, ""), str) or not re.fullmatch(r"[\w.-]*", metadata.get(key, "")):
             errors.append(f'"{key}" is not valid')
     for result in _listed(metadata.get("model-index")):
-        if not isinstance(result, dict) or not result.get("name") or not result.get("results"):
+        if not isinstance(result, dict) or not result.get("name") or "results" not in result:
             errors.append('"model-index[0]" must have a name and results')
             continue
         for each in result["results"]:
@@ -192,10 +192,11 @@ class Requests(BaseHTTPRequestHandler):
         if repository is None:
             return self._missing("RepoNotFound")
         if verb == "preupload":
+            held = repository.commits[repository.resolve(rest) or repository.branches["main"]]
             files = [
-                {"path": file["path"], "uploadMode": "lfs" if file["path"].endswith(_LARGE) else "regular",
-                 "shouldIgnore": False}
-                for file in json.loads(body)["files"]
+                {"path": path, "uploadMode": "lfs" if path.endswith(_LARGE) else "regular", "shouldIgnore": False,
+                 "oid": _entry(path, held[path])["oid"] if path in held else None}
+                for path in (file["path"] for file in json.loads(body)["files"])
             ]  # fmt: skip
             return self._json(200, {"files": files})
         if verb == "branch":

@@ -10,15 +10,15 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ..config import TyingError
 from ..peft.adapter_folder import type_of_adapter
-from ..peft.config import TiedLoraConfig, TiedPeftType
+from ..peft.config import SWITCHES, TiedLoraConfig, TiedPeftType
 from ..peft.export import TIED_FOLDER
 from ..peft.sharing import FactorNames
 from ..peft.tensor_names import names_in_model
+from ..report.names import printable_text
 from ..ties.headers import read_header
 from .facts import Facts
 from .papers import TIED_LORA
 from .repository_names import is_repository_id
-from .words import code
 
 _AUTO_CLASSES = {
     "CAUSAL_LM": ("AutoModelForCausalLM", "text-generation"),
@@ -28,7 +28,10 @@ _AUTO_CLASSES = {
     "QUESTION_ANS": ("AutoModelForQuestionAnswering", "question-answering"),
 }
 #: Settings of an adapter that are no choice of the one who trained it.
-_NOT_CHOSEN = ("adapted_modules", "base_model_name_or_path", "auto_mapping", "peft_version", "inference_mode", "revision")
+_NOT_CHOSEN = (
+    *("adapted_modules", "base_model_name_or_path", "auto_mapping", "peft_version", "inference_mode", "revision"),
+    *("peft_type", "runtime_config"),
+)
 
 
 def adapter_places(folder: Path) -> dict[str, tuple[Path, Path]]:
@@ -176,11 +179,12 @@ def _settings(config: TiedLoraConfig) -> str:
     for each in fields(config):
         value = getattr(config, each.name, None)
         default = each.default_factory() if each.default_factory is not MISSING else each.default
-        if each.name in _NOT_CHOSEN or value == default or value is None or each.name in ("peft_type",):
+        given = each.name in _NOT_CHOSEN or (config.variant and each.name in SWITCHES)
+        if given or value is None or value == default:
             continue
         value = sorted(value) if isinstance(value, set) else getattr(value, "value", value)
         chosen.append(f"{each.name}={value!r}")
-    return code(f"TiedLoraConfig({', '.join(chosen)})").strip("`")
+    return printable_text(f"TiedLoraConfig({', '.join(chosen)})").replace("`", "'")
 
 
 def _argument(subfolder: str) -> str:

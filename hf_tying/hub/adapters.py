@@ -32,7 +32,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from ..peft.adapter_folder import type_of_adapter, write_folder
 from ..peft.config import TiedPeftType, is_tied_lora
 from ..peft.export import TIED_FOLDER, export_to_lora
-from .folders import CARD, copy_published_card, renew_card
+from .cards import CARD
+from .renewing import copy_published_card, renew_card
 from .repository_names import refuse_local_base
 
 

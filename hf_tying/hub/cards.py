@@ -8,13 +8,13 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..config import TyingError
 from .facts import Facts, facts_of, keep_facts
-from .folders import CARD
 from .metadata import metadata_problems, update_metadata
 from .results import Results, read_results
 from .sections import merge_sections
 from .words import change, megabytes, number, percent, plain
 
-_CONFIG, _WEIGHTS = "config.json", "*.safetensors"
+CARD = "README.md"
+_CONFIG = "config.json"
 
 
 def make_card(

@@ -1,5 +1,6 @@
 """What the card of a tied model says: all of it read from the files of its folder, and from what was told."""
 
+from importlib.metadata import version
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from .facts import Facts
 from .loading import Loading, how_loaded
 from .papers import papers_for
 from .results import Results
-from .uploads import is_of_layers, tags_of
+from .tags import is_of_layers, tags_of
 from .words import code, megabytes
 
 _MOST_GROUPS = 20
@@ -132,11 +133,9 @@ def _row(group: GroupReport) -> dict[str, str]:
 
 
 def _checked(report: TyingReport, config: dict[str, Any]) -> str:
-    from .. import __version__
-
     written = f", transformers {config['transformers_version']}" if config.get("transformers_version") else ""
     if report.ok:
-        return f"Checked by hf_tying {__version__}{written}: config and file agree."
+        return f"Checked by hf_tying {version('hf-tying')}{written}: config and file agree."
     return "\n".join(f"- **{finding.code}** {finding.message}" for finding in report.findings)
 
 

@@ -42,7 +42,8 @@ def read_results(folder: Path) -> Results:
     Raises:
         TyingError: a file is no JSON.
     """
-    state = read_json(folder / _STATE) if (folder / _STATE).is_file() else {}
+    states = [folder / _STATE, *sorted(folder.glob(f"checkpoint-*/{_STATE}"), key=_step, reverse=True)]
+    state = next((read_json(path) for path in states if path.is_file()), {})
     history = [row for row in state.get("log_history") or [] if isinstance(row, dict)]
     metrics: dict[str, float] = {}
     evaluations = [row for row in history if "eval_loss" in row]
@@ -52,6 +53,11 @@ def read_results(folder: Path) -> Results:
         if (folder / name).is_file():
             metrics |= _numbers(read_json(folder / name))
     return Results(metrics, _log(history), _shares(history), state.get("global_step"))
+
+
+def _step(path: Path) -> int:
+    step = path.parent.name.rpartition("-")[2]
+    return int(step) if step.isdecimal() else -1
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:

@@ -80,12 +80,13 @@ def without_placeholders(text: str, title: str) -> str:
     kept: list[str] = []
     below = 0  # depth of the highest heading that is kept below
     for depth, lines in reversed(_blocks(text)):
-        body = [line for line in _without_comments(lines) if not _EMPTY_LINE.fullmatch(line)]
+        bare = _without_comments(lines)
+        body = [line for line in bare if not _EMPTY_LINE.fullmatch(line)]
         said = any(line.strip() and not _LABEL.fullmatch(line) for line in body[1:] if depth) or not depth
-        if said or below > depth or depth == 1:
+        if said or depth == 1 or (below > depth and len(body) == len(bare)):
             kept = body + kept
             below = depth or below
-    result = re.sub(r"\n{3,}", "\n\n", "\n".join(kept)).strip()
+    result = re.sub(r"\n{3,}", "\n\n", "\n".join(kept)).replace(" on an unknown dataset.", ".").strip()
     first = re.search(r"^# +(.*?)\s*$", result, re.MULTILINE)
     if first is None:
         return f"# {title}\n\n{result}"

@@ -8,15 +8,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import SCHEMES, TyingConfig, TyingError, entry_of
-from .folders import finish_folder, renew_card
+from .folders import finish_folder
+from .renewing import renew_card
+from .tags import OURS, tags_of
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
-
-_OURS = ("weight-tying", "tying:")
-#: Names of groups that a scheme makes; a tag of its own is for others.
-_OF_A_SCHEME = {"embeddings", *SCHEMES["three_way"]}
 
 
 def prepare_upload(model: Any, token: bool | str | None = None) -> None:
@@ -36,31 +33,8 @@ def prepare_upload(model: Any, token: bool | str | None = None) -> None:
     if hasattr(model, "add_model_tags"):
         tags = tags_of(getattr(model, "config", None))
         if model.model_tags or tags:
-            model.model_tags = [tag for tag in model.model_tags or [] if not tag.startswith(_OURS)]
+            model.model_tags = [tag for tag in model.model_tags or [] if not tag.startswith(OURS)]
             model.add_model_tags(tags)
-
-
-def tags_of(config: Any) -> list[str]:
-    """The tags for a model's ties, by its config, live or as a dict. None for a config without a `tying` entry."""
-    if config is None or entry_of(config) is None:
-        return []
-    try:
-        entry = TyingConfig.in_config(config)
-    except TyingError:
-        return []
-    tags = [f"tying:{entry.scheme}"] if entry.scheme not in (None, "none") else []
-    if any(is_of_layers(name, names) for name, names in entry.groups.items()):
-        tags.append("tying:groups")
-    if entry.loss == "tied":
-        tags.append("tying:loss=tied")
-    if entry.projection is not None:
-        tags.append("tying:projection")
-    return ["weight-tying", *tags] if tags else []
-
-
-def is_of_layers(name: str, names: list[str]) -> bool:
-    """Whether a group is one of matrices in the layers of a model, and not of its embeddings and their biases."""
-    return name not in _OF_A_SCHEME and not all(each.endswith(".bias") for each in names)
 
 
 class FinishingApi:

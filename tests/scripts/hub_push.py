@@ -71,7 +71,8 @@ def push_projection():
 
 def shake_projection(model):
     with torch.no_grad():
-        model.get_output_embeddings().projection.weight.add_(0.3)
+        weight = model.get_output_embeddings().projection.weight
+        weight.copy_(torch.flip(weight, [0]))  # the identity, with its rows in the other order
     return model
 
 
@@ -156,22 +157,19 @@ def push_sft():
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    tokenizer = train_byte_level_bpe(["a few words and some more"] * 5, 64)
+    tokenizer = train_byte_level_bpe(["a few words and some more"] * 5, 300)
     tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     data = Dataset.from_list([{"text": "few words"}] * 4)
     settings = SFTConfig(**{
         **arguments("sft", save_strategy="steps", save_steps=1).to_dict(), "bf16": False,
         "output_dir": str(WORK / "sft"), "gradient_checkpointing": False, "max_length": 8,
     })  # fmt: skip
-    model = tied_lora(tiny_base_for(tokenizer), **SETTINGS)
+    tiny_model("llama", vocab_size=len(tokenizer)).push_to_hub("base-of-sft")
+    model = tied_lora(AutoModelForCausalLM.from_pretrained("tester/base-of-sft"), **SETTINGS)
     trainer = SFTTrainer(model, args=settings, train_dataset=data, processing_class=tokenizer)
     trainer.train()
     trainer.push_to_hub()
     return {"logits": values(outputs(trainer.model.eval()))}
-
-
-def tiny_base_for(tokenizer):
-    return base()
 
 
 def push_lora():
