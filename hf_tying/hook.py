@@ -60,7 +60,8 @@ _MODELS = "transformers.modeling_utils"
 _CONFIGS, _TOKENIZERS = (f"transformers.models.auto.{name}_auto" for name in ("configuration", "tokenization"))
 _TUNERS, _MAPPING, _PEFT_MODEL = "peft.tuners.tuners_utils", "peft.mapping", "peft.peft_model"
 _HERE, _MERGING = __name__, "hf_tying.peft.merging"
-_REGISTRATION, _PUBLISH, _STATUS = (f"hf_tying.peft.{name}" for name in ("registration", "publish", "status"))
+_REGISTRATION, _STATUS = (f"hf_tying.peft.{name}" for name in ("registration", "status"))
+_ADAPTERS = "hf_tying.hub.adapters"
 
 #: Ties, and the classes of this package.
 TIES = (
@@ -75,12 +76,19 @@ TIES = (
              "published code of a custom class loads without this package",
              without="the class is published as it is, and needs this package")
       for module in ("modeling_utils", "configuration_utils", "tokenization_utils_base")),
-    *(Change(f"transformers.{module}", f"{name}.push_to_hub", f"{_HERE}:check_code",
-             "published code is imported without this package before a repository is created")
+    *(Change(f"transformers.{module}", f"{name}.push_to_hub", f"{_HERE}:check_upload",
+             "what others could not load is refused before a repository is created")
       for module, name in (("modeling_utils", "PreTrainedModel"), ("configuration_utils", "PreTrainedConfig"),
                            ("tokenization_utils_base", "PreTrainedTokenizerBase"))),
-    Change("transformers.trainer", "Trainer.init_hf_repo", f"{_HERE}:check_trainers_code",
-           "published code is imported without this package before a repository is created"),
+    Change("transformers.trainer", "Trainer.init_hf_repo", f"{_HERE}:check_trainers_upload",
+           "what others could not load is refused before a repository is created"),
+    Change("transformers.utils.hub", "PushToHubMixin._upload_modified_files", f"{_HERE}:finish_upload",
+           "an upload has both forms of a Tied-LoRA adapter, and a card that says what is tied",
+           without="the upload is transformers' own"),
+    Change("transformers.trainer", "hf_api", f"{_HERE}:finishing_api",
+           "an upload of a trainer has both forms of a Tied-LoRA adapter, and a card that says what is tied"),
+    Change("transformers.trainer", "Trainer.create_model_card", f"{_HERE}:renew_trainers_card",
+           "the card of a tied model says what is tied"),
     Change(_CONFIGS, "AutoConfig.from_pretrained", f"{_HERE}:register_models", "it finds our model types"),
     Change(_CONFIGS, "AutoConfig.for_model", f"{_HERE}:register_models", "it finds our model types"),
     Change(_TOKENIZERS, "AutoTokenizer.from_pretrained", f"{_HERE}:register_tokenizer", "it finds JointTokenizer"),
@@ -123,10 +131,10 @@ TIED_LORA = (
     Change(_PEFT_MODEL, "PeftModel._update_offload", f"{_REGISTRATION}:update_offload",
            "the factors of layers on a disk are found there by their names in the model",
            without="factors are not offloaded to a disk"),
-    Change(_PEFT_MODEL, "PeftModel.save_pretrained", f"{_PUBLISH}:save_pretrained",
+    Change(_PEFT_MODEL, "PeftModel.save_pretrained", f"{_ADAPTERS}:save_pretrained",
            "`also_lora=True` saves the LoRA form too",
            without="there is no such argument"),
-    Change(_PEFT_MODEL, "PeftModel.push_to_hub", f"{_PUBLISH}:push_to_hub",
+    Change(_PEFT_MODEL, "PeftModel.push_to_hub", f"{_ADAPTERS}:push_to_hub",
            "both forms are pushed, unless `also_lora=False`",
            without="only the Tied-LoRA form is pushed"),
     Change(_PEFT_MODEL, "get_layer_status", f"{_STATUS}:layer_status", "the status of a model counts its layers"),
@@ -266,14 +274,14 @@ def adopt_ties(
     wrapped: Callable[..., Any], model: "PreTrainedModel", args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Wrapper of `PreTrainedModel.save_pretrained`: ties of a model inside are saved as ties of `model`."""
+    given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
     if getattr(model, "_auto_class", None) is not None:
-        from .ties.remote_code import code_of, refuse_overwriting, refuse_unloadable
+        from .ties.remote_code import code_of, refuse_overwriting
 
-        given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
         if code_of(model):
             refuse_overwriting(model, given["save_directory"])
-        if given.get("push_to_hub"):
-            refuse_unloadable(model)
+    if given.get("push_to_hub"):
+        _refuse_unloadable(model, given.get("token"))
     if _holds_ties(model):
         from .ties.inner import adopt_inner_ties
 
@@ -289,20 +297,60 @@ def carry_code(wrapped: Callable[..., Any], instance: object, args: tuple[Any, .
     return save_code(wrapped, *args, **kwargs)
 
 
-def check_code(wrapped: Callable[..., Any], instance: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Wrapper of `push_to_hub`: refuse code that others could not import."""
+def check_upload(wrapped: Callable[..., Any], instance: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Wrapper of `push_to_hub`: refuse what others could not load, before a repository is created."""
+    _refuse_unloadable(instance, kwargs.get("token"))
+    return wrapped(*args, **kwargs)
+
+
+def check_trainers_upload(
+    wrapped: Callable[..., Any], trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Wrapper of `Trainer.init_hf_repo`: refuse what others could not load, before a repository is created."""
+    if trainer.is_world_process_zero():
+        _refuse_unloadable(trainer.model, trainer.args.hub_token)
+    return wrapped(*args, **kwargs)
+
+
+def _refuse_unloadable(instance: Any, token: Any) -> None:
     if getattr(instance, "_auto_class", None) is not None:
         from .ties.remote_code import refuse_unloadable
 
         refuse_unloadable(instance)
+    if hasattr(instance, "parameters"):
+        from .hub.uploads import prepare_upload
+
+        prepare_upload(instance, token)
+
+
+def finish_upload(
+    wrapped: Callable[..., Any], instance: object, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Wrapper of `PushToHubMixin._upload_modified_files`: finish the folder that `push_to_hub` of a model has made."""
+    if hasattr(instance, "parameters"):
+        from .hub.folders import finish_folder
+
+        given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+        finish_folder(given["working_dir"], given["repo_id"], given.get("revision"), given.get("token"))
     return wrapped(*args, **kwargs)
 
 
-def check_trainers_code(
+def finishing_api(wrapped: Callable[..., Any], instance: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Wrapper of `hf_api` in the module of `Trainer`: the folders of a run are finished when they are uploaded."""
+    from .hub.uploads import FinishingApi
+
+    return FinishingApi(wrapped(*args, **kwargs))
+
+
+def renew_trainers_card(
     wrapped: Callable[..., Any], trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Wrapper of `Trainer.init_hf_repo`: refuse code that others could not import."""
-    return check_code(wrapped, trainer.model, args, kwargs)
+) -> None:
+    """Wrapper of `Trainer.create_model_card`: the card of a tied model says what is tied."""
+    wrapped(*args, **kwargs)
+    if trainer.is_world_process_zero():
+        from .hub.uploads import renew_trainers_card
+
+        renew_trainers_card(trainer)
 
 
 def check_checkpoint(

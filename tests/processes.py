@@ -43,7 +43,9 @@ def run_python(
     return done
 
 
-def run_script(script: str, *arguments, processes: int = 1, timeout: float = 240.0) -> dict:
+def run_script(
+    script: str, *arguments, processes: int = 1, timeout: float = 240.0, variables: dict[str, str | None] | None = None
+) -> dict:
     """Run a file of tests/scripts and return the results that its process 0 has printed.
 
     Several processes meet in a file of their own, not at a port that another run could take. If one fails, the others
@@ -52,6 +54,7 @@ def run_script(script: str, *arguments, processes: int = 1, timeout: float = 240
     Args:
         arguments: what the script takes; for `run_cases`, the names of the cases to run, all of them by default.
         processes: how many of one process group, with one thread each. A single one has no group.
+        variables: of the environment, as for `run_python`.
         timeout: seconds after which all of them are killed.
 
     Raises:
@@ -61,7 +64,7 @@ def run_script(script: str, *arguments, processes: int = 1, timeout: float = 240
     with tempfile.TemporaryDirectory() as folder:
         environments = []
         for rank in range(processes):
-            environment = {"ACCELERATE_USE_CPU": "true"}
+            environment = {"ACCELERATE_USE_CPU": "true", **(variables or {})}
             if processes > 1:
                 environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
                 environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}

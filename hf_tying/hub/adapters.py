@@ -13,10 +13,9 @@ does not know of the two forms gets the right model. A subfolder has the tied fo
 with the ties in place. The loaders of PEFT and transformers have an argument for a subfolder. An adapter that is not
 named "default" has both forms in the folder of its name, as in PEFT.
 
-`push_to_hub` writes both forms by default (`also_lora=True`), because an upload is for other people.
-`save_pretrained` does not (`also_lora=False`), because a folder that is saved during training is for the same program.
-It has the tied form in the root, as `Trainer` expects when it resumes. `Trainer(push_to_hub=True)` uploads such a
-folder as it is. After the training, push both forms with `trainer.model.push_to_hub(repo)`.
+Every upload has both forms, because it is for other people: `push_to_hub` of PEFT and of transformers' own adapters,
+`Trainer(push_to_hub=True)` and TRL's trainers. `save_pretrained` writes the tied form alone (`also_lora=False`), and so
+do the checkpoints that a training resumes from, because such a folder is for the same program.
 """
 
 import inspect
@@ -26,17 +25,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi, ModelCard
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import CommitInfo, HfApi
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-from .adapter_card import write_card
-from .adapter_folder import write_folder
-from .config import is_tied_lora
-from .export import TIED_FOLDER, export_to_lora
-
-CARD = "README.md"
+from ..peft.adapter_folder import type_of_adapter, write_folder
+from ..peft.config import TiedPeftType, is_tied_lora
+from ..peft.export import TIED_FOLDER, export_to_lora
+from .cards import CARD
+from .renewing import copy_published_card, renew_card
+from .repository_names import refuse_local_base
 
 
 def save_with_lora(
@@ -46,7 +44,7 @@ def save_with_lora(
 
     Args:
         model: model with Tied-LoRA adapters.
-        out: folder to write to. A card that is already there is kept, and its section on the forms is replaced.
+        out: folder to write to. A card that is already there is kept, and its sections of this package are renewed.
         repo_id: name in the card's instructions for loading. Default: the name of the folder.
         tags: more tags for the card.
         **kwargs: arguments for `PeftModel.save_pretrained`: `selected_adapters`, `state_dict`, `is_main_process`, ...
@@ -67,9 +65,8 @@ def save_with_lora(
             (folder / CARD).write_bytes(card.read_bytes())
         model.save_pretrained(folder, also_lora=False, **kwargs)
         for name in names:
-            _both_forms(folder if name == "default" else folder / name)
-        configs = {name: model.peft_config[name] for name in names}
-        write_card(folder / CARD, configs, repo_id or Path(out).name, TIED_FOLDER, tags)
+            write_both_forms(folder if name == "default" else folder / name)
+        renew_card(folder, repo_id or Path(out).name, tags)
 
     write_folder(out, fill)
 
@@ -90,7 +87,7 @@ def push_with_lora(
     """Push both forms in one commit. The arguments are those of `PeftModel.push_to_hub`.
 
     This does not call transformers' `push_to_hub`, which overwrites PEFT's card and does not upload nested folders.
-    Like that method, it keeps a card that is already on the Hub.
+    Like that method, it keeps a card that is already on the Hub: that of the revision that is pushed to.
 
     Args:
         model: model with Tied-LoRA adapters.
@@ -106,20 +103,24 @@ def push_with_lora(
 
     Returns:
         The `CommitInfo` of `huggingface_hub.HfApi.upload_folder`.
+
+    Raises:
+        TyingError: the base model is a folder of this machine; no repository is created.
     """
+    refuse_local_bases(model, token)
     api = HfApi()
-    repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            ModelCard.load(repo_id, token=token).save(Path(folder) / CARD)
-        except EntryNotFoundError:
-            pass  # a new repository
-        save_with_lora(model, folder, repo_id, tags)
+        # Everything that can fail here comes before the repository.
+        save_with_lora(model, Path(folder) / "new", repo_id, tags)
+        repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/pr"):
             api.create_branch(repo_id=repo_id, branch=revision, token=token, exist_ok=True)
+        upload = Path(folder) / "new"
+        copy_published_card(upload, repo_id, revision, token)
+        renew_card(upload, repo_id, tags)
         return api.upload_folder(
             repo_id=repo_id,
-            folder_path=folder,
+            folder_path=upload,
             commit_message=commit_message or "Upload adapter, as LoRA and as Tied-LoRA",
             commit_description=commit_description,
             token=token,
@@ -128,12 +129,58 @@ def push_with_lora(
         )
 
 
+def refuse_local_bases(model: Any, token: bool | str | None = None) -> None:
+    """Refuse to publish Tied-LoRA adapters, of PEFT or of transformers, whose base model is a folder of this machine.
+
+    Args:
+        model: any model.
+        token: token of the Hub. Default: the saved one.
+
+    Raises:
+        TyingError: with the way out.
+    """
+    for name, config in adapters_of(model).items():
+        base = config.base_model_name_or_path
+        if base is None:  # PEFT and transformers fill it in when they save
+            held = model.get_base_model() if isinstance(model, PeftModel) else model
+            base = getattr(held, "name_or_path", None)
+        refuse_local_base(base, f'model.peft_config["{name}"].base_model_name_or_path', token)
+
+
+def adapters_of(model: Any) -> dict[str, Any]:
+    """The settings of the Tied-LoRA adapters of a model by their names, as PEFT or transformers holds them."""
+    configs = getattr(model, "peft_config", None)
+    found = configs if isinstance(configs, dict) else {}
+    return {name: config for name, config in found.items() if is_tied_lora(config)}
+
+
+def write_both_forms(folder: Path) -> bool:
+    """Move the tied form of an adapter in `folder` to its subfolder, and export LoRA into `folder`.
+
+    Args:
+        folder: folder of an adapter. One of another type, or with no adapter, is left alone.
+
+    Returns:
+        Whether there was a tied form.
+    """
+    if type_of_adapter(folder) != TiedPeftType.TIED_LORA:
+        return False
+    tied = folder / TIED_FOLDER
+    tied.mkdir(exist_ok=True)
+    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
+        (tied / name).unlink(missing_ok=True)
+        if (folder / name).is_file():
+            os.replace(folder / name, tied / name)
+    export_to_lora(tied, folder)
+    return True
+
+
 # Wrappers of PEFT's own methods, which `hf_tying.hook` installs.
 
 
 def save_pretrained(wrapped: Callable[..., Any], model: PeftModel, args: tuple, kwargs: dict[str, Any]) -> None:
     """Wrap `PeftModel.save_pretrained`, and add an argument `also_lora` for Tied-LoRA, `False` by default."""
-    if not _has_tied_lora(model):
+    if not adapters_of(model):
         return wrapped(*args, **kwargs)
     if not kwargs.pop("also_lora", False):
         return wrapped(*args, **kwargs)
@@ -143,22 +190,9 @@ def save_pretrained(wrapped: Callable[..., Any], model: PeftModel, args: tuple, 
 
 def push_to_hub(wrapped: Callable[..., Any], model: PeftModel, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Wrap `PeftModel.push_to_hub`, and add an argument `also_lora` for Tied-LoRA, `True` by default."""
-    if not _has_tied_lora(model):
+    if not adapters_of(model):
         return wrapped(*args, **kwargs)
     if not kwargs.pop("also_lora", True):
+        refuse_local_bases(model, kwargs.get("token"))
         return wrapped(*args, **kwargs)
     return push_with_lora(model, *args, **kwargs)
-
-
-def _has_tied_lora(model: PeftModel) -> bool:
-    return any(map(is_tied_lora, model.peft_config.values()))
-
-
-def _both_forms(folder: Path) -> None:
-    """Move the tied form in `folder` to its subfolder, and export LoRA into `folder`."""
-    tied = folder / TIED_FOLDER
-    tied.mkdir()
-    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
-        if (folder / name).is_file():
-            os.replace(folder / name, tied / name)
-    export_to_lora(tied, folder)

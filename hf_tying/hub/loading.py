@@ -1,0 +1,126 @@
+"""How others load a saved model: by which class, and what they get without this package."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import TyingConfig, TyingError, entry_of
+
+#: By the mapping of transformers that has the class: the Auto class, and the task on the Hub. `None`: it has no one task.
+_TASKS = (
+    ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "AutoModelForSeq2SeqLM", None),
+    ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "AutoModelForCausalLM", "text-generation"),
+    ("MODEL_FOR_MASKED_LM_MAPPING_NAMES", "AutoModelForMaskedLM", "fill-mask"),
+    ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "AutoModelForImageTextToText", "image-text-to-text"),
+    ("MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES", "AutoModelForSpeechSeq2Seq", "automatic-speech-recognition"),
+    ("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", "AutoModelForSequenceClassification", "text-classification"),
+    ("MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES", "AutoModelForTokenClassification", "token-classification"),
+    ("MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES", "AutoModelForQuestionAnswering", "question-answering"),
+)
+#: The classes of this package that transformers does not know, and their tasks.
+_OURS = {"TiedLSTMForCausalLM": ("AutoModelForCausalLM", "text-generation")}
+
+#: What a loader without this package gets. `same`: the model, tied by its class. `copies`: the right values, with
+#: copies of what was tied. `code`: the model, by the code that comes with it. `other`: another function. `nothing`: an
+#: error. `unknown`: it cannot be told without running code.
+OUTCOMES = ("same", "copies", "code", "other", "nothing", "unknown")
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a folder of a model is loaded.
+
+    Args:
+        auto_class: Auto class that loads it.
+        task: pipeline tag of the Hub; `None` where the class has no one task.
+        outcome: what plain transformers gets, one of `OUTCOMES`.
+        parameters: number of elements that plain transformers holds; `None` where that is not known.
+    """
+
+    auto_class: str
+    task: str | None
+    outcome: str
+    parameters: int | None = None
+
+
+def how_loaded(config: Mapping[str, Any], parameters: int) -> Loading:
+    """How others load the model of a config.
+
+    Args:
+        config: content of a `config.json`.
+        parameters: number of elements that this package holds for it.
+
+    Returns:
+        The class, and what plain transformers gets.
+    """
+    architecture = architecture_of(config)
+    auto_class, task = _task_of(architecture, config)
+    projected = entry_of(config) is not None and TyingConfig.in_config(config).projection is not None
+    if config.get("auto_map"):
+        named = config["auto_map"] if isinstance(config["auto_map"], dict) else {}
+        ours = next((name for name in named if name.startswith("AutoModel")), auto_class)
+        return Loading(str(ours), task, "code")
+    plain = _plain_parameters(config, architecture)
+    if plain is None:
+        return Loading(auto_class, task, "nothing" if architecture in _OURS else "unknown")
+    outcome = "other" if projected else "same" if plain == parameters else "copies"
+    return Loading(auto_class, task, outcome, plain)
+
+
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """The class that a config names, or the model type where it names none."""
+    named = config.get("architectures")
+    first = named[0] if isinstance(named, list) and named else None
+    return str(first or config.get("model_type") or "unknown")
+
+
+def refuse_other_function(folder: Path, config: Mapping[str, Any], parameters: int) -> None:
+    """Refuse a model that computes something else for whoever has not this package.
+
+    Args:
+        folder: folder of the model, for the message.
+        config: content of its `config.json`.
+        parameters: number of elements that this package holds for it.
+
+    Raises:
+        TyingError: with the ways out.
+    """
+    if how_loaded(config, parameters).outcome == "other":
+        raise TyingError(
+            f"{folder.name} has a projection (PR) in a stock class: loaders without hf_tying leave it out, and compute "
+            "other logits. Fold it into the softmax matrix (merge_projection(model)) and save, publish a class of your "
+            "own with its code (register_for_auto_class), or agree to it with yes=True (--yes)."
+        )
+
+
+def _task_of(architecture: str, config: Mapping[str, Any]) -> tuple[str, str | None]:
+    if architecture in _OURS:
+        return _OURS[architecture]
+    from transformers.models.auto import modeling_auto
+
+    for mapping, auto_class, task in _TASKS:
+        names = getattr(modeling_auto, mapping, {}).values()
+        if any(architecture in ((name,) if isinstance(name, str) else name) for name in names):
+            translates = config.get("model_type") in ("marian", "fsmt")
+            return auto_class, "translation" if translates and task is None else task
+    return "AutoModel", None
+
+
+def _plain_parameters(config: Mapping[str, Any], architecture: str) -> int | None:
+    """How many elements the stock class holds, built without weights and without the `tying` entry."""
+    import torch
+    import transformers
+
+    cls = getattr(transformers, architecture, None)
+    model_type = config.get("model_type")
+    if not hasattr(cls, "post_init") or not isinstance(model_type, str):
+        return None
+    dropped = ("model_type", "auto_map", "tying")
+    try:
+        made = transformers.AutoConfig.for_model(model_type, **{k: v for k, v in config.items() if k not in dropped})
+        with torch.device("meta"):
+            model = cls(made)
+    except Exception as error:
+        raise TyingError(f"config.json does not make a {architecture}: {error}") from error
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,179 @@
+"""What the card of a tied model says: all of it read from the files of its folder, and from what was told."""
+
+from importlib.metadata import version
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ..config import TyingConfig, entry_of
+from ..report.on_files import report_on_files
+from ..report.records import GroupReport, TyingReport, bytes_of
+from ..ties.headers import read_header, read_json, weight_files
+from .facts import Facts
+from .loading import Loading, how_loaded
+from .papers import papers_for
+from .results import Results
+from .tags import is_of_layers, tags_of
+from .words import code, megabytes
+
+_MOST_GROUPS = 20
+_MOST_NAMES = 8
+_SHARED = {
+    "two_way": "input embedding and softmax are **one matrix** (two-way weight tying)",
+    "three_way": "source embedding, target embedding and softmax are **one matrix** (three-way weight tying)",
+    "source_target": "source and target embedding are **one matrix**",
+}
+_OUTCOMES = {
+    "same": "right values, tied by the class itself.",
+    "code": "the model, tied, by the code in this repository.",
+    "other": "**another function**: the projection before the softmax is left out. This model needs `hf_tying`.",
+    "nothing": "an error, since transformers does not know this class. This model needs `hf_tying`.",
+    "unknown": "what the library gives that has this class; transformers does not know it.",
+}
+
+
+def model_context(folder: Path, repo_id: str, facts: Facts, results: Results) -> dict[str, Any]:
+    """The values for the template of a tied model, and its metadata under `metadata`, `tags` and `task`.
+
+    Args:
+        folder: folder with `config.json` and safetensors files.
+        repo_id: where the model is, or will be.
+        facts: what was told.
+        results: what the run has left.
+
+    Raises:
+        TyingError: the files cannot be read.
+    """
+    config = read_json(folder / "config.json")
+    report = report_on_files(folder, source=repo_id)
+    loading = how_loaded(config, report.parameters)
+    entry = TyingConfig.in_config(config) if entry_of(config) is not None else TyingConfig()
+    scheme = report.scheme or _scheme_of(report)
+    projected = entry.projection is not None
+    groups = report.groups[:_MOST_GROUPS]
+    features = (scheme if scheme != "none" else None, "projection" if projected else None, *facts.features)
+    return {
+        "summary": _summary(config, report, scheme, facts, projected),
+        "sizes": _sizes(folder, report),
+        "groups": [_row(group) for group in groups],
+        "more_groups": len(report.groups) - len(groups),
+        "checked": _checked(report, config),
+        "outcome": _outcome(loading, report.parameters),
+        "plain_code": _plain_code(folder, repo_id, loading),
+        "tied_code": _tied_code(repo_id, loading),
+        "code_files": _code_files(folder) if loading.outcome == "code" else "",
+        "papers": papers_for(*features) if report.groups or facts.features else [],
+        "tags": [*(tags_of(config) or (["weight-tying"] if report.groups else [])),
+                 *(["custom_code"] if loading.outcome == "code" else [])],
+        "task": loading.task,
+        "library": "hf_tying" if loading.outcome in ("other", "nothing") else "transformers",
+        "base_model": facts.base_model,
+        "relation": "finetune",
+        "shares": results.shares,
+    }  # fmt: skip
+
+
+def _scheme_of(report: TyingReport) -> str | None:
+    """The scheme of ties that the class itself makes, by the roles of the one group that it has."""
+    roles = {role for group in report.groups for role in group.roles.values()}
+    full = {frozenset({"target", "output"}): "two_way", frozenset({"source", "target", "output"}): "three_way"}
+    return full.get(frozenset(roles)) if len(report.groups) == 1 else None
+
+
+def _summary(
+    config: dict[str, Any], report: TyingReport, scheme: str | None, facts: Facts, projected: bool
+) -> str:
+    kind = code(report.architecture)
+    article = "An" if report.architecture[:1] in "AEIOU" else "A"
+    sentence = f"{article} {kind} of {report.parameters:,} parameters"
+    layers = [group for group in report.groups if is_of_layers(group.name, group.names)]
+    if scheme in _SHARED:
+        sentence += f" whose {_SHARED[scheme]}"
+    if layers:
+        count = "a group of matrices is" if len(layers) == 1 else f"{len(layers)} groups of matrices are"
+        sentence += f"{', and ' if scheme in _SHARED else ' '}in whose layers {count} shared"
+    elif scheme not in _SHARED:
+        sentence += ", with shared parameters" if report.groups else ", in which nothing is tied"
+    sentence += "."
+    if projected:
+        sentence += " A projection (PR) stands before the softmax."
+    if facts.base_model:
+        sentence += f" Trained from [{facts.base_model}](https://huggingface.co/{facts.base_model})."
+    return f"{sentence} {facts.description}" if facts.description else sentence
+
+
+def _sizes(folder: Path, report: TyingReport) -> dict[str, int]:
+    """Elements and bytes, as the model is and as it would be untied."""
+    files = weight_files(folder)
+    in_file = sum(file.stat().st_size for file in files)
+    held = {dtype for file in files for shape, dtype in read_header(file).values() if prod(shape) > 0}
+    element = bytes_of(held.pop()) if len(held) == 1 else 0
+    saved = sum(group.parameters_saved for group in report.groups)
+    return {
+        "parameters": report.parameters,
+        "untied_parameters": report.parameters + saved,
+        "file": in_file,
+        "untied_file": in_file + sum(group.file_bytes_saved or 0 for group in report.groups),
+        "moments": 2 * element * report.parameters,
+        "untied_moments": 2 * element * (report.parameters + saved),
+    }
+
+
+def _row(group: GroupReport) -> dict[str, str]:
+    names = group.names[:_MOST_NAMES]
+    more = [f"and {len(group.names) - len(names)} more"] if len(group.names) > len(names) else []
+    held = len(group.in_file or [])
+    return {
+        "name": group.name,
+        "names": " <br> ".join([*map(code, names), *more]),
+        "roles": " <br> ".join(group.roles.get(name, "") for name in names) if group.roles else "",
+        "shape": f"{' x '.join(f'{n:,}' for n in group.shape)} {group.dtype}",
+        "in_file": f"{held} of {len(group.names)}",
+    }
+
+
+def _checked(report: TyingReport, config: dict[str, Any]) -> str:
+    written = f", transformers {config['transformers_version']}" if config.get("transformers_version") else ""
+    if report.ok:
+        return f"Checked by hf_tying {version('hf-tying')}{written}: config and file agree."
+    return "\n".join(f"- **{finding.code}** {finding.message}" for finding in report.findings)
+
+
+def _outcome(loading: Loading, parameters: int) -> str:
+    if loading.outcome != "copies":
+        return _OUTCOMES[loading.outcome]
+    more = (loading.parameters or parameters) - parameters
+    return f"right values; {more:,} parameters more, which are copies that further training lets drift apart."
+
+
+def _plain_code(folder: Path, repo_id: str, loading: Loading) -> str:
+    if loading.outcome not in ("same", "copies", "code"):
+        return ""
+    trusted = ", trust_remote_code=True" if loading.outcome == "code" else ""
+    load = f'model = {loading.auto_class}.from_pretrained("{repo_id}"{trusted})'
+    if not (folder / "tokenizer_config.json").is_file() or loading.task != "text-generation":
+        return f"from transformers import {loading.auto_class}\n\n{load}"
+    return (
+        f"from transformers import {loading.auto_class}, AutoTokenizer\n\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}")\n{load}\n'
+        'inputs = tokenizer("The", return_tensors="pt", return_token_type_ids=False)\n'
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=10)[0]))"
+    )
+
+
+def _tied_code(repo_id: str, loading: Loading) -> str:
+    if loading.outcome in ("code", "unknown"):
+        return ""
+    return (
+        f"import hf_tying\nfrom transformers import {loading.auto_class}\n\n"
+        f'model = {loading.auto_class}.from_pretrained("{repo_id}")\nhf_tying.assert_tied(model)'
+    )
+
+
+def _code_files(folder: Path) -> str:
+    own = [path for path in sorted(folder.glob("*.py")) if not path.name.startswith("hf_tying_")]
+    carried = [path for path in folder.glob("hf_tying_*.py")]
+    listed = [f"{code(path.name)} ({megabytes(path.stat().st_size)})" for path in own]
+    if carried:
+        listed.append(f"{len(carried)} files of hf_tying ({megabytes(sum(p.stat().st_size for p in carried))})")
+    return ", ".join(listed)
