@@ -28,6 +28,9 @@ _HOME = {
     "gap": "ties.relaxed",
     "harden": "ties.relaxed",
     "relaxation_penalty": "ties.relaxed",
+    "share_layers": "depth.sharing",
+    "unroll": "depth.sharing",
+    "fold": "depth.sharing",
     "use_tied_loss": "objectives.tied_loss",
     "use_projection": "projection.model",
     "merge_projection": "projection.model",
@@ -49,6 +52,9 @@ __all__ = [
     "gap",
     "harden",
     "relaxation_penalty",
+    "share_layers",
+    "unroll",
+    "fold",
     "use_tied_loss",
     "use_projection",
     "merge_projection",
@@ -56,6 +62,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .depth.sharing import fold, share_layers, unroll
     from .objectives.tied_loss import use_tied_loss
     from .projection.model import merge_projection, use_projection
     from .report.dispatch import tying_report

@@ -69,6 +69,8 @@ EXTENSIONS: dict[str, Extension] = {
 _MOST_NAMES = 50_000
 _LONGEST_NAME = 512
 _LARGEST_RANK = 65_536
+_MOST_STACKS = 16
+_MOST_LAYERS = 10_000
 
 
 class TyingError(ValueError):
@@ -158,6 +160,9 @@ class TyingConfig:
             `True`. `None`, the default, is not written to the file.
         extensions (`dict[str, Any]`): values of further entries of `EXTENSIONS`, by their keys.
         relax (`dict[str, dict]`): settings of relaxed groups by the names of the groups. They are taken from `groups`.
+        depth (`list[dict]`): stacks whose layers are shared, see `hf_tying.share_layers`: `path` of the list of
+            layers, `order` (the shared block of each layer), and, where there are any, `private` (names within a
+            layer that stay apart), `relax`, `damped` (layers with a factor before what they add), `unrolled`.
 
     Raises:
         TyingError: for an unknown scheme, option or extension, a group of one, or one name in two groups.
@@ -175,6 +180,7 @@ class TyingConfig:
     projection: ProjectionConfig | None = None
     extensions: dict[str, Any] = field(default_factory=dict)
     relax: dict[str, dict[str, Any]] = field(default_factory=dict)
+    depth: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.scheme is not None and not (isinstance(self.scheme, str) and self.scheme in SCHEMES):
@@ -196,6 +202,7 @@ class TyingConfig:
         groups, relax = _split_relaxed(self.groups)
         object.__setattr__(self, "groups", _checked_groups(groups))
         object.__setattr__(self, "relax", {name: dict(self.relax[name]) for name in self.relax} | relax)
+        object.__setattr__(self, "depth", _checked_depth(self.depth))
         object.__setattr__(self, "projection", ProjectionConfig.of(self.projection))
         for key in self.extensions:
             if key not in EXTENSIONS or key in _FIELDS:
@@ -226,10 +233,12 @@ class TyingConfig:
             )
         groups = entry.get("groups")
         relaxed = isinstance(groups, dict) and any(isinstance(names, dict) for names in groups.values())
-        if version > (known := VERSION if relaxed else 1):
+        second = relaxed or bool(entry.get("depth"))
+        if version > (known := VERSION if second else 1):
             raise TyingError(
                 f"The `tying` entry has version {_short(version)}; this hf_tying reads up to version {known} of an "
-                f"entry with{'' if relaxed else 'out'} relaxed groups. Upgrade with `pip install -U hf-tying`."
+                f"entry with{'' if second else 'out'} relaxed groups or shared layers. Upgrade with `pip install -U "
+                "hf-tying`."
             )
         for key in entry:
             if key not in _KEYS | {"version"}:
@@ -288,12 +297,14 @@ class TyingConfig:
     def to_dict(self) -> dict[str, Any]:
         """The plain dict that `config.json` carries."""
         entry = {
-            "version": VERSION if self.relax else 1,
+            "version": VERSION if self.relax or self.depth else 1,
             "scheme": self.scheme,
             "groups": {name: self._group_entry(name) for name in self.groups},
             "on_conflict": self.on_conflict,
             "save_format": self.save_format,
         }
+        if self.depth:
+            entry["depth"] = copy.deepcopy(self.depth)
         if self.loss != "stock":
             entry["loss"] = self.loss
         if self.projection is not None:
@@ -418,6 +429,48 @@ def _checked_relaxation(group: Any, value: Any) -> dict[str, Any]:
         if not fits:
             raise TyingError(f"Group {_short(group)} is relaxed with {key}={_short(setting)}: expected {wanted}.")
     return dict(value)
+
+
+def _checked_depth(depth: Any) -> list[dict[str, Any]]:
+    if not isinstance(depth, list | tuple) or len(depth) > _MOST_STACKS:
+        raise TyingError(f"`depth` is {_short(depth)}: expected a list of up to {_MOST_STACKS} stacks of layers.")
+    checked = []
+    for stack in depth:
+        known = {"path", "order", "private", "relax", "damped", "unrolled"}
+        if not isinstance(stack, dict) or not {"path", "order"} <= stack.keys() <= known:
+            raise TyingError(
+                f"`depth` has the stack {_short(sorted(map(str, stack)) if isinstance(stack, dict) else stack)}: "
+                f"expected a dict with `path` and `order`, and some of {sorted(known - {'path', 'order'})}."
+            )
+        path, order = stack["path"], stack["order"]
+        if not isinstance(path, str) or not path or len(path) > _LONGEST_NAME:
+            raise TyingError(f"`depth` has the path {_short(path)}: expected the name of a list of layers.")
+        if any(path == other["path"] for other in checked):
+            raise TyingError(f"`depth` has the path {_short(path)} twice: expected each list of layers once.")
+        if not isinstance(order, list | tuple) or not 1 < len(order) <= _MOST_LAYERS:
+            raise TyingError(f"The order of {_short(path)} is {_short(order)}: expected the block of each layer.")
+        for key, wanted in (("order", order), ("damped", stack.get("damped", []))):
+            fits = isinstance(wanted, list | tuple) and all(
+                isinstance(number, int) and not isinstance(number, bool) and 0 <= number < _MOST_LAYERS
+                for number in wanted
+            )
+            if not fits:
+                raise TyingError(f"`{key}` of {_short(path)} is {_short(wanted)}: expected whole numbers from 0.")
+        private = stack.get("private", [])
+        named = isinstance(private, list | tuple) and len(private) <= _MOST_NAMES
+        if not named or not all(isinstance(name, str) and 0 < len(name) <= _LONGEST_NAME for name in private):
+            raise TyingError(f"`private` of {_short(path)} is {_short(private)}: expected names within a layer.")
+        entry = {"path": path, "order": list(order)}
+        if private:
+            entry["private"] = list(private)
+        if stack.get("relax") is not None:
+            entry["relax"] = _checked_relaxation(path, stack["relax"])
+        if stack.get("damped"):
+            entry["damped"] = list(stack["damped"])
+        if stack.get("unrolled"):
+            entry["unrolled"] = True
+        checked.append(entry)
+    return checked
 
 
 def _checked_groups(groups: Any) -> dict[str, list[str]]:

@@ -69,7 +69,8 @@ TIES = (
     Change(_MODELS, "PreTrainedModel._load_pretrained_model", f"{_HERE}:check_checkpoint",
            "a device map that splits a tie, and a broken file, are refused before weights are read",
            without="both errors are transformers' own"),
-    Change(_MODELS, "PreTrainedModel.from_pretrained", f"{_HERE}:take_tying", "it takes `tying=`, for any class"),
+    Change(_MODELS, "PreTrainedModel.from_pretrained", f"{_HERE}:take_tying",
+           "it takes `tying=`, for any class, and finds a file of shared blocks"),
     Change(_MODELS, "PreTrainedModel.save_pretrained", f"{_HERE}:adopt_ties",
            "ties of a model inside are saved with the outer one"),
     *(Change(f"transformers.{module}", "custom_object_save", f"{_HERE}:carry_code",
@@ -262,12 +263,22 @@ def _holds_ties(model: "PreTrainedModel") -> bool:
 def take_tying(
     wrapped: Callable[..., Any], cls: "type[PreTrainedModel]", args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> "PreTrainedModel":
-    """Wrapper of `PreTrainedModel.from_pretrained`: `tying=` is the declaration for this load."""
-    if "tying" not in kwargs:
-        return wrapped(*args, **kwargs)
-    from .ties.declaring import from_pretrained
+    """Wrapper of `PreTrainedModel.from_pretrained`: `tying=` is the declaration for this load.
 
-    return from_pretrained(wrapped, cls, args, kwargs)
+    A file that stock loaders would misread (shared layers, each block once) has a name that only this finds.
+    """
+    if "tying" in kwargs:
+        from .ties.declaring import from_pretrained
+
+        return from_pretrained(wrapped, cls, args, kwargs)
+    try:
+        return wrapped(*args, **kwargs)
+    except OSError:
+        from .ties.declaring import shared_variant
+
+        if (variant := shared_variant(args, kwargs)) is None:
+            raise
+    return wrapped(*args, **kwargs, variant=variant)
 
 
 def adopt_ties(
@@ -323,9 +334,7 @@ def _refuse_unloadable(instance: Any, token: Any) -> None:
         prepare_upload(instance, token)
 
 
-def finish_upload(
-    wrapped: Callable[..., Any], instance: object, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def finish_upload(wrapped: Callable[..., Any], instance: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Wrapper of `PushToHubMixin._upload_modified_files`: finish the folder that `push_to_hub` of a model has made."""
     if hasattr(instance, "parameters"):
         from .hub.folders import finish_folder

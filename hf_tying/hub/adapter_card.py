@@ -78,7 +78,7 @@ def adapter_context(folder: Path, repo_id: str, facts: Facts) -> dict[str, Any]:
                 "lora_code": _code(auto_class, base_model, repo_id, at_root, False) if place != tied else "",
                 "tied_code": _code(auto_class, base_model, repo_id, subfolder, True),
                 "calls": " or ".join(
-                    f"`PeftModel.from_pretrained(base, \"{repo_id}\"{_argument(sub)})`"
+                    f'`PeftModel.from_pretrained(base, "{repo_id}"{_argument(sub)})`'
                     for sub in dict.fromkeys((at_root, subfolder))
                 ),
                 "settings": _settings(config),

@@ -139,4 +139,6 @@ def _fill_metadata(
             )
             for row in rows
         ]
-    update_metadata(data, facts, [*context["tags"], *tags], context["base_model"] if context["library"] == "peft" else None)
+    update_metadata(
+        data, facts, [*context["tags"], *tags], context["base_model"] if context["library"] == "peft" else None
+    )

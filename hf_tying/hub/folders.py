@@ -27,7 +27,9 @@ def finish_folder(
     if (folder / _ADAPTER).is_file() or any(folder.glob(f"*/{_ADAPTER}")):
         from .adapters import write_both_forms
 
-        named = [path.parent for path in folder.glob(f"*/{_ADAPTER}") if not path.parent.name.startswith("checkpoint-")]
+        named = [
+            path.parent for path in folder.glob(f"*/{_ADAPTER}") if not path.parent.name.startswith("checkpoint-")
+        ]
         found = [write_both_forms(place) for place in (folder, *(path for path in named if path.name != "tied_lora"))]
         concerned = any(found)
     else:

@@ -80,9 +80,7 @@ def _scheme_of(report: TyingReport) -> str | None:
     return full.get(frozenset(roles)) if len(report.groups) == 1 else None
 
 
-def _summary(
-    config: dict[str, Any], report: TyingReport, scheme: str | None, facts: Facts, projected: bool
-) -> str:
+def _summary(config: dict[str, Any], report: TyingReport, scheme: str | None, facts: Facts, projected: bool) -> str:
     kind = code(report.architecture)
     article = "An" if report.architecture[:1] in "AEIOU" else "A"
     sentence = f"{article} {kind} of {report.parameters:,} parameters"

@@ -160,15 +160,23 @@ class Checkpoint:
             names = ["token_embd.weight", "output.weight"]
             return [("embeddings", names)] if names[0] in self.tensors and names[1] not in self.tensors else []
         entry, stock = self.entry, self.stock
-        if entry is None or (entry.scheme is None and not entry.groups):
+        if entry is None or (entry.scheme is None and not entry.groups and not entry.depth):
             return named_groups(stock, stock.declared(self.config)) if stock else []
         if (entry.groups or entry.scheme == "none") and not self._strange_names:
-            return list(entry.groups.items())
+            return [*entry.groups.items(), *self.layer_groups]
         if self.built is None:  # checks the names of the entry, too
-            return list(entry.groups.items())
+            return [*entry.groups.items(), *self.layer_groups]
         from ..ties.verify import groups_of
 
         return [(group.name, list(group.names)) for group in groups_of(self.built)]
+
+    @cached_property
+    def layer_groups(self) -> list[tuple[str, list[str]]]:
+        """The groups of shared layers, as far as the files have their names."""
+        from ..ties.shared_layers import depth_groups
+
+        stacks = self.entry.depth if self.entry else []
+        return [item for stack in stacks for item in depth_groups(self.tensors, stack).items()]
 
     @property
     def _strange_names(self) -> list[str]:

@@ -112,3 +112,13 @@ class Anatomy:
 def roles(model: PreTrainedModel) -> dict[str, Role]:
     """The roles that `model` has: `Anatomy(model).roles`."""
     return Anatomy(model).roles
+
+
+def locate(anatomy: Anatomy, name: str) -> str | None:
+    """`name` as this class spells it. A base model has no prefix where a model with a head has one."""
+    base = getattr(anatomy.model, "base_model_prefix", "")  # a plain module has none
+    prefix = f"{base}." if base else ""
+    for candidate in [name, name.removeprefix(prefix), prefix + name]:
+        if candidate in anatomy.slots or candidate in anatomy.modules:
+            return candidate
+    return None

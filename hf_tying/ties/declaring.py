@@ -7,7 +7,8 @@ from typing import Any
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from ..config import TyingConfig
+from ..config import TyingConfig, entry_of
+from .shared_layers import VARIANT, needs_this_package
 
 # Arguments that find the files. `from_pretrained` of a config takes only these.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
@@ -47,3 +48,22 @@ def from_pretrained(
             setattr(config, key, given.pop(key))
     config.tying = entry
     return wrapped(*args, config=config, **given)
+
+
+def shared_variant(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """The `variant` of the weights file, where the config says that stock loaders would misread it; else `None`.
+
+    Args:
+        args: positional arguments of `from_pretrained`, which has found no file of the usual name.
+        kwargs: keywords of that call.
+    """
+    if kwargs.get("variant") is not None:
+        return None
+    config: Any = kwargs.get("config")
+    if not isinstance(config, PreTrainedConfig):
+        path: Any = config or (args[0] if args else kwargs.get("pretrained_model_name_or_path"))
+        try:
+            config, _ = PreTrainedConfig.get_config_dict(path, **{k: kwargs[k] for k in _HUB_ARGUMENTS if k in kwargs})
+        except OSError:
+            return None
+    return VARIANT if needs_this_package(TyingConfig.from_dict(entry_of(config))) else None

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..config import SCHEMES, TyingConfig, TyingError
-from .anatomy import Anatomy
+from .anatomy import Anatomy, locate
 from .declared import join_chains
 from .relaxation import SUFFIX
 from .sharding import shape_of
+from .shared_layers import depth_groups, located_stacks
 from .slots import find_slot, is_quantised, why_no_parameter
 
 
@@ -199,6 +200,8 @@ def explicit_groups(anatomy: Anatomy, config: TyingConfig, strict: bool = True) 
     """
     slots = anatomy.slots
     groups: dict[str, list[str]] = {}
+    for stack in located_stacks(anatomy, config, strict):
+        groups |= depth_groups(slots, stack)
     for group, names in config.groups.items():
         located = []
         for name in names:
@@ -227,16 +230,6 @@ def explicit_groups(anatomy: Anatomy, config: TyingConfig, strict: bool = True) 
             key = f"{group}.{relative}" if relative else group
             groups[key] = [f"{place}.{relative}" if relative else place for place in present]
     return groups
-
-
-def locate(anatomy: Anatomy, name: str) -> str | None:
-    """`name` as this class spells it. A base model has no prefix where a model with a head has one."""
-    base = getattr(anatomy.model, "base_model_prefix", "")  # a plain module has none
-    prefix = f"{base}." if base else ""
-    for candidate in [name, name.removeprefix(prefix), prefix + name]:
-        if candidate in anatomy.slots or candidate in anatomy.modules:
-            return candidate
-    return None
 
 
 def _parameters_below(name: str, slots: Iterable[str]) -> list[str]:

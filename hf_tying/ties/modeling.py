@@ -7,8 +7,10 @@ class of a live model, so both forms behave alike.
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -29,6 +31,7 @@ from .relaxing import relax_declared
 from .resizing import fit_tied, follow_bias, refuse_other_values, replace_tied, resize
 from .roles import ask
 from .sharding import gathered
+from .shared_layers import VARIANT, damp_declared, needs_this_package
 from .slots import (
     canonical,
     find_parameter,
@@ -83,6 +86,7 @@ class TiedModelMixin(MixinBase):
         making = _models_being_made()
         parts = [model for model in making if model is not self and type(model.config) is type(self.config)]
         strict = not parts and self._is_declared_class()  # a part shares the record of the whole, with its names
+        damp_declared(self, config)
         relax_declared(self, config, strict, active=not _ties_wait())
         honour_extensions(self, config, strict)
         # A subclass may add modules after `super().__init__()`. Then two `__init__` of this object are running.
@@ -116,8 +120,10 @@ class TiedModelMixin(MixinBase):
         if not isinstance(architectures := getattr(self.config, "architectures", None), list) or not architectures:
             return not (self.base_model_prefix and headless)
         if headless and self.base_model_prefix:  # `head.base_model.save_pretrained` writes the entry of the head
-            groups = TyingConfig.in_config(self.config).groups.values()
-            if any(name.startswith(f"{self.base_model_prefix}.") for names in groups for name in names):
+            config = TyingConfig.in_config(self.config)
+            names = [name for names in config.groups.values() for name in names]
+            names += [stack["path"] for stack in config.depth]
+            if any(name.startswith(f"{self.base_model_prefix}.") for name in names):
                 return False
         return any(cls.__name__ in architectures for cls in type(self).__mro__)
 
@@ -357,6 +363,9 @@ class TiedModelMixin(MixinBase):
         try:
             if not adapters_only:
                 state_dict = self._file_state(state_dict, config.save_format)
+                # A training goes on from its checkpoints in the same program, which looks for the usual name.
+                if needs_this_package(config) and not re.match(r"checkpoint-\d+$", Path(save_directory).name):
+                    kwargs.setdefault("variant", VARIANT)
             super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
         finally:
             if entry is not None:  # a model inside another one shares its config, whose names are the outer model's

@@ -13,6 +13,7 @@ from .declared import join_chains
 from .groups import TieGroup, groups_held, locate, scheme_of
 from .relaxation import SUFFIX, relax_entries
 from .roles import FLAG_SET_BY_THE_CLASS, SCALED_BY_THE_FLAG
+from .shared_layers import depth_groups, located_stacks
 
 
 def refuse_foreign_entry(config: PreTrainedConfig) -> None:
@@ -46,15 +47,32 @@ def write_config(model: PreTrainedModel, anatomy: Anatomy | None = None, **chang
     scheme = scheme_of(anatomy, groups_held(model))
     groups = _recorded_groups(anatomy, before.groups)
     relax = relax_entries(model)
+    depth, in_depth = _recorded_depth(anatomy, before)
+    groups = {name: names for name, names in groups.items() if name not in in_depth}
     write_flags(anatomy, tied=scheme in ("two_way", "three_way") and not _is_relaxed(anatomy, relax))
     entry = before.replace(
         scheme=_recorded_scheme(anatomy, before.scheme, scheme),
         groups=groups,
-        relax={name: before.relax[name] for name in before.relax if name in groups.keys() - _held(model)} | relax,
+        relax={name: before.relax[name] for name in before.relax if name in groups.keys() - _held(model)}
+        | {name: settings for name, settings in relax.items() if name not in in_depth},
+        depth=depth,
         save_format=before.save_format or default_save_format(anatomy),
     )
     model.config.tying = entry.to_dict()
     return entry
+
+
+def _recorded_depth(anatomy: Anatomy, before: TyingConfig) -> tuple[list[dict[str, Any]], set[str]]:
+    """The stacks of `before` that hold or are not in this model, and the names of the groups that they stand for."""
+    held = {frozenset(group.names): group.name for group in groups_held(anatomy.model)}
+    kept, covered = [], set()
+    for stack in before.depth:
+        here = located_stacks(anatomy, TyingConfig(depth=[stack]), strict=False)
+        groups = [frozenset(names) for each in here for names in depth_groups(anatomy.slots, each).values()]
+        if all(names in held for names in groups):
+            kept.append(stack)
+            covered |= {held[names] for names in groups}
+    return kept, covered
 
 
 def _held(model: PreTrainedModel) -> set[str]:

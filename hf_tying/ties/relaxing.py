@@ -9,6 +9,7 @@ from ..config import TyingConfig, TyingError
 from .anatomy import Anatomy
 from .groups import explicit_groups
 from .relaxation import KINDS, LowRank, relax, relaxation_at
+from .shared_layers import depth_groups, located_stacks
 from .slots import parameter_of
 
 
@@ -25,7 +26,7 @@ def refuse_unrelaxable(model: nn.Module, config: TyingConfig) -> None:
                 f"Group {group!r} has the root {chain[0]!r}, which is relaxed in another group: expected a root that "
                 "is tied exactly. Name the root of that group first, or harden(model)."
             )
-        if settings["kind"] == "lora" and root.ndim < 2 and chain[0] in config.groups[group]:
+        if settings["kind"] == "lora" and root.ndim < 2 and chain[0] in config.groups.get(group, ()):
             raise TyingError(
                 f"Group {group!r} cannot be relaxed by 'lora': {chain[0]!r} has the shape {tuple(root.shape)}, and "
                 "a low rank needs a matrix. Use the kind 'scale'."
@@ -81,11 +82,15 @@ def fit_before(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
 
 def _chains(model: nn.Module, config: TyingConfig, strict: bool = True) -> list[tuple[str, list[str], dict[str, Any]]]:
     """Group, names in this model with the root first, and settings; modules are expanded to their parameters."""
-    if not config.relax:
+    stacks = [stack for stack in config.depth if "relax" in stack]
+    if not config.relax and not stacks:
         return []
-    declared = TyingConfig(groups={group: config.groups[group] for group in config.relax})
-    found = explicit_groups(Anatomy(model), declared, strict)
+    anatomy = Anatomy(model)
     chains = []
+    for stack in located_stacks(anatomy, TyingConfig(depth=stacks), strict):
+        chains += [(stack["path"], chain, stack["relax"]) for chain in depth_groups(anatomy.slots, stack).values()]
+    declared = TyingConfig(groups={group: config.groups[group] for group in config.relax})
+    found = explicit_groups(anatomy, declared, strict)
     for key, chain in found.items():
         group = next(g for g in config.relax if key == g or key.startswith(f"{g}."))
         if len(chain) > 1:

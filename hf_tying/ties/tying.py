@@ -98,8 +98,10 @@ def tie(
         values = _values_to_take(anatomy, groups, init_from)
         before = values_before(model, config)
         further = config.declared_extensions()  # extensions that are not named stay
+        if config.depth:
+            further["depth"] = config.depth
         _apply(anatomy, groups, values, on_conflict=config.on_conflict, save_format=config.save_format, **further)
-    if config.relax:
+    if config.relax or any("relax" in stack for stack in config.depth):
         relax_declared(model, config)
         fit_before(model, before)
         record_relaxed(model, config.save_format)

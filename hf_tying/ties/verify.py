@@ -12,6 +12,7 @@ from .anatomy import Anatomy
 from .declared import join_chains
 from .groups import TieGroup, declared_groups, locate
 from .sharding import is_dtensor
+from .shared_layers import depth_groups, located_stacks
 from .slots import (
     difference,
     find_parameter,
@@ -241,6 +242,8 @@ def _config_differs(anatomy: Anatomy, groups: list[TieGroup]) -> Iterator[str]:
     located: list[Collection[str]] = [
         {place for name in names if (place := locate(anatomy, name)) is not None} for names in record.groups.values()
     ]
+    for stack in located_stacks(anatomy, record, strict=False):
+        located += depth_groups(anatomy.slots, stack).values()
     if record.scheme is None:  # the embeddings are left to what the class declares
         located = [*join_chains([*located, *anatomy.declared])]
     declared = sorted({tuple(sorted(names)) for names in located if len(names) > 1})
