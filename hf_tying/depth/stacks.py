@@ -30,7 +30,12 @@ def stacks_of(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
     found: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
         inner = any(path.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, nn.ModuleList) and not inner and any(True for _ in module.parameters()):
+        if (
+            isinstance(module, nn.ModuleList)
+            and not inner
+            and len(module) > 1
+            and any(True for _ in module.parameters())
+        ):
             found[path] = module
     lengths = {value for _, _, value in _length_fields(model)}
     found = {path: stack for path, stack in found.items() if len(stack) in lengths} or found

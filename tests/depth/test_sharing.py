@@ -1,0 +1,381 @@
+"""Shared layers: every pattern on many architectures, beside the plain model that it is unrolled to."""
+
+import copy
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
+
+from hf_tying import TyingConfig, TyingError, assert_tied, fold, gap, share_layers, tie, unroll, untie
+from hf_tying.depth.patterns import PATTERNS, order_of
+from tests.tiny import Sentences, logits, tiny_inputs, tiny_model, untied_model
+
+LENGTHS = {"gpt2": {"n_layer": 4}, "t5": {"num_layers": 4}, "bart": {"encoder_layers": 4, "decoder_layers": 4}}
+ARCHITECTURES = ["llama", "qwen3", "gpt2", "opt", "bert", "modernbert", "gemma3_text", "mamba", "t5", "bart"]
+UNIQUE = {"sandwich": 3, "middle_cycle": 3, "all": 1}
+
+
+def vision():
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=16,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            intermediate_size=32,
+            image_size=8,
+            patch_size=4,
+        )
+    )
+
+
+def speech():
+    return WhisperForConditionalGeneration(
+        WhisperConfig(
+            d_model=16, encoder_layers=4, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+            encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=50, max_source_positions=10, num_mel_bins=8,
+            max_target_positions=20, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+        )
+    )  # fmt: skip
+
+
+def plain(name="llama", **changes):
+    torch.manual_seed(0)
+    if name in ("vision", "speech"):
+        return {"vision": vision, "speech": speech}[name]().eval()
+    return tiny_model(name, **LENGTHS.get(name, {"num_hidden_layers": 4}), **changes)
+
+
+def output(model):
+    if isinstance(model, ViTForImageClassification):
+        image = torch.randn(1, 3, 8, 8, generator=torch.manual_seed(1))
+        return model(image).logits.detach()
+    if isinstance(model, WhisperForConditionalGeneration):
+        sound = torch.randn(1, 8, 20, generator=torch.manual_seed(1))
+        return model(sound, decoder_input_ids=torch.tensor([[1, 3, 4]])).logits.detach()
+    return logits(model)
+
+
+def parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "vision", "speech"])
+def test_every_pattern_is_shared_saved_unrolled_and_folded(name, pattern, tmp_path):
+    model = share_layers(plain(name), pattern, UNIQUE.get(pattern, 2), init="average")
+    assert_tied(model)
+    before, few = output(model), parameters(model)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert_tied(loaded)
+    assert torch.equal(output(loaded), before) and parameters(loaded) == few
+    assert loaded.config.tying == model.config.tying and loaded.config.tying["version"] == 2
+    assert unroll(model) is model
+    assert_tied(model)
+    assert torch.equal(output(model), before)
+    assert parameters(model) == parameters(plain(name))
+    fold(model)
+    assert_tied(model)
+    assert torch.equal(output(model), before) and parameters(model) == few
+
+
+def test_the_orders_are_those_of_the_papers():
+    orders = {pattern: order_of(pattern, 6, {"sandwich": 3, "all": 1}.get(pattern, 3)) for pattern in PATTERNS}
+    assert orders == {
+        "sequence": [0, 0, 1, 1, 2, 2], "cycle": [0, 1, 2, 0, 1, 2], "cycle_rev": [0, 1, 2, 2, 1, 0],
+        "sandwich": [0, 1, 1, 1, 1, 2], "middle_cycle": [0, 1, 1, 1, 1, 2], "immediate": [0, 0, 1, 1, 2, 2],
+        "all": [0, 0, 0, 0, 0, 0],
+    }  # fmt: skip
+    assert order_of("middle_cycle", 8, 4) == [0, 1, 2, 1, 2, 1, 2, 3]
+
+
+def test_the_entry_is_short_and_stock_reads_the_file(tmp_path):
+    model = share_layers(plain(), "cycle", 2)
+    entry = model.config.tying
+    assert entry["depth"] == [{"path": "model.layers", "order": [0, 1, 0, 1]}] and not entry["groups"]
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["tying"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(stock), logits(model)) and parameters(stock) > parameters(model)
+
+
+def test_dedup_has_each_block_once_and_stock_refuses_it(tmp_path):
+    model = share_layers(plain(), "cycle", 2, save_format="dedup")
+    model.save_pretrained(tmp_path)
+    [file] = tmp_path.glob("*.safetensors")
+    tensors = load_file(file)
+    assert sum(tensor.numel() for tensor in tensors.values()) == parameters(model)
+    assert not any(name.startswith(("model.layers.2.", "model.layers.3.")) for name in tensors)
+    for cls in (AutoModelForCausalLM, AutoModel):
+        loaded = cls.from_pretrained(tmp_path)
+        assert_tied(loaded)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["tying"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(OSError, match="no file named"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_the_base_model_of_the_file_is_shared_too(tmp_path):
+    share_layers(plain(), "sequence", 2).save_pretrained(tmp_path)
+    base = AutoModel.from_pretrained(tmp_path)
+    assert_tied(base)
+    assert base.layers[0].mlp.up_proj.weight is base.layers[1].mlp.up_proj.weight
+
+
+class TestInitialValues:
+    NAME = "self_attn.q_proj.weight"
+
+    def values(self, model):
+        return [layer.self_attn.q_proj.weight.detach().clone() for layer in model.model.layers]
+
+    @pytest.mark.parametrize("init", ["first", "average", "stepwise"])
+    def test_are_those_of_the_layers(self, init):
+        model = plain()
+        old = self.values(model)
+        new = self.values(share_layers(model, "cycle", 2, init=init))
+        expected = {
+            "first": [old[0], old[1]],
+            "average": [(old[0] + old[2]) / 2, (old[1] + old[3]) / 2],
+            "stepwise": [old[0], old[3]],
+        }[init]
+        for found, wanted in zip(new, expected * 2, strict=True):
+            torch.testing.assert_close(found, wanted)
+
+    def test_a_higher_rank_is_nearer_and_the_full_one_is_the_model(self):
+        stock, errors = plain(), []
+        for rank in (1, 4, 16):
+            model = share_layers(
+                copy.deepcopy(stock), "cycle", 2, init="svd", relax={"rank": rank}, private=["*norm*"]
+            )
+            pairs = zip(self.values(stock)[2:], model.model.layers[2:], strict=True)
+            errors.append(max((old - layer.self_attn.q_proj.weight).norm().item() for old, layer in pairs))
+        assert errors == sorted(errors, reverse=True) and errors[1] < errors[0]
+        torch.testing.assert_close(logits(model), logits(stock), atol=1e-4, rtol=0)
+
+    def test_a_relaxed_model_is_saved_unrolled_and_folded(self, tmp_path):
+        model = share_layers(plain(), "cycle", 2, init="svd", relax={"rank": 3}, private=["*norm*"])
+        before, distance = logits(model), gap(model)
+        model.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert torch.equal(logits(loaded), before) and gap(loaded) == distance
+        assert loaded.config.tying["depth"][0]["relax"] == {"kind": "lora", "rank": 3}
+        unroll(model)
+        torch.testing.assert_close(logits(model), before, atol=1e-6, rtol=0)
+        fold(model)
+        assert_tied(model)
+        torch.testing.assert_close(logits(model), before, atol=1e-5, rtol=0)
+
+
+class TestGrowing:
+    ORDER = [0, 1, 2, 1, 2, 3]
+
+    def test_starts_as_the_model_that_it_was(self, tmp_path):
+        stock = plain()
+        model = share_layers(copy.deepcopy(stock), order=self.ORDER, grow=True)
+        assert torch.equal(logits(model), logits(stock))
+        assert model.config.num_hidden_layers == 6 and model.config.tying["depth"][0]["damped"] == [3, 4]
+        assert [layer.self_attn.layer_idx for layer in model.model.layers] == list(range(6))
+        for i in (3, 4):
+            model.model.layers[i].visit_factor.data.fill_(0.5)
+        model.save_pretrained(tmp_path)
+        assert not (tmp_path / "model.safetensors").exists()  # stock would read another function
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert_tied(loaded)
+        assert torch.equal(logits(loaded), logits(model)) and not torch.equal(logits(model), logits(stock))
+        with pytest.raises(TyingError, match="visit_factor"):
+            unroll(model)
+
+    def test_the_factor_learns(self):
+        model = share_layers(plain(), order=self.ORDER, grow=True)
+        model(**tiny_inputs(model)).loss.backward()
+        assert model.model.layers[3].visit_factor.grad.abs() > 0
+
+    def test_lists_of_the_config_follow(self):
+        model = plain("gemma3_text", layer_types=["sliding_attention", "full_attention"] * 2)
+        share_layers(model, order=[0, 1, 2, 3, 2, 3], grow=True)
+        assert model.config.layer_types == ["sliding_attention", "full_attention"] * 3
+
+    def test_generation_with_a_cache_is_that_without(self):
+        model = share_layers(plain(), order=self.ORDER, grow=True)
+        for i in (3, 4):
+            model.model.layers[i].visit_factor.data.fill_(1.0)
+        ids = torch.tensor([[3, 4, 5]])
+        runs = [model.generate(ids, max_new_tokens=8, do_sample=False, use_cache=cache) for cache in (True, False)]
+        assert torch.equal(*runs)
+
+
+def test_the_gradient_of_a_block_is_the_sum_over_its_visits():
+    model = share_layers(plain(), "cycle", 2)
+    twin = unroll(copy.deepcopy(model))
+    for each in (model, twin):
+        each(**tiny_inputs(each)).loss.backward()
+    for i, layer in enumerate(model.model.layers[:2]):
+        expected = sum(twin.model.layers[j].mlp.up_proj.weight.grad for j in (i, i + 2))
+        torch.testing.assert_close(layer.mlp.up_proj.weight.grad, expected)
+
+
+def test_an_albert_is_unshared_and_trains_with_layers_of_its_own(tmp_path):
+    model = plain("albert")
+    before, few = logits(model), parameters(model)
+    unroll(model)
+    assert torch.equal(logits(model), before) and parameters(model) > 2 * few
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), before)
+    loaded.train()(**tiny_inputs(loaded)).loss.backward()
+    first, second = (group.albert_layers[0].ffn.weight.grad for group in loaded.albert.encoder.albert_layer_groups[:2])
+    assert not torch.equal(first, second)
+    assert_tied(share_layers(loaded, "cycle", 2))
+
+
+class TestALife:
+    """The flows that break a tie, for shared layers."""
+
+    def model(self):
+        return share_layers(plain(), "cycle", 2)
+
+    def test_copies_pickles_and_casts(self):
+        model = self.model()
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.deepcopy(model).half().float()):
+            assert_tied(other)
+            assert parameters(other) == parameters(model)
+
+    @pytest.mark.parametrize("assign", [False, True])
+    def test_state_dicts(self, assign):
+        model, other = self.model(), share_layers(plain(), "cycle", 2, init="stepwise")
+        other.load_state_dict(model.state_dict(), assign=assign)
+        assert_tied(other)
+        assert torch.equal(logits(other), logits(model))
+
+    def test_a_resize_and_tied_embeddings(self):
+        model = tie(self.model(), "two_way", init_from="target")
+        model.resize_token_embeddings(70)
+        assert_tied(model)
+        assert model.config.tying["depth"] and model.config.tying["scheme"] == "two_way"
+
+    def test_a_part_that_is_untied_is_recorded_by_its_names(self, tmp_path):
+        model = untie(self.model(), ["model.layers.2.mlp.up_proj.weight"])
+        assert_tied(model)
+        assert "depth" not in model.config.tying and model.config.tying["groups"]
+        model.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert_tied(loaded)
+        assert parameters(loaded) == parameters(model)
+
+    def test_a_broken_tie_is_told(self):
+        model = self.model()
+        model.model.layers[2].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(32, 16))
+        with pytest.raises(TyingError, match=r"model\.layers\.2\.mlp\.up_proj\.weight"):
+            assert_tied(model)
+
+    @pytest.mark.parametrize("save_format", ["portable", "dedup"])
+    def test_a_trainer_resumes(self, save_format, tmp_path):
+        def trainer():
+            torch.manual_seed(0)
+            arguments = TrainingArguments(
+                tmp_path, max_steps=4, save_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True,
+                disable_tqdm=True, learning_rate=1e-2, lr_scheduler_type="constant",
+            )  # fmt: skip
+            return Trainer(
+                share_layers(plain(), "cycle", 2, save_format=save_format), arguments, train_dataset=Sentences()
+            )
+
+        whole, resumed = trainer(), trainer()
+        whole.train()
+        resumed.train(resume_from_checkpoint=os.fspath(tmp_path / "checkpoint-2"))
+        assert_tied(resumed.model)
+        assert torch.equal(logits(resumed.model), logits(whole.model))
+
+    def test_gradient_checkpointing_computes_the_same_gradient(self):
+        models = [self.model().train() for _ in range(2)]
+        models[1].gradient_checkpointing_enable({"use_reentrant": False})
+        for model in models:
+            model(**tiny_inputs(model)).loss.backward()
+        grads = [model.model.layers[0].mlp.up_proj.weight.grad for model in models]
+        torch.testing.assert_close(*grads)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({}, "either a pattern"), ({"pattern": "cycel", "unique": 2}, "nearest names are 'cycle'"),
+            ({"pattern": "cycle"}, "from 1 to 4"), ({"pattern": "cycle", "unique": 5}, "from 1 to 4"),
+            ({"pattern": "sandwich", "unique": 2}, "unique=3"), ({"order": [0, 1]}, "has 2 layers, and '.*' has 4"),
+            ({"order": [0, 1, 2, 3, 2]}, "grow=True"), ({"order": [0, 1, -1, 0]}, "numbers from 0"),
+            ({"order": [0, 1, 1, 0], "grow": True}, "at least once"), ({"pattern": "all", "grow": True}, "needs"),
+            ({"pattern": "all", "private": ["*nrom*"]}, "matches nothing"),
+            ({"pattern": "all", "init": "mean"}, "expected one of first"),
+            ({"pattern": "all", "init": "svd"}, "relax="), ({"pattern": "all", "relax": {"rank": 0}}, "whole number"),
+            ({"pattern": "all", "stack": "encoder"}, "no stack of layers 'encoder'"),
+        ],
+        ids=str,
+    )  # fmt: skip
+    def test_settings(self, settings, message):
+        model = plain()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(TyingError, match=message):
+            share_layers(model, **settings)
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+        assert getattr(model.config, "tying", None) is None and model.config.num_hidden_layers == 4
+
+    def test_layers_of_different_kinds_are_named_with_what_fits(self):
+        model = plain()
+        wide = untied_model("llama").model.layers[0]
+        wide.mlp.up_proj = torch.nn.Linear(16, 64, bias=False)
+        model.model.layers[0] = wide
+        with pytest.raises(TyingError, match="Layers 0 and 2 .* one block.*Layers like layer 0: .0.*sandwich"):
+            share_layers(model, "cycle", 2)
+        share_layers(model, "sandwich")
+
+    def test_shared_twice_and_the_way_out(self):
+        model = share_layers(plain(), "cycle", 2)
+        with pytest.raises(TyingError, match="unroll"):
+            share_layers(model, "sequence", 2)
+        assert_tied(share_layers(unroll(model), "sequence", 2))
+
+    def test_nothing_to_unroll_or_to_fold(self):
+        for change in (unroll, fold):
+            with pytest.raises(TyingError, match="share_layers"):
+                change(plain())
+
+    def test_visits_that_were_trained_apart_are_not_folded(self):
+        model = unroll(share_layers(plain(), "cycle", 2))
+        model.model.layers[2].mlp.up_proj.weight.data.add_(0.1)
+        with pytest.raises(TyingError, match="differ by more than a shared block can"):
+            fold(model)
+        assert_tied(share_layers(model, "cycle", 2, init="average"))
+
+    @pytest.mark.parametrize(
+        "depth",
+        [3, [3], [{}], [{"path": "a"}], [{"path": "a", "order": [0]}], [{"path": "a", "order": [0, "1"]}],
+         [{"path": "a", "order": [0] * 20_000}], [{"path": "a", "order": [0, 0], "other": 1}],
+         [{"path": "a", "order": [0, 0]}] * 2, [{"path": "a", "order": [0, 0], "relax": {"kind": "x"}}],
+         [{"path": "a", "order": [0, 0], "private": [1]}], [{"path": "a", "order": [0, 0], "damped": ["x"]}]],
+        ids=lambda value: str(value)[:40],
+    )  # fmt: skip
+    def test_entries(self, depth):
+        with pytest.raises(TyingError):
+            TyingConfig(depth=depth)
+
+    def test_a_file_with_another_number_of_layers(self, tmp_path):
+        share_layers(plain(), "cycle", 2).save_pretrained(tmp_path)
+        with pytest.raises(TyingError, match="4 layers of '.*layers', and the model has 3"):
+            AutoModelForCausalLM.from_pretrained(tmp_path, num_hidden_layers=3)
