@@ -311,9 +311,7 @@ def _refuse_unloadable(instance: Any, token: Any) -> None:
         prepare_upload(instance, token)
 
 
-def finish_upload(
-    wrapped: Callable[..., Any], instance: object, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def finish_upload(wrapped: Callable[..., Any], instance: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Wrapper of `PushToHubMixin._upload_modified_files`: finish the folder that `push_to_hub` of a model has made."""
     if hasattr(instance, "parameters"):
         from .hub.folders import finish_folder

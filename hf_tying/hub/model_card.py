@@ -14,7 +14,7 @@ from .loading import Loading, how_loaded
 from .papers import papers_for
 from .results import Results
 from .tags import is_of_layers, tags_of
-from .words import code, megabytes
+from .words import code, megabytes, plain
 
 _MOST_GROUPS = 20
 _MOST_NAMES = 8
@@ -80,9 +80,7 @@ def _scheme_of(report: TyingReport) -> str | None:
     return full.get(frozenset(roles)) if len(report.groups) == 1 else None
 
 
-def _summary(
-    config: dict[str, Any], report: TyingReport, scheme: str | None, facts: Facts, projected: bool
-) -> str:
+def _summary(config: dict[str, Any], report: TyingReport, scheme: str | None, facts: Facts, projected: bool) -> str:
     kind = code(report.architecture)
     article = "An" if report.architecture[:1] in "AEIOU" else "A"
     sentence = f"{article} {kind} of {report.parameters:,} parameters"
@@ -136,7 +134,7 @@ def _checked(report: TyingReport, config: dict[str, Any]) -> str:
     written = f", transformers {config['transformers_version']}" if config.get("transformers_version") else ""
     if report.ok:
         return f"Checked by hf_tying {version('hf-tying')}{written}: config and file agree."
-    return "\n".join(f"- **{finding.code}** {finding.message}" for finding in report.findings)
+    return "\n".join(f"- **{finding.code}** {plain(finding.message)}" for finding in report.findings)
 
 
 def _outcome(loading: Loading, parameters: int) -> str:

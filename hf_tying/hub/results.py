@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import TyingError
 from ..ties.headers import read_json
 
 #: Where `Trainer` and its example scripts write metrics, the last one first.
