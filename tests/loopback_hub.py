@@ -172,7 +172,9 @@ class Requests(BaseHTTPRequestHandler):
         if path == "_lfs/verify":
             return self._json(200, {})
         if match := re.fullmatch(r"(?:datasets/)?(.+)\.git/info/lfs/objects/batch", path):
-            return self._json(200, {"transfer": "basic", "objects": list(map(self._slot, json.loads(body)["objects"]))})
+            return self._json(
+                200, {"transfer": "basic", "objects": list(map(self._slot, json.loads(body)["objects"]))}
+            )
         if match := re.fullmatch(r"api/(?:model|dataset)s/([^/]+/[^/]+)(?:/(\w+)(?:/(.+))?)?", path):
             return self._api(match[1], match[2] or "", match[3] or "main", query, body)
         if match := re.fullmatch(r"(?:datasets/)?([^/]+/[^/]+)/resolve/(refs/pr/\d+|[^/]+)/(.+)", path):

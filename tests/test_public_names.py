@@ -47,6 +47,7 @@ PUBLIC = {
         *("Alignment", "MatrixDiagnosis", "RoleDiagnostics", "alignment", "diagnose", "effective_rank"),
         "gradient_shares",
     },
+    "hf_tying.hub": {"make_card", "publish"},
     "hf_tying.report": {"GroupReport", "TyingReport", "tying_report"},
 }
 

@@ -6,10 +6,12 @@ Nothing heavy is imported before a command runs, so that `--help` answers at onc
 import typer
 
 from ..config import TyingError
+from .card import card
 from .demo import demo
 from .export import export
 from .inspect import inspect
 from .plan import plan
+from .publish import publish
 
 app = typer.Typer(
     name="hf-tying",
@@ -17,7 +19,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
 )
-for command in (demo, inspect, plan, export):
+for command in (demo, inspect, plan, export, card, publish):
     app.command()(command)
 
 

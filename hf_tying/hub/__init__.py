@@ -5,21 +5,16 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_names
 
 _HOME = {
-    "inspect": ".doctor",
-    "diagnose": ".doctor",
     "make_card": "cards",
     "publish": "publishing",
 }
 
 __all__ = [
-    "inspect",
-    "diagnose",
     "make_card",
     "publish",
 ]
 
 if TYPE_CHECKING:
-    from ..doctor import diagnose, inspect
     from .cards import make_card
     from .publishing import publish
 else:

@@ -1,9 +1,10 @@
 """What the card of a Tied-LoRA adapter says: all of it read from the files of its folder, and from what was told."""
 
+import re
 from dataclasses import MISSING, fields
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -12,7 +13,7 @@ from ..config import TyingError
 from ..peft.adapter_folder import type_of_adapter
 from ..peft.config import SWITCHES, TiedLoraConfig, TiedPeftType
 from ..peft.export import TIED_FOLDER
-from ..peft.sharing import FactorNames
+from ..peft.sharing import recorded_names
 from ..peft.tensor_names import names_in_model
 from ..report.names import printable_text
 from ..ties.headers import read_header
@@ -27,6 +28,8 @@ _AUTO_CLASSES = {
     "TOKEN_CLS": ("AutoModelForTokenClassification", "token-classification"),
     "QUESTION_ANS": ("AutoModelForQuestionAnswering", "question-answering"),
 }
+#: A name that can stand in code as it is. PEFT makes no other.
+_NAME = re.compile(r"[\w.-]+")
 #: Settings of an adapter that are no choice of the one who trained it.
 _NOT_CHOSEN = (
     *("adapted_modules", "base_model_name_or_path", "auto_mapping", "peft_version", "inference_mode", "revision"),
@@ -45,7 +48,8 @@ def adapter_places(folder: Path) -> dict[str, tuple[Path, Path]]:
     for place in (folder, *named):
         name = "default" if place == folder else place.name
         for tied in (place, place / TIED_FOLDER):
-            if type_of_adapter(tied) == TiedPeftType.TIED_LORA and not name.startswith("checkpoint-"):
+            listed = _NAME.fullmatch(name) and not name.startswith("checkpoint-")
+            if listed and type_of_adapter(tied) == TiedPeftType.TIED_LORA:
                 found[name] = (place, tied)
     return found
 
@@ -130,7 +134,7 @@ def ties_of(config: TiedLoraConfig) -> str:
 
 def _config_at(place: Path) -> TiedLoraConfig:
     try:
-        return PeftConfig.from_pretrained(str(place))
+        return cast(TiedLoraConfig, PeftConfig.from_pretrained(str(place)))
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise TyingError(f"{place / CONFIG_NAME} cannot be read: {error}") from error
 
@@ -148,15 +152,15 @@ def _summary(adapter: dict[str, Any], base_model: str | None, facts: Facts) -> s
     base = f" for [{base_model}](https://huggingface.co/{base_model})" if base_model else ""
     fewer = adapter["lora"] / adapter["parameters"]
     sentence = (
-        f"A Tied-LoRA adapter ({variant}r = {adapter['r']}){base}: **{adapter['parameters']:,} trained parameters serve "
-        f"{adapter['modules']} modules**, where LoRA of that rank has {adapter['lora']:,} ({fewer:.1f} times as many)."
+        f"A Tied-LoRA adapter ({variant}r = {adapter['r']}){base}: **{adapter['parameters']:,} trained parameters "
+        f"serve {adapter['modules']} modules**, where LoRA of that rank has {adapter['lora']:,} ({fewer:.1f} times as "
+        "many)."
     )
     return f"{sentence} {facts.description}" if facts.description else sentence
 
 
 def _lora_parameters(config: TiedLoraConfig) -> int:
-    sizes = [FactorNames(**names) for names in (config.adapted_modules or {}).values()]
-    return sum(config.r * (size.in_features + size.out_features) for size in sizes)
+    return sum(config.r * (size.in_features + size.out_features) for size in recorded_names(config).values())
 
 
 def _factors(config: TiedLoraConfig, header: dict[str, tuple[tuple[int, ...], str]]) -> list[dict[str, Any]]:

@@ -14,8 +14,8 @@ with the ties in place. The loaders of PEFT and transformers have an argument fo
 named "default" has both forms in the folder of its name, as in PEFT.
 
 Every upload has both forms, because it is for other people: `push_to_hub` of PEFT and of transformers' own adapters,
-`Trainer(push_to_hub=True)` and TRL's trainers. `save_pretrained` writes the tied form alone (`also_lora=False`), and so
-do the checkpoints that a training resumes from, because such a folder is for the same program.
+`Trainer(push_to_hub=True)` and TRL's trainers. `save_pretrained` writes the tied form alone (`also_lora=False`), and
+so do the checkpoints that a training resumes from, because such a folder is for the same program.
 """
 
 import inspect
@@ -53,7 +53,7 @@ def save_with_lora(
         ValueError: an adapter has the name of the subfolder, or `out` is a file.
     """
     if kwargs.get("is_main_process") is False:  # this process helps to gather a sharded model, and writes nothing
-        model.save_pretrained(out, also_lora=False, **kwargs)
+        model.save_pretrained(os.fspath(out), also_lora=False, **kwargs)
         return
     names = kwargs.get("selected_adapters") or list(model.peft_config)
     if TIED_FOLDER in names:
@@ -63,7 +63,7 @@ def save_with_lora(
         card = Path(out) / CARD
         if card.is_file():
             (folder / CARD).write_bytes(card.read_bytes())
-        model.save_pretrained(folder, also_lora=False, **kwargs)
+        model.save_pretrained(str(folder), also_lora=False, **kwargs)
         for name in names:
             write_both_forms(folder if name == "default" else folder / name)
         renew_card(folder, repo_id or Path(out).name, tags)

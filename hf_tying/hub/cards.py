@@ -1,14 +1,16 @@
-"""`make_card`: the card of a saved model or adapter, made from its files, and made again without losing what is by hand."""
+"""`make_card`: the card of a saved model or adapter, from its files. Made again, it keeps what was written by hand."""
 
+import re
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..config import TyingError
 from .facts import Facts, facts_of, keep_facts
 from .metadata import metadata_problems, update_metadata
+from .repository_names import has_form_of_id
 from .results import Results, read_results
 from .sections import merge_sections
 from .words import change, megabytes, number, percent, plain
@@ -52,7 +54,9 @@ def make_card(
     folder = Path(folder)
     told = facts_of(folder, **facts)
     found = read_results(folder)
-    name = repo_id or folder.resolve().name
+    name = repo_id or re.sub(r"[^\w.-]+", "-", folder.resolve().name).strip("-.") or "model"
+    if not has_form_of_id(name):
+        raise TyingError(f"{name!r} is no name of a repository: expected owner/name.")
     context, template = _context(folder, name, told, found)
     rows = _rows(told, found)
     context |= {
@@ -68,8 +72,9 @@ def make_card(
     path = folder / CARD
     card = ModelCard(path.read_text(encoding="utf-8") if path.is_file() else "---\n{}\n---\n")
     card.text = "\n" + merge_sections(card.text, _render(template, context), name.rpartition("/")[2])
-    _fill_metadata(card.data, context, told, rows, name, tags or [])
-    if problems := metadata_problems(card.data):
+    data = cast(ModelCardData, card.data)
+    _fill_metadata(data, context, told, rows, name, tags or [])
+    if problems := metadata_problems(data):
         raise TyingError(f"The Hub would refuse the card of {name}: {'; '.join(problems)}.")
     if save:
         keep_facts(folder, told)
@@ -108,7 +113,7 @@ def _rows(told: Facts, found: Results) -> list[dict[str, Any]]:
 def _render(template: str, context: dict[str, Any]) -> str:
     from jinja2 import Environment, StrictUndefined
 
-    text = resources.files(__package__).joinpath("templates", template).read_text(encoding="utf-8")
+    text = resources.files("hf_tying.hub").joinpath("templates", template).read_text(encoding="utf-8")
     helpers = {"plain": plain, "number": number, "size": megabytes, "percent": percent, "change": change}
     made = Environment(undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True).from_string(text)
     return made.render(**context, **helpers)

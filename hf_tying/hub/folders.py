@@ -24,20 +24,30 @@ def finish_folder(
         token: token of the Hub. Default: the saved one.
     """
     folder = Path(folder)
-    if (folder / _ADAPTER).is_file() or any(folder.glob(f"*/{_ADAPTER}")):
-        from .adapters import write_both_forms
+    if not write_forms(folder) and not _has_entry(folder):
+        return
+    if revision not in (None, "main"):
+        copy_published_card(folder, repo_id, revision, token)
+    renew_card(folder, repo_id)
 
-        named = [
-            path.parent for path in folder.glob(f"*/{_ADAPTER}") if not path.parent.name.startswith("checkpoint-")
-        ]
-        found = [write_both_forms(place) for place in (folder, *(path for path in named if path.name != "tied_lora"))]
-        concerned = any(found)
-    else:
-        concerned = _has_entry(folder)
-    if concerned:
-        if revision not in (None, "main"):
-            copy_published_card(folder, repo_id, revision, token)
-        renew_card(folder, repo_id)
+
+def write_forms(folder: Path) -> bool:
+    """Give each Tied-LoRA adapter of a folder both forms, in the root or in the folder of its name.
+
+    Args:
+        folder: folder of adapters, or of a model, which is left alone.
+
+    Returns:
+        Whether there is such an adapter.
+    """
+    places = [folder, *(path.parent for path in folder.glob(f"*/{_ADAPTER}"))]
+    if not any((place / _ADAPTER).is_file() for place in places):
+        return False
+    from .adapters import TIED_FOLDER, write_both_forms
+
+    named = [place for place in places if not place.name.startswith("checkpoint-") and place.name != TIED_FOLDER]
+    found = [write_both_forms(place) or (place / TIED_FOLDER).is_dir() for place in named]
+    return any(found)
 
 
 def _has_entry(folder: Path) -> bool:

@@ -1,5 +1,6 @@
 """How others load a saved model: by which class, and what they get without this package."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 from ..config import TyingConfig, TyingError, entry_of
 
-#: By the mapping of transformers that has the class: the Auto class, and the task on the Hub. `None`: it has no one task.
+#: By the mapping of transformers that has the class: the Auto class, and the task on the Hub. `None`: it has several.
 _TASKS = (
     ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "AutoModelForSeq2SeqLM", None),
     ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "AutoModelForCausalLM", "text-generation"),
@@ -20,6 +21,8 @@ _TASKS = (
 )
 #: The classes of this package that transformers does not know, and their tasks.
 _OURS = {"TiedLSTMForCausalLM": ("AutoModelForCausalLM", "text-generation")}
+
+_AUTO = re.compile(r"AutoModel\w*")
 
 #: What a loader without this package gets. `same`: the model, tied by its class. `copies`: the right values, with
 #: copies of what was tied. `code`: the model, by the code that comes with it. `other`: another function. `nothing`: an
@@ -59,7 +62,7 @@ def how_loaded(config: Mapping[str, Any], parameters: int) -> Loading:
     projected = entry_of(config) is not None and TyingConfig.in_config(config).projection is not None
     if config.get("auto_map"):
         named = config["auto_map"] if isinstance(config["auto_map"], dict) else {}
-        ours = next((name for name in named if name.startswith("AutoModel")), auto_class)
+        ours = next((name for name in named if _AUTO.fullmatch(name)), auto_class)
         return Loading(str(ours), task, "code")
     plain = _plain_parameters(config, architecture)
     if plain is None:
@@ -88,9 +91,9 @@ def refuse_other_function(folder: Path, config: Mapping[str, Any], parameters: i
     """
     if how_loaded(config, parameters).outcome == "other":
         raise TyingError(
-            f"{folder.name} has a projection (PR) in a stock class: loaders without hf_tying leave it out, and compute "
-            "other logits. Fold it into the softmax matrix (merge_projection(model)) and save, publish a class of your "
-            "own with its code (register_for_auto_class), or agree to it with yes=True (--yes)."
+            f"{folder.name} has a projection (PR) in a stock class: loaders without hf_tying leave it out, and give "
+            "other logits. Fold it into the softmax matrix (merge_projection(model)) and save, publish a class of "
+            "your own with its code (register_for_auto_class), or agree to it with yes=True (--yes)."
         )
 
 

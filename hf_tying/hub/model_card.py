@@ -14,7 +14,7 @@ from .loading import Loading, how_loaded
 from .papers import papers_for
 from .results import Results
 from .tags import is_of_layers, tags_of
-from .words import code, megabytes
+from .words import code, megabytes, plain
 
 _MOST_GROUPS = 20
 _MOST_NAMES = 8
@@ -134,7 +134,7 @@ def _checked(report: TyingReport, config: dict[str, Any]) -> str:
     written = f", transformers {config['transformers_version']}" if config.get("transformers_version") else ""
     if report.ok:
         return f"Checked by hf_tying {version('hf-tying')}{written}: config and file agree."
-    return "\n".join(f"- **{finding.code}** {finding.message}" for finding in report.findings)
+    return "\n".join(f"- **{finding.code}** {plain(finding.message)}" for finding in report.findings)
 
 
 def _outcome(loading: Loading, parameters: int) -> str:

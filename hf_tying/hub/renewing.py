@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RevisionNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers.utils import logging
 
 from .cards import CARD, make_card
@@ -39,7 +39,7 @@ def copy_published_card(folder: Path, repo_id: str, revision: str | None, token:
     """
     try:
         path = hf_hub_download(repo_id, CARD, revision=revision, token=token)
-    except (EntryNotFoundError, RevisionNotFoundError):
+    except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
         return
     except (HfHubHTTPError, OSError, ValueError) as error:
         logger.warning(f"The card of {repo_id} could not be read, and is made anew: {error}")

@@ -2,7 +2,7 @@
 
     <!-- hf_tying:ties --> ... <!-- /hf_tying:ties -->
 
-A section is renewed where it stands. A new one comes after the one before it. One that has nothing to say any more goes.
+A section is renewed where it stands. A new one comes after the one before it. One with nothing to say any more goes.
 The templates of other libraries leave sections that nobody has filled in; those go too, and what was filled in stays.
 """
 

@@ -1,4 +1,4 @@
-"""What becomes of uploads that other libraries make: checked before a repository is created, finished before it is sent.
+"""What becomes of uploads by other libraries: checked before a repository is created, finished before they are sent.
 
 `push_to_hub` and `save_pretrained(push_to_hub=True)` of transformers, and the trainers of transformers and TRL, upload
 a folder as they have written it. `hf_tying.hook` lists where this is called from.

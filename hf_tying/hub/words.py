@@ -1,6 +1,6 @@
 """Numbers and names as a card has them: nothing that a name from a file contains may act as markup."""
 
-from ..report.names import printable, shortened
+from ..report.names import printable, printable_text, shortened
 
 
 def code(name: str) -> str:
@@ -11,7 +11,7 @@ def code(name: str) -> str:
 
 def plain(name: object) -> str:
     """Text from a file in a table of Markdown, without markup."""
-    text = printable(str(name))
+    text = printable_text(str(name))
     return "".join(f"\\{c}" if c in "\\`*_[]<>|#" else c for c in text)
 
 

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from importlib import import_module, resources
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,15 @@ def code_of(obj: Any) -> dict[str, str]:
         return _flat(home)
 
     code = {name: rewrite_imports(text, name, place) for name, text in sources.items() if imports_package(text, name)}
-    return code | {f"{_flat(module)}.py": text for module, text in carried_modules(needed).items()}
+    return code | {f"{_flat(module)}.py": f"{_origin()}{text}" for module, text in carried_modules(needed).items()}
+
+
+def _origin() -> str:
+    """The first lines of each copied file: what it is part of, in which version, under which licence."""
+    return (
+        f"# Part of hf_tying {version('hf-tying')}, copied by save_pretrained beside the class that needs it.\n"
+        "# Licensed under the Apache License, Version 2.0: https://www.apache.org/licenses/LICENSE-2.0\n"
+    )
 
 
 def source_files(obj: Any) -> list[Path]:

@@ -138,3 +138,18 @@ def test_a_branch_has_its_own_card(hub, cards):
 
 def test_the_log_of_a_trainer_is_in_the_card(cards):
     assert re.search(r"\| 1 \| 5\.\d+ \|", cards["sft"])
+
+
+def test_publish_runs_the_card_before_and_after_the_upload(hub, pushed):
+    done = pushed["published"]["first"]
+    assert done["repo_id"] == "tester/published" and done["blocks"] == 2
+    assert done["files"].keys() == set(hub.files("tester/published"))
+    assert done["questions"] == ["language", "datasets"] and done["url"].startswith(hub.address)
+    card = ModelCard(hub.read("tester/published", "README.md").decode())
+    assert card.data.license == "mit" and "weight-tying" in card.data.tags
+
+
+def test_publish_goes_to_a_branch_or_a_pull_request_when_asked(hub, pushed):
+    assert hub.files("tester/published-adapter") == []
+    assert set(BOTH_FORMS) <= set(hub.files("tester/published-adapter", "dev"))
+    assert "/discussions/1" in pushed["published"]["pull"]

@@ -220,6 +220,19 @@ def push_local_tied():
     return {"place": str(WORK)}
 
 
+def push_published():
+    """`publish`: a tied model with its blocks run, before the upload and after it; an adapter on a branch."""
+    from hf_tying.hub import publish
+
+    tie(untied_model("llama"), "two_way", init_from="target").save_pretrained(WORK / "published")
+    first = publish(WORK / "published", "published", license="mit")
+    again = publish(WORK / "published", "published", license="mit", run=False)
+    tied_lora(base(), **SETTINGS).save_pretrained(WORK / "adapter")
+    publish(WORK / "adapter", "published-adapter", revision="dev", run=False)
+    pull = publish(WORK / "adapter", "published-adapter", create_pr=True, run=False)
+    return {"first": first.to_dict(), "same": first.url == again.url, "pull": pull.url}
+
+
 if __name__ == "__main__":
     run_cases({
         name.removeprefix("push_"): case for name, case in list(globals().items()) if name.startswith("push_")

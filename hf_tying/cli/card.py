@@ -1,0 +1,118 @@
+"""`hf-tying card`: the card of a saved model or adapter, made from its files."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..config import TyingError
+
+#: Exit codes, beside 0.
+FOUND, UNREADABLE, CHOICE = 1, 3, 4
+
+Folder = Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of a saved model or Tied-LoRA adapter.")]
+BaseModel = Annotated[str | None, typer.Option("--base-model", help="Id of the model that it was trained from.")]
+License = Annotated[str | None, typer.Option("--license", help="Licence, by its word on the Hub.")]
+Language = Annotated[list[str] | None, typer.Option("--language", help="Code of a language; may be given again.")]
+Datasets = Annotated[list[str] | None, typer.Option("--dataset", help="Id of a data set; may be given again.")]
+Result = Annotated[
+    list[str] | None,
+    typer.Option("--result", help="A measured value; may be given again.", metavar="METRIC=VALUE[@DATASET]"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def card(
+    source: Folder,
+    base_model: BaseModel = None,
+    license: License = None,
+    language: Language = None,
+    dataset: Datasets = None,
+    result: Result = None,
+    repo_id: Annotated[
+        str | None, typer.Option("--repo-id", help="Repository that the card names. Default: the folder's name.")
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", help="Print the card to standard output with -o -.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; end with 1 if the card would change.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write or renew the card of a saved model or Tied-LoRA adapter. Loads no weights.
+
+    What was written by hand outside of the sections of hf_tying stays.
+    Exit codes: 0 fine, 1 --check: it would change, 2 wrong usage, 3 cannot be read.
+
+    Example: hf-tying card tied-llama --license apache-2.0 --language en
+    """
+    facts = facts_from(base_model, license, language, dataset, result)
+    if output not in (None, "-"):
+        raise typer.BadParameter(f"{output!r}: expected -, which is standard output.", param_hint="--output")
+    path, dry = source / "README.md", check or output == "-"
+    try:
+        from ..hub import make_card
+        from ..hub.facts import facts_of
+
+        before = path.read_text(encoding="utf-8") if path.is_file() else None
+        made = make_card(source, repo_id=repo_id, save=not dry, **facts)
+        missing = [name for name in facts_of(source, **facts).missing if not getattr(made.data, name, None)]
+    except (TyingError, OSError) as error:
+        raise fail("card", str(source), error, as_json, UNREADABLE) from None
+    changed = before is None or before.strip() != made.content.strip()
+    findings = [
+        {
+            "code": "card",
+            "severity": "info",
+            "message": f"nothing tells the {name}",
+            "mend": f"--{name.rstrip('s')} ...",
+        }
+        for name in missing
+    ]
+    if as_json:
+        typer.echo(json.dumps(
+            {"schema": 1, "command": "card", "source": str(source), "findings": findings, "path": str(path),
+             "changed": changed, "metadata": made.data.to_dict()}, indent=2,
+        ))  # fmt: skip
+    elif output == "-":
+        typer.echo(made.content)
+    else:
+        typer.echo(f"{path}: {'would change' if check and changed else 'as it was' if not changed else 'written'}")
+        for finding in findings:
+            typer.echo(f"  {finding['message']}: {finding['mend']}")
+    if check and changed:
+        raise typer.Exit(FOUND)
+
+
+def facts_from(
+    base_model: str | None, license: str | None, language: list[str] | None, dataset: list[str] | None,
+    result: list[str] | None,
+) -> dict:  # fmt: skip
+    """The facts for `make_card` from the flags. Facts that were not given are left out."""
+    facts: dict = {"base_model": base_model, "license": license, "language": language, "datasets": dataset}
+    for each in result or ():
+        assigned, _, measured_on = each.partition("@")
+        metric, _, value = assigned.partition("=")
+        try:
+            facts.setdefault("results", {})[metric.strip()] = float(value)
+        except ValueError:
+            raise typer.BadParameter(f"{each!r}: expected METRIC=VALUE[@DATASET].", param_hint="--result") from None
+        if measured_on:
+            facts["dataset"] = measured_on
+            facts |= {"dataset_id": measured_on} if "/" in measured_on else {}
+    return {name: value for name, value in facts.items() if value}
+
+
+def fail(command: str, source: str, error: Exception, as_json: bool, code: int) -> typer.Exit:
+    """Print an error for people and, if asked for, for programs. Returns the end of the command."""
+    from ..report.names import printable_text
+
+    if as_json:
+        finding = {"code": "refused" if code == CHOICE else "unreadable", "severity": "error", "message": str(error),
+                   "mend": None}  # fmt: skip
+        typer.echo(json.dumps({"schema": 1, "command": command, "source": source, "findings": [finding]}, indent=2))
+    typer.secho("error ", fg="red", bold=True, err=True, nl=False)
+    typer.echo(printable_text(str(error)), err=True)
+    return typer.Exit(code)
