@@ -13,6 +13,7 @@ _HOME = {
     "TiedLSTMConfig": "lstm",
     "TiedLSTMModel": "lstm",
     "TiedLSTMForCausalLM": "lstm",
+    "TiedLSTMForSequenceClassification": "lstm",
 }
 
 __all__ = [
@@ -21,11 +22,12 @@ __all__ = [
     "TiedLSTMConfig",
     "TiedLSTMModel",
     "TiedLSTMForCausalLM",
+    "TiedLSTMForSequenceClassification",
 ]
 FAMILIES = tuple(dict.fromkeys(_HOME.values()))
 
 if TYPE_CHECKING:
     from .encoder_decoder import TiedEncoderDecoderConfig, TiedEncoderDecoderModel
-    from .lstm import TiedLSTMConfig, TiedLSTMForCausalLM, TiedLSTMModel
+    from .lstm import TiedLSTMConfig, TiedLSTMForCausalLM, TiedLSTMForSequenceClassification, TiedLSTMModel
 else:
     __getattr__, __dir__ = lazy_names(globals(), _HOME)

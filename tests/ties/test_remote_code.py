@@ -235,9 +235,10 @@ def test_every_carried_module_is_there_and_imports_only_carried_ones():
 LSTM_CHILD = """
 import json
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+model = AutoModelForCausalLM.from_pretrained(f"{sys.argv[1]}/lstm", trust_remote_code=True).eval()
+classifier = AutoModelForSequenceClassification.from_pretrained(f"{sys.argv[1]}/classifier", trust_remote_code=True)
 assert "hf_tying" not in sys.modules
 ids = torch.arange(8)[None]
 output = model(input_ids=ids, labels=ids)
@@ -249,24 +250,30 @@ found = {
     "parameters": model.num_parameters(),
     "parts": sorted(model.loss_parts),
     "generated": model.eval().generate(ids, max_new_tokens=4, do_sample=False).shape[1],
+    "classes": classifier(ids).logits.tolist(),
 }
 print(json.dumps(found))
 """
 
 
-def test_the_lstm_is_published_with_its_code(tmp_path, monkeypatch):
+def test_the_lstm_and_its_classifier_are_published_with_their_code(tmp_path, monkeypatch):
     """`register_for_auto_class`: the folder needs transformers alone, tied, with its projection (PR)."""
-    from hf_tying.models import TiedLSTMConfig, TiedLSTMForCausalLM
+    from hf_tying.models import TiedLSTMConfig, TiedLSTMForCausalLM, TiedLSTMForSequenceClassification
 
-    monkeypatch.setattr(TiedLSTMConfig, "_auto_class", None)
-    monkeypatch.setattr(TiedLSTMForCausalLM, "_auto_class", None)
+    for cls in (TiedLSTMConfig, TiedLSTMForCausalLM, TiedLSTMForSequenceClassification):
+        monkeypatch.setattr(cls, "_auto_class", None)
+    TiedLSTMForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
     TiedLSTMConfig.register_for_auto_class()
     TiedLSTMForCausalLM.register_for_auto_class("AutoModelForCausalLM")
     tying = {"version": 1, "scheme": "two_way", "projection": {}}
     model = TiedLSTMForCausalLM(TiedLSTMConfig(vocab_size=30, embedding_size=6, hidden_size=6, tying=tying)).eval()
     model.save_pretrained(tmp_path / "lstm")
+    config = TiedLSTMConfig(vocab_size=30, embedding_size=6, hidden_size=6, num_labels=3)
+    classifier = TiedLSTMForSequenceClassification(config).eval()
+    classifier.save_pretrained(tmp_path / "classifier")
     ids = torch.arange(8)[None]
-    found = run_without_the_package(LSTM_CHILD, tmp_path / "lstm")
+    found = run_without_the_package(LSTM_CHILD, tmp_path)
+    torch.testing.assert_close(torch.tensor(found["classes"]), classifier(ids).logits)
     assert found["module"].startswith("transformers_modules.")
     assert found["loss"] == pytest.approx(float(model(input_ids=ids, labels=ids).loss.detach()), rel=1e-5)
     assert found["tied"] and found["parameters"] == model.num_parameters() and found["generated"] == 12

@@ -11,13 +11,17 @@ from .sizes import SIZES
 _DROPOUTS = (
     *("embedding_dropout", "input_dropout", "hidden_dropout", "output_dropout"),
     *("recurrent_dropout", "weight_dropout"),
+    *("classifier_dropout", "classifier_hidden_dropout"),
 )
+#: What the head of a classifier reads, see `TiedLSTMForSequenceClassification`.
+POOLINGS = ("concat", "last")
 
 
 class TiedLSTMConfig(TyingConfigMixin, PreTrainedConfig):
     """The config of an LSTM language model. The defaults are the small model of Zaremba et al. 2014, tied.
 
-    Every dropout is a rate in [0, 1), and 0 by default.
+    Every dropout of the language model is a rate in [0, 1), and 0 by default. The fields from `reads_backward` on are
+    for `TiedLSTMForSequenceClassification`, and have no effect on the language model.
 
     Args:
         vocab_size (`int`): number of words. Default 10,000, the size of the Penn Treebank's vocabulary.
@@ -54,12 +58,26 @@ class TiedLSTMConfig(TyingConfigMixin, PreTrainedConfig):
             `alpha * mean(dropped_output ** 2)` to the loss in training. Default 0.
         temporal_activation_regularization (`float`): beta of TAR (same section), which adds `beta * mean(d ** 2)` to
             the loss in training, where d is the difference between the outputs of two successive steps. Default 0.
+        reads_backward (`bool`): whether a text is read from its last word to its first. A classifier turns its input
+            around itself. A language model does not: it is trained on a text that was turned around before. Default
+            `False`.
+        classifier_pooling (`str`): `"concat"` (the default) is the last output, the largest and the mean one of all
+            words, side by side (Howard & Ruder 2018 section 3.3); `"last"` is the last output alone.
+        classifier_hidden_size (`int`): number of units between the two blocks of the head. Default 50 (section 4.1).
+        classifier_dropout (`float`): dropout of the pooled outputs. Default 0.4 (section 4.1).
+        classifier_hidden_dropout (`float`): dropout of the units between the blocks. Default 0.1.
+        gradient_length (`int`): largest number of words, at the end of a text, through which gradients flow (BPT3C,
+            section 3.3). The words before them are read, and pooled, without gradient. Default 1,400.
+        piece_length (`int`): number of words that are read at once where no gradient flows. It bounds the memory, and
+            without dropout it does not change a number. Default 70.
+        temperature (`float`): divisor of the logits of a classifier in evaluation (Guo et al. 2017 section 4.2).
+            Default 1, which changes nothing. `hf_tying.training.fit_temperature` finds it.
         tying (`dict`, *optional*): the entry that `hf_tying.TyingConfig` reads. It can also give the model a
             projection (PR).
 
     Raises:
         TyingError: if the last layer of a tied model has a different width than the embedding, a rate is outside
-            [0, 1), a kind is unknown, or a size is not positive.
+            [0, 1), a kind is unknown, or a size or the temperature is not positive.
 
     Example:
         >>> TiedLSTMConfig.named("zaremba_small", tie_word_embeddings=False).layer_widths
@@ -88,6 +106,14 @@ class TiedLSTMConfig(TyingConfigMixin, PreTrainedConfig):
     weight_dropout: float = 0.0
     activation_regularization: float = 0.0
     temporal_activation_regularization: float = 0.0
+    reads_backward: bool = False
+    classifier_pooling: str = "concat"
+    classifier_hidden_size: int = 50
+    classifier_dropout: float = 0.4
+    classifier_hidden_dropout: float = 0.1
+    gradient_length: int = 1400
+    piece_length: int = 70
+    temperature: float = 1.0
     use_cache: bool = True
     tie_word_embeddings: bool = True
     bos_token_id: int | None = None
@@ -112,6 +138,13 @@ class TiedLSTMConfig(TyingConfigMixin, PreTrainedConfig):
                 f"vocab_size={self.vocab_size}, embedding_size={self.embedding_size}, layers {self.layer_widths}: "
                 "expected at least one word, one layer, and positive widths."
             )
+        if self.classifier_pooling not in POOLINGS:
+            raise TyingError(f"classifier_pooling={self.classifier_pooling!r}: expected one of {', '.join(POOLINGS)}.")
+        for name in ("classifier_hidden_size", "gradient_length", "piece_length"):
+            if getattr(self, name) < 1:
+                raise TyingError(f"{name}={getattr(self, name)}: expected 1 or more.")
+        if not 0 < self.temperature < float("inf"):
+            raise TyingError(f"temperature={self.temperature}: expected a number above 0.")
         if self.is_tied and self.layer_widths[-1] != self.embedding_size:
             raise TyingError(
                 f"The model is tied, and its last layer has {self.layer_widths[-1]} units where the embedding has "
