@@ -7,6 +7,7 @@ from .._lazy import lazy_names
 _HOME = {
     "CarriedStateArguments": "carried_state",
     "CarriedStateTrainer": "carried_state",
+    "GradualUnfreezing": "ulmfit",
     "HeadlessTrainer": "headless",
     "ObjectiveArguments": "arguments",
     "RECIPES": "recipes",
@@ -14,15 +15,24 @@ _HOME = {
     "TyingArguments": "arguments",
     "TyingCallback": "callbacks",
     "average_into": "averaging",
+    "average_predictions": "ulmfit",
     "config_with_overrides": "model_config",
+    "discriminative_parameters": "layers",
+    "distillation_labels": "ulmfit",
+    "fit_temperature": "calibration",
+    "layer_groups": "layers",
+    "pseudo_labels": "ulmfit",
     "recover_lm_head": "headless",
     "resume_path": "resuming",
     "set_accepts_loss_kwargs": "callbacks",
+    "slanted_triangular": "ulmfit",
+    "slanted_triangular_schedule": "ulmfit",
 }
 
 __all__ = [
     "CarriedStateArguments",
     "CarriedStateTrainer",
+    "GradualUnfreezing",
     "HeadlessTrainer",
     "ObjectiveArguments",
     "RECIPES",
@@ -30,21 +40,39 @@ __all__ = [
     "TyingArguments",
     "TyingCallback",
     "average_into",
+    "average_predictions",
     "config_with_overrides",
+    "discriminative_parameters",
+    "distillation_labels",
+    "fit_temperature",
+    "layer_groups",
+    "pseudo_labels",
     "recover_lm_head",
     "resume_path",
     "set_accepts_loss_kwargs",
+    "slanted_triangular",
+    "slanted_triangular_schedule",
 ]
 
 if TYPE_CHECKING:
     from .arguments import ObjectiveArguments, TyingArguments
     from .averaging import average_into
+    from .calibration import fit_temperature
     from .callbacks import TyingCallback, set_accepts_loss_kwargs
     from .carried_state import CarriedStateArguments, CarriedStateTrainer
     from .command_line import ScriptParser
     from .headless import HeadlessTrainer, recover_lm_head
+    from .layers import discriminative_parameters, layer_groups
     from .model_config import config_with_overrides
     from .recipes import RECIPES
     from .resuming import resume_path
+    from .ulmfit import (
+        GradualUnfreezing,
+        average_predictions,
+        distillation_labels,
+        pseudo_labels,
+        slanted_triangular,
+        slanted_triangular_schedule,
+    )
 else:
     __getattr__, __dir__ = lazy_names(globals(), _HOME)

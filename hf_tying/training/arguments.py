@@ -104,6 +104,14 @@ class TyingArguments:
             "help": "The share of the steps after which it is trained. Default: not before the end.",
         },
     )
+    cascade: int | None = field(
+        default=None,
+        metadata={
+            "aliases": _with_prefix("cascade"),
+            "help": "Train the classifier first, in so many equal stages: in each but the first, one more group of "
+            "layers is frozen from the head down, and the layers below begin again.",
+        },
+    )
     input_gradient_scale: float | None = field(
         default=None,
         metadata={
@@ -142,6 +150,7 @@ class TyingArguments:
             untie_at=self.untie_at,
             freeze=self.freeze,
             freeze_until=self.freeze_until,
+            cascade=self.cascade,
             input_gradient_scale=self.input_gradient_scale,
         )
 

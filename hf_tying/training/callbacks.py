@@ -1,6 +1,7 @@
 """`TyingCallback`: checks of the ties during training, measurements of each role, and changes of ties."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ..ties.across_ranks import on_any_rank, raised_on_every_rank
 from ..ties.anatomy import Anatomy
 from ..ties.groups import TieGroup
 from ..ties.verify import assert_tied, groups_of, is_split, unwrapped
+from .cascade import Cascade
 from .roles import ROLES, RoleMeter, measured_roles, scale_input_gradient
 from .schedules import check_when, freeze_role, guard, refuse_unheld, step_of, untie_trained
 
@@ -70,6 +72,10 @@ class TyingCallback(TrainerCallback):
             none.
         freeze_until: moment at which the matrix becomes trainable again. It stays untied. Default `None`, which is the
             end of training.
+        cascade: train the classifier first (`hf_tying.training.cascade.Cascade`). All layers are trained in the first
+            stage. In each later one, one more group of layers is frozen from the head down, and the layers below
+            begin again. The value is the number of equal stages, or the share of the steps of each. A tied embedding
+            is frozen with the head. Default: none.
         input_gradient_scale: factor of the gradient that comes through the embedding lookup, 0 or more, see
             `scale_input_gradient`. Default `None`, which changes nothing, as does 1.0.
         diagnose_with: untied twin with the same vocabulary. With it, logs also have `effective_rank/<group>`, and
@@ -81,9 +87,9 @@ class TyingCallback(TrainerCallback):
 
     Raises:
         TyingError: if a value is out of range. When training begins or a checkpoint is saved: if a tie does not hold.
-            When training begins: if the optimizer leaves out a matrix or has a tied one twice; if `untie_at` or
-            `freeze` is used in several processes, with nothing tied, or with a role that the model does not have; if a
-            run is resumed after `untie_at` with a tied model.
+            When training begins: if the optimizer leaves out a matrix or has a tied one twice; if `untie_at`,
+            `freeze` or `cascade` is used in several processes, with nothing tied, with a role that the model does not
+            have, or with more stages than layers; if a run is resumed after `untie_at` with a tied model.
 
     Example:
         >>> Trainer(model=model, args=args, train_dataset=data, callbacks=[TyingCallback(log_roles=True)]).train()
@@ -97,6 +103,7 @@ class TyingCallback(TrainerCallback):
         untie_at: float | int | None = None,
         freeze: str | None = None,
         freeze_until: float | int | None = None,
+        cascade: int | Sequence[float] | None = None,
         input_gradient_scale: float | None = None,
         diagnose_with: PreTrainedModel | None = None,
         diagnose_steps: int | None = None,
@@ -107,6 +114,8 @@ class TyingCallback(TrainerCallback):
             raise TyingError(f"freeze={freeze!r}: expected one of the roles {', '.join(ROLES)}.")
         if freeze_until is not None and freeze is None:
             raise TyingError("freeze_until is given without freeze: say which role, freeze='output' for one.")
+        if cascade is not None and (freeze is not None or untie_at is not None):
+            raise TyingError("cascade freezes layers by itself: expected neither freeze nor untie_at beside it.")
         number = isinstance(input_gradient_scale, int | float) and not isinstance(input_gradient_scale, bool)
         if input_gradient_scale is not None and not (number and 0 <= input_gradient_scale < float("inf")):
             raise TyingError(f"input_gradient_scale={input_gradient_scale!r}: expected a number of 0 or more.")
@@ -117,6 +126,7 @@ class TyingCallback(TrainerCallback):
                 "number of steps from 1, and an untied twin."
             )
         self.log_roles, self.untie_at, self.freeze, self.freeze_until = log_roles, untie_at, freeze, freeze_until
+        self.cascade = None if cascade is None else Cascade(cascade)
         self.input_gradient_scale = input_gradient_scale
         self.diagnose_with, self.diagnose_steps = diagnose_with, diagnose_steps
         self._meter: RoleMeter | None = None
@@ -154,7 +164,7 @@ class TyingCallback(TrainerCallback):
         if optimizer is not None:
             with raised_on_every_rank():
                 assert_optimized(model, optimizer)
-        if self.untie_at is not None or self.freeze is not None:
+        if self.untie_at is not None or self.freeze is not None or self.cascade is not None:
             _refuse_processes(args)
         inner = unwrapped(model)
         _warn_of_multiplied_gradient(args, inner)
@@ -164,6 +174,8 @@ class TyingCallback(TrainerCallback):
             self._frozen = freeze_role(inner, optimizer, self.freeze)
             until = "to the end" if self.freeze_until is None else f"until freeze_until={self.freeze_until}"
             logger.warning(f"Step {state.global_step}: role {self.freeze} is frozen {until}.")
+        if self.cascade is not None:
+            self.cascade.begin(inner, state.global_step, state.max_steps)
         if self.diagnose_with is not None:
             diagnose(inner, self.diagnose_with)  # refuses a wrong twin before training
         self._groups = groups_of(inner)
@@ -198,6 +210,8 @@ class TyingCallback(TrainerCallback):
         if self._frozen and self._is_past(state, self.freeze_until):
             logger.warning(f"Step {state.global_step}: role {self.freeze} is trained from now on.")
             self._free()
+        if self.cascade is not None:
+            self.cascade.move_to(unwrapped(model), optimizer, state.global_step, state.max_steps)
         if self._meter is not None:
             self._meter.attach() if _is_logged(args, state) else self._meter.detach()
 
@@ -311,6 +325,8 @@ class TyingCallback(TrainerCallback):
         self._handles = []
         self._untie_step = None
         self._free()
+        if self.cascade is not None:
+            self.cascade.end()
 
     def _free(self) -> None:
         for parameter in self._frozen:
@@ -335,9 +351,9 @@ def _warn_of_multiplied_gradient(args: TrainingArguments, model: PreTrainedModel
 def _refuse_processes(args: TrainingArguments) -> None:
     if args.world_size > 1:
         raise TyingError(
-            f"untie_at and freeze need one process, found {args.world_size}: DistributedDataParallel and sharding do "
-            "not know a parameter that is made, or frozen, after the model was wrapped. Do it before Trainer: "
-            "untie(model), and requires_grad_(False) on the parameters to freeze."
+            f"untie_at, freeze and cascade need one process, found {args.world_size}: DistributedDataParallel and "
+            "sharding do not know a parameter that is made, or frozen, after the model was wrapped. Do it before "
+            "Trainer: untie(model), and requires_grad_(False) on the parameters to freeze."
         )
 
 
