@@ -8,6 +8,7 @@ _HOME = {
     "JointTokenizer": "tokenizer",
     "JointVocabulary": "joint",
     "MASK": "rows",
+    "extend_vocabulary": "extend",
     "join_vocabularies": "join",
 }
 
@@ -15,10 +16,12 @@ __all__ = [
     "JointTokenizer",
     "JointVocabulary",
     "MASK",
+    "extend_vocabulary",
     "join_vocabularies",
 ]
 
 if TYPE_CHECKING:
+    from .extend import extend_vocabulary
     from .join import join_vocabularies
     from .joint import JointVocabulary
     from .rows import MASK
