@@ -20,7 +20,6 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import set_seed
 from transformers.utils import logging
 from ulmfit_classifier import ClassifierStage, train_rounds
 from ulmfit_data import read_data
@@ -130,7 +129,6 @@ def main() -> None:
     output = Path(data_args.output_dir)
     predictions = {}
     for direction in ["forward", "backward"][: 1 + model_args.bidirectional]:
-        set_seed(stage_args.seed)
         suffix = "" if direction == "forward" else "_backward"
         lm = pretrain(output / f"lm{suffix}", data, data_args, model_args, stage_args, bool(suffix))
         tuned = tune(output / f"lm_tuned{suffix}", lm, data, data_args, stage_args, bool(suffix))

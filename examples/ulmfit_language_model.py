@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from ulmfit_data import Data
 from ulmfit_stage import Stage, digest, optimizers
 
@@ -31,6 +31,7 @@ def pretrain(folder: Path, data: Data, data_args: Any, model_args: Any, args: An
     stage = Stage(folder, settings)
     if stage.finished:
         return stage
+    set_seed(args.seed)
     tokenizer = _tokenizer(texts, data_args)
     model = TiedLSTMForCausalLM(_config(model_args, tokenizer, backward))
     if args.no_pretrain:
