@@ -149,6 +149,23 @@ def test_a_stage_goes_on_after_a_stop_with_the_same_numbers(stage, out, run, tmp
     assert figures(run(tmp_path / "out", "--save_steps", "3")) == figures(whole) and not patched  # nothing is repeated
 
 
+def test_the_first_stage_of_another_run_may_be_taken(out, files, monkeypatch, tmp_path):
+    arguments = ["--train_file", files / "train.csv", *SMALL, *QUICK, "--output_dir", tmp_path / "out"]
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    main = runpy.run_path(str(SCRIPT))["main"]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments), "--pretrained_lm", str(out / "lm")])
+    main()
+    first, second = (
+        AutoModelForCausalLM.from_pretrained(folder / "lm").state_dict() for folder in (out, tmp_path / "out")
+    )
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    for flags, message in ((["--pretrained_lm", "none"], "no config.json"), ([], "Expected --pretrain_file or")):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments[:-1]), str(tmp_path / "b"), *flags])
+        with pytest.raises(TyingError, match=message):
+            main()
+    assert not (tmp_path / "b").exists()
+
+
 def test_a_folder_of_other_settings_is_refused(out, run):
     with pytest.raises(TyingError, match=r"epochs \(8.0, now 9.0\).*another --output_dir"):
         run(out, "--epochs", "9")
