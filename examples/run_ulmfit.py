@@ -13,14 +13,14 @@ repeated. The default sizes are small, for a CPU; the paper's are --embedding_si
     (the same) --unlabeled_file U.csv --pseudo_labels 0.95          (texts without a label, in the same column)
     (the same) --label_separator ";"                                (texts of several classes)
     (the same) --chunk 256 --overlap 64                             (long documents in overlapping pieces)
-    (the same) --no_pretrain --no_lm_tuning                         (from scratch; each --no_... takes one part away)
+    (the same without --pretrain_file) --pretrained_lm OTHER/lm     (the first stage of another run)
+    (the same) --no_pretrain --no_lm_tuning                         (from scratch; each --no_... takes a part away)
 """
 
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import set_seed
 from transformers.utils import logging
 from ulmfit_classifier import ClassifierStage, train_rounds
 from ulmfit_data import read_data
@@ -37,6 +37,9 @@ class DataArguments:
     output_dir: str = field(metadata={"help": "Where the three models, the figures and the pictures go."})
     pretrain_file: str | None = field(
         default=None, metadata={"help": "Text of the language model, a document on each line; not of the task."}
+    )
+    pretrained_lm: str | None = field(
+        default=None, metadata={"help": "In place of --pretrain_file: the folder of a first stage, such as OUT/lm."}
     )
     validation_file: str | None = field(
         default=None, metadata={"help": "Texts for the temperature. Default: a tenth of the training texts."}
@@ -120,8 +123,9 @@ class StageArguments:
 def main() -> None:
     """Do what the command line says."""
     data_args, model_args, stage_args = ScriptParser((DataArguments, ModelArguments, StageArguments)).parse()
-    if data_args.pretrain_file is None and not stage_args.no_pretrain:
-        raise TyingError("Expected --pretrain_file, or --no_pretrain to do without the first stage.")
+    sources = bool(data_args.pretrain_file) + bool(data_args.pretrained_lm)
+    if sources > 1 or not (sources or stage_args.no_pretrain):
+        raise TyingError("Expected --pretrain_file or --pretrained_lm, or --no_pretrain to have no first stage.")
     if stage_args.pseudo_labels is not None and data_args.unlabeled_file is None:
         raise TyingError("--pseudo_labels needs texts without labels: give --unlabeled_file.")
     logging.set_verbosity_error()
@@ -130,7 +134,6 @@ def main() -> None:
     output = Path(data_args.output_dir)
     predictions = {}
     for direction in ["forward", "backward"][: 1 + model_args.bidirectional]:
-        set_seed(stage_args.seed)
         suffix = "" if direction == "forward" else "_backward"
         lm = pretrain(output / f"lm{suffix}", data, data_args, model_args, stage_args, bool(suffix))
         tuned = tune(output / f"lm_tuned{suffix}", lm, data, data_args, stage_args, bool(suffix))

@@ -6,13 +6,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import (
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 from ulmfit_data import Data, pieces
 from ulmfit_stage import Stage, digest, optimizers
 
 from hf_tying import TyingCallback
 from hf_tying.models import TiedLSTMForSequenceClassification
-from hf_tying.training import GradualUnfreezing, distillation_labels, fit_temperature, pseudo_labels
+from hf_tying.training import (
+    GradualUnfreezing,
+    distillation_labels,
+    fit_temperature,
+    pseudo_labels,
+    recompute_norm_statistics,
+)
 
 
 @dataclass(frozen=True)
@@ -68,6 +81,7 @@ def _train(folder: Path, stage: ClassifierStage, number: int, teacher: dict | No
         "gradient_length": model_args.gradient_length,
         "classifier_pooling": "last" if model_args.no_concat_pooling else "concat",
     }  # fmt: skip
+    set_seed(args.seed)
     model = TiedLSTMForSequenceClassification.from_pretrained(source, **changes)
     texts, targets = _training_texts(stage, teacher)
     rows = _rows(texts, targets, tokenizer, stage.data_args)[0]
@@ -99,6 +113,7 @@ def _train(folder: Path, stage: ClassifierStage, number: int, teacher: dict | No
     )
     if not record.finished:
         trainer.train(resume_from_checkpoint=record.last_checkpoint())
+        recompute_norm_statistics(model, trainer.get_train_dataloader())
     training.train_sampling_strategy = "random"  # grouped by length, predictions would come in another order
     temperature, model.config.temperature = model.config.temperature, 1.0
     logits = {name: _predict(trainer, split, tokenizer, stage) for name, (split, _) in data.splits.items()}

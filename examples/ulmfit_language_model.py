@@ -1,11 +1,12 @@
 """The first two stages of `run_ulmfit.py`: a language model of general text, then of the task's own texts."""
 
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from ulmfit_data import Data
 from ulmfit_stage import Stage, digest, optimizers
 
@@ -14,6 +15,7 @@ from hf_tying.data import ContiguousText, extend_vocabulary, train_word_tokenize
 from hf_tying.models import TiedLSTMConfig, TiedLSTMForCausalLM
 from hf_tying.models.lstm.sizes import SIZES
 from hf_tying.training import CarriedStateArguments, CarriedStateTrainer
+from hf_tying.training.command_line import naming
 
 #: Share of a text's words, at its end, that the perplexity is measured on.
 HELD_OUT = 0.05
@@ -21,6 +23,8 @@ HELD_OUT = 0.05
 
 def pretrain(folder: Path, data: Data, data_args: Any, model_args: Any, args: Any, backward: bool) -> Stage:
     """Stage 1: a language model of general text. With --no_pretrain, initial values and the words of the task."""
+    if data_args.pretrained_lm and not args.no_pretrain:
+        return _copied(Path(f"{data_args.pretrained_lm}{'_backward' if backward else ''}"), folder)
     texts = task_texts(data) if args.no_pretrain else data.pretrain
     names = ("embedding_size", "hidden_size", "num_layers", "dropout", "no_tying")
     settings = {name: getattr(model_args, name) for name in names}
@@ -31,6 +35,7 @@ def pretrain(folder: Path, data: Data, data_args: Any, model_args: Any, args: An
     stage = Stage(folder, settings)
     if stage.finished:
         return stage
+    set_seed(args.seed)
     tokenizer = _tokenizer(texts, data_args)
     model = TiedLSTMForCausalLM(_config(model_args, tokenizer, backward))
     if args.no_pretrain:
@@ -59,6 +64,19 @@ def tune(folder: Path, lm: Stage, data: Data, data_args: Any, args: Any, backwar
     else:
         new = {"new_words": len(tokenizer) - known}
         _train(stage, model, tokenizer, texts, args, args.tune_epochs, args.tune_learning_rate, True, **new)
+    return stage
+
+
+def _copied(source: Path, folder: Path) -> Stage:
+    """The first stage of another run."""
+    if not (source / "config.json").is_file():
+        raise TyingError(f"--pretrained_lm: {str(source)!r} has no config.json. Expected a language model's folder.")
+    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(source.glob("*.safetensors"))}
+    stage = Stage(folder, {"pretrained_lm": files})
+    if not stage.finished:
+        with naming(f"--pretrained_lm {source}"):
+            model, tokenizer = TiedLSTMForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+        _save(stage, model, tokenizer, words=len(tokenizer))
     return stage
 
 

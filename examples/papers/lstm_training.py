@@ -53,7 +53,9 @@ class Text:
             raise TyingError(f"{files['train']} has {len(self.ids['train']) - 1} word: there is nothing to learn.")
 
 
-def train_and_report(arguments: LSTMArguments, make_config, recipe: dict, published: dict, objective=None, **facts):
+def train_and_report(
+    arguments: LSTMArguments, make_config, recipe: dict, published: dict, objective=None, cascade=None, **facts
+):
     """Train a model by a recipe, evaluate it, write `results.json`, print the published row beside it.
 
     Args:
@@ -61,6 +63,7 @@ def train_and_report(arguments: LSTMArguments, make_config, recipe: dict, publis
         recipe: of `hf_tying.training.recipes`, with `time_steps`.
         published: figures of the paper, by the names in `FIGURES`.
         objective: of `use_tied_loss`, such as the augmented loss.
+        cascade: of `TyingCallback`: train the classifier first.
         facts: what else is written to the results, such as the variant's name.
     """
     logging.set_verbosity_error()
@@ -90,7 +93,7 @@ def train_and_report(arguments: LSTMArguments, make_config, recipe: dict, publis
         train_dataset=train,
         eval_dataset=text.ids["valid"],
         processing_class=text.tokenizer,
-        callbacks=[TyingCallback(log_roles=arguments.log_roles)],
+        callbacks=[TyingCallback(log_roles=arguments.log_roles, cascade=cascade)],
     )
     trainer.train(resume_from_checkpoint=arguments.resume or None)
     trainer.save_model()

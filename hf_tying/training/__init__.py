@@ -22,6 +22,7 @@ _HOME = {
     "fit_temperature": "calibration",
     "layer_groups": "layers",
     "pseudo_labels": "ulmfit",
+    "recompute_norm_statistics": "ulmfit",
     "recover_lm_head": "headless",
     "resume_path": "resuming",
     "set_accepts_loss_kwargs": "callbacks",
@@ -47,6 +48,7 @@ __all__ = [
     "fit_temperature",
     "layer_groups",
     "pseudo_labels",
+    "recompute_norm_statistics",
     "recover_lm_head",
     "resume_path",
     "set_accepts_loss_kwargs",
@@ -71,6 +73,7 @@ if TYPE_CHECKING:
         average_predictions,
         distillation_labels,
         pseudo_labels,
+        recompute_norm_statistics,
         slanted_triangular,
         slanted_triangular_schedule,
     )

@@ -5,7 +5,7 @@ The discriminative rates are in `hf_tying.training.layers`, the temperature in `
 Source: Howard & Ruder 2018, "Universal Language Model Fine-tuning for Text Classification".
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -156,6 +156,36 @@ class GradualUnfreezing(TrainerCallback):
             for parameter in members:
                 parameter.requires_grad_(True)
         self._groups, self._stage = [], -1
+
+
+@torch.no_grad()
+def recompute_norm_statistics(model: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
+    """Measure the running statistics of all batch normalisations anew, for the trained values of the model.
+
+    In a short training, or one that unfreezes layers on the way, the running mean is still that of earlier values. The
+    statistics of evaluation are then not those that the model was trained with.
+
+    Args:
+        model: trained model, in place. Dropout is off meanwhile.
+        batches: inputs of the model by name, as from `trainer.get_train_dataloader()`. `labels` are left out.
+
+    Source: `torch.optim.swa_utils.update_bn`, which keeps dropout on.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    training, momenta = model.training, [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean over all batches
+        norm.train()
+    device = next(model.parameters()).device
+    try:
+        for batch in batches if norms else []:
+            model(**{name: values.to(device) for name, values in batch.items() if name != "labels"})
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        model.train(training)
 
 
 def average_predictions(probabilities: Sequence[torch.Tensor]) -> torch.Tensor:

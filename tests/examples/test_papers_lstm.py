@@ -119,6 +119,19 @@ def test_unknown_parts_are_refused(text, tmp_path, run):
     assert done.returncode == 1 and "expected some of averaging" in done.stderr
 
 
+def test_classifier_first_beside_plain_training(text, tmp_path, run):
+    flags = ("--epochs", 3, "--hidden_size", 12, "--stages", 3, "--use_cpu", "--seed", 1)
+    done = run("cascade.py", "--data_dir", text, "--output_dir", tmp_path, *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = {}
+    for name in ("plain", "cascade"):
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        found[name] = [log["eval_perplexity"] for log in results["epoch_perplexities"] if "eval_perplexity" in log]
+        assert len(found[name]) == 3 + 2  # after each epoch, and of both texts at the end
+    assert found["plain"][0] == found["cascade"][0] and found["plain"][1] != found["cascade"][1]
+    assert (tmp_path / "cascade.png").stat().st_size > 5000
+
+
 def test_the_benchmark_compares_the_same_work(tmp_path, run):
     done = run(BENCHMARK, "--quick", "--vocabulary", 300, "--json", tmp_path / "lstm.json")
     assert done.returncode == 0, done.stderr[-3000:]

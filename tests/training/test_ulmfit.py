@@ -27,6 +27,7 @@ from hf_tying.training import (
     fit_temperature,
     layer_groups,
     pseudo_labels,
+    recompute_norm_statistics,
     slanted_triangular,
     slanted_triangular_schedule,
 )
@@ -35,7 +36,15 @@ SMALL = {
     "vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12,
     "max_position_embeddings": 16, "pad_token_id": 0, "num_labels": 3,
 }  # fmt: skip
-GPT2 = {"vocab_size": 30, "n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 16, "pad_token_id": 0, "num_labels": 3}
+GPT2 = {
+    "vocab_size": 30,
+    "n_embd": 8,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_positions": 16,
+    "pad_token_id": 0,
+    "num_labels": 3,
+}
 BART = {
     "vocab_size": 30, "d_model": 8, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
     "decoder_attention_heads": 2, "encoder_ffn_dim": 12, "decoder_ffn_dim": 12, "max_position_embeddings": 16,
@@ -274,10 +283,15 @@ def test_a_cascade_goes_on_after_a_stop(step, tmp_path):
 @pytest.mark.parametrize(
     ("cascade", "more", "message"),
     [
-        (1, {}, "2 or more"), ([0.5, 0.4], {}, "sum to 1"), ("head", {}, "expected the number"), (True, {}, "expected"),
-        ([0.5, -0.5, 1.0], {}, "sum to 1"), (2, {"freeze": "output"}, "neither freeze"), (2, {"untie_at": 3}, "neither"),
+        (1, {}, "2 or more"),
+        ([0.5, 0.4], {}, "sum to 1"),
+        ([0.5, -0.5, 1.0], {}, "sum to 1"),
+        ("head", {}, "expected the number"),
+        (True, {}, "expected the number"),
+        (2, {"freeze": "output"}, "neither freeze"),
+        (2, {"untie_at": 3}, "neither freeze"),
     ],
-)  # fmt: skip
+)
 def test_a_cascade_that_cannot_be_is_refused(cascade, more, message):
     with pytest.raises(TyingError, match=message):
         TyingCallback(cascade=cascade, **more)
@@ -286,6 +300,28 @@ def test_a_cascade_that_cannot_be_is_refused(cascade, more, message):
 def test_more_stages_than_layers_are_refused(tmp_path):
     with pytest.raises(TyingError, match="4 groups of layers"):
         train(classifier(), tmp_path, TyingCallback(cascade=5))
+
+
+# --- statistics ------------------------------------------------------------------------------------------------------
+
+
+def test_the_statistics_of_the_head_are_those_of_the_trained_values():
+    model = classifier(classifier_dropout=0.5, output_dropout=0.5).train()
+    rows = Rows().ids
+    seen = []
+    handle = model.classifier[0].register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    model.eval()(rows)
+    handle.remove()
+    batches = [{"input_ids": rows[:4], "labels": torch.zeros(4)}, {"input_ids": rows[4:]}]
+    recompute_norm_statistics(model.train(), batches)
+    norm = model.classifier[0]
+    torch.testing.assert_close(norm.running_mean, seen[0].mean(dim=0))
+    variance = torch.stack([seen[0][:4].var(dim=0), seen[0][4:].var(dim=0)]).mean(dim=0)
+    torch.testing.assert_close(norm.running_var, variance)
+    assert norm.momentum == 0.1 and model.training and norm.training
+    model.eval()
+    recompute_norm_statistics(model, batches)
+    assert not model.training and not norm.training
 
 
 # --- labels and probabilities ----------------------------------------------------------------------------------------
