@@ -1,4 +1,4 @@
-"""Train or fine-tune a causal language model on your text, tied as you say, and measure its perplexity.
+r"""Train or fine-tune a causal language model on your text, tied as you say, and measure its perplexity.
 
 From scratch, with a tokenizer trained on the same text; then go on after a stop:
 
@@ -44,7 +44,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from hf_tying import TyingConfig, TyingError, tie, use_tied_loss
 from hf_tying.data import train_byte_level_bpe
-from hf_tying.data.text_datasets import TextSplit, hold_out, read_text_dataset, read_text_file, token_blocks
+from hf_tying.data.text_datasets import (
+    TextSplit,
+    hold_out,
+    naming_unreadable_rows,
+    read_text_dataset,
+    read_text_file,
+    token_blocks,
+)
 from hf_tying.metrics import perplexity_of, sequence_scores
 from hf_tying.training import ObjectiveArguments, ScriptParser, TyingArguments, resume_path, set_accepts_loss_kwargs
 from hf_tying.training.command_line import naming
@@ -55,6 +62,8 @@ from hf_tying.training.size_estimate import estimate_size
 
 @dataclass
 class ModelArguments:
+    _argument_group_name = "model"
+
     model_name_or_path: str | None = field(default=None, metadata={"help": "A saved model, or its id on the Hub."})
     model_type: str | None = field(default=None, metadata={"help": "From scratch: the type, such as llama or gpt2."})
     config_name: str | None = field(
@@ -90,6 +99,8 @@ class ModelArguments:
 
 @dataclass
 class DataTrainingArguments:
+    _argument_group_name = "text"
+
     train_file: str | None = field(
         default=None,
         metadata={"help": "Training text: .txt, .json, .jsonl, .csv, or a save_to_disk folder."},
@@ -207,16 +218,14 @@ def first(rows: Dataset | IterableDataset | None, count: int | None) -> Dataset 
     return rows.take(count) if isinstance(rows, IterableDataset) else rows.select(range(min(count, len(rows))))
 
 
-def main() -> None:
-    """Do what the command line says."""
-    parser = ScriptParser(
-        (ModelArguments, DataTrainingArguments, TrainingArguments, TyingArguments, ObjectiveArguments)
-    )
-    model_args, data_args, training_args, tying_args, objective_args = parser.parse()
-    if not (training_args.do_train or training_args.do_eval):
-        raise TyingError("Nothing to do: give --do_train, --do_eval, or both.")
-    if training_args.do_train and data_args.streaming and training_args.max_steps <= 0:
-        raise TyingError("A streamed text has no known length: give --max_steps.")
+def run(
+    model_args: ModelArguments,
+    data_args: DataTrainingArguments,
+    training_args: TrainingArguments,
+    tying_args: TyingArguments,
+    objective_args: ObjectiveArguments,
+) -> None:
+    """Train, evaluate, or both."""
     checkpoint = resume_path(training_args) if training_args.do_train else None
     objective, callback = objective_args.to_objective(), tying_args.to_callback()
     tying_args.to_tying_config()  # what is wrong with it is said before any work
@@ -270,6 +279,21 @@ def main() -> None:
         trainer.save_metrics("eval", metrics)
     if training_args.push_to_hub:
         trainer.push_to_hub(finetuned_from=model_args.model_name_or_path, tags=["weight-tying", "hf_tying"])
+
+
+def main() -> None:
+    """Do what the command line says."""
+    classes = (ModelArguments, DataTrainingArguments, TrainingArguments, TyingArguments, ObjectiveArguments)
+    parser = ScriptParser(classes, description=__doc__)
+    model_args, data_args, training_args, tying_args, objective_args = parser.parse()
+    if not (training_args.do_train or training_args.do_eval):
+        raise TyingError("Nothing to do: give --do_train, --do_eval, or both.")
+    if training_args.do_predict:
+        raise TyingError("--do_predict: this script measures perplexity by --do_eval and predicts nothing.")
+    if training_args.do_train and data_args.streaming and training_args.max_steps <= 0:
+        raise TyingError("A streamed text has no known length: give --max_steps.")
+    with naming_unreadable_rows(data_args.train_file, data_args.validation_file):
+        run(model_args, data_args, training_args, tying_args, objective_args)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fine-tune a saved or published model with Tied-LoRA, beside LoRA and VeRA if you like; compare them in one table.
+r"""Fine-tune a saved or published model with Tied-LoRA, beside LoRA and VeRA if you like; compare them in one table.
 
     python examples/run_tied_lora.py --task classification --model_name_or_path runs/base --train_file train.tsv \
         --validation_file dev.tsv --test_file test.tsv --r 32 --variant TL6 --compare lora,vera,TL5 --seeds 0 1 2 \
@@ -44,6 +44,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_tying import TyingError
 from hf_tying.training import set_accepts_loss_kwargs
+from hf_tying.training.command_line import HelpFormatter
 
 #: What differs from the defaults of `Seq2SeqTrainingArguments`; each is still a flag.
 TRAINING_DEFAULTS = {
@@ -171,7 +172,11 @@ def finished(folder: Path, settings: dict) -> dict | None:
 
 
 def main():
-    parser = HfArgumentParser((ExperimentArguments, AdapterArguments, Seq2SeqTrainingArguments))
+    parser = HfArgumentParser(
+        (ExperimentArguments, AdapterArguments, Seq2SeqTrainingArguments),
+        description=__doc__,
+        formatter_class=HelpFormatter,
+    )
     parser.set_defaults(**TRAINING_DEFAULTS)
     arguments, adapter, training = parser.parse_args_into_dataclasses()
     if training.world_size > 1:

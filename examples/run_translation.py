@@ -1,4 +1,4 @@
-"""Train or fine-tune a translation model on your sentence pairs, tied as you say, and measure its BLEU and chrF.
+r"""Train or fine-tune a translation model on your sentence pairs, tied as you say, and measure its BLEU and chrF.
 
 From scratch, with one vocabulary for both languages trained on the same text; then go on after a stop:
 
@@ -74,6 +74,8 @@ from hf_tying.training.translation import (
 
 @dataclass
 class ModelArguments:
+    _argument_group_name = "model"
+
     model_name_or_path: str | None = field(default=None, metadata={"help": "A saved model, or its id on the Hub."})
     model_type: str | None = field(default=None, metadata={"help": "From scratch: the type, such as marian or t5."})
     config_name: str | None = field(
@@ -103,6 +105,8 @@ class ModelArguments:
 
 @dataclass
 class DataTrainingArguments:
+    _argument_group_name = "sentence pairs"
+
     source_lang: str | None = field(default=None, metadata={"help": "Source language: en, or a tokenizer's en_XX."})
     target_lang: str | None = field(default=None, metadata={"help": "Target language: de, or a tokenizer's de_DE."})
     train_file: str | None = field(default=None, metadata={"help": "Training pairs as JSON lines."})
@@ -255,7 +259,7 @@ def translate(
 def main() -> None:
     """Do what the command line says."""
     classes = (ModelArguments, DataTrainingArguments, Seq2SeqTrainingArguments, TyingArguments)
-    model_args, data_args, args, tying_args = ScriptParser(classes).parse()
+    model_args, data_args, args, tying_args = ScriptParser(classes, description=__doc__).parse()
     if not (args.do_train or args.do_eval or args.do_predict):
         raise TyingError("Nothing to do: give --do_train, --do_eval, --do_predict, or several of them.")
     if args.do_predict and not args.predict_with_generate:

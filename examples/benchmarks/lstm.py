@@ -32,6 +32,7 @@ from hf_tying import use_tied_loss
 from hf_tying.data.words import ContiguousText
 from hf_tying.models import TiedLSTMConfig, TiedLSTMForCausalLM
 from hf_tying.training.carried_state import CarriedStateArguments, CarriedStateTrainer
+from hf_tying.training.command_line import HelpFormatter
 from hf_tying.training.recipes import RECIPES
 
 METHODS = ("bare", "trainer", "trainer, tied softmax")
@@ -96,7 +97,8 @@ def by_trainer(model: TiedLSTMForCausalLM, text: ContiguousText, clip: float, fo
 
 
 def main():
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    parser = HfArgumentParser(Arguments, description=__doc__, formatter_class=HelpFormatter)
+    (arguments,) = parser.parse_args_into_dataclasses()
     if arguments.quick:
         arguments.rounds, arguments.updates = 1, 8
     logging.set_verbosity_error()

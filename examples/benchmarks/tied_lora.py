@@ -29,6 +29,7 @@ from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, set_se
 from transformers.utils import logging
 
 from hf_tying.peft import TiedLoraConfig
+from hf_tying.training.command_line import HelpFormatter
 from hf_tying.training.memory import saved_activations
 
 METHODS = ("TL6", "TL5", "lora", "vera")
@@ -203,7 +204,8 @@ def tables(report: dict) -> list[Table]:
 
 
 def main():
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    parser = HfArgumentParser(Arguments, description=__doc__, formatter_class=HelpFormatter)
+    (arguments,) = parser.parse_args_into_dataclasses()
     logging.set_verbosity_error()
     device = torch.device("cuda" if torch.cuda.is_available() and not arguments.use_cpu else "cpu")
     if device.type == "cuda" and arguments.clock == "cpu":

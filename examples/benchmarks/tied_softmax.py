@@ -228,7 +228,10 @@ def main():
     from tied_softmax_report import draw, notes, tables
     from transformers import HfArgumentParser
 
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    from hf_tying.training.command_line import HelpFormatter
+
+    parser = HfArgumentParser(Arguments, description=__doc__, formatter_class=HelpFormatter)
+    (arguments,) = parser.parse_args_into_dataclasses()
     for method in arguments.methods:
         if method not in METHODS:
             sys.exit(f"error: unknown method {method!r}: expected one of {', '.join(METHODS)}.")

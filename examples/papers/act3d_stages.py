@@ -24,6 +24,7 @@ from torch import nn
 from transformers import HfArgumentParser
 
 from hf_tying import assert_tied, save_tied, tie
+from hf_tying.training.command_line import HelpFormatter
 
 COLOURS, POINTS, GHOSTS = 6, 6, 48
 #: Half of the side of the cube in which a stage draws its ghost points.
@@ -138,7 +139,8 @@ def run(arguments: Arguments, seed: int, tied: bool) -> tuple[dict[str, float], 
 
 
 def main() -> None:
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    parser = HfArgumentParser(Arguments, description=__doc__, formatter_class=HelpFormatter)
+    (arguments,) = parser.parse_args_into_dataclasses()
     results: dict[str, list[dict[str, float]]] = {}
     network = None
     for kind in ("untied", "tied"):

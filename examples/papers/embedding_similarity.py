@@ -1,4 +1,4 @@
-"""Press & Wolf 2016: which embedding is the better word vector, and which of the two does a tied one resemble?
+r"""Press & Wolf 2016: which embedding is the better word vector, and which of the two does a tied one resemble?
 
     python examples/papers/embedding_similarity.py --model runs/small --tied_model runs/small+wt \
         --similarity_dir DIR --output_dir runs/similarity
@@ -29,6 +29,7 @@ from hf_tying import TyingError
 from hf_tying.metrics import WordSimilarity, read_word_pairs, spearman, word_similarities
 from hf_tying.ties.anatomy import roles
 from hf_tying.ties.slots import find_parameter
+from hf_tying.training.command_line import HelpFormatter
 
 
 @dataclass
@@ -97,7 +98,8 @@ def table(title: str, rows: dict[str, dict]) -> Table:
 
 
 def main():
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    parser = HfArgumentParser(Arguments, description=__doc__, formatter_class=HelpFormatter)
+    (arguments,) = parser.parse_args_into_dataclasses()
     files = sorted(Path(arguments.similarity_dir).glob("*.txt"))
     if not files:
         raise TyingError(f"{arguments.similarity_dir!r} has no .txt file: expected sets of word pairs.")

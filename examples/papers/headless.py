@@ -26,6 +26,7 @@ from transformers.utils import logging
 from hf_tying import use_tied_loss
 from hf_tying.config import TyingError
 from hf_tying.objectives.objective import ContrastiveObjective
+from hf_tying.training.command_line import HelpFormatter
 from hf_tying.training.headless import HeadlessTrainer, recover_lm_head
 
 #: Tables 1 and 4: a BERT of 110M on 4.1B tokens (average of GLUE), a Pythia of 70M (validation perplexity as printed).
@@ -64,7 +65,8 @@ class Arguments:
 
 
 def main():
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    parser = HfArgumentParser(Arguments, description=__doc__, formatter_class=HelpFormatter)
+    (arguments,) = parser.parse_args_into_dataclasses()
     if arguments.minutes is not None and (arguments.max_steps is not None or not arguments.minutes > 0):
         raise TyingError("Expected either --max_steps or --minutes, and minutes above 0.")
     logging.set_verbosity_error()

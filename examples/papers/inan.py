@@ -20,6 +20,7 @@ from transformers import HfArgumentParser
 
 from hf_tying.models import TiedLSTMConfig
 from hf_tying.objectives.objective import AugmentedObjective
+from hf_tying.training.command_line import HelpFormatter
 from hf_tying.training.recipes import RECIPES
 
 #: Validation and test perplexity on the Penn Treebank, and on WikiText-2 where there are figures.
@@ -45,7 +46,8 @@ class Arguments(LSTMArguments):
 
 
 def main():
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    parser = HfArgumentParser(Arguments, description=__doc__, formatter_class=HelpFormatter)
+    (arguments,) = parser.parse_args_into_dataclasses()
     reused = arguments.variant in ("re", "real")
     rates = {} if arguments.dropout is None else dict.fromkeys(_RATES, arguments.dropout)
 

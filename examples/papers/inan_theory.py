@@ -38,6 +38,7 @@ from hf_tying.config import TyingError
 from hf_tying.data.words import read_words
 from hf_tying.losses.augmented import augmented_parts
 from hf_tying.losses.options import AugmentedSettings
+from hf_tying.training.command_line import HelpFormatter
 
 #: About what the paper reports at a temperature of 10.
 PUBLISHED = {"temperature": 10, "distances": {"0": 1.0, "1": 0.06}}
@@ -172,7 +173,8 @@ def plot(runs: list[dict], temperature: float, path: Path) -> None:
 
 
 def main():
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    parser = HfArgumentParser(Arguments, description=__doc__, formatter_class=HelpFormatter)
+    (arguments,) = parser.parse_args_into_dataclasses()
     console, output = Console(soft_wrap=True), Path(arguments.output_dir)
     ids = read_ids(arguments)
     console.print(f"{len(ids):,} words, {int(ids.max()) + 1:,} different ones")

@@ -16,6 +16,7 @@ from transformers import HfArgumentParser
 
 from hf_tying.config import ProjectionConfig, TyingConfig
 from hf_tying.models import TiedLSTMConfig
+from hf_tying.training.command_line import HelpFormatter
 from hf_tying.training.recipes import RECIPES
 
 #: Parameters, and perplexity in training, on the validation and on the test set.
@@ -44,7 +45,8 @@ class Arguments(LSTMArguments):
 
 
 def main():
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    parser = HfArgumentParser(Arguments, description=__doc__, formatter_class=HelpFormatter)
+    (arguments,) = parser.parse_args_into_dataclasses()
     size, *additions = arguments.variant.split("+")
     tying = TyingConfig(
         scheme="two_way" if "wt" in additions else "none",

@@ -1,4 +1,4 @@
-"""Does one matrix do the work of three? The experiment of Press & Wolf (2016) on translation, three-way weight tying.
+r"""Does one matrix do the work of three? The experiment of Press & Wolf (2016) on translation, three-way weight tying.
 
 The same Transformer is trained on the same sentence pairs, in the same order and for the same number of updates, with
 its source embedding, target embedding and softmax apart (`none`), the last two as one matrix (`two_way`), and all of
@@ -46,6 +46,7 @@ from hf_tying.data import train_joint_tokenizer
 from hf_tying.data.parallel import encode_parallel, read_parallel_text
 from hf_tying.metrics import Bleu, ChrF, generated_text
 from hf_tying.training import set_accepts_loss_kwargs
+from hf_tying.training.command_line import HelpFormatter
 from hf_tying.training.translation import check_fit, translation_collator, translation_config
 
 #: What differs from the defaults of `Seq2SeqTrainingArguments`; each is still a flag.
@@ -263,7 +264,9 @@ def finished(folder: Path, settings: dict) -> dict | None:
 
 
 def main():
-    parser = HfArgumentParser((ExperimentArguments, Seq2SeqTrainingArguments))
+    parser = HfArgumentParser(
+        (ExperimentArguments, Seq2SeqTrainingArguments), description=__doc__, formatter_class=HelpFormatter
+    )
     parser.set_defaults(**TRAINING_DEFAULTS)
     arguments, training = parser.parse_args_into_dataclasses()
     files = {

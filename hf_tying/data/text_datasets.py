@@ -4,6 +4,7 @@ import codecs
 import csv
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,7 +87,7 @@ def read_text_file(name: str, file: str | Path, column: str = "text", streaming:
     try:
         rows = load_dataset(form, data_files={name: str(path)}, split=name, streaming=streaming, **options)
     except Exception as error:  # datasets, pyarrow and pandas each have their own
-        raise TyingError(f"{str(path)!r} cannot be read as {form}: {_reason(error)}.") from error
+        raise _unreadable(path, error) from error
     column = "text" if form == "text" else column
     return _split(name, rows, column, repr(str(path)), by_line=form == "text")
 
@@ -119,6 +120,27 @@ def read_text_dataset(
     except Exception as error:  # as above, and those of the Hub
         raise TyingError(f"The dataset {name_or_folder!r} cannot be loaded: {_reason(error)}.") from error
     return {name: _split(name, rows, column, f"{name_or_folder!r} ({name})") for name, rows in data.items()}
+
+
+@contextmanager
+def naming_unreadable_rows(*files: str | Path | None) -> Iterator[None]:
+    """Turn what datasets says about a row that it cannot read, also late in a stream, into one line, a `TyingError`.
+
+    Args:
+        *files: files that are read meanwhile. The first bad line of a file of JSON lines is named.
+    """
+    import pandas
+    import pyarrow
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        yield
+    except (pyarrow.ArrowException, pandas.errors.ParserError, DatasetGenerationError) as error:
+        paths = [Path(file) for file in files if file and Path(file).is_file()]
+        bad = [path for path in paths if _first_bad_line(path)] or paths
+        if not bad:
+            raise TyingError(f"The text cannot be read: {_reason(error)}.") from error
+        raise _unreadable(bad[0], error) from error
 
 
 def hold_out(split: TextSplit, percentage: float) -> tuple[TextSplit, TextSplit]:
@@ -164,15 +186,15 @@ def token_blocks(
     if by_line and end is not None:
         rows = _with_last_row(rows, column, tokenizer.convert_ids_to_tokens(end))
 
-    def cut(batch: dict[str, list]) -> dict[str, list]:
-        texts = [split._checked(text, number) for number, text in enumerate(batch[column])]
+    def cut(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
+        texts = [split._checked(text, number) for text, number in zip(batch[column], numbers, strict=True)]
         encoded = tokenizer(texts, add_special_tokens=not by_line, return_attention_mask=False, verbose=False)
         blocks = joined_blocks(encoded["input_ids"], None if by_line else end, block_size)
         return {"input_ids": blocks, "labels": blocks}
 
     stream = not hasattr(rows, "__len__")
     options = {} if stream else {"num_proc": processes, "desc": f"Blocks of {block_size}"}
-    blocks = rows.map(cut, batched=True, remove_columns=_columns(rows), **options)
+    blocks = rows.map(cut, with_indices=True, batched=True, remove_columns=_columns(rows), **options)
     if next(iter(blocks), None) is None:
         raise TyingError(
             f"The {split.name} text is shorter than one block of {block_size} tokens: give more text, or a smaller "
@@ -192,9 +214,10 @@ def _split(name: str, rows: Any, column: str, where: str, by_line: bool = False)
     if next(iter(rows), None) is None:
         raise TyingError(f"{where} has no rows: expected text.")
     _check_column(_columns(rows), column, where)
-    dtype = getattr((rows.features or {}).get(column), "dtype", "string")
-    if dtype not in ("string", "large_string", "null"):
-        raise TyingError(f"Column {column!r} of {where} holds {dtype}: expected text. See --text_column.")
+    feature = (rows.features or {}).get(column)
+    if feature is not None and getattr(feature, "dtype", None) not in ("string", "large_string", "null"):
+        held = getattr(feature, "dtype", None) or "values of several types"
+        raise TyingError(f"Column {column!r} of {where} holds {held}: expected text. See --text_column.")
     return TextSplit(name, rows, column, by_line)
 
 
@@ -224,6 +247,24 @@ def _first_columns(path: Path, form: str) -> list[str] | None:
         return list(row)
     if path.suffix == ".jsonl":
         raise TyingError(f"The first line of {str(path)!r} is {type(row).__name__}: expected an object on each line.")
+    return None
+
+
+def _unreadable(path: Path, error: Exception) -> TyingError:
+    form = _FORMS[path.suffix.lower()]
+    return TyingError(f"{str(path)!r} cannot be read as {form}: {_first_bad_line(path) or _reason(error)}.")
+
+
+def _first_bad_line(path: Path) -> str | None:
+    """What is wrong with the first line that is not JSON; `None` where all are, or a row has several lines."""
+    if _FORMS[path.suffix.lower()] != "json":
+        return None
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                json.loads(line.strip() or "{}")
+            except ValueError as error:
+                return None if number == 1 else f"line {number:,} is not JSON: {error}"
     return None
 
 

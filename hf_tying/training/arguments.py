@@ -23,6 +23,8 @@ def _with_prefix(name: str) -> list[str]:
 class TyingArguments:
     """Flags that declare ties. None of them given leaves the model as its own config declares it."""
 
+    _argument_group_name = "ties"
+
     scheme: str | None = field(
         default=None,
         metadata={
@@ -163,6 +165,8 @@ class ObjectiveArguments:
         >>> (arguments,) = HfArgumentParser(ObjectiveArguments).parse_args_into_dataclasses()
         >>> use_tied_loss(model, objective=arguments.to_objective())
     """
+
+    _argument_group_name = "objective"
 
     objective: str = field(
         default="ce",

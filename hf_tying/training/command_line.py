@@ -13,6 +13,21 @@ from ..config import TyingError, nearest
 from .flag_files import read_mapping
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """`--help` that keeps the lines of the description, shows one spelling of a flag, and no default that is none."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        spellings = action.option_strings
+        action.option_strings = [one for one in spellings if "-" not in one.strip("-")][:1] or spellings
+        try:
+            return super()._format_action_invocation(action)
+        finally:
+            action.option_strings = spellings
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class ScriptParser(HfArgumentParser):
     """`HfArgumentParser` whose refusals are one `TyingError`, and in whose files a flag has the type of the flag.
 
@@ -20,7 +35,8 @@ class ScriptParser(HfArgumentParser):
     command line, so YAML's `1e-3`, which YAML takes for text, is a number. Names may have dashes or underscores.
 
     Args:
-        dataclass_types: argument classes, such as `TrainingArguments`.
+        dataclass_types: argument classes, such as `TrainingArguments`. `--help` has a part for each class that has a
+            title (`_argument_group_name`); the flags of the others, which are transformers' own, come last.
         **kwargs: keywords of `HfArgumentParser`.
 
     Example:
@@ -28,7 +44,13 @@ class ScriptParser(HfArgumentParser):
     """
 
     def __init__(self, dataclass_types: Iterable[type], **kwargs: Any) -> None:
+        kwargs = {
+            "formatter_class": HelpFormatter,
+            "usage": "%(prog)s [FLAGS.json | FLAGS.yaml] [--FLAG VALUE ...]",
+        } | kwargs
         super().__init__(dataclass_types, **kwargs)
+        self._optionals.title = "training, by transformers"
+        self._action_groups.sort(key=lambda group: group is self._optionals)
         # Any prefix of a flag would be the flag: an unknown one could be taken for another.
         self.allow_abbrev = False
 

@@ -7,7 +7,14 @@ from datasets import Dataset, DatasetDict
 
 from hf_tying import TyingError
 from hf_tying.data import train_byte_level_bpe
-from hf_tying.data.text_datasets import hold_out, read_text_dataset, read_text_file, token_blocks
+from hf_tying.data.text_datasets import (
+    TextSplit,
+    hold_out,
+    naming_unreadable_rows,
+    read_text_dataset,
+    read_text_file,
+    token_blocks,
+)
 
 DOCUMENTS = [f"document {i} has {i * i} words" for i in range(40)]
 
@@ -78,6 +85,25 @@ def test_a_row_without_text_is_named(streaming, tmp_path, tokenizer):
     split = read_text_file("train", tmp_path / "a.jsonl", streaming=streaming)
     with pytest.raises(TyingError, match="None in column 'text' of row 1"):
         token_blocks(split, tokenizer, 2)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "line, message",
+    [('{"text": "cut', "line 1,501 is not JSON: Unterminated"), ('{"text": 7}', "7 in column|several")],
+)
+def test_a_bad_row_late_in_a_file_is_one_line_that_names_it(line, message, streaming, tmp_path, tokenizer):
+    path = tmp_path / "late.jsonl"
+    path.write_text('{"text": "one and two"}\n' * 1500 + line + "\n" + '{"text": "three"}\n' * 1500)
+    with pytest.raises(TyingError, match=message) as error, naming_unreadable_rows(path, None):
+        list(token_blocks(read_text_file("train", path, streaming=streaming), tokenizer, 8))
+    assert "\n" not in str(error.value)
+
+
+def test_the_row_without_text_is_counted_from_the_start_of_the_data(tokenizer):
+    rows = Dataset.from_dict({"text": ["one and two"] * 1500 + [None]})
+    with pytest.raises(TyingError, match="None in column 'text' of row 1500"):
+        token_blocks(TextSplit("train", rows, "text"), tokenizer, 8)
 
 
 def test_a_text_shorter_than_a_block_is_refused(tmp_path, tokenizer):

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import re
 from functools import partial
 
 import pytest
 from transformers import AutoConfig, HfArgumentParser, TrainingArguments
 
 from hf_tying import TyingConfig, TyingError
-from hf_tying.training import TyingArguments, config_with_overrides
+from hf_tying.training import ObjectiveArguments, ScriptParser, TyingArguments, config_with_overrides
 
 GROUPS = {"layers": ["model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"]}
 
@@ -87,6 +88,17 @@ def test_a_flag_has_its_long_name_too_with_dashes_or_underscores(field):
 
 def test_every_flag_has_its_help():
     assert all(len(field.metadata["help"]) > 40 for field in dataclasses.fields(TyingArguments))
+
+
+def test_the_help_has_a_part_for_each_class_and_one_spelling_of_each_flag():
+    parser = ScriptParser((TrainingArguments, TyingArguments, ObjectiveArguments), description="one\n    two")
+    text = parser.format_help()
+    parts = re.findall(r"^(\S.*):$", text, re.MULTILINE)
+    assert parts == ["ties", "objective", "training, by transformers"]
+    assert "one\n    two" in text
+    assert re.search(r"^ +--untie_at UNTIE_AT( |$)", text, re.MULTILINE) and "--tying_untie_at" not in text and "--untie-at" not in text
+    assert "(default: stock)" in text and "(default: None)" not in text
+    assert parser.parse(["--tying-untie-at", "0.5"])[1].untie_at == 0.5
 
 
 # --- overrides of a config -------------------------------------------------------------------------------------------
