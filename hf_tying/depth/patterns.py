@@ -33,12 +33,12 @@ def order_of(pattern: str, layers: int, unique: int | None = None) -> list[int]:
         hint = nearest(str(pattern), PATTERNS)
         raise TyingError(f"Unknown pattern {pattern!r}: expected one of {', '.join(PATTERNS)}{hint}.")
     fixed = {"all": 1, "sandwich": 3}.get(pattern)
-    unique = fixed if unique is None else unique
     least = 3 if pattern in ("sandwich", "middle_cycle") else 1
-    whole = isinstance(unique, int) and not isinstance(unique, bool)
-    if not whole or not least <= unique <= layers or fixed not in (None, unique):
+    given = fixed if unique is None else unique
+    if given is None or type(given) is not int or not least <= given <= layers or fixed not in (None, given):
         wanted = f"unique={fixed}" if fixed else f"a number of blocks from {least} to {layers}, the number of layers"
-        raise TyingError(f"The pattern {pattern!r} with unique={unique!r}: expected {wanted}.")
+        raise TyingError(f"The pattern {pattern!r} with unique={given!r}: expected {wanted}.")
+    unique = given
     if pattern in ("sequence", "immediate"):
         return [i * unique // layers for i in range(layers)]
     if pattern == "cycle_rev":

@@ -206,8 +206,7 @@ def _order(
         if grow:
             raise TyingError("grow=True needs `order`: which trained layer each visit is of.")
         return order_of(pattern, layers, unique)
-    whole = isinstance(order, Sequence) and not isinstance(order, str)
-    if not whole or not all(isinstance(block, int) and not isinstance(block, bool) and block >= 0 for block in order):
+    if not isinstance(order, list | tuple) or not all(type(block) is int and block >= 0 for block in order):
         raise TyingError(f"order={order!r:.80}: expected a list of numbers from 0.")
     if grow:
         if len(order) < layers or set(order) != set(range(layers)):

@@ -49,14 +49,13 @@ def chosen_stacks(model: PreTrainedModel, stack: str | None) -> dict[str, nn.Mod
     Raises:
         TyingError: there is none.
     """
-    found = stacks_of(model)
-    if stack is None:
-        chosen = found
-    else:
+    found: dict[str, nn.ModuleList] = stacks_of(model)
+    chosen: dict[str, nn.ModuleList] = dict(found)
+    if stack is not None:
         chosen = {path: layers for path, layers in found.items() if path == stack or stack in path.split(".")}
-        module = dict(model.named_modules()).get(stack)
+        module: nn.Module | None = dict(model.named_modules()).get(stack)
         if not chosen and isinstance(module, nn.ModuleList) and len(module):
-            chosen = {stack: module}
+            chosen[stack] = module
     if not chosen:
         hint = "" if stack is None else nearest(stack, found)
         raise TyingError(
@@ -105,7 +104,7 @@ def grow(model: PreTrainedModel, path: str, order: list[int]) -> None:
         layers.append(layer)
         for module in layer.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx = i
+                vars(module)["layer_idx"] = i
     stack._modules.clear()
     stack._modules.update({str(i): layer for i, layer in enumerate(layers)})
     side = next((side for side in ("encoder", "decoder") if side in path.split(".")), "")
