@@ -10,9 +10,10 @@ from transformers.modeling_utils import PreTrainedModel
 
 from ..config import RELAXATIONS, TyingConfig, TyingError
 from ..ties.anatomy import Anatomy
+from ..ties.depth_groups import FACTOR, depth_groups
 from ..ties.record import write_config
 from ..ties.relaxation import LowRank, relaxation_at
-from ..ties.shared_layers import FACTOR, damp, depth_groups
+from ..ties.shared_layers import damp
 from ..ties.slots import named_slots, parameter_of, same_values
 from ..ties.tying import refuse_unfit, tie, untie
 from .patterns import PATTERNS, order_of

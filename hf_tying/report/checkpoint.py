@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from ..config import TyingConfig, TyingError, entry_of
+from ..ties.depth_groups import depth_groups, with_all_visits
 from .file_values import ValuesOnDisk
 from .gguf_header import read_gguf
 from .pickled import Pickled
@@ -172,11 +173,18 @@ class Checkpoint:
 
     @cached_property
     def layer_groups(self) -> list[tuple[str, list[str]]]:
-        """The groups of shared layers, as far as the files have their names."""
-        from ..ties.shared_layers import depth_groups
-
+        """The groups of shared layers, by the names that the files have."""
         stacks = self.entry.depth if self.entry else []
-        return [item for stack in stacks for item in depth_groups(self.tensors, stack).items()]
+        every = [(with_all_visits(self.tensors, stack), stack) for stack in stacks]
+        return [item for names, stack in every for item in depth_groups(names, stack).items()]
+
+    @cached_property
+    def relaxed(self) -> set[str]:
+        """The groups whose members may differ from their root, and do so in the files."""
+        if self.entry is None:
+            return set()
+        paths = tuple(f"{stack['path']}." for stack in self.entry.depth if "relax" in stack)
+        return {*self.entry.relax, *(name for name, _ in self.layer_groups if name.startswith(paths))}
 
     @property
     def _strange_names(self) -> list[str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import TyingError
+from ..ties.depth_groups import VARIANT
 from ..ties.headers import (
     TensorPlace,
     files_of_index,
@@ -82,7 +83,7 @@ class Source(ABC):
                 more = f" and {len(missing) - 20:,} more" if len(missing) > 20 else ""
                 raise TyingError(f"{INDEX} in {self.name} names files that are not there: {missing[:20]}{more}.")
             return names
-        return [name for name in ("model.safetensors",) if self.has(name)]
+        return [name for name in ("model.safetensors", f"model.{VARIANT}.safetensors") if self.has(name)][:1]
 
     def all_places(self, files: list[str]) -> dict[str, dict[str, TensorPlace]]:
         """The tensors of each of some safetensors files."""

@@ -8,7 +8,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from ..config import TyingConfig, entry_of
-from .shared_layers import VARIANT, needs_this_package
+from .depth_groups import VARIANT, needs_this_package
 
 # Arguments that find the files. `from_pretrained` of a config takes only these.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")

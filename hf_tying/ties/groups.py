@@ -11,9 +11,9 @@ from torch import nn
 from ..config import SCHEMES, TyingConfig, TyingError
 from .anatomy import Anatomy, locate
 from .declared import join_chains
-from .relaxation import SUFFIX
+from .depth_groups import SUFFIX, depth_groups
 from .sharding import shape_of
-from .shared_layers import depth_groups, located_stacks
+from .shared_layers import located_stacks
 from .slots import find_slot, is_quantised, why_no_parameter
 
 

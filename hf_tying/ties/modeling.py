@@ -23,6 +23,7 @@ from .anatomy import Anatomy
 from .checkpoint import check_loaded_state, initial_parameter, tie_assigned, tie_loaded, with_all_names
 from .classes import MixinBase, mixins_of, with_mixin, without_mixin
 from .declared import stock_keys
+from .depth_groups import VARIANT, needs_this_package
 from .extensions import honour_extensions
 from .groups import TieGroup, resolve, subgroups
 from .record import refuse_contradicting_flag, write_config
@@ -31,7 +32,7 @@ from .relaxing import relax_declared
 from .resizing import fit_tied, follow_bias, refuse_other_values, replace_tied, resize
 from .roles import ask
 from .sharding import gathered
-from .shared_layers import VARIANT, damp_declared, needs_this_package
+from .shared_layers import damp_declared
 from .slots import (
     canonical,
     find_parameter,

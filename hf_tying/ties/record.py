@@ -10,10 +10,11 @@ from transformers.modeling_utils import PreTrainedModel
 from ..config import SCHEMES, TyingConfig, TyingError, entry_of
 from .anatomy import Anatomy
 from .declared import join_chains
+from .depth_groups import SUFFIX, depth_groups
 from .groups import TieGroup, groups_held, locate, scheme_of
-from .relaxation import SUFFIX, relax_entries
+from .relaxation import relax_entries
 from .roles import FLAG_SET_BY_THE_CLASS, SCALED_BY_THE_FLAG
-from .shared_layers import depth_groups, located_stacks
+from .shared_layers import located_stacks
 
 
 def refuse_foreign_entry(config: PreTrainedConfig) -> None:

@@ -17,10 +17,8 @@ from typing import Any, SupportsIndex
 import torch
 from torch import nn
 
+from .depth_groups import SUFFIX
 from .slots import find_slot, parameter_of
-
-#: A difference is a child of its module, named like the parameter with this at its end.
-SUFFIX = "_relaxation"
 
 
 class Relaxation(nn.Module):

@@ -7,9 +7,10 @@ from torch import nn
 
 from ..config import TyingConfig, TyingError
 from .anatomy import Anatomy
+from .depth_groups import depth_groups
 from .groups import explicit_groups
 from .relaxation import KINDS, LowRank, relax, relaxation_at
-from .shared_layers import depth_groups, located_stacks
+from .shared_layers import located_stacks
 from .slots import parameter_of
 
 

@@ -11,12 +11,13 @@ from transformers.utils import logging
 from ..config import SCHEMES, TyingConfig, TyingError, nearest
 from .anatomy import Anatomy
 from .classes import with_mixin
+from .depth_groups import SUFFIX
 from .extensions import honour_extensions, refuse_misfits
 from .groups import TieGroup, explicit_groups, make_groups, scheme_chains
 from .modeling import TiedModelMixin, set_groups
 from .plain_modules import hold, refuse_extensions
 from .record import refuse_foreign_entry, write_config
-from .relaxation import SUFFIX, make_exact, relaxed_names, value_at
+from .relaxation import make_exact, relaxed_names, value_at
 from .relaxed import record_relaxed
 from .relaxing import fit_before, refuse_unrelaxable, relax_declared, values_before
 from .resizing import fit_tied

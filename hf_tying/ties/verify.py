@@ -10,9 +10,10 @@ from ..config import TyingConfig, TyingError, entry_of
 from .across_ranks import differing_copies, raised_on_every_rank
 from .anatomy import Anatomy
 from .declared import join_chains
+from .depth_groups import depth_groups
 from .groups import TieGroup, declared_groups, locate
 from .sharding import is_dtensor
-from .shared_layers import depth_groups, located_stacks
+from .shared_layers import located_stacks
 from .slots import (
     difference,
     find_parameter,

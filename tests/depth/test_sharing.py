@@ -19,7 +19,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from hf_tying import TyingConfig, TyingError, assert_tied, fold, gap, share_layers, tie, unroll, untie
+from hf_tying import TyingConfig, TyingError, assert_tied, fold, gap, share_layers, tie, tying_report, unroll, untie
 from hf_tying.depth.patterns import PATTERNS, order_of
 from tests.tiny import Sentences, logits, tiny_inputs, tiny_model, untied_model
 
@@ -379,3 +379,14 @@ class TestRefusals:
         share_layers(plain(), "cycle", 2).save_pretrained(tmp_path)
         with pytest.raises(TyingError, match="4 layers of '.*layers', and the model has 3"):
             AutoModelForCausalLM.from_pretrained(tmp_path, num_hidden_layers=3)
+
+
+@pytest.mark.parametrize("save_format", ["portable", "dedup"])
+@pytest.mark.parametrize("relax", [None, {"rank": 2}], ids=["exact", "relaxed"])
+def test_the_report_on_the_file_is_that_on_the_model(save_format, relax, tmp_path):
+    model = share_layers(plain(), "cycle", 2, init="svd" if relax else "first", relax=relax, save_format=save_format)
+    model.save_pretrained(tmp_path)
+    found, live = tying_report(tmp_path), tying_report(model)
+    assert found.ok and not found.findings
+    assert {tuple(group.names) for group in found.groups} == {tuple(group.names) for group in live.groups}
+    assert found.parameters == live.parameters == parameters(model)
