@@ -7,6 +7,7 @@ import typer
 
 from ..config import TyingError
 from .demo import demo
+from .doctor import doctor
 from .export import export
 from .inspect import inspect
 from .plan import plan
@@ -17,7 +18,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
 )
-for command in (demo, inspect, plan, export):
+for command in (demo, inspect, doctor, plan, export):
     app.command()(command)
 
 

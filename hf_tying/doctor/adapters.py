@@ -105,7 +105,9 @@ def _difference_of_forms(folder: Path) -> str | None:
     for module in sorted({name.rpartition(".lora_")[0] for name in expected if ".lora_" in name}):
         products = []
         for tensors in (expected, found):
-            mine = {name[len(module) :]: t.double() for name, t in tensors.items() if name.startswith(f"{module}.lora_")}
+            mine = {
+                name[len(module) :]: t.double() for name, t in tensors.items() if name.startswith(f"{module}.lora_")
+            }
             a, b = (next(t for name, t in mine.items() if f"_{side}" in name) for side in "AB")
             products.append(b @ a)
         apart = (products[0] - products[1] * scale).abs().max()
