@@ -7,10 +7,12 @@ import typer
 
 from ..config import TyingError
 from .demo import demo
+from .diff import diff
 from .doctor import doctor
 from .export import export
 from .inspect import inspect
 from .plan import plan
+from .tie import convert, tie, untie
 
 app = typer.Typer(
     name="hf-tying",
@@ -18,7 +20,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
 )
-for command in (demo, inspect, doctor, plan, export):
+for command in (demo, inspect, doctor, diff, tie, untie, convert, plan, export):
     app.command()(command)
 
 
