@@ -8,10 +8,13 @@ import typer
 from ..config import TyingError
 from .card import card
 from .demo import demo
+from .diff import diff
+from .doctor import doctor
 from .export import export
 from .inspect import inspect
 from .plan import plan
 from .publish import publish
+from .tie import convert, tie, untie
 
 app = typer.Typer(
     name="hf-tying",
@@ -19,7 +22,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
 )
-for command in (demo, inspect, plan, export, card, publish):
+for command in (demo, inspect, doctor, diff, tie, untie, convert, plan, export, card, publish):
     app.command()(command)
 
 

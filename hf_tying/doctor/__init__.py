@@ -8,16 +8,13 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_names
 
 _HOME = {
-    "Difference": "comparing",
-    "Finding": ".report.records",
+    "Finding": "diagnosis",
     "Forecast": "loaders",
-    "compare": "comparing",
     "diagnose": "diagnosis",
     "forecast": "loaders",
     "inspect": "diagnosis",
     "rewrite": "rewriting",
 }
-_HOME["Finding"] = ".report.records"
 
 __all__ = [
     "Finding",

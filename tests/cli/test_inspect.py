@@ -54,7 +54,7 @@ def test_the_json_names_its_schema_its_command_and_its_source(hf_tying, folder):
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        ([], "MODEL_OR_PATH"),
+        ([], "SOURCE"),
         (["--yson"], "No such option"),
         (["--plot", "ties.wmf"], "expected one of"),
         (["--plot", "nowhere/ties.png"], "is no folder"),

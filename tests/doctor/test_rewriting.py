@@ -1,0 +1,135 @@
+"""New folders with other ties: the values of the live functions, the same shards, dtypes and other files."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from hf_tying import TyingError, assert_tied, tying_report
+from hf_tying.doctor import diagnose, rewrite
+from hf_tying.doctor.comparing import compare
+from hf_tying.doctor.rewriting import UndecidedError
+
+from ..tiny import logits, shared_names, tiny_model, untied_model
+from . import planted
+
+
+def loaded(folder, auto=AutoModelForCausalLM):
+    return auto.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("keep", ["target", "output"])
+def test_a_model_is_tied_on_disk_as_by_tie(arch, keep, tmp_path):
+    untied = untied_model(arch)
+    untied.save_pretrained(tmp_path / "untied")
+    rewrite(tmp_path / "untied", tmp_path / "tied", "two_way", init_from=keep)
+    model = loaded(tmp_path / "tied")
+    source = untied.get_input_embeddings() if keep == "target" else untied.get_output_embeddings()
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert torch.equal(model.get_input_embeddings().weight, source.weight)
+    assert_tied(model)
+    assert diagnose(tmp_path / "tied") == []
+
+
+def test_values_that_differ_need_a_choice_and_nothing_is_written(tmp_path):
+    untied_model("llama").save_pretrained(tmp_path / "untied")
+    with pytest.raises(UndecidedError, match="--init-from"):
+        rewrite(tmp_path / "untied", tmp_path / "tied", "two_way")
+    assert [path.name for path in tmp_path.iterdir()] == ["untied"]
+
+
+@pytest.mark.parametrize("scheme", ["three_way", "source_target", "two_way"])
+def test_bart_under_each_scheme(scheme, tmp_path):
+    untied_model("bart").save_pretrained(tmp_path / "untied")
+    rewrite(tmp_path / "untied", tmp_path / "tied", scheme, init_from="target")
+    model = loaded(tmp_path / "tied", AutoModelForSeq2SeqLM)
+    assert tying_report(model).scheme == scheme
+    assert_tied(model)
+
+
+@pytest.mark.parametrize("plant", ["tied", "held"])
+def test_an_untied_model_computes_the_same_with_a_matrix_for_each_name(plant, tmp_path):
+    getattr(planted, plant)(tmp_path / "tied")
+    rewrite(tmp_path / "tied", tmp_path / "untied", "none")
+    before, after = loaded(tmp_path / "tied"), loaded(tmp_path / "untied")
+    assert shared_names(before) and not shared_names(after)
+    assert torch.equal(logits(before), logits(after))
+    assert json.loads((tmp_path / "untied" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_untie_keeps_both_values_of_a_broken_tie(tmp_path):
+    planted.two_matrices(tmp_path / "broken")
+    rewrite(tmp_path / "broken", tmp_path / "untied", "none")
+    old, new = (load_file(tmp_path / kind / "model.safetensors") for kind in ("broken", "untied"))
+    assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
+    assert diagnose(tmp_path / "untied") == []
+
+
+@pytest.mark.parametrize("form, names", [("portable", 2), ("dedup", 1)])
+def test_a_form_of_file_has_as_many_names(form, names, tmp_path):
+    planted.written_twice(tmp_path / "model")
+    rewrite(tmp_path / "model", tmp_path / "new", form)
+    held = load_file(tmp_path / "new" / "model.safetensors")
+    assert len({planted.EMBEDDING, planted.HEAD} & held.keys()) == names
+    assert torch.equal(logits(loaded(tmp_path / "model")), logits(loaded(tmp_path / "new")))
+
+
+def test_shards_dtypes_and_other_files_are_kept(tmp_path):
+    tiny_model("llama", dtype=torch.bfloat16).save_pretrained(tmp_path / "model", max_shard_size="3KB")
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    (tmp_path / "model" / "more").mkdir()
+    (tmp_path / "model" / "more" / "notes.txt").write_text("kept")
+    shards = {path.name for path in (tmp_path / "model").glob("*.safetensors")}
+    rewrite(tmp_path / "model", tmp_path / "new", "two_way", init_from="target")
+    assert {path.name for path in (tmp_path / "new").glob("*.safetensors")} <= shards and len(shards) > 2
+    assert (tmp_path / "new" / "tokenizer.json").read_text() == "{}"
+    assert (tmp_path / "new" / "more" / "notes.txt").read_text() == "kept"
+    assert {t.dtype for p in (tmp_path / "new").glob("*.safetensors") for t in load_file(p).values()} == {
+        torch.bfloat16
+    }
+
+
+def test_a_pickle_becomes_safetensors(tmp_path):
+    planted.pickle(tmp_path / "model")
+    rewrite(tmp_path / "model", tmp_path / "new", "dedup")
+    assert [path.name for path in (tmp_path / "new").glob("*model*")] == ["model.safetensors"]
+    assert torch.equal(logits(loaded(tmp_path / "model")), logits(loaded(tmp_path / "new")))
+
+
+def test_a_dry_run_says_what_would_change_and_writes_nothing(tmp_path):
+    planted.tied(tmp_path / "model")
+    done = rewrite(tmp_path / "model", tmp_path / "new", "none", dry_run=True)
+    assert (
+        done.changes[0] == ("tie_word_embeddings", True, False) and done.parameters[1] - done.parameters[0] == 64 * 16
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("fault", ["not empty", "no parent", "fails"])
+def test_nothing_half_written_is_left(fault, tmp_path, monkeypatch):
+    planted.tied(tmp_path / "model")
+    out = tmp_path / "new"
+    if fault == "not empty":
+        out.mkdir()
+        (out / "mine.txt").write_text("mine")
+    elif fault == "no parent":
+        out = tmp_path / "away" / "new"
+    else:
+        monkeypatch.setattr("hf_tying.doctor.rewriting._load_problems", lambda folder, written: iter(["a fault"]))
+    before = sorted(map(str, tmp_path.rglob("*")))
+    with pytest.raises(TyingError):
+        rewrite(tmp_path / "model", out, "none")
+    assert sorted(map(str, tmp_path.rglob("*"))) == before
+
+
+def test_compare_knows_one_matrix_under_several_names(tmp_path):
+    planted.tied(tmp_path / "a")
+    rewrite(tmp_path / "a", tmp_path / "b", "none")
+    assert compare(tmp_path / "a", tmp_path / "a") == []
+    assert {each["what"] for each in compare(tmp_path / "a", tmp_path / "b")} == {"config", "tie"}
+    planted.one_row(tmp_path / "c")
+    (found,) = (each for each in compare(tmp_path / "a", tmp_path / "c") if each["what"] == "values")
+    assert (found["name"], found["rows"], found["of"]) == (planted.HEAD, 1, 64)
