@@ -8,12 +8,12 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 # Of two pins of one name, the first counts.
 CONSTRAINTS := constraints.txt
-SOURCES := hf_tying tests examples
+SOURCES := hf_tying tests examples model_cards
 # Two workers of one thread each: what a small CI machine has. No test may ask the Hub for anything.
 # `worksteal` gives each worker one half of the files, so that what a file prepares for its tests is made once.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(RUN) -m pytest -n 2 --dist worksteal
 
-.PHONY: demo docs test test-fast test-oldest test-newest test-random test-upstream quality style
+.PHONY: cards demo docs test test-fast test-oldest test-newest test-random test-upstream quality style
 
 demo: $(INSTALLED)
 	$(RUN) -m hf_tying demo
@@ -26,13 +26,13 @@ test-fast: $(INSTALLED)
 	$(PYTEST) -m "not slow" $(addprefix tests/,$(FAST))
 
 FAST := test_extras.py test_rooms.py cli data/test_parallel.py data/test_tokenizers.py data/test_words.py demo \
-    diagnostics/test_geometry.py docs/test_pages.py examples/test_three_way.py losses/test_arithmetic.py \
-    losses/test_backends.py \
+    diagnostics/test_geometry.py docs/test_pages.py examples/test_three_way.py hub/test_adapters.py hub/test_cards.py \
+    losses/test_arithmetic.py losses/test_backends.py \
     losses/test_backward.py losses/test_bad_input.py losses/test_chunks.py losses/test_extreme_logits.py \
     losses/test_modules.py metrics models/test_lstm.py objectives/test_adapters.py objectives/test_declarations.py \
     objectives/test_deferred_logits.py objectives/test_loss_functions.py objectives/test_materialized_logits.py \
     objectives/test_objective.py objectives/test_objective_refusals.py objectives/test_outputs.py \
-    objectives/test_refusals.py peft/test_bad_input.py peft/test_merging.py peft/test_publish.py \
+    objectives/test_refusals.py peft/test_bad_input.py peft/test_merging.py \
     peft/test_several_adapters.py peft/test_weighted.py projection report ties/test_absent_values.py \
     ties/test_bad_files.py ties/test_bad_input.py ties/test_class_form.py ties/test_extensions.py \
     ties/test_flows_adapters.py ties/test_flows_declarations.py ties/test_flows_loading.py \
@@ -56,6 +56,10 @@ test-upstream: $(INSTALLED)
 	ZOO=1 $(PYTEST) tests/test_zoo.py --timeout 1800
 	$(RUN) -m tests.upstream.import_alone
 	$(RUN) -m tests.upstream.sweep
+
+# The cards of the reference runs, from the results in model_cards/runs.
+cards: $(INSTALLED)
+	$(RUN) model_cards/make.py
 
 quality: $(INSTALLED_DEV)
 	$(RUN) -m ruff check $(SOURCES)

@@ -182,9 +182,14 @@ def save_pretrained(wrapped: Callable[..., Any], model: PeftModel, args: tuple, 
     """Wrap `PeftModel.save_pretrained`, and add an argument `also_lora` for Tied-LoRA, `False` by default."""
     if not adapters_of(model):
         return wrapped(*args, **kwargs)
-    if not kwargs.pop("also_lora", False):
-        return wrapped(*args, **kwargs)
+    also_lora = kwargs.pop("also_lora", False)
     given = dict(inspect.signature(wrapped).bind(*args, **kwargs).arguments)
+    if not also_lora:
+        wrapped(*args, **kwargs)
+        folder = Path(given["save_directory"])
+        if given.get("is_main_process", True) and (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+            renew_card(folder, folder.absolute().name)  # PEFT's names a base model of this machine, and no ties
+        return
     return save_with_lora(model, given.pop("save_directory"), **given.pop("kwargs", {}), **given)
 
 

@@ -213,11 +213,13 @@ def test_a_broken_tie_is_in_the_card(tmp_path):
 def test_a_base_model_in_a_folder_is_in_no_card(tmp_path):
     base = tmp_path / "base"
     tiny_model("llama").save_pretrained(base)
-    model = tiny_model("llama")
-    model.config._name_or_path = model.name_or_path = str(base)
-    tied_lora(model, task_type="CAUSAL_LM").save_pretrained(tmp_path / "out", also_lora=True)
-    text = (tmp_path / "out" / "README.md").read_text()
-    assert str(tmp_path) not in text and "base_model:" not in text
+    for also_lora in (True, False):
+        model = tiny_model("llama")
+        model.config._name_or_path = model.name_or_path = str(base)
+        tied_lora(model, task_type="CAUSAL_LM").save_pretrained(tmp_path / str(also_lora), also_lora=also_lora)
+        text = (tmp_path / str(also_lora) / "README.md").read_text()
+        assert str(tmp_path) not in text and "base_model:" not in text
+        assert "## What is shared" in text and "More Information" not in text
 
 
 def test_a_card_that_cannot_be_made_loses_no_save(tmp_path, told, monkeypatch):
