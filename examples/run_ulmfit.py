@@ -7,7 +7,7 @@ Three stages, each in a folder that `from_pretrained` opens: OUT/lm (a language 
 same, tuned to the texts of T.csv, with their words) and OUT/classifier. The figures of each split are in
 OUT/results.json, pictures beside it. The same command after a stop goes on where it was; a finished stage is not
 repeated. The default sizes are small, for a CPU; the paper's are --embedding_size 400 --hidden_size 1150
---num_layers 3.
+--num_layers 3 --vocab_size 30000.
 
     (the same) --bidirectional --label_smoothing 0.1 --self_distillation 1
     (the same) --unlabeled_file U.csv --pseudo_labels 0.95          (texts without a label, in the same column)
@@ -54,7 +54,7 @@ class DataArguments:
         default=None, metadata={"help": "What stands between the labels of a text of several classes, such as ;."}
     )
     lowercase: bool = field(default=False, metadata={"help": "Make all letters small."})
-    vocab_size: int = field(default=30_000, metadata={"help": "Most words that are taken from each text."})
+    vocab_size: int = field(default=10_000, metadata={"help": "Most words that are taken from each text."})
     min_frequency: int = field(default=2, metadata={"help": "How often a word occurs, at least."})
     chunk: int = field(default=0, metadata={"help": "Words of a piece of a long text. 0: texts are read whole."})
     overlap: int = field(default=64, metadata={"help": "Words that two neighbouring pieces share."})

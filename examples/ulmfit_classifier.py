@@ -69,24 +69,57 @@ def train_rounds(folder: Path, stage: ClassifierStage) -> dict[str, torch.Tensor
 
 
 def _train(folder: Path, stage: ClassifierStage, number: int, teacher: dict | None) -> dict[str, torch.Tensor]:
-    data, args, model_args = stage.data, stage.args, stage.model_args
+    data, args = stage.data, stage.args
     record = Stage(folder, stage.settings(number))
-    source = folder if record.finished else stage.tuned.folder
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    kind = "multi_label_classification" if data.several else "single_label_classification"
-    changes = {} if record.finished else {
-        "id2label": dict(enumerate(data.classes)),
-        "label2id": {name: number for number, name in enumerate(data.classes)},
-        "problem_type": kind,
-        "gradient_length": model_args.gradient_length,
-        "classifier_pooling": "last" if model_args.no_concat_pooling else "concat",
-    }  # fmt: skip
     set_seed(args.seed)
-    model = TiedLSTMForSequenceClassification.from_pretrained(source, **changes)
+    model, tokenizer = _load(record, stage)
     texts, targets = _training_texts(stage, teacher)
     rows = _rows(texts, targets, tokenizer, stage.data_args)[0]
     steps = math.ceil(math.ceil(len(rows) / args.batch_size) * args.epochs)
-    training = TrainingArguments(
+    trainer = Trainer(
+        model,
+        _training_arguments(record, args),
+        train_dataset=rows,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,
+        optimizers=optimizers(model, args, args.learning_rate, steps, discriminative=True),
+        callbacks=[TyingCallback(), *([] if args.no_gradual_unfreezing else [GradualUnfreezing()])],
+    )
+    if not record.finished:
+        trainer.train(resume_from_checkpoint=record.last_checkpoint())
+        recompute_norm_statistics(model, trainer.get_train_dataloader())
+    trainer.args.train_sampling_strategy = "random"  # grouped by length, predictions would come in another order
+    temperature, model.config.temperature = model.config.temperature, 1.0
+    logits = {name: _predict(trainer, split, tokenizer, stage) for name, (split, _) in data.splits.items()}
+    if data.unlabeled:
+        logits["unlabeled"] = _predict(trainer, data.unlabeled, tokenizer, stage)
+    if not record.finished:
+        if not args.no_calibration:
+            temperature = fit_temperature(logits["validation"], data.targets("validation"), data.several)
+        model.config.temperature = temperature
+        trainer.save_model(str(folder))
+        record.finish(temperature=temperature, texts=len(texts))
+    return logits | {"temperature": torch.tensor(temperature)}
+
+
+def _load(record: Stage, stage: ClassifierStage) -> tuple[TiedLSTMForSequenceClassification, PreTrainedTokenizerBase]:
+    """The finished classifier, or a new one over the tuned language model."""
+    source, changes = record.folder, {}
+    if not record.finished:
+        source, classes = stage.tuned.folder, stage.data.classes
+        changes = {
+            "id2label": dict(enumerate(classes)),
+            "label2id": {name: number for number, name in enumerate(classes)},
+            "problem_type": "multi_label_classification" if stage.data.several else "single_label_classification",
+            "gradient_length": stage.model_args.gradient_length,
+            "classifier_pooling": "last" if stage.model_args.no_concat_pooling else "concat",
+        }
+    model = TiedLSTMForSequenceClassification.from_pretrained(source, **changes)
+    return model, AutoTokenizer.from_pretrained(source)
+
+
+def _training_arguments(record: Stage, args: Any) -> TrainingArguments:
+    return TrainingArguments(
         record.checkpoints,
         num_train_epochs=args.epochs,
         per_device_train_batch_size=args.batch_size,
@@ -102,30 +135,6 @@ def _train(folder: Path, stage: ClassifierStage, number: int, teacher: dict | No
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available() and not args.use_cpu,
     )
-    trainer = Trainer(
-        model,
-        training,
-        train_dataset=rows,
-        data_collator=DataCollatorWithPadding(tokenizer),
-        processing_class=tokenizer,
-        optimizers=optimizers(model, args, args.learning_rate, steps, discriminative=True),
-        callbacks=[TyingCallback(), *([] if args.no_gradual_unfreezing else [GradualUnfreezing()])],
-    )
-    if not record.finished:
-        trainer.train(resume_from_checkpoint=record.last_checkpoint())
-        recompute_norm_statistics(model, trainer.get_train_dataloader())
-    training.train_sampling_strategy = "random"  # grouped by length, predictions would come in another order
-    temperature, model.config.temperature = model.config.temperature, 1.0
-    logits = {name: _predict(trainer, split, tokenizer, stage) for name, (split, _) in data.splits.items()}
-    if data.unlabeled:
-        logits["unlabeled"] = _predict(trainer, data.unlabeled, tokenizer, stage)
-    if not record.finished:
-        if not args.no_calibration:
-            temperature = fit_temperature(logits["validation"], data.targets("validation"), data.several)
-        model.config.temperature = temperature
-        trainer.save_model(str(folder))
-        record.finish(temperature=temperature, texts=len(texts))
-    return logits | {"temperature": torch.tensor(temperature)}
 
 
 def _training_texts(stage: ClassifierStage, teacher: dict | None) -> tuple[list[str], torch.Tensor]:

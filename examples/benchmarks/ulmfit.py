@@ -10,6 +10,7 @@ runs start from it. What follows it has the seed of its run. Further flags are t
 import argparse
 import json
 import runpy
+import shutil
 import statistics
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from rich.table import Table
 
 SCRIPT = Path(__file__).parents[1] / "run_ulmfit.py"
 VARIANTS = {
-    "from scratch": ("no_pretrain", "no_lm_tuning"),
+    "from scratch": ("no_pretrain", "no_lm_tuning", "no_discriminative_rates", "no_gradual_unfreezing"),
     "ULMFiT": (),
     "without LM tuning": ("no_lm_tuning",),
     "without pretraining": ("no_pretrain",),
@@ -30,6 +31,8 @@ VARIANTS = {
     "without gradual unfreezing": ("no_gradual_unfreezing",),
     "without concat pooling": ("no_concat_pooling",),
 }
+#: Parts of the last stage alone: the tuned language model is that of the whole run.
+LAST_STAGE = {"no_gradual_unfreezing", "no_concat_pooling"}
 
 
 def run(flags: list[str], output: Path) -> dict:
@@ -63,7 +66,11 @@ def main():
                 without = VARIANTS[variant]
                 source = [] if "no_pretrain" in without else ["--pretrained_lm", language_model]
                 flags = [*others, *source, *(f"--{flag}" for flag in without), "--seed", str(seed)]
-                results = run(flags, Path(work) / f"{variant.replace(' ', '_')}_{seed}")
+                output, whole = (Path(work) / f"{name.replace(' ', '_')}_{seed}" for name in (variant, "ULMFiT"))
+                if without and {*without} <= LAST_STAGE and whole.is_dir():
+                    for stage in ("lm", "lm_tuned"):
+                        shutil.copytree(whole / stage, output / stage)
+                results = run(flags, output)
                 errors.setdefault(variant, []).append(100 * (1 - results["test"]["accuracy"]))
                 figures = {name: results["test"][name] for name in ("accuracy", "macro_f1", "ece", "ece_before")}
                 runs.append({"variant": variant, "seed": seed, "minutes": results["minutes"], **figures})

@@ -4,6 +4,7 @@ Source: Howard & Ruder 2018 sections 3.2 and 3.3.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -63,7 +64,7 @@ def layer_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 def discriminative_parameters(
     model: nn.Module, learning_rate: float, factor: float = 2.6, weight_decay: float = 0.0
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Make the parameter groups of an optimizer, with a lower learning rate for each lower layer.
 
     Args:
