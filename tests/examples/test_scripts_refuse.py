@@ -93,7 +93,7 @@ def test_bad_text_is_named(flag, name, content, message, text, tmp_path, refused
         (["--do_train", "--objective", "al", "--cwt_gather"], "--cwt_gather is an option of --objective cwt"),
         (["--do_train", "--streaming"], "give --max_steps"),
         (["--do_train", "--do_eval", "--streaming", "--max_steps", "2"], "no known end to hold out"),
-        (["--do_train", "--resume_from_checkpoint", "last"], "has no checkpoint"),
+        (["--do_train", "--resume_from_checkpoint", "last"], "has no complete checkpoint"),
         (["--do_train", "--resume_from_checkpoint", "nowhere"], "not a checkpoint, no trainer_state.json"),
         (["--do_train", "--untie_at", "-1"], "untie_at"),
         (["--do_train", "--config_name", "nowhere"], "Expected one of --model_name_or_path"),
