@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_names
 
 _HOME = {
-    "ParallelPlan": "plan",
+    "ParallelPlan": "plan_report",
     "last_complete_checkpoint": "checkpoints",
     "parallel_plan": "plan",
     "seal_checkpoint": "checkpoints",
@@ -20,6 +20,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .checkpoints import last_complete_checkpoint, seal_checkpoint
-    from .plan import ParallelPlan, parallel_plan
+    from .plan import parallel_plan
+    from .plan_report import ParallelPlan
 else:
     __getattr__, __dir__ = lazy_names(globals(), _HOME)

@@ -54,7 +54,9 @@ def shape_of(parameter: torch.Tensor) -> torch.Size:
 
 def is_partitioned(parameter: torch.Tensor | None) -> bool:
     """Whether ZeRO-3 has partitioned `parameter`, and its values are not gathered now."""
-    return parameter is not None and parameter.numel() < getattr(parameter, "ds_numel", 0)
+    if parameter is None or not hasattr(parameter, "ds_id"):
+        return False
+    return parameter.numel() < getattr(parameter, "ds_numel", 0)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ def accelerate() -> dict:
 
 @pytest.fixture(scope="module")
 def four() -> dict:
-    cases = [f"{engine}, {kind}" for engine in ("ddp", "fsdp2") for kind in FOUR]
+    cases = [f"{engine}, {kind}" for engine in ("ddp", "fsdp2", "bytes") for kind in FOUR]
     return run_script("engines_accelerate.py", *cases, processes=4, timeout=380)
 
 
@@ -59,6 +59,17 @@ def test_fsdp2_really_has_sharded(accelerate, kind):
     found = accelerate[f"fsdp2, {kind}"]
     assert found["sharded"]
     assert found["units"] > 2 or kind not in WITH_LAYERS_APART
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_plan_has_the_bytes_that_ddp_and_fsdp2_send(accelerate, kind):
+    found = accelerate[f"bytes, {kind}"]
+    assert found["counted"] == found["planned"] and min(found["counted"].values()) > 0
+
+
+@pytest.mark.parametrize("kind", FOUR)
+def test_a_plan_has_the_bytes_of_four_processes(four, kind):
+    assert four[f"bytes, {kind}"]["counted"] == four[f"bytes, {kind}"]["planned"]
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,18 @@
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_tying import assert_tied, use_tied_loss
 from hf_tying.objectives import ContrastiveObjective
-from tests.engines import KINDS, RATE, alone, apart, inputs, own_rows, start, train
+from hf_tying.parallel import parallel_plan
+from tests.engines import KINDS, RATE, beside_one, inputs, own_rows, start, train
 from tests.processes import run_cases
 
 
@@ -49,7 +53,7 @@ def trained(accelerator, wrapped, optimizer):
 def ddp(kind: str) -> dict:
     accelerator, wrapped, optimizer = prepared(kind)
     assert isinstance(wrapped, DistributedDataParallel)
-    return apart(trained(accelerator, wrapped, optimizer), alone(kind))
+    return beside_one(trained(accelerator, wrapped, optimizer), kind)
 
 
 def plugin_of(**options) -> FullyShardedDataParallelPlugin:
@@ -60,7 +64,7 @@ def plugin_of(**options) -> FullyShardedDataParallelPlugin:
 def fsdp2(kind: str, **options) -> dict:
     accelerator, wrapped, optimizer = prepared(kind, plugin_of(**options))
     found = sharding(wrapped)
-    return {**apart(trained(accelerator, wrapped, optimizer), alone(kind)), **found}
+    return {**beside_one(trained(accelerator, wrapped, optimizer), kind), **found}
 
 
 def sharding(wrapped) -> dict:
@@ -76,28 +80,64 @@ def compiled(kind: str) -> dict:
     accelerator, wrapped, optimizer = prepared(kind, plugin_of())
     how = sharding(wrapped)
     found = trained(accelerator, torch.compile(wrapped, backend="aot_eager"), optimizer)
-    return {**apart(found, alone(kind)), **how}
+    return {**beside_one(found, kind), **how}
 
 
 def halved(kind: str) -> dict:
     """A control: the gradient of one matrix is halved on its way, and the comparison must tell."""
     accelerator, wrapped, optimizer = prepared(kind)
     accelerator.unwrap_model(wrapped).get_output_embeddings().weight.register_hook(lambda gradient: gradient / 2)
-    return apart(trained(accelerator, wrapped, optimizer), alone(kind))
+    return beside_one(trained(accelerator, wrapped, optimizer), kind)
 
 
 def not_gathered() -> dict:
     """A control: each process has the words of its own rows alone as candidates."""
     accelerator, wrapped, optimizer = prepared("llama CWT")
     use_tied_loss(wrapped, objective=ContrastiveObjective(gather=False))
-    return apart(trained(accelerator, wrapped, optimizer), alone("llama CWT"))
+    return beside_one(trained(accelerator, wrapped, optimizer), "llama CWT")
 
 
 def not_reduced(kind: str) -> dict:
     """A control: no collective."""
     accelerator, wrapped, optimizer = prepared(kind)
     with wrapped.no_sync():
-        return apart(trained(accelerator, wrapped, optimizer), alone(kind))
+        return beside_one(trained(accelerator, wrapped, optimizer), kind)
+
+
+class SentBytes(TorchDispatchMode):
+    """The bytes of the whole tensors that FSDP2 gathers and scatters."""
+
+    def __init__(self):
+        super().__init__()
+        self.by_kind = {"all_gather": 0, "reduce_scatter": 0}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kind = {"c10d::_allgather_base_": "all_gather", "c10d::_reduce_scatter_base_": "reduce_scatter"}
+        if function._schema.name in kind:
+            whole = max(each.nbytes for each in args if isinstance(each, torch.Tensor))
+            self.by_kind[kind[function._schema.name]] += whole
+        return function(*args, **(kwargs or {}))
+
+
+def sent(kind: str) -> dict:
+    """The bytes of a step, counted, beside those of a plan: under DDP by a communication hook, and under FSDP2."""
+    accelerator, wrapped, _ = prepared(kind)
+    reduced = []
+
+    def counted(group, bucket):
+        reduced.append(bucket.buffer().nbytes)
+        return allreduce_hook(group, bucket)
+
+    wrapped.register_comm_hook(None, counted)
+    accelerator.backward(wrapped(**inputs(accelerator.unwrap_model(wrapped), own_rows())).loss)
+    accelerator, wrapped, _ = prepared(kind, plugin_of())
+    with SentBytes() as seen:
+        accelerator.backward(wrapped(**inputs(accelerator.unwrap_model(wrapped), own_rows())).loss)
+    planned = {axis: parallel_plan(start(kind), {axis: dist.get_world_size()}).groups for axis in ("dp", "fsdp")}
+    by_kind = {name: 0 for name in ("all_reduce", *seen.by_kind)}
+    for collective in (each for groups in planned.values() for group in groups for each in group.collectives):
+        by_kind[collective.kind] += collective.payload
+    return {"counted": {"all_reduce": sum(reduced), **seen.by_kind}, "planned": by_kind}
 
 
 CHECKPOINTED = ("llama two_way", "llama layers", "bart tied loss", "llama tied loss")
@@ -115,6 +155,7 @@ CASES = {
     **{f"fsdp2 checkpointed, {kind}": partial(fsdp2, kind, activation_checkpointing=True) for kind in CHECKPOINTED},
     **{f"fsdp2 from meta, {kind}": partial(fsdp2, kind, cpu_ram_efficient_loading=True) for kind in LOADED_ON_META},
     **{f"fsdp2 compiled, {kind}": partial(compiled, kind) for kind in ("llama two_way", "llama tied loss")},
+    **{f"bytes, {kind}": partial(sent, kind) for kind in KINDS},
     "control, halved": partial(halved, "llama two_way"),
     "control, not reduced": partial(not_reduced, "llama two_way"),
     "control, not gathered": not_gathered,

@@ -16,7 +16,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from hf_tying import TyingConfig, TyingError, assert_tied, tie, untie
 from hf_tying.ties.slots import find_parameter
-from tests.engines import KINDS, RATE, alone, apart, inputs, own_rows, start, train
+from tests.engines import KINDS, RATE, beside_one, inputs, own_rows, start, train
 from tests.processes import run_cases
 from tests.tiny import layer_pair, untied_model
 
@@ -50,7 +50,7 @@ def joined(case):
 
 
 def zero(kind: str, stage: int) -> dict:
-    expected, model = alone(kind), start(kind)
+    model = start(kind)
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=RATE)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config_of(stage))
     assert_tied(engine)
@@ -64,7 +64,7 @@ def zero(kind: str, stage: int) -> dict:
         model, lambda: engine(**inputs(model, own_rows())), engine.backward, engine.step, lambda: None,
         full_gradient=lambda p: safe_get_full_grad(p), full=full,
     )  # fmt: skip
-    return {**apart(found, expected), "partitioned": partitioned}
+    return {**beside_one(found, kind), "partitioned": partitioned}
 
 
 FOLDER = os.path.dirname(os.environ["RENDEZVOUS"].removeprefix("file://"))

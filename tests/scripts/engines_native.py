@@ -11,7 +11,7 @@ from transformers.distributed import DistributedConfig
 
 from hf_tying import TyingError, assert_tied, use_tied_loss
 from hf_tying.objectives import AugmentedObjective
-from tests.engines import RATE, alone, apart, inputs, own_rows, start, train
+from tests.engines import RATE, beside_one, inputs, own_rows, start, train
 from tests.processes import run_cases
 from tests.tiny import tiny_inputs
 
@@ -57,7 +57,7 @@ def trained(kind: str, **sizes) -> dict:
     again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     assert_tied(again)
     reloaded = max((p - found.weights[name]).abs().max().item() for name, p in again.named_parameters())
-    return {**apart(found, alone(kind)), "split": split, "units": units, "reloaded": reloaded}
+    return {**beside_one(found, kind), "split": split, "units": units, "reloaded": reloaded}
 
 
 def objective() -> dict:
