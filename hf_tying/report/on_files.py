@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import TyingConfig, TyingError, entry_of
-from ..ties.headers import read_header, read_json, shard_names, weight_files
+from ..ties.headers import RECORD, read_header, read_json, shard_names, weight_files
 from .file_values import ValuesOnDisk
 from .records import Finding, GroupReport, TyingReport, bytes_of, group_report, missing_in_file, torch_dtype
 
@@ -17,16 +17,17 @@ def report_on_files(folder: Path, source: str) -> TyingReport:
     """Report the groups that the config of a saved model declares, and which of their names the weight files hold.
 
     Without a `tying` entry, the groups are those of the transformers class that the config names. Where the files hold
-    several names of a group, their bytes are compared.
+    several names of a group, their bytes are compared. Of a plain module, `tying.json` has the entry.
 
     Args:
-        folder: folder with `config.json` and safetensors files.
+        folder: folder with `config.json` or `tying.json`, and safetensors files.
         source: what the report calls the checkpoint.
 
     Raises:
         TyingError: files are missing, truncated or malformed.
     """
-    config = read_json(folder / "config.json")
+    plain = (folder / RECORD).is_file() and not (folder / "config.json").is_file()
+    config = {"architectures": ["nn.Module"], "tying": read_json(folder / RECORD)} if plain else _config_in(folder)
     header: dict[str, tuple[tuple[int, ...], str]] = {}
     file_of: dict[str, Path] = {}
     for file in weight_files(folder):
@@ -90,6 +91,15 @@ def report_on_files(folder: Path, source: str) -> TyingReport:
     buffers = set() if blank is None else {name for name, _ in blank.named_buffers()}
     held = sum(prod(shape) for key, (shape, _) in header.items() if key not in buffers) - repeated
     return TyingReport(source, architecture, entry.scheme if entry else None, held, rows, findings)
+
+
+def _config_in(folder: Path) -> dict[str, Any]:
+    if not (folder / "config.json").is_file():
+        raise TyingError(
+            f"{str(folder)!r} has no config.json: expected a folder that save_pretrained wrote, or save_tied, whose "
+            f"record is {RECORD}."
+        )
+    return read_json(folder / "config.json")
 
 
 def _values_differ(group: GroupReport) -> Finding:

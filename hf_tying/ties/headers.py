@@ -10,6 +10,8 @@ from ..config import TyingError
 
 _INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
+#: The record of the ties of a plain module, beside its weights.
+RECORD = "tying.json"
 # The index of the largest published models has some ten megabytes.
 _LARGEST_JSON = 256 * 2**20
 
