@@ -24,6 +24,7 @@ from torch import nn
 from transformers import HfArgumentParser
 
 from hf_tying.depth import FixedPoint
+from hf_tying.training.command_line import HelpFormatter
 
 
 @dataclass
@@ -97,7 +98,8 @@ def draw(results: dict[str, dict[str, list[float]]], path: Path) -> None:
 
 
 def main() -> None:
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    parser = HfArgumentParser(Arguments, description=__doc__, formatter_class=HelpFormatter)
+    (arguments,) = parser.parse_args_into_dataclasses()
     if arguments.output_dir is not None:
         import matplotlib.figure  # noqa: F401  # missing, it is missed before the work
     results = {width: run(arguments, int(width)) for width in arguments.widths.split(",")}

@@ -25,6 +25,7 @@ from torch import nn
 from transformers import HfArgumentParser
 
 from hf_tying import assert_tied, gap, relaxation_penalty, tie
+from hf_tying.training.command_line import HelpFormatter
 
 PLACES, TAPS, PATTERNS = 16, 9, 2
 KINDS = ("exact tie", "relaxed tie", "free")
@@ -116,7 +117,8 @@ def draw(results: dict[str, dict[str, list[dict[str, float]]]], path: Path) -> N
 
 
 def main() -> None:
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    parser = HfArgumentParser(Arguments, description=__doc__, formatter_class=HelpFormatter)
+    (arguments,) = parser.parse_args_into_dataclasses()
     if arguments.output_dir is not None:
         import matplotlib.figure  # noqa: F401  # missing, it is missed before the work
     results: dict[str, dict[str, list[dict[str, float]]]] = {}

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..config import TyingConfig, TyingError, entry_of
 from ..ties.depth_groups import depth_groups, with_all_visits
+from ..ties.headers import RECORD
 from .file_values import ValuesOnDisk
 from .gguf_header import read_gguf
 from .pickled import Pickled
@@ -231,7 +232,7 @@ def read_checkpoint(source: Source) -> Checkpoint:
         gguf = [name for name in source.files() if name.endswith(".gguf") and "/" not in name]
         if gguf:
             return _gguf(source, gguf[0])
-    config = source.json("config.json") if source.only is None or source.has("config.json") else {}
+    config = _config_of(source)
     names = source.weight_files()
     if not names or not names[0].endswith(".safetensors"):
         if pickled := Pickled.of(source):
@@ -248,6 +249,20 @@ def read_checkpoint(source: Source) -> Checkpoint:
         for name, place in places.items():
             tensors[name] = HeldTensor(place.shape, place.dtype, file, place.start, place.end - place.start)
     return Checkpoint(source, config, tensors, twice=twice)
+
+
+def _config_of(source: Source) -> dict[str, Any]:
+    """The config of a model; of a plain module, one with what its record says; `{}` beside a single file."""
+    if source.has("config.json"):
+        return source.json("config.json")
+    if source.has(RECORD):
+        return {"architectures": ["nn.Module"], "tying": source.json(RECORD)}
+    if source.only is not None:
+        return {}
+    raise TyingError(
+        f"{source.name!r} has no config.json: expected a folder that save_pretrained wrote, or save_tied, whose record "
+        f"is {RECORD}."
+    )
 
 
 def _gguf(source: Source, file: str) -> Checkpoint:

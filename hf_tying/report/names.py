@@ -28,6 +28,16 @@ def printable_text(text: str) -> str:
     return " ".join(printable(word) for word in text.split())
 
 
+def scheme_words(scheme: str | None, groups: int) -> str:
+    """The scheme as it ends a heading; nothing where there is none, or where groups without a scheme are tied.
+
+    Example:
+        >>> scheme_words("two_way", 1), scheme_words("none", 0), scheme_words("none", 3)
+        (', scheme two_way', ', scheme none', '')
+    """
+    return f", scheme {scheme}" if scheme and not (scheme == "none" and groups) else ""
+
+
 def patterns(names: Sequence[str]) -> list[str]:
     """Write many names as few patterns, in the order of the names.
 

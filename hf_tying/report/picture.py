@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from .drawing import BROKEN, OTHER, distinct_colors, plain
 from .layer_order import is_index
 from .module_groups import ModuleGroup, module_groups
-from .names import printable, ranges, shortened
+from .names import printable, ranges, scheme_words, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,7 +51,7 @@ def draw_report(report: "TyingReport", figure: "Figure") -> None:
     heights = [min(len(rows), _MOST_ROWS) * _ROW + 0.75 for rows in rows_of.values()]
     heights.append((min(len(bars), _MOST_ROWS) + 1) * _ROW * 1.35 + 1.0)
     figure.set_size_inches(_WIDTH, sum(heights) + 0.5)
-    scheme = f", scheme {report.scheme}" if report.scheme else ""
+    scheme = scheme_words(report.scheme, len(report.groups))
     title = f"{shortened(printable(report.architecture), 60)}: {report.parameters:,} parameters{scheme}"
     figure.suptitle(plain(title), fontsize=11)
     axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .module_groups import ModuleGroup, module_groups
-from .names import printable, printable_text, wrapped
+from .names import printable, printable_text, scheme_words, wrapped
 
 if TYPE_CHECKING:
     from .records import TyingReport
@@ -26,7 +26,7 @@ def report_text(report: "TyingReport", width: int) -> RenderableType:
     Names from a file are printed as they are, without markup and control characters.
     """
     rows = module_groups(report.groups)
-    scheme = f", scheme {report.scheme}" if report.scheme else ""
+    scheme = scheme_words(report.scheme, len(report.groups))
     lines = [
         Text(line)
         for line in wrapped(f"{printable(report.architecture)}: {report.parameters:,} parameters{scheme}", width, 2)

@@ -128,9 +128,12 @@ def _without_accessors(model: nn.Module) -> str:
     """The way out for a class that has no accessors by which its roles could be found."""
     if all(hasattr(model, f"get_{side}_embeddings") for side in ("input", "output")):
         return ""
+    tables = {f"{place}.weight": m.weight for place, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    linear = {f"{place}.weight": m.weight for place, m in model.named_modules() if isinstance(m, nn.Linear)}
+    fitting = ([table, head] for table, a in tables.items() for head, b in linear.items() if a.shape == b.shape)
     return (
-        " Name the parameters instead: tie(model, ['embedding.weight', 'head.weight']); or give the class "
-        "get_input_embeddings() and get_output_embeddings()."
+        f" Name the parameters instead: tie(model, {next(fitting, ['embedding.weight', 'head.weight'])}); or give the "
+        "class get_input_embeddings() and get_output_embeddings()."
     )
 
 

@@ -11,6 +11,8 @@ from ..config import TyingError
 
 _INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
+#: The record of the ties of a plain module, beside its weights.
+RECORD = "tying.json"
 # What somebody else wrote is bounded before memory is taken for it. The index of the largest published models has
 # 15 MB, their headers less, and 150,000 tensors are more than any of their files has. Python keeps some hundred bytes
 # for each list or dict of three characters, so these are counted before JSON is read.

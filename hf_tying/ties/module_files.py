@@ -19,7 +19,7 @@ from ..config import TyingConfig, TyingError, nearest
 from .anatomy import Anatomy
 from .checkpoint import check_loaded_state, parts_by_value, settle
 from .groups import TieGroup, declaration_of, make_groups, resolve
-from .headers import read_header, read_json
+from .headers import RECORD, read_header, read_json
 from .plain_modules import hold, refuse_extensions
 from .relaxation import make_exact, relaxation_at, relaxed_names, value_at
 from .relaxing import refuse_unrelaxable, relax_declared
@@ -27,7 +27,6 @@ from .slots import state_key, untie_others
 from .tying import refuse_unfit
 from .verify import tied_part, violations
 
-RECORD = "tying.json"
 _WEIGHTS = "model.safetensors"
 Module = TypeVar("Module", bound=nn.Module)
 

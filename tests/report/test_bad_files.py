@@ -32,7 +32,7 @@ def shard(folder: Path) -> Path:
 
 
 def test_an_empty_folder_is_named(tmp_path):
-    with pytest.raises(TyingError, match="config.json"):
+    with pytest.raises(TyingError, match="has no config.json: expected a folder that save_pretrained"):
         tying_report(tmp_path)
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from torch import nn
 
-from hf_tying import TyingError, tying_report
+from hf_tying import TyingError, save_tied, tie, tying_report
 
 from ..tiny import shared_names, tiny_model, untied_model
 from .helpers import FORMATS, every_architecture, layers_and_embeddings, plain_count, tied
@@ -74,6 +75,18 @@ def test_a_stock_folder_without_an_entry_is_reported_by_its_class(arch, tmp_path
     report = tying_report(tmp_path)
     assert sorted(map(sorted, shared_names(model))) == sorted(sorted(group.names) for group in report.groups)
     assert all(group.in_file == group.names[:1] for group in report.groups)
+
+
+@pytest.mark.parametrize("save_format", ["portable", "dedup"])
+def test_the_folder_of_a_plain_module_is_reported_by_its_record(save_format, tmp_path):
+    module = nn.Sequential(nn.Embedding(20, 4), nn.Linear(4, 4), nn.Linear(4, 20))
+    save_tied(tie(module, ["0.weight", "2.weight"], init_from="0.weight"), tmp_path, save_format)
+    report = tying_report(tmp_path)
+    assert [group.names for group in report.groups] == [["0.weight", "2.weight"]] and report.ok
+    assert report.parameters == sum(parameter.numel() for parameter in module.parameters())
+    (tmp_path / "tying.json").write_text("{")
+    with pytest.raises(TyingError, match="tying.json in .* cannot be read as JSON"):
+        tying_report(tmp_path)
 
 
 def test_a_stock_folder_that_is_untied_has_no_groups(tmp_path):

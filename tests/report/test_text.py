@@ -4,8 +4,9 @@ import re
 from dataclasses import replace
 
 import pytest
+from torch import nn
 
-from hf_tying import tying_report
+from hf_tying import tie, tying_report
 from hf_tying.report.names import patterns, printable, shortened, wrapped
 
 from ..tiny import tiny_model
@@ -62,7 +63,13 @@ def test_every_tied_name_is_shown_by_itself_or_by_a_pattern(form):
 
 
 def test_an_untied_model_says_so():
-    assert "nothing is tied" in tying_report(MODELS["untied"]()).to_table()
+    assert "parameters, scheme none\nnothing is tied" in tying_report(MODELS["untied"]()).to_table()
+
+
+def test_the_heading_names_no_scheme_where_other_groups_are_tied():
+    module = tie(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), ["0", "1"], init_from="mean")
+    assert tying_report(module).to_table().startswith("Sequential: 20 parameters\n")
+    assert tying_report(MODELS["gpt2"]()).to_table().splitlines()[0].endswith(", scheme two_way")
 
 
 @pytest.mark.parametrize(

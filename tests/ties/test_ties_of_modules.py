@@ -175,6 +175,13 @@ def test_what_cannot_be_tied_is_refused_before_anything_changes(case):
     assert not hasattr(module, "tie_groups")
 
 
+def test_the_way_out_of_a_scheme_names_matrices_of_the_module_that_fit():
+    module = nn.Sequential(nn.Embedding(20, 4), nn.Linear(4, 4), nn.Linear(4, 20))
+    with pytest.raises(TyingError, match=r"tie\(model, \['0.weight', '2.weight'\]\)"):
+        tie(module, "two_way")
+    assert_tied(tie(module, ["0.weight", "2.weight"], init_from="0.weight"))
+
+
 def test_a_wrapper_is_told_to_be_tied_before():
     with pytest.raises(TyingError, match="tie the Plain inside it"):
         tie(nn.DataParallel(Plain()), PAIR)

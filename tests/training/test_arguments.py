@@ -96,7 +96,11 @@ def test_the_help_has_a_part_for_each_class_and_one_spelling_of_each_flag():
     parts = re.findall(r"^(\S.*):$", text, re.MULTILINE)
     assert parts == ["ties", "objective", "training, by transformers"]
     assert "one\n    two" in text
-    assert re.search(r"^ +--untie_at UNTIE_AT( |$)", text, re.MULTILINE) and "--tying_untie_at" not in text and "--untie-at" not in text
+    assert (
+        re.search(r"^ +--untie_at UNTIE_AT( |$)", text, re.MULTILINE)
+        and "--tying_untie_at" not in text
+        and "--untie-at" not in text
+    )
     assert "(default: stock)" in text and "(default: None)" not in text
     assert parser.parse(["--tying-untie-at", "0.5"])[1].untie_at == 0.5
 
