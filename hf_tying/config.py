@@ -241,12 +241,12 @@ class TyingConfig:
                 "hf-tying`."
             )
         for key in entry:
-            if key not in _KEYS | {"version"}:
-                hint = nearest(key, _KEYS) if isinstance(key, str) else ""
+            if key not in _keys() | {"version"}:
+                hint = nearest(key, _keys()) if isinstance(key, str) else ""
                 raise TyingError(
-                    f"The `tying` entry has an unknown key {_short(key)}: expected {sorted(_KEYS)}{hint}."
+                    f"The `tying` entry has an unknown key {_short(key)}: expected {sorted(_keys())}{hint}."
                 )
-        given = {key: entry[key] for key in _FIELDS & _KEYS & entry.keys()}
+        given = {key: entry[key] for key in _FIELDS & _keys() & entry.keys()}
         for key in ("on_conflict", "loss"):
             if given.get(key, "") is None:
                 del given[key]
@@ -338,8 +338,10 @@ class TyingConfig:
 
 # The keys of an entry that are fields of `TyingConfig`.
 _FIELDS = TyingConfig.__dataclass_fields__.keys() - {"extensions"}
-# The keys of an entry in a file. `relax` stands within its group there.
-_KEYS = (_FIELDS | EXTENSIONS.keys()) - {"relax"}
+
+def _keys() -> set[str]:
+    """The keys of an entry in a file. `relax` stands within its group there."""
+    return (_FIELDS | EXTENSIONS.keys()) - {"relax"}
 
 
 def entry_of(config: Any) -> dict[str, Any] | None:
@@ -356,7 +358,7 @@ def entry_of(config: Any) -> dict[str, Any] | None:
         return value.to_dict()
     if isinstance(value, str) and value in SCHEMES:
         return TyingConfig.from_dict(value).to_dict()  # refuses it, with the form that is expected
-    ours = _KEYS | {"version"}
+    ours = _keys() | {"version"}
     return value if isinstance(value, dict) and (not value or value.keys() & ours) else None
 
 
@@ -396,8 +398,8 @@ def _split_relaxed(groups: Any) -> tuple[Any, dict[str, dict[str, Any]]]:
         if isinstance(value, dict):
             if value.keys() - {"names", "relax"} or "names" not in value:
                 raise TyingError(
-                    f"Group {_short(group)} has the keys {sorted(map(str, value))[:5]}: expected a list of names, or "
-                    'a dict {"names": [...], "relax": {"kind": ...}}.'
+                    f"Group {_short(group)} has the keys {sorted(map(str, value))[:5]}: expected a name and a list of "
+                    'parameter names, or a dict {"names": [...], "relax": {"kind": ...}}.'
                 )
             names[group] = value["names"]
             if value.get("relax") is not None:

@@ -1,12 +1,13 @@
 """What the card of a tied model says: all of it read from the files of its folder, and from what was told."""
 
+from dataclasses import replace
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from ..config import TyingConfig, entry_of
-from ..report.on_files import report_on_files
+from ..report.dispatch import tying_report
 from ..report.records import GroupReport, TyingReport, bytes_of
 from ..ties.headers import read_header, read_json, weight_files
 from .facts import Facts
@@ -45,7 +46,7 @@ def model_context(folder: Path, repo_id: str, facts: Facts, results: Results) ->
         TyingError: the files cannot be read.
     """
     config = read_json(folder / "config.json")
-    report = report_on_files(folder, source=repo_id)
+    report = replace(tying_report(folder), source=repo_id)
     loading = how_loaded(config, report.parameters)
     entry = TyingConfig.in_config(config) if entry_of(config) is not None else TyingConfig()
     scheme = report.scheme or _scheme_of(report)

@@ -260,8 +260,8 @@ def _config_of(source: Source) -> dict[str, Any]:
     if source.only is not None:
         return {}
     raise TyingError(
-        f"{source.name!r} has no config.json: expected a folder that save_pretrained wrote, or save_tied, whose record "
-        f"is {RECORD}."
+        f"{source.name!r} has no config.json: expected a folder that save_pretrained wrote, or save_tied, whose "
+        f"record is {RECORD}."
     )
 
 

@@ -420,7 +420,7 @@ class TestRefusals:
             TyingConfig(groups={"group": {"names": ["a", "b"], "relax": value}})
 
     def test_other_keys_of_a_group(self):
-        with pytest.raises(TyingError, match='expected a list of names, or a dict {"names"'):
+        with pytest.raises(TyingError, match='parameter names, or a dict {"names"'):
             TyingConfig(groups={"group": {"names": ["a", "b"], "relaxed": {"kind": "scale"}}})
 
     def test_an_older_version_says_so(self):
