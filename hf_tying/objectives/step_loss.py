@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from transformers.utils import logging
@@ -13,6 +14,9 @@ from ..losses.options import CrossEntropyOptions
 from ..losses.split_vocabulary import split_cross_entropy
 from ..ties.sharding import is_dtensor
 from .objective import Objective
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 logger = logging.get_logger(__name__)
 
@@ -109,7 +113,7 @@ class StepLoss:
 
 def _over_split_vocabulary(
     hidden: torch.Tensor,
-    weight: torch.Tensor,
+    weight: DTensor,
     target: torch.Tensor,
     bias: torch.Tensor | None,
     options: CrossEntropyOptions,

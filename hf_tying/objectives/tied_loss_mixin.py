@@ -66,7 +66,7 @@ class TiedLossMixin(MixinBase):
             # traces wrongly there. Layers that are compiled by themselves stay so.
             forward = torch.compiler.disable(forward)
         matrix, embedding = self._parameters_now()
-        now = self._parameters_now if is_dtensor(matrix) or is_dtensor(embedding) else None
+        now = self._parameters_now if any(map(is_dtensor, (matrix, embedding))) else None
         items = kwargs.get("num_items_in_batch")
         with self._head_without_gathering(whole is None and is_row_split(matrix)) as product:
             softmax = TiedSoftmax(matrix, settings, items, embedding, whole is None, now, product)

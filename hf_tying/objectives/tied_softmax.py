@@ -72,8 +72,7 @@ class TiedSoftmax(TorchFunctionMode):
             self.deferred = True
             self._products.add(product := DeferredLogits.of(self.loss, *args, **kwargs, product=self._product))
             return product
-        lookup = function is F.embedding and _argument(args, kwargs, 1, "weight")
-        if function is F.embedding and is_plain(lookup) and self._is_embedding(lookup):
+        if function is F.embedding and self._is_plain_embedding(_argument(args, kwargs, 1, "weight")):
             return _embedding(*args, **kwargs)
         if function is F.cross_entropy and self._are_logits(args[0]):
             settings = self.loss.settings
@@ -99,8 +98,8 @@ class TiedSoftmax(TorchFunctionMode):
         """Whether `weight` is the parameter itself, or the view of it that a `RoleMeter` puts in its place."""
         return weight is self.matrix or getattr(weight, "_base", None) is self.matrix
 
-    def _is_embedding(self, weight: object) -> bool:
-        return weight is self.embedding or self._is_matrix(weight)
+    def _is_plain_embedding(self, weight: torch.Tensor) -> bool:
+        return is_plain(weight) and (weight is self.embedding or self._is_matrix(weight))
 
 
 def _argument(args: tuple, kwargs: dict, position: int, name: str) -> Any:

@@ -12,6 +12,7 @@ import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -33,7 +34,7 @@ _NO_WEIGHTS = ("optimizer", "training_args")
 _OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_0", "global_step*", "optimizer.safetensors")
 
 
-def seal_checkpoint(folder: str | os.PathLike, step: int, tying: dict | None = None) -> None:
+def seal_checkpoint(folder: str | os.PathLike[str], step: int, tying: dict[str, Any] | None = None) -> None:
     """Write `complete.json` into a checkpoint that is whole: its files are on the disk before, and it is after.
 
     `TyingCallback` does so for each checkpoint of a Trainer. In a loop of one's own: once all processes have written
@@ -65,7 +66,7 @@ def seal_checkpoint(folder: str | os.PathLike, step: int, tying: dict | None = N
     _sync(folder)
 
 
-def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
+def last_complete_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     """The newest checkpoint in `folder` from which a run can be resumed; those passed over are told, with the reason.
 
     One with a seal has to fit it: every file with its size, the weights with their SHA-256. One without (of a run
@@ -97,7 +98,7 @@ def _last_complete(folder: Path) -> str | None:
     return None
 
 
-def why_incomplete(folder: str | os.PathLike, step: int | None = None) -> str | None:
+def why_incomplete(folder: str | os.PathLike[str], step: int | None = None) -> str | None:
     """Why a run cannot be resumed from the checkpoint in `folder`, as a sentence; `None` if it can.
 
     Args:
@@ -119,7 +120,7 @@ def why_incomplete(folder: str | os.PathLike, step: int | None = None) -> str | 
     return None
 
 
-def refuse_other_engine(folder: str | os.PathLike, args: TrainingArguments) -> None:
+def refuse_other_engine(folder: str | os.PathLike[str], args: TrainingArguments) -> None:
     """Whether `Trainer` can load the optimizer in `folder` with the engine of this run.
 
     Raises:

@@ -17,6 +17,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
+from ..ties.groups import groups_held
 from ..ties.slots import find_parameter
 from ..ties.verify import assert_tied, unwrapped
 
@@ -52,7 +53,7 @@ def wrap_policy(wrapped: Callable, args: tuple, kwargs: dict) -> Callable[[nn.Mo
             return False
         torn = [key for key, count in _uses(module).items() if count < everywhere.get(key, 0)]
         if torn:
-            group = next((g.name for g in model.tie_groups if id(find_parameter(model, g.root)) in torn), None)
+            group = next((g.name for g in groups_held(model) if id(find_parameter(model, g.root)) in torn), None)
             logger.info(
                 f"FSDP2: {paths.get(id(module), type(module).__name__)!r} is no unit of its own, since it holds some "
                 f"names of {'a tie' if group is None else f'group {group!r}'} and not all: it stays in the root's."

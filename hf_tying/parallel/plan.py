@@ -172,7 +172,7 @@ class ParallelPlan(Report):
 
 
 def parallel_plan(
-    model: nn.Module | str | os.PathLike,
+    model: nn.Module | str | os.PathLike[str],
     mesh: Mapping[str, int],
     *,
     gather_dtype: torch.dtype | None = None,
@@ -221,7 +221,7 @@ def parallel_plan(
     )
 
 
-def _empty_model(source: str | os.PathLike) -> PreTrainedModel:
+def _empty_model(source: str | os.PathLike[str]) -> PreTrainedModel:
     """The model of a config, on the meta device: of the class that it names, or of an Auto class that has one."""
     config = AutoConfig.from_pretrained(source)
     named = (getattr(transformers, name, None) for name in getattr(config, "architectures", None) or ())
@@ -415,7 +415,9 @@ def _joined(found: Iterable[Collective]) -> tuple[Collective, ...]:
         totals = sums.setdefault((c.kind, c.axis, c.ranks, c.what), [0, 0])
         totals[0] += c.payload
         totals[1] += c.sent
-    return tuple(Collective(kind, axis, n, *totals, what) for (kind, axis, n, what), totals in sums.items())
+    return tuple(
+        Collective(kind, axis, n, payload, sent, what) for (kind, axis, n, what), (payload, sent) in sums.items()
+    )
 
 
 def _ranges(ranks: tuple[int, ...]) -> str:

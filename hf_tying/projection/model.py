@@ -172,7 +172,7 @@ def _measured(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
     norm = TyingConfig.in_config(model.config).projection.norm
 
     def measure(projection: nn.Module, args: tuple, output: Any) -> None:
-        norms.append(norm_of(projection.weight, norm))
+        norms.append(norm_of(head.projection.weight, norm))
 
     handle = head.projection.register_forward_hook(measure, prepend=True)
     try:

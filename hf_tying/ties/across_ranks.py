@@ -69,7 +69,8 @@ def differing_copies(model: nn.Module, groups: Iterable[TieGroup]) -> list[str]:
 
     Shards are compared with those of the same place in the mesh; the shards of ZeRO-3 have no copies.
     """
-    own = {group.name: (_place(p), digest(p)) for group in groups if _is_here(p := find_parameter(model, group.root))}
+    roots = [(group.name, find_parameter(model, group.root)) for group in groups]
+    own = {name: (_place(root), digest(root)) for name, root in roots if root is not None and _is_here(root)}
     told = from_every_rank(own)
     problems = []
     for name in sorted({name for each in told for name in each}):
@@ -93,11 +94,11 @@ def digest(tensor: torch.Tensor) -> str:
     """SHA-256 of the values that this process holds of `tensor`."""
     held = tensor.to_local() if is_dtensor(tensor) else tensor
     values = held.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(values.numpy()).hexdigest()
+    return hashlib.sha256(values.numpy().data).hexdigest()
 
 
-def _is_here(parameter: nn.Parameter | None) -> bool:
-    return parameter is not None and not parameter.is_meta and not is_partitioned(parameter)
+def _is_here(parameter: nn.Parameter) -> bool:
+    return not parameter.is_meta and not is_partitioned(parameter)
 
 
 def _place(parameter: torch.Tensor) -> tuple:

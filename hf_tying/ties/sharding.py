@@ -7,12 +7,17 @@ import math
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeGuard, cast
 
 import torch
 from torch import nn
 
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
-def is_dtensor(tensor: torch.Tensor | None) -> bool:
+
+def is_dtensor(tensor: torch.Tensor | None) -> "TypeGuard[DTensor]":
     """Whether `tensor` is one of several processes (FSDP2, tensor parallel)."""
     return hasattr(tensor, "device_mesh")
 
@@ -27,13 +32,11 @@ def is_row_split(tensor: torch.Tensor | None) -> bool:
 def unit_of(model: nn.Module, name: str) -> nn.Module | None:
     """The FSDP2 unit in which the parameter `name` lies: its module, or the nearest one around it, that is a unit."""
     fully_shard = sys.modules.get("torch.distributed.fsdp")
-    if not hasattr(fully_shard, "FSDPModule"):
+    if fully_shard is None or not hasattr(fully_shard, "FSDPModule"):
         return None
-    module, found = model, None
-    for part in ["", *name.split(".")[:-1]]:
-        module = module._modules[part] if part else module
-        found = module if isinstance(module, fully_shard.FSDPModule) else found
-    return found
+    parts = name.split(".")[:-1]
+    around = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1)]
+    return next((module for module in reversed(around) if isinstance(module, fully_shard.FSDPModule)), None)
 
 
 def keep_whole(unit: nn.Module) -> None:
@@ -41,7 +44,7 @@ def keep_whole(unit: nn.Module) -> None:
 
     A loss that is computed after the head's forward reads its matrix then.
     """
-    unit.set_reshard_after_forward(False, recurse=False)
+    cast("FSDPModule", unit).set_reshard_after_forward(False, recurse=False)
 
 
 def shape_of(parameter: torch.Tensor) -> torch.Size:
@@ -51,7 +54,7 @@ def shape_of(parameter: torch.Tensor) -> torch.Size:
 
 def is_partitioned(parameter: torch.Tensor | None) -> bool:
     """Whether ZeRO-3 has partitioned `parameter`, and its values are not gathered now."""
-    return hasattr(parameter, "ds_id") and parameter.numel() < parameter.ds_numel
+    return parameter is not None and parameter.numel() < getattr(parameter, "ds_numel", 0)
 
 
 @contextmanager
@@ -59,14 +62,16 @@ def gathered(parameters: Iterable[torch.Tensor | None], write: bool = False) -> 
     """Inside this context those of `parameters` that ZeRO-3 has partitioned are whole; all processes must enter it.
 
     Args:
-        parameters: any; those that nobody has partitioned are left alone.
+        parameters: any; those that nobody has partitioned are left alone, and all where DeepSpeed is not loaded (the
+            empty tensors of a pickle).
         write: whether they may be written to inside. Each process then keeps its part of what process 0 has written.
     """
     held = list({id(p): p for p in parameters if is_partitioned(p)}.values())
-    if not held:
+    deepspeed = sys.modules.get("deepspeed")
+    if not held or deepspeed is None:
         yield
         return
-    with sys.modules["deepspeed"].zero.GatheredParameters(held, modifier_rank=0 if write else None):
+    with deepspeed.zero.GatheredParameters(held, modifier_rank=0 if write else None):
         yield
 
 

@@ -70,6 +70,7 @@ class _Rewriting:
     def _names(self, node: ast.Import | ast.ImportFrom) -> list[str]:
         """The lines that replace an import; modules that it binds are noted."""
         lines = []
+        module = "" if isinstance(node, ast.Import) else node.module or ""
         for alias in node.names:
             whole = f" as {alias.asname}" if alias.asname else ""
             if isinstance(node, ast.Import):
@@ -80,11 +81,11 @@ class _Rewriting:
                 continue
             if alias.name == "*":
                 raise self._refused(node, "imports everything: import the names that the file uses")
-            found = self.place(node.module, alias.name)
+            found = self.place(module, alias.name)
             if found is not None:
                 lines.append(f"from .{found} import {alias.name}{whole}")
-            elif _is_module(f"{node.module}.{alias.name}"):
-                self.modules[self._bound(node, alias)] = f"{node.module}.{alias.name}"
+            elif _is_module(f"{module}.{alias.name}"):
+                self.modules[self._bound(node, alias)] = f"{module}.{alias.name}"
             else:
                 raise self._refused(node, f"imports {alias.name!r}, which cannot be carried along")
         return lines

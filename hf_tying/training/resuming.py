@@ -32,8 +32,8 @@ def resume_path(args: TrainingArguments) -> str | None:
         last = last_complete_checkpoint(args.output_dir)
         if last is None:
             raise TyingError(
-                f"--resume_from_checkpoint {asked}: {args.output_dir!r} has no complete checkpoint. Leave the flag out to "
-                "begin, or give the --output_dir of the run to go on with."
+                f"--resume_from_checkpoint {asked}: {args.output_dir!r} has no complete checkpoint. Leave the flag "
+                "out to begin, or give the --output_dir of the run to go on with."
             )
         refuse_other_engine(last, args)
         return last

@@ -49,7 +49,7 @@ def truncated(path) -> None:
 
 
 def zeroed(path) -> None:
-    """The second half of a file, of the same size, is zeros: what a power cut leaves of pages that were not written."""
+    """The second half of a file is zeros: what a power cut leaves of pages that were not written."""
     half = path.stat().st_size // 2
     with open(path, "r+b") as file:
         file.seek(half)

@@ -1,4 +1,4 @@
-"""Models that transformers splits (tensor parallelism, FSDP2, a pipeline) with a declared tie and with the tied loss."""
+"""Models that transformers splits (tensor parallelism, FSDP2, a pipeline), with a declared tie and a tied loss."""
 
 import re
 

@@ -5,7 +5,7 @@ import logging
 from functools import partial
 
 import pytest
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GPT2Config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_tying import TyingError
@@ -101,5 +101,11 @@ def test_making_a_config_again_warns_of_nothing_and_leaves_the_loaded_one(tmp_pa
 
 
 def test_a_config_that_is_not_made_again_is_refused():
-    with pytest.raises(TyingError, match="'moshi' cannot be made again"):
-        maker_from(AutoConfig.for_model("moshi"))
+    class Doubling(GPT2Config):
+        model_type = "doubling"
+
+        def __init__(self, n_embd=8, **kwargs):
+            super().__init__(n_embd=2 * n_embd, **kwargs)
+
+    with pytest.raises(TyingError, match="'doubling' cannot be made again"):
+        maker_from(Doubling())
