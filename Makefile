@@ -56,6 +56,7 @@ test-upstream: $(INSTALLED)
 	ZOO=1 $(PYTEST) tests/test_zoo.py --timeout 1800
 	$(RUN) -m tests.upstream.import_alone
 	$(RUN) -m tests.upstream.sweep
+	ZOO=1 HOSTILE_CASES=2000 $(PYTEST) tests/report/test_stock_table.py tests/doctor/test_hostile_files.py --timeout 1800
 
 # The cards of the reference runs, from the results in model_cards/runs.
 cards: $(INSTALLED)

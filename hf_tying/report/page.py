@@ -21,7 +21,8 @@ h1 { font-size: 1.4rem; margin: 0 0 .2rem; overflow-wrap: anywhere; } h2 { font-
 p, li { overflow-wrap: anywhere; } .dim { opacity: .7; } .bad { color: var(--bad); font-weight: 600; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; padding: .3rem .6rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-td.n { text-align: right; white-space: nowrap; } code { font-size: .9em; overflow-wrap: anywhere; }
+td { overflow-wrap: anywhere; } .grid { width: auto; }
+td.n, th.n { text-align: right; white-space: nowrap; } code { font-size: .9em; overflow-wrap: anywhere; }
 .bar { display: flex; height: 1.1rem; border-radius: 3px; overflow: hidden; background: var(--soft); }
 .cell { display: inline-block; width: 1.1rem; height: 1.1rem; margin: 1px; border-radius: 2px; }
 @media (prefers-color-scheme: dark) { :root { --bad: #ff8a80; } body { background: #16181d; color: #e8e8e8; } }
@@ -118,7 +119,8 @@ def _table(groups: "list[GroupReport]") -> str:
             f"<td>{held}</td><td class=n>{group.parameters_saved:,}</td>",
         )
         rows.append(f"<tr>{''.join(cells)}</tr>")
-    head = "".join(f"<th>{name}</th>" for name in ("group", "names", "shape", "tied", "in file", "saved"))
+    heads = ("group", "names", "shape", "tied", "in file", "saved")
+    head = "".join(f"<th{' class=n' if name in ('names', 'saved') else ''}>{name}</th>" for name in heads)
     return f"<div class=wide><table><tr>{head}</tr>{''.join(rows)}</table></div>"
 
 
@@ -132,4 +134,4 @@ def _grid(groups: "list[GroupReport]") -> str:
     for place, cells in rows.items():
         drawn = "".join(f'<span class=cell style="background:{c}" title="{_text(n)}"></span>' for n, c in cells)
         lines.append(f"<tr><td><code>{_text(place)}</code></td><td>{drawn}</td></tr>")
-    return f"<div class=wide><table>{''.join(lines)}</table></div>"
+    return f"<div class=wide><table class=grid>{''.join(lines)}</table></div>"

@@ -1,4 +1,4 @@
-"""`hf-tying doctor`, `tie`, `untie`, `convert`, `diff`: exit codes, JSON, annotations; the example of each `--help`."""
+"""`hf-tying doctor`, `tie`, `untie`, `convert`, `diff`: exit codes, JSON, annotations; each help has an example."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Files that somebody else wrote: an error of ours or an answer, without a hang, and bounded before memory is taken."""
+"""Files that somebody else wrote: an error of ours or an answer, no hang, bounded before memory is taken."""
 
 import json
 import os
