@@ -63,6 +63,7 @@ from hf_tying.training.translation import (
     TwoTokenizersCallback,
     check_fit,
     fill_special_ids,
+    freeze_what_no_file_keeps,
     rows_needed,
     special_ids,
     target_tokenizer_beside,
@@ -172,6 +173,7 @@ def load(
         target = target_tokenizer_beside(name) or tokenizer
     with naming(f"--model_name_or_path {name}"):
         model = AutoModelForSeq2SeqLM.from_pretrained(name, revision=args.model_revision, dtype=args.dtype)
+    freeze_what_no_file_keeps(model)
     if declared:
         tie(model, declared, init_from=tying.init_from, tokenizer=tokenizer, target_tokenizer=target)
     return model, tokenizer, target

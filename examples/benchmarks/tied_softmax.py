@@ -228,6 +228,7 @@ def main():
     from tied_softmax_report import draw, notes, tables
     from transformers import HfArgumentParser
 
+    from hf_tying._extras import MissingLibraryError, require
     from hf_tying.training.command_line import HelpFormatter
 
     parser = HfArgumentParser(Arguments, description=__doc__, formatter_class=HelpFormatter)
@@ -235,6 +236,14 @@ def main():
     for method in arguments.methods:
         if method not in METHODS:
             sys.exit(f"error: unknown method {method!r}: expected one of {', '.join(METHODS)}.")
+    for flag, file in (("json", arguments.json), ("picture", arguments.picture)):
+        if file and not Path(file).parent.is_dir():
+            sys.exit(f"error: --{flag} {file}: there is no folder {str(Path(file).parent)!r}. Make it first.")
+    if arguments.picture:
+        try:
+            require("matplotlib.figure", "--picture", "plots")
+        except MissingLibraryError as error:
+            sys.exit(f"error: {error}")
     if arguments.quick:
         arguments.rounds, arguments.steps = 1, 2
         arguments.layers, arguments.length = 1, min(arguments.length, 64)

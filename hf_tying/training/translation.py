@@ -121,6 +121,20 @@ def fill_special_ids(model: PreTrainedModel, target_tokenizer: PreTrainedTokeniz
                 setattr(part, name, value)
 
 
+def freeze_what_no_file_keeps(model: PreTrainedModel) -> None:
+    """Leave the parameters untrained that `save_pretrained` leaves out, as a model from scratch does.
+
+    In transformers 5.23 a Marian that was loaded trains its sinusoidal positions. They would be lost in the file, and
+    an optimizer of a run from scratch would not fit.
+
+    Args:
+        model: model that was loaded.
+    """
+    for name, parameter in model.named_parameters():
+        if name in (model._keys_to_ignore_on_save or ()):
+            parameter.requires_grad_(False)
+
+
 def use_languages(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

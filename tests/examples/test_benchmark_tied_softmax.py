@@ -88,7 +88,13 @@ def test_wrong_shapes_and_methods_are_refused(script, monkeypatch):
         (["--shape", "3,4,float32"], "no shape"),
         (["--shapes", "9"], "no shape"),
         (["--methods", "fastest"], "unknown method"),
+        (["--json", "nowhere/rows.json"], "there is no folder 'nowhere'"),
+        (["--picture", "nowhere/ratios.png"], "there is no folder 'nowhere'"),
+        (["--picture", "ratios.png"], "--picture needs matplotlib, which is missing: pip install"),
     ):
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        fails = lambda *arguments: pytest.fail("it measures before it refuses")  # noqa: E731
+        monkeypatch.setitem(script["main"].__globals__, "measure", fails)
         monkeypatch.setattr(sys, "argv", ["tied_softmax.py", *flags])
         with pytest.raises(SystemExit, match=message):
             script["main"]()

@@ -2,8 +2,6 @@
 
 import importlib
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,37 +9,15 @@ import torch
 
 from hf_tying import tying_report
 
-from ..processes import run_python
 from ..word_text import word_folder
 
 PAPERS = Path(__file__).parents[2] / "examples" / "papers"
 BENCHMARK = PAPERS.parent / "benchmarks" / "lstm.py"
 
 
-class Done:
-    def __init__(self, returncode, stdout, stderr):
-        self.returncode, self.stdout, self.stderr = returncode, stdout, stderr
-
-
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """A script as `python script ...` runs it, in this process: ten imports of torch less."""
-
-    def run(script, *arguments) -> Done:
-        path = PAPERS / script if isinstance(script, str) else script
-        monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
-        monkeypatch.syspath_prepend(str(path.parent))
-        capsys.readouterr()
-        code = None
-        try:
-            runpy.run_path(str(path), run_name="__main__")
-        except SystemExit as stop:
-            code = stop.code
-        printed = capsys.readouterr()
-        is_text = isinstance(code, str)  # Python prints it, and ends with 1
-        return Done(1 if is_text else code or 0, printed.out, f"{printed.err}\n{code}" if is_text else printed.err)
-
-    return run
+def run(as_script):
+    return lambda script, *arguments: as_script(PAPERS / script, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -138,12 +114,6 @@ def test_the_benchmark_compares_the_same_work(tmp_path, run):
     found = json.loads((tmp_path / "lstm.json").read_text())["results"]
     assert [*found] == ["bare", "trainer", "trainer, tied softmax"] and found["bare"]["ratio"] == 1
     assert all(result["words_per_second"] > 0 for result in found.values())
-
-
-def test_in_a_process_of_its_own(text, tmp_path):
-    flags = ["--data_dir", text, "--epochs", 1, "--use_cpu", "--output_dir", tmp_path / "out", "--variant", "small+wt"]
-    run_python(PAPERS / "press_wolf.py", *flags, cwd=tmp_path)
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["parameters"] == 31 * 200 + 641_600 + 31
 
 
 # --- the theory of Inan et al. ---------------------------------------------------------------------------------------

@@ -16,10 +16,6 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "run_clm.py"
 STEPS = 6
 
 
-def run_clm(*arguments):
-    return run_python(SCRIPT, *arguments, check=False)
-
-
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "count.txt"
@@ -55,7 +51,7 @@ def flags(text):
 def uninterrupted(flags, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     (folder / "flags.yaml").write_text(yaml.safe_dump(flags | {"output_dir": str(folder / "out")}))
-    return run_clm(folder / "flags.yaml"), folder / "out"
+    return run_python(SCRIPT, folder / "flags.yaml", check=False), folder / "out"
 
 
 def results(folder):
@@ -71,26 +67,28 @@ def test_it_trains_a_tied_model_and_measures_perplexity(uninterrupted):
     assert (folder / "tokenizer.json").exists()
 
 
-def test_an_lstm_is_trained_and_measured_as_well(flags, tmp_path):
+def test_an_lstm_is_trained_and_measured_as_well(flags, tmp_path, as_script):
     lstm = {"model_type": "tied_lstm", "config_overrides": "embedding_size=16,hidden_size=16"}
     (tmp_path / "flags.json").write_text(json.dumps(flags | lstm | {"output_dir": str(tmp_path / "out")}))
-    result = run_clm(tmp_path / "flags.json")
+    result = as_script(SCRIPT, tmp_path / "flags.json")
     assert result.returncode == 0, result.stderr
     assert 1 < results(tmp_path / "out")["eval_perplexity"] < 320  # words
 
 
-def test_resuming_ends_where_the_uninterrupted_run_ends(uninterrupted, flags, tmp_path):
+def test_resuming_ends_where_the_uninterrupted_run_ends(
+    uninterrupted, flags, tmp_path, as_script, told_with_transformers
+):
     _, folder = uninterrupted
     resumed = flags | {
         "output_dir": str(tmp_path / "out"),
         "resume_from_checkpoint": str(folder / f"checkpoint-{STEPS // 2}"),
     }
     (tmp_path / "flags.json").write_text(json.dumps(resumed))
-    result = run_clm(tmp_path / "flags.json")
+    result = as_script(SCRIPT, tmp_path / "flags.json")
     assert result.returncode == 0, result.stderr
     # What `Trainer` says of any tied model.
-    missing = [line for line in result.stderr.splitlines() if "missing" in line.lower()]
-    assert all("missing keys" in line and "['lm_head.weight']" in line for line in missing), result.stderr
+    missing = [line for line in told_with_transformers if "missing" in line.lower()]
+    assert all("missing keys" in line and "['lm_head.weight']" in line for line in missing), missing
     # The first half is not trained again: it leaves no checkpoint here.
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == [f"checkpoint-{STEPS}"]
     assert results(tmp_path / "out")["eval_loss"] == results(folder)["eval_loss"]
@@ -128,15 +126,13 @@ def test_bad_input_is_named_and_nothing_is_written(flags, changes, message, tmp_
     assert not (tmp_path / "out").exists()
 
 
-def test_an_error_ends_the_script_with_its_message(tmp_path):
-    result = run_clm(
-        "--model_type", "llama", "--do_train", "--train_file", "missing.txt", "--output_dir", tmp_path / "out"
-    )
+def test_an_error_ends_the_script_with_its_message(tmp_path, as_script):
+    flags = ["--model_type", "llama", "--do_train", "--train_file", "missing.txt", "--output_dir", tmp_path / "out"]
+    result = as_script(SCRIPT, *flags)
     assert result.returncode == 1
     assert result.stderr.endswith(
-        "error: There is no file 'missing.txt'. Expected text in a .txt, .json, .jsonl or .csv file.\n"
+        "error: There is no file 'missing.txt'. Expected text in a .txt, .json, .jsonl or .csv file."
     )
-    assert "Traceback" not in result.stderr
 
 
 # --- in this process -------------------------------------------------------------------------------------------------

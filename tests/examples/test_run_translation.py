@@ -319,10 +319,10 @@ def test_two_vocabularies_of_equal_size_and_different_words_are_not_tied(separat
     assert not (tmp_path / "out").exists()
 
 
-def test_an_error_ends_the_script_with_one_line(text, tmp_path):
+def test_an_error_ends_the_script_with_one_line(text, tmp_path, as_script):
     arguments = ["--model_type", "marian", "--do_train", "--train_source_file", text / "train.en"]
     arguments += ["--train_target_file", text / "test.de", "--output_dir", tmp_path / "out"]
-    result = run_python(SCRIPT, *arguments, check=False)
+    result = as_script(SCRIPT, *arguments)
     assert result.returncode == 1
     [line] = result.stderr.strip().splitlines()
     assert line.startswith("error: ") and "has 10 lines" in line and "has 5: expected as many" in line

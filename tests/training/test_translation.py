@@ -23,6 +23,7 @@ from hf_tying.training.translation import (
     TwoTokenizersCallback,
     check_fit,
     fill_special_ids,
+    freeze_what_no_file_keeps,
     rows_needed,
     special_ids,
     target_tokenizer_beside,
@@ -220,3 +221,13 @@ def test_two_tokenizers_stay_with_every_checkpoint_and_with_the_model(tokenizer,
     state.is_world_process_zero, args.output_dir = False, str(tmp_path / "second")
     callback.on_train_end(args, state, None)
     assert not (tmp_path / "second").exists()
+
+
+@pytest.mark.parametrize("model_type", ["marian", "bart", "t5"])
+def test_a_loaded_model_trains_what_a_model_from_scratch_trains(model_type, tmp_path):
+    scratch = AutoModelForSeq2SeqLM.from_config(tiny_config(model_type))
+    scratch.save_pretrained(tmp_path)
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    freeze_what_no_file_keeps(loaded)
+    trained, again = ({n for n, p in m.named_parameters() if p.requires_grad} for m in (scratch, loaded))
+    assert trained == again
