@@ -339,6 +339,7 @@ class TyingConfig:
 # The keys of an entry that are fields of `TyingConfig`.
 _FIELDS = TyingConfig.__dataclass_fields__.keys() - {"extensions"}
 
+
 def _keys() -> set[str]:
     """The keys of an entry in a file. `relax` stands within its group there."""
     return (_FIELDS | EXTENSIONS.keys()) - {"relax"}
