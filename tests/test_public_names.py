@@ -47,6 +47,7 @@ PUBLIC = {
         *("Alignment", "MatrixDiagnosis", "RoleDiagnostics", "alignment", "diagnose", "effective_rank"),
         "gradient_shares",
     },
+    "hf_tying.doctor": {"Finding", "Forecast", "diagnose", "forecast", "inspect", "rewrite"},
     "hf_tying.report": {"GroupReport", "TyingReport", "tying_report"},
 }
 

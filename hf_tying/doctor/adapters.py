@@ -68,11 +68,13 @@ def tied_form_alone(facts: Facts) -> Iterator[Finding]:
 def forms_differ(facts: Facts) -> Iterator[Finding]:
     """T016: the LoRA in the root is not the export of the tied form below."""
     source = facts.source
-    if not source.has(f"{TIED_FORM}/{SETTINGS}") or source.path() is None or not facts.thorough:
+    if not source.has(f"{TIED_FORM}/{SETTINGS}") or not facts.thorough:
+        return
+    if (folder := source.path()) is None:
         return
     if adapter_settings(source).get("peft_type") != "LORA":
         return
-    if found := _difference_of_forms(source.path()):
+    if found := _difference_of_forms(folder):
         yield Finding(
             "T016",
             "error",

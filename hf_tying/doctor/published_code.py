@@ -83,10 +83,9 @@ def _siblings(node: ast.ImportFrom) -> list[str]:
 
 def _lists(name: str, tree: ast.Module) -> Iterator[Finding]:
     for node in ast.walk(tree):
-        if isinstance(node, ast.Assign):
-            targets = node.targets
-        else:
-            targets = [node.target] if isinstance(node, ast.AnnAssign) else []
+        if not isinstance(node, ast.Assign | ast.AnnAssign):
+            continue
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
         named = any(isinstance(t, ast.Name) and t.id == "_tied_weights_keys" for t in targets)
         if named and isinstance(node.value, ast.List | ast.Tuple):
             yield Finding(

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
@@ -432,7 +432,7 @@ def _load_problems(folder: Path, written: Checkpoint) -> Iterator[str]:
     """What goes wrong when transformers loads the folder."""
     import transformers
 
-    cls: Callable[..., Any] | None = getattr(transformers, written.architecture, None)
+    cls: Any = getattr(transformers, written.architecture, None)
     if cls is None or not hasattr(cls, "post_init"):
         return
     from ..report.stock_building import shapes_in_files

@@ -25,7 +25,7 @@ def order_decides(facts: Facts, model: ModelFacts) -> Iterator[Finding]:
             "T009",
             "warning",
             f"group {group.name!r}: the file lacks {group.root!r}, to which the class ties the others, and has "
-            f"{len(group.in_file)} others that differ: which of them counts depends on the order of loading.",
+            f"{len(group.in_file or [])} others that differ: which of them counts depends on the order of loading.",
             f"hf-tying untie {facts.name} OUT, or hf-tying tie {facts.name} SCHEME OUT --init-from ROLE.",
             group.name,
         )
@@ -38,11 +38,12 @@ def written_twice(facts: Facts, model: ModelFacts) -> Iterator[Finding]:
         copies = len(group.in_file or []) - 1
         if group.status != "tied" or copies < 1 or checkpoint.entry is not None or len(group.shape) < 2:
             continue
+        written = ", ".join(map(repr, group.in_file or []))
         wasted = copies * sum(checkpoint.tensors[key].size for key in checkpoint.keys_of(group.in_file[0]))
         yield Finding(
             "T006",
             "warning",
-            f"group {group.name!r}: one matrix is written {copies + 1} times ({', '.join(map(repr, group.in_file))}), "
+            f"group {group.name!r}: one matrix is written {copies + 1} times ({written}), "
             f"and {size(wasted)} are wasted: loaders that know the class tie it by themselves.",
             f"hf-tying convert {facts.name} OUT --to dedup.",
             group.name,

@@ -5,7 +5,7 @@ import stat
 from collections.abc import Iterable
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from ..config import TyingError
 
@@ -132,7 +132,7 @@ def _place(name: str, entry: object, first: int) -> TensorPlace:
     return TensorPlace(tuple(shape), dtype, first + span[0], first + span[1])
 
 
-def _counts(value: object) -> bool:
+def _counts(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and len(value) < 100 and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 
