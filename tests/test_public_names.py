@@ -47,7 +47,8 @@ PUBLIC = {
         *("Alignment", "MatrixDiagnosis", "RoleDiagnostics", "alignment", "diagnose", "effective_rank"),
         "gradient_shares",
     },
-    "hf_tying.hub": {"make_card", "publish"},
+    "hf_tying.doctor": {"Finding", "Forecast", "diagnose", "forecast", "inspect", "rewrite"},
+    "hf_tying.hub": {"diagnose", "inspect", "make_card", "publish"},
     "hf_tying.report": {"GroupReport", "TyingReport", "tying_report"},
 }
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_names
 
 _HOME = {
-    "Finding": "diagnosis",
+    "Finding": ".report.records",
     "Forecast": "loaders",
     "diagnose": "diagnosis",
     "forecast": "loaders",
