@@ -57,7 +57,7 @@ test-upstream: $(INSTALLED)
 	$(RUN) -m tests.upstream.import_alone
 	$(RUN) -m tests.upstream.sweep
 
-# The cards of the reference runs, from the results in model_cards/runs.
+# The cards of the reference runs, from the results in model_cards/records.
 cards: $(INSTALLED)
 	$(RUN) model_cards/make.py
 

@@ -25,6 +25,9 @@ _HOME = {
     "tying_report": "report.dispatch",
     "save_tied": "ties.module_files",
     "load_tied": "ties.module_files",
+    "gap": "ties.relaxed",
+    "harden": "ties.relaxed",
+    "relaxation_penalty": "ties.relaxed",
     "use_tied_loss": "objectives.tied_loss",
     "use_projection": "projection.model",
     "merge_projection": "projection.model",
@@ -43,6 +46,9 @@ __all__ = [
     "tying_report",
     "save_tied",
     "load_tied",
+    "gap",
+    "harden",
+    "relaxation_penalty",
     "use_tied_loss",
     "use_projection",
     "merge_projection",
@@ -55,6 +61,7 @@ if TYPE_CHECKING:
     from .report.dispatch import tying_report
     from .ties.modeling import TiedModelMixin
     from .ties.module_files import load_tied, save_tied
+    from .ties.relaxed import gap, harden, relaxation_penalty
     from .ties.slots import names_of
     from .ties.tying import tie, untie
     from .ties.verify import assert_tied

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 else:
     _ConfigBase = object
 
-VERSION = 1
+#: Newest version of an entry. Without a relaxed group an entry is of version 1, which older readers know.
+VERSION = 2
 
 #: The usual groups by name: which roles each scheme makes one parameter. `source` is the encoder's input embedding,
 #: `target` the decoder's (the only one of a language model), `output` the softmax matrix.
@@ -30,6 +31,17 @@ SCHEMES: dict[str, tuple[str, ...]] = {
 }
 SAVE_FORMATS = ("dedup", "portable")
 LOSSES = ("stock", "tied")
+
+
+#: The ways in which a member of a group may differ from its root, and their settings. `scale`: a factor for each row.
+#: `lora`: a product of rank `rank` (default 8), from `init` `"zero"` (default) or, of values that differ when they are
+#: tied, `"svd"`. `basis`: `filters` (default 2) further matrices that all members share, with coefficients for each.
+#: `bound`, for every kind: largest norm of the difference as a share of the root's; none by default.
+RELAXATIONS: dict[str, frozenset[str]] = {
+    "scale": frozenset(),
+    "lora": frozenset({"rank", "init"}),
+    "basis": frozenset({"filters"}),
+}
 
 
 class Extension(NamedTuple):
@@ -56,6 +68,7 @@ EXTENSIONS: dict[str, Extension] = {
 # characters (every parameter of every layer tied). Larger ones are refused before any work.
 _MOST_NAMES = 50_000
 _LONGEST_NAME = 512
+_LARGEST_RANK = 65_536
 
 
 class TyingError(ValueError):
@@ -131,7 +144,8 @@ class TyingConfig:
             leaves the embeddings to the model's own declaration (`tie_word_embeddings`).
         groups (`dict[str, list[str]]`): further tie groups by name. Each is a list of at least two parameter names (or
             module names, which stand for all their parameters, pairwise). The first name of a group is its root, the
-            name kept on disk. Names are plain strings, never patterns.
+            name kept on disk. Names are plain strings, never patterns. A relaxed group is a dict `{"names": [...],
+            "relax": {"kind": ...}}`: its other members differ from the root by a small amount (see `RELAXATIONS`).
         on_conflict (`str`): choice for a file with different values for names of one group: `"error"` (the default,
             so that no weights are dropped unasked), `"keep_untied"` (the group is removed, also from the config), or
             `"use:<parameter name>"`.
@@ -143,6 +157,7 @@ class TyingConfig:
         projection (`ProjectionConfig`, *optional*): a projection before the softmax (PR), which also takes a dict or
             `True`. `None`, the default, is not written to the file.
         extensions (`dict[str, Any]`): values of further entries of `EXTENSIONS`, by their keys.
+        relax (`dict[str, dict]`): settings of relaxed groups by the names of the groups. They are taken from `groups`.
 
     Raises:
         TyingError: for an unknown scheme, option or extension, a group of one, or one name in two groups.
@@ -159,6 +174,7 @@ class TyingConfig:
     loss: str = "stock"
     projection: ProjectionConfig | None = None
     extensions: dict[str, Any] = field(default_factory=dict)
+    relax: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.scheme is not None and not (isinstance(self.scheme, str) and self.scheme in SCHEMES):
@@ -177,7 +193,9 @@ class TyingConfig:
             raise TyingError(f"Unknown save_format {_short(self.save_format)}: expected 'dedup' or 'portable'.")
         if not isinstance(self.loss, str) or self.loss not in LOSSES:
             raise TyingError(f"Unknown loss {_short(self.loss)}: expected 'stock' or 'tied'.")
-        object.__setattr__(self, "groups", _checked_groups(self.groups))
+        groups, relax = _split_relaxed(self.groups)
+        object.__setattr__(self, "groups", _checked_groups(groups))
+        object.__setattr__(self, "relax", {name: dict(self.relax[name]) for name in self.relax} | relax)
         object.__setattr__(self, "projection", ProjectionConfig.of(self.projection))
         for key in self.extensions:
             if key not in EXTENSIONS or key in _FIELDS:
@@ -201,22 +219,25 @@ class TyingConfig:
                 f"The `tying` entry of the config is {_short(entry)}: expected a dict such as "
                 f"{cls(scheme='two_way').to_dict()}. Correct the entry in config.json, or remove it to load untied."
             )
-        version = entry.get("version", VERSION)
+        version = entry.get("version", 1)
         if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-            raise TyingError(f"The `tying` entry has version {_short(version)}: expected the number {VERSION}.")
-        if version > VERSION:
             raise TyingError(
-                f"The `tying` entry has version {_short(version)}; this hf_tying reads up to version {VERSION}. "
-                "Upgrade with `pip install -U hf-tying`."
+                f"The `tying` entry has version {_short(version)}: expected a number from 1 to {VERSION}."
             )
-        known = _FIELDS | EXTENSIONS.keys()
+        groups = entry.get("groups")
+        relaxed = isinstance(groups, dict) and any(isinstance(names, dict) for names in groups.values())
+        if version > (known := VERSION if relaxed else 1):
+            raise TyingError(
+                f"The `tying` entry has version {_short(version)}; this hf_tying reads up to version {known} of an "
+                f"entry with{'' if relaxed else 'out'} relaxed groups. Upgrade with `pip install -U hf-tying`."
+            )
         for key in entry:
-            if key not in known | {"version"}:
-                hint = nearest(key, known) if isinstance(key, str) else ""
+            if key not in _KEYS | {"version"}:
+                hint = nearest(key, _KEYS) if isinstance(key, str) else ""
                 raise TyingError(
-                    f"The `tying` entry has an unknown key {_short(key)}: expected {sorted(known)}{hint}."
+                    f"The `tying` entry has an unknown key {_short(key)}: expected {sorted(_KEYS)}{hint}."
                 )
-        given = {key: entry[key] for key in _FIELDS & entry.keys()}
+        given = {key: entry[key] for key in _FIELDS & _KEYS & entry.keys()}
         for key in ("on_conflict", "loss"):
             if given.get(key, "") is None:
                 del given[key]
@@ -267,9 +288,9 @@ class TyingConfig:
     def to_dict(self) -> dict[str, Any]:
         """The plain dict that `config.json` carries."""
         entry = {
-            "version": VERSION,
+            "version": VERSION if self.relax else 1,
             "scheme": self.scheme,
-            "groups": {name: list(names) for name, names in self.groups.items()},
+            "groups": {name: self._group_entry(name) for name in self.groups},
             "on_conflict": self.on_conflict,
             "save_format": self.save_format,
         }
@@ -278,6 +299,10 @@ class TyingConfig:
         if self.projection is not None:
             entry["projection"] = self.projection.to_dict()
         return entry | copy.deepcopy(self.extensions)
+
+    def _group_entry(self, name: str) -> list[str] | dict[str, Any]:
+        names = list(self.groups[name])
+        return {"names": names, "relax": dict(self.relax[name])} if name in self.relax else names
 
     def declared_extensions(self) -> dict[str, Any]:
         """The entries beside the ties that are declared, in the order of `EXTENSIONS`, as the file has them."""
@@ -290,11 +315,20 @@ class TyingConfig:
         if further:
             kept = self.extensions | further
             changes["extensions"] = {key: value for key, value in kept.items() if value is not None}
+        if "groups" in changes and "relax" not in changes:  # those of groups that are no more are gone with them
+            changes["relax"] = {
+                name: self.relax[given]
+                for name in changes["groups"]
+                for given in self.relax
+                if name == given or name.startswith(f"{given}.")  # one group of each parameter of modules
+            }
         return replace(self, **changes)
 
 
 # The keys of an entry that are fields of `TyingConfig`.
 _FIELDS = TyingConfig.__dataclass_fields__.keys() - {"extensions"}
+# The keys of an entry in a file. `relax` stands within its group there.
+_KEYS = (_FIELDS | EXTENSIONS.keys()) - {"relax"}
 
 
 def entry_of(config: Any) -> dict[str, Any] | None:
@@ -311,7 +345,7 @@ def entry_of(config: Any) -> dict[str, Any] | None:
         return value.to_dict()
     if isinstance(value, str) and value in SCHEMES:
         return TyingConfig.from_dict(value).to_dict()  # refuses it, with the form that is expected
-    ours = _FIELDS | EXTENSIONS.keys() | {"version"}
+    ours = _KEYS | {"version"}
     return value if isinstance(value, dict) and (not value or value.keys() & ours) else None
 
 
@@ -339,6 +373,51 @@ class TyingConfigMixin(_ConfigBase):
     def tying_config(self) -> TyingConfig:
         """The declaration. It is empty when nothing is declared."""
         return TyingConfig.from_dict(self.tying)
+
+
+def _split_relaxed(groups: Any) -> tuple[Any, dict[str, dict[str, Any]]]:
+    """Groups as lists of names, and the checked settings of those that are relaxed."""
+    if not isinstance(groups, dict) or not any(isinstance(value, dict) for value in groups.values()):
+        return groups, {}
+    names, relax = {}, {}
+    for group, value in groups.items():
+        names[group] = value
+        if isinstance(value, dict):
+            if value.keys() - {"names", "relax"} or "names" not in value:
+                raise TyingError(
+                    f"Group {_short(group)} has the keys {sorted(map(str, value))[:5]}: expected a list of names, or "
+                    'a dict {"names": [...], "relax": {"kind": ...}}.'
+                )
+            names[group] = value["names"]
+            if value.get("relax") is not None:
+                relax[group] = _checked_relaxation(group, value["relax"])
+    return names, relax
+
+
+def _checked_relaxation(group: Any, value: Any) -> dict[str, Any]:
+    kind = value.get("kind") if isinstance(value, dict) else None
+    if not isinstance(kind, str) or kind not in RELAXATIONS:
+        raise TyingError(
+            f"Group {_short(group)} is relaxed by {_short(kind if isinstance(value, dict) else value)}: expected a "
+            f"dict with `kind`, one of {', '.join(RELAXATIONS)}."
+        )
+    for key, setting in value.items():
+        if key not in RELAXATIONS[kind] | {"kind", "bound"}:
+            known = sorted(RELAXATIONS[kind] | {"bound"})
+            raise TyingError(f"Group {_short(group)}: kind {kind!r} has no setting {_short(key)}: expected {known}.")
+        if key in ("rank", "filters"):
+            fits = isinstance(setting, int) and not isinstance(setting, bool) and 0 < setting <= _LARGEST_RANK
+            wanted = f"a whole number from 1 to {_LARGEST_RANK}"
+        elif key == "bound":
+            fits = (
+                setting is None or isinstance(setting, int | float) and not isinstance(setting, bool) and setting > 0
+            )
+            fits, wanted = fits and setting != float("inf"), "a positive number, or none"
+        else:
+            fits, wanted = key == "kind" or setting in ("zero", "svd"), "'zero' or 'svd'"
+        if not fits:
+            raise TyingError(f"Group {_short(group)} is relaxed with {key}={_short(setting)}: expected {wanted}.")
+    return dict(value)
 
 
 def _checked_groups(groups: Any) -> dict[str, list[str]]:

@@ -10,7 +10,19 @@ PACKAGE = Path(__file__).parents[1] / "hf_tying"
 
 #: From the ground up. A room is a folder of the package, or a file beside the folders.
 ROOMS = (
-    *("_lazy", "_moved", "config", "_extras", "losses", "ties", "projection", "objectives", "report", "diagnostics"),
+    *(
+        "_lazy",
+        "_moved",
+        "config",
+        "_extras",
+        "losses",
+        "depth",
+        "ties",
+        "projection",
+        "objectives",
+        "report",
+        "diagnostics",
+    ),
     *("vocabularies", "peft", "models", "data", "metrics", "parallel", "training", "hub", "hook", "demo", "cli"),
 )
 #: What starts the package, and so stands above all rooms.

@@ -10,10 +10,12 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from torch import nn
 
 from ..report.layer_order import in_layer_order
+from ..ties.relaxation import relaxed_names
 from .adapter_folder import read_adapter, type_of_adapter, write_adapter
 from .config import TiedLoraConfig, TiedPeftType, is_tied_lora
 from .layer import TiedLoraLayer
 from .matrices import scale_rows
+from .relaxed import export_relaxed
 from .sharing import FactorNames
 from .tensor_names import BASE_PREFIX, names_in_model, state_from_file
 
@@ -37,6 +39,9 @@ def export_to_lora(
     Nothing is approximated. The LoRA has the same r, and `lora_alpha = r`. A factor that was stored once is now stored
     for each module, so the file is larger by a factor of about the number of layers. The dtypes are kept. The products
     are computed in float32, or in float64 for factors of that dtype.
+
+    A model with relaxed ties of the kind `"lora"` (`TyingConfig.groups`) and without an adapter is exported by the
+    differences of its relaxed members. The base model of that adapter is the exactly tied one, `harden(model)`.
 
     The export also has the fully trained modules (`modules_to_save`), the biases, the task and the name of the base
     model.
@@ -62,6 +67,8 @@ def export_to_lora(
     if isinstance(model_or_path, nn.Module):
         if subfolder or hub:
             raise ValueError(f"{', '.join(['subfolder'] * bool(subfolder) + list(hub))}: only of a path, not a model.")
+        if relaxed_names(model_or_path) and not hasattr(model_or_path, "peft_config"):
+            return export_relaxed(model_or_path, out)
         config, state = _of_model(model_or_path, adapter_name)
     else:
         if adapter_name != "default":

@@ -1,7 +1,7 @@
 """Reconcile tie groups with a checkpoint or state dict: fill in missing names, refuse conflicting values."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from transformers.utils import logging
 from ..config import TyingConfig, TyingError
 from .anatomy import Anatomy
 from .groups import TieGroup, declaration_of, groups_held, locate, make_groups
+from .relaxation import Relaxation, relaxation_at
 from .sharding import gathered
 from .slots import (
     difference,
@@ -19,6 +20,7 @@ from .slots import (
     same_values,
     set_parameter,
     share_parameter,
+    slot_of,
     state_key,
 )
 
@@ -53,6 +55,8 @@ def _tie_filled(anatomy: Anatomy, config: TyingConfig, missing: set[str]) -> lis
         # Names of another shape in the file (ignore_mismatched_sizes) are still on the meta device, alone.
         blank = [name for name in group.names if parameter_of(model, name).is_meta]
         unfilled = missing | set(blank if len(blank) < len(group.names) else [])
+        # The file has the whole values of relaxed names, and their differences from the root beside them.
+        unfilled = unfilled | _refuse_rootless(model, group, [name for name in group.names if name not in unfilled])
         present = [name for name in group.names if name not in unfilled]
         if not present:
             logger.warning(
@@ -72,6 +76,9 @@ def _tie_filled(anatomy: Anatomy, config: TyingConfig, missing: set[str]) -> lis
             if len(names) > 1:
                 kept.append(TieGroup(group.name if i == 0 else f"{group.name}_{i + 1}", tuple(names)))
         missing.difference_update(filled)
+    for name in missing:
+        if isinstance(module := slot_of(model, name)[0], Relaxation):
+            module.reset_parameters()  # the file has no difference: the member starts at its root
     _fill_untied(anatomy, missing)
     return kept
 
@@ -119,6 +126,10 @@ def check_loaded_state(model: nn.Module, state: dict, prefix: str, action: str =
     for group in groups_held(model):
         keys = {name: key for name in group.names if (key := prefix + state_key(model, name)) in state}
         if action == "load":
+            relaxed = _refuse_rootless(model, group, keys)
+            exact = [key for name, key in keys.items() if name not in relaxed]
+            for name in relaxed & keys.keys():
+                state[keys[name]] = state[exact[0]]  # it has the whole value there, and the root's in the model
             live = find_parameter(model, group.root)
             keys = {name: key for name, key in keys.items() if not _is_memory_of(live, state[key])} or keys
         parts = parts_by_value(list(keys), lambda name: state[keys[name]])  # noqa: B023
@@ -140,6 +151,23 @@ def check_loaded_state(model: nn.Module, state: dict, prefix: str, action: str =
     return brought
 
 
+def _refuse_rootless(model: nn.Module, group: TieGroup, present: Iterable[str]) -> set[str]:
+    """The relaxed names of `group`.
+
+    Raises:
+        TyingError: `present`, the names that a file or a state dict has, are relaxed ones alone: the value of the
+            root cannot be known from them.
+    """
+    relaxed = {name for name in group.names if relaxation_at(model, name) is not None}
+    present = list(present)
+    if present and relaxed.issuperset(present):
+        raise TyingError(
+            f"Cannot load group {group.name!r}: {present[0]!r} is relaxed, and its root {group.root!r} is not there. "
+            "Load weights that have the root."
+        )
+    return relaxed
+
+
 def with_all_names(model: PreTrainedModel, state: Mapping) -> dict:
     """Copy `state`, and add the missing names of each group that it has a name of."""
     filled = OrderedDict(state)
@@ -147,7 +175,8 @@ def with_all_names(model: PreTrainedModel, state: Mapping) -> dict:
         vars(filled)["_metadata"] = metadata
     for group in groups_held(model):
         keys = [state_key(model, name) for name in group.names]
-        present = next((key for key in keys if key in state), None)
+        exact = [state_key(model, name) for name in group.names if relaxation_at(model, name) is None]
+        present = next((key for key in exact if key in state), None)
         for key in keys if present is not None else ():
             filled.setdefault(key, state[present])
     return filled

@@ -11,6 +11,7 @@ from torch import nn
 from ..config import SCHEMES, TyingConfig, TyingError
 from .anatomy import Anatomy
 from .declared import join_chains
+from .relaxation import SUFFIX
 from .sharding import shape_of
 from .slots import find_slot, is_quantised, why_no_parameter
 
@@ -239,10 +240,13 @@ def locate(anatomy: Anatomy, name: str) -> str | None:
 
 
 def _parameters_below(name: str, slots: Iterable[str]) -> list[str]:
-    """The parameters of module `name`, relative to it; `[""]` when `name` is itself a parameter."""
+    """The parameters of module `name`, relative to it; `[""]` when `name` is itself a parameter.
+
+    Those of differences (`relaxation`) are not parameters to tie.
+    """
     if name in slots:
         return [""]
-    return [n[len(name) + 1 :] for n in slots if n.startswith(f"{name}.")]
+    return [n[len(name) + 1 :] for n in slots if n.startswith(f"{name}.") and f"{SUFFIX}." not in n]
 
 
 def subgroups(groups: Iterable[TieGroup], prefix: str) -> Iterator[TieGroup]:

@@ -24,6 +24,8 @@ from .declared import stock_keys
 from .extensions import honour_extensions
 from .groups import TieGroup, resolve, subgroups
 from .record import refuse_contradicting_flag, write_config
+from .relaxation import Relaxation, relaxation_at, resized
+from .relaxing import relax_declared
 from .resizing import fit_tied, follow_bias, refuse_other_values, replace_tied, resize
 from .roles import ask
 from .sharding import gathered
@@ -81,6 +83,7 @@ class TiedModelMixin(MixinBase):
         making = _models_being_made()
         parts = [model for model in making if model is not self and type(model.config) is type(self.config)]
         strict = not parts and self._is_declared_class()  # a part shares the record of the whole, with its names
+        relax_declared(self, config, strict, active=not _ties_wait())
         honour_extensions(self, config, strict)
         # A subclass may add modules after `super().__init__()`. Then two `__init__` of this object are running.
         whole = sum(model is self for model in making) < 2
@@ -145,6 +148,9 @@ class TiedModelMixin(MixinBase):
         if missing_keys is not None:
             self._resolve_when_whole()
             kept = tie_loaded(self, missing_keys)
+            for module in self.modules():
+                if isinstance(module, Relaxation):
+                    module.active = True
             if kept != self.tie_groups:
                 declare(self, kept)
                 write_config(self)
@@ -226,7 +232,8 @@ class TiedModelMixin(MixinBase):
             TyingError: when the ties are already broken.
         """
         self._raise_if_broken("resize")
-        return resize(self, super().resize_token_embeddings, new_num_tokens, pad_to_multiple_of, mean_resizing)
+        with resized(self):
+            return resize(self, super().resize_token_embeddings, new_num_tokens, pad_to_multiple_of, mean_resizing)
 
     # --- tensors move and are replaced -------------------------------------------------------------------------------
 
@@ -377,7 +384,11 @@ class TiedModelMixin(MixinBase):
                 del state[key]
             for name in group.names if save_format == "portable" else (group.root,):
                 first = name == group.root
+                relaxation = relaxation_at(self, name)
                 for part, value in {"": kept, **parts}.items():
+                    if relaxation is not None and not value.is_meta:
+                        state[state_key(self, name) + part] = value + relaxation(value)
+                        continue
                     shared = first or not isinstance(value, torch.Tensor) or value.is_meta
                     state[state_key(self, name) + part] = value if shared else value.clone()
         return state

@@ -21,6 +21,8 @@ from .checkpoint import check_loaded_state, parts_by_value, settle
 from .groups import TieGroup, declaration_of, make_groups, resolve
 from .headers import read_header, read_json
 from .plain_modules import hold, refuse_extensions
+from .relaxation import make_exact, relaxation_at, relaxed_names, value_at
+from .relaxing import refuse_unrelaxable, relax_declared
 from .slots import state_key, untie_others
 from .tying import refuse_unfit
 from .verify import tied_part, violations
@@ -98,13 +100,21 @@ def load_tied(module: Module, folder: str | os.PathLike[str], on_conflict: str |
     if on_conflict is not None:
         config = config.replace(on_conflict=on_conflict)
     refuse_extensions(part, config)
-    groups = resolve(Anatomy(part), config)
-    state = part.state_dict(keep_vars=True)
-    _refuse_misfit(part, groups, state, folder / _WEIGHTS)
-    tensors = load_file(folder / _WEIGHTS)
-    kept: list[TieGroup] = []
-    for group in groups:
-        kept += _settled(part, group, tensors, config)
+    refuse_unrelaxable(part, config)
+    exact = {name for name in Anatomy(part).slots if relaxation_at(part, name) is None}
+    relax_declared(part, config)
+    try:
+        groups = resolve(Anatomy(part), config)
+        state = part.state_dict(keep_vars=True)
+        _refuse_misfit(part, groups, state, folder / _WEIGHTS)
+        tensors = load_file(folder / _WEIGHTS)
+        kept: list[TieGroup] = []
+        for group in groups:
+            kept += _settled(part, group, tensors, config)
+    except TyingError:
+        for name in exact:
+            make_exact(part, name)
+        raise
     untie_others(part, kept)
     hold(part, kept, on_conflict=config.on_conflict, save_format=config.save_format)
     part.load_state_dict(tensors, assign=any(tensor.is_meta for tensor in state.values()))
@@ -135,6 +145,8 @@ def _tensors_to_write(module: nn.Module, groups: list[TieGroup], save_format: st
     for group in groups:
         for name in group.aliases if save_format == "dedup" else ():
             del state[state_key(module, name)]
+    for _, _, name in relaxed_names(module) if save_format != "dedup" else ():
+        state[state_key(module, name)] = value_at(module, name)
     tensors, memory = {}, set()
     for key, value in state.items():
         value = value.detach().contiguous()
@@ -173,7 +185,10 @@ def _settled(
 ) -> list[TieGroup]:
     """The groups that `group` becomes by the values of a file. `tensors` gets a value for each name."""
     keys = {name: state_key(module, name) for name in group.names}
-    present = [name for name in group.names if keys[name] in tensors]
+    relaxed = {name for name in group.names if relaxation_at(module, name) is not None}
+    present = [name for name in group.names if keys[name] in tensors and name not in relaxed]
+    if not present:
+        raise TyingError(f"The file has no value of {group.root!r}, from which {', '.join(sorted(relaxed))} differ.")
     parts = parts_by_value(present, lambda name: tensors[keys[name]])
     if len(parts) > 1:
         choose = f"load_tied(module, folder, on_conflict=...) or in {RECORD}"

@@ -11,6 +11,7 @@ from torch import nn
 from ..config import TyingConfig, TyingError
 from .checkpoint import check_loaded_state, tie_assigned
 from .groups import TieGroup, declaration_of, groups_held, subgroups
+from .relaxation import relax_entries
 from .resizing import fit_tied
 from .slots import canonical, parameter_of, share_parameter, state_key
 
@@ -49,9 +50,11 @@ def refuse_extensions(module: nn.Module, config: TyingConfig) -> None:
 
 def _record(module: nn.Module, groups: list[TieGroup], **changes: Any) -> None:
     entry = declaration_of(module) if "_tying" in vars(module) else TyingConfig()
-    entry = entry.replace(**changes, scheme=None, groups={group.name: list(group.names) for group in groups})
+    vars(module)["tie_groups"] = groups
+    names = {group.name: list(group.names) for group in groups}
+    entry = entry.replace(**changes, scheme=None, groups=names, relax=relax_entries(module))
     entry = entry.replace(save_format=entry.save_format or "portable")
-    vars(module).update(tie_groups=groups, _tying=entry.to_dict())
+    vars(module)["_tying"] = entry.to_dict()
     if not any(getattr(hook, "hook", None) is _check_and_fill for hook in module._load_state_dict_pre_hooks.values()):
         module.register_load_state_dict_pre_hook(_check_and_fill)
     if tie_assigned not in module._load_state_dict_post_hooks.values():

@@ -1,6 +1,7 @@
 """Record the ties of a model in its config: the `tying` entry and `tie_word_embeddings`."""
 
 import functools
+from collections.abc import Collection
 from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
@@ -10,6 +11,7 @@ from ..config import SCHEMES, TyingConfig, TyingError, entry_of
 from .anatomy import Anatomy
 from .declared import join_chains
 from .groups import TieGroup, groups_held, locate, scheme_of
+from .relaxation import SUFFIX, relax_entries
 from .roles import FLAG_SET_BY_THE_CLASS, SCALED_BY_THE_FLAG
 
 
@@ -42,14 +44,27 @@ def write_config(model: PreTrainedModel, anatomy: Anatomy | None = None, **chang
     before = TyingConfig.in_config(model.config).replace(**changes)
     anatomy = Anatomy(model) if anatomy is None else anatomy
     scheme = scheme_of(anatomy, groups_held(model))
-    write_flags(anatomy, tied=scheme in ("two_way", "three_way"))
+    groups = _recorded_groups(anatomy, before.groups)
+    relax = relax_entries(model)
+    write_flags(anatomy, tied=scheme in ("two_way", "three_way") and not _is_relaxed(anatomy, relax))
     entry = before.replace(
         scheme=_recorded_scheme(anatomy, before.scheme, scheme),
-        groups=_recorded_groups(anatomy, before.groups),
+        groups=groups,
+        relax={name: before.relax[name] for name in before.relax if name in groups.keys() - _held(model)} | relax,
         save_format=before.save_format or default_save_format(anatomy),
     )
     model.config.tying = entry.to_dict()
     return entry
+
+
+def _held(model: PreTrainedModel) -> set[str]:
+    return {group.name for group in groups_held(model)}
+
+
+def _is_relaxed(anatomy: Anatomy, relaxed: Collection[str]) -> bool:
+    """Whether target and output are tied by one of the groups named in `relaxed`."""
+    pair = {anatomy.roles[role].name for role in ("target", "output") if role in anatomy.roles}
+    return any(pair <= set(group.names) and group.name in relaxed for group in groups_held(anatomy.model))
 
 
 def _recorded_scheme(anatomy: Anatomy, before: str | None, now: str) -> str | None:
@@ -72,6 +87,8 @@ def _recorded_groups(anatomy: Anatomy, before: dict[str, list[str]]) -> dict[str
     groups = {group.name: list(group.names) for group in groups_held(anatomy.model)}
     group_of: dict[str | None, str] = {name: group for group, names in groups.items() for name in names}
     for group, names in before.items():
+        if any(f"{SUFFIX}." in name for name in names):
+            continue  # what differences share follows from the groups that are relaxed
         place = {name: locate(anatomy, name) for name in names}
         seen = [name for name in names if place[name] is not None]
         if len(seen) == len(names):
@@ -89,6 +106,8 @@ def _recorded_groups(anatomy: Anatomy, before: dict[str, list[str]]) -> dict[str
 def default_save_format(anatomy: Anatomy) -> str:
     """`"dedup"` where the stock class re-ties exactly these groups from the same roots, `"portable"` elsewhere."""
     model = anatomy.model
+    if relax_entries(model):
+        return "portable"
     # Read again, since the flags on which it depends may have changed.
     stock = {frozenset(chain) for chain in join_chains(anatomy.declared_pairs())}
     own = {frozenset(group.names) for group in groups_held(model)}
@@ -147,6 +166,8 @@ def refuse_contradicting_flag(anatomy: Anatomy, config: TyingConfig, groups: lis
     if not config.groups or scheme_of(anatomy, groups) not in ("two_way", "three_way"):
         return
     target, output = (anatomy.roles[role].name for role in ("target", "output"))
+    if any({target, output} <= set(group.names) and group.name in config.relax for group in groups):
+        return  # a relaxed tie is none to a stock loader
     recorded = {name for names in config.groups.values() for name in names}
     if {target, output} <= recorded and not any({target, output} <= set(chain) for chain in anatomy.declared):
         for flagged in _flagged_configs(anatomy.model):

@@ -13,6 +13,7 @@ from transformers.utils import logging
 from ..config import TyingError
 from .anatomy import Anatomy, roles
 from .groups import groups_held
+from .relaxation import Relaxation
 from .roles import TWO_SIZES
 from .slots import (
     find_parameter,
@@ -66,8 +67,13 @@ def refuse_other_values(model: PreTrainedModel, old: nn.Module | None, new: nn.M
     """Refuse to replace `old`, a tied output embedding, by a module with other values.
 
     Raises:
-        TyingError: when `old` is tied and `new` has another matrix.
+        TyingError: when `old` is tied and `new` has another matrix, or is relaxed.
     """
+    if old is not None and any(isinstance(child, Relaxation) and child.active for child in old.children()):
+        raise TyingError(
+            "The output embedding is relaxed, and a new module would drop its difference: harden(model) or "
+            "untie(model) first."
+        )
     matrix, weight = getattr(old, "weight", None), getattr(new, "weight", None)
     group = next((g for g in groups_held(model) if any(find_parameter(model, n) is matrix for n in g.names)), None)
     if matrix is None or group is None or weight is matrix or vars(model).get("_is_resized", False):

@@ -16,10 +16,13 @@ from .groups import TieGroup, explicit_groups, make_groups, scheme_chains
 from .modeling import TiedModelMixin, set_groups
 from .plain_modules import hold, refuse_extensions
 from .record import refuse_foreign_entry, write_config
+from .relaxation import SUFFIX, make_exact, relaxed_names, value_at
+from .relaxed import record_relaxed
+from .relaxing import fit_before, refuse_unrelaxable, relax_declared, values_before
 from .resizing import fit_tied
 from .sharding import gathered
 from .shared_configs import own_config
-from .slots import difference, parameter_of, same_values, untie_others, why_incomparable
+from .slots import difference, parameter_of, same_values, set_parameter, untie_others, why_incomparable
 from .verify import tied_part, why_unsupported
 from .vocabulary import vocabularies_of
 
@@ -85,6 +88,7 @@ def tie(
         refuse_misfits(model, config)
     else:
         refuse_extensions(model, config)
+    refuse_unrelaxable(model, config)
     anatomy = Anatomy(model)
     explicit = explicit_groups(anatomy, config)
     with gathered(_at_stake(anatomy, explicit.values()), write=True):
@@ -92,8 +96,13 @@ def tie(
         _refuse_meta(anatomy, groups)
         _compare_vocabularies(anatomy, groups, tokenizer, target_tokenizer)
         values = _values_to_take(anatomy, groups, init_from)
+        before = values_before(model, config)
         further = config.declared_extensions()  # extensions that are not named stay
         _apply(anatomy, groups, values, on_conflict=config.on_conflict, save_format=config.save_format, **further)
+    if config.relax:
+        relax_declared(model, config)
+        fit_before(model, before)
+        record_relaxed(model, config.save_format)
     if isinstance(model, PreTrainedModel):
         honour_extensions(model, config)
     return model
@@ -337,9 +346,14 @@ def _apply(anatomy: Anatomy, groups: list[TieGroup], values: dict[str, torch.Ten
         **changes: further changes of the config's entry (see `record.write_config`).
     """
     model = anatomy.model
+    freed = _values_of_freed(model, groups)
+    groups = _without_differences(groups, freed)
     if isinstance(model, PreTrainedModel):
         own_config(model)
     untie_others(model, groups)
+    for name, value in freed.items():
+        make_exact(model, name)
+        set_parameter(model, name, nn.Parameter(value, requires_grad=parameter_of(model, name).requires_grad))
     with torch.no_grad():
         for root, value in values.items():
             parameter_of(model, root).copy_(value)  # the root keeps its identity
@@ -355,6 +369,30 @@ def _apply(anatomy: Anatomy, groups: list[TieGroup], values: dict[str, torch.Ten
         hold(model, groups, **changes)
     # A warning, since transformers shows nothing below that level by default.
     logger.warning(f"{type(model).__name__}: {_described(groups)}.")
+
+
+def _values_of_freed(model: nn.Module, groups: list[TieGroup]) -> dict[str, torch.Tensor]:
+    """The whole values of relaxed names that are in no group of `groups`: they become matrices of their own.
+
+    Raises:
+        TyingError: where a relaxed name would be a root, which is tied exactly.
+    """
+    relaxed = {name: group for group, _, name in relaxed_names(model)}
+    for group in groups:
+        if group.root in relaxed:
+            raise TyingError(
+                f"{group.root!r} is relaxed (group {relaxed[group.root]!r}), and cannot be the root of other names: "
+                "untie the relaxed names, or harden(model) first."
+            )
+    tied = {name for group in groups for name in group.aliases}
+    return {name: value_at(model, name).detach().clone() for name in relaxed if name not in tied}
+
+
+def _without_differences(groups: list[TieGroup], freed: Iterable[str]) -> list[TieGroup]:
+    """Groups without the parameters of differences that are about to go."""
+    below = tuple(f"{name}{SUFFIX}." for name in freed)
+    kept = [TieGroup(group.name, tuple(n for n in group.names if not n.startswith(below))) for group in groups]
+    return [group for group in kept if len(group.names) > 1]
 
 
 def _described(groups: list[TieGroup], most: int = 3) -> str:

@@ -1,0 +1,317 @@
+"""Relaxed members of a tie: a place that holds the shared parameter, and adds a small difference of its own.
+
+The tie stays a tie: one `nn.Parameter` in every place. A relaxed place gives its module `parameter + difference`
+instead, where the difference is made of few numbers and is zero at the start. So a model that is just relaxed
+computes what it computed before, bit for bit.
+
+The module gets a subclass with a property in front of the attribute, and a child `<attribute>_relaxation` with the
+parameters of the difference. Names of parameters, state dicts and ties stay what they were.
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, SupportsIndex
+
+import torch
+from torch import nn
+
+from .slots import find_slot, parameter_of
+
+#: A difference is a child of its module, named like the parameter with this at its end.
+SUFFIX = "_relaxation"
+
+
+class Relaxation(nn.Module):
+    """The difference between a relaxed place and its root.
+
+    Args:
+        root: the shared parameter. Shape, dtype and device are taken from it.
+        bound: largest norm of the difference, as a share of the root's norm (Frobenius). A larger difference is
+            scaled down to it. Default `None`: no bound but that of the kind.
+    """
+
+    kind: str
+    #: Names of parameters that all relaxed places of a group share.
+    shared: tuple[str, ...] = ()
+
+    def __init__(self, root: torch.Tensor, bound: float | None = None) -> None:
+        super().__init__()
+        self.bound = bound
+        #: `False` while a file is read into the model: loaders need the parameter itself.
+        self.active = True
+
+    def difference(self, root: torch.Tensor) -> torch.Tensor:
+        """The difference before it is bounded, of the shape of `root`."""
+        raise NotImplementedError
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a `relax` entry says of this relaxation."""
+        return {"kind": self.kind} | ({} if self.bound is None else {"bound": self.bound})
+
+    def reset_parameters(self) -> None:
+        """Make the difference zero."""
+        raise NotImplementedError
+
+    def resize(self, rows: int) -> None:
+        """Follow a root with another number of rows. New rows have no difference."""
+        raise NotImplementedError
+
+    def forward(self, root: torch.Tensor) -> torch.Tensor:
+        """The difference, of the shape of `root`, with its bound."""
+        difference = self.difference(root)
+        if self.bound is None:
+            return difference
+        norm = torch.linalg.vector_norm(difference.float())
+        most = self.bound * torch.linalg.vector_norm(root.detach().float())
+        return difference * (most / norm.clamp(min=most)).to(difference.dtype)
+
+
+class Scale(Relaxation):
+    """`kind="scale"`: each row has a factor of its own, `diag(1 + s) W`.
+
+    `offset` is s, of shape (rows,).
+    """
+
+    kind = "scale"
+
+    def __init__(self, root: torch.Tensor, bound: float | None = None) -> None:
+        super().__init__(root, bound)
+        self.offset = nn.Parameter(torch.empty(root.shape[0], dtype=root.dtype, device=root.device))
+        self.reset_parameters()
+
+    def difference(self, root: torch.Tensor) -> torch.Tensor:
+        """`diag(s) W`."""
+        return self.offset.reshape(-1, *[1] * (root.ndim - 1)) * root
+
+    def reset_parameters(self) -> None:
+        """Make the difference zero."""
+        nn.init.zeros_(self.offset)
+
+    def resize(self, rows: int) -> None:
+        """Follow a root with another number of rows."""
+        self.offset = _with_rows(self.offset, rows, 0)
+
+
+class LowRank(Relaxation):
+    """`kind="lora"`: a product of two thin matrices, `W + B A` (Hu et al. 2021, section 4.1, with alpha = rank).
+
+    `lora_A` is (rank, columns) and `lora_B` (rows, rank); more than two dimensions count as columns.
+    """
+
+    kind = "lora"
+
+    def __init__(self, root: torch.Tensor, bound: float | None = None, rank: int = 8) -> None:
+        super().__init__(root, bound)
+        columns = math.prod(root.shape[1:])
+        self.lora_A = nn.Parameter(torch.empty(rank, columns, dtype=root.dtype, device=root.device))
+        self.lora_B = nn.Parameter(torch.empty(root.shape[0], rank, dtype=root.dtype, device=root.device))
+        self.reset_parameters()
+
+    def difference(self, root: torch.Tensor) -> torch.Tensor:
+        """`B A`."""
+        return (self.lora_B @ self.lora_A).reshape(root.shape)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a `relax` entry says of this relaxation."""
+        return super().settings | {"rank": self.lora_A.shape[0]}
+
+    def reset_parameters(self) -> None:
+        """Make the difference zero."""
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    def resize(self, rows: int) -> None:
+        """Follow a root with another number of rows."""
+        self.lora_B = _with_rows(self.lora_B, rows, 0)
+
+    def fit(self, residual: torch.Tensor) -> None:
+        """Take the best approximation of `residual` of this rank (truncated SVD: Eckart & Young 1936).
+
+        So Relaxed Recursive Transformers (Bae et al. 2024, section 3) start from trained layers.
+        """
+        rank, exact = self.lora_A.shape[0], residual.detach().reshape(residual.shape[0], -1).double()
+        left, values, right = torch.linalg.svd(exact, full_matrices=False)
+        rank, root = min(rank, values.numel()), values.sqrt()
+        with torch.no_grad():
+            self.lora_B.zero_()[:, :rank] = left[:, :rank] * root[:rank]
+            self.lora_A.zero_()[:rank] = root[:rank, None] * right[:rank]
+
+
+class Basis(Relaxation):
+    """`kind="basis"`: a sum of a few shared filters with coefficients of this place, `W + c_0 W + sum_k c_k F_k`.
+
+    This is the relaxed weight sharing of approximately equivariant networks (Wang, Walters & Yu 2022, section 4).
+    `filters` (count, *shape of the root) is one parameter in all relaxed places of the group; `coefficients`
+    (count + 1,) are of this place.
+    """
+
+    kind = "basis"
+    shared = ("filters",)
+
+    def __init__(self, root: torch.Tensor, bound: float | None = None, filters: int = 2) -> None:
+        super().__init__(root, bound)
+        self.filters = nn.Parameter(torch.empty(filters, *root.shape, dtype=root.dtype, device=root.device))
+        self.coefficients = nn.Parameter(torch.empty(filters + 1, dtype=root.dtype, device=root.device))
+        self.reset_parameters()
+
+    def difference(self, root: torch.Tensor) -> torch.Tensor:
+        """`c_0 W + sum_k c_k F_k`."""
+        own, *others = self.coefficients
+        return own * root + torch.tensordot(torch.stack(others), self.filters, dims=1)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a `relax` entry says of this relaxation."""
+        return super().settings | {"filters": self.filters.shape[0]}
+
+    def reset_parameters(self) -> None:
+        """Make the difference zero."""
+        columns = max(math.prod(self.filters.shape[2:]), 1)
+        nn.init.normal_(self.filters, std=columns**-0.5)
+        nn.init.zeros_(self.coefficients)
+
+    def resize(self, rows: int) -> None:
+        """Follow a root with another number of rows."""
+        if self.filters.shape[1] != rows:  # a shared one may be resized already
+            self.filters = _with_rows(self.filters, rows, 1)
+
+
+KINDS: dict[str, type[Relaxation]] = {"scale": Scale, "lora": LowRank, "basis": Basis}
+
+
+def _with_rows(parameter: nn.Parameter, rows: int, dim: int) -> nn.Parameter:
+    """`parameter` with `rows` along `dim`; additional ones are zero."""
+    kept = min(rows, parameter.shape[dim])
+    shape = [*parameter.shape]
+    shape[dim] = rows
+    new = parameter.new_zeros(shape)
+    new.narrow(dim, 0, kept).copy_(parameter.detach().narrow(dim, 0, kept))
+    return nn.Parameter(new, requires_grad=parameter.requires_grad)
+
+
+# --- places ----------------------------------------------------------------------------------------------------------
+
+
+def relaxation_at(model: nn.Module, name: str) -> Relaxation | None:
+    """The relaxation of the place `name`; `None` where it is tied exactly, or is not there."""
+    slot = find_slot(model, name)
+    found = slot[0]._modules.get(slot[1] + SUFFIX) if slot else None
+    return found if isinstance(found, Relaxation) else None
+
+
+def relaxed_names(model: nn.Module) -> list[tuple[str, str, str]]:
+    """Group, root and name of each relaxed place in the tie groups of `model`."""
+    return [
+        (group.name, group.root, name)
+        for group in getattr(model, "tie_groups", ())
+        for name in group.names
+        if relaxation_at(model, name) is not None
+    ]
+
+
+def relax_entries(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The `relax` entries of the groups of `model`, by the groups' names."""
+    found = {group: relaxation_at(model, name) for group, _, name in relaxed_names(model)}
+    return {group: relaxation.settings for group, relaxation in found.items() if relaxation is not None}
+
+
+def relax(model: nn.Module, name: str, relaxation: Relaxation) -> None:
+    """Relax the place `name` by `relaxation`."""
+    slot = find_slot(model, name)
+    assert slot is not None, name
+    module, attribute = slot
+    module._modules[attribute + SUFFIX] = relaxation.train(module.training)
+    module.__class__ = _relaxed(type(module), attribute)
+
+
+def make_exact(model: nn.Module, name: str) -> Relaxation | None:
+    """Take the relaxation of the place `name` off: its module uses the shared parameter itself. Returns it."""
+    relaxation = relaxation_at(model, name)
+    if relaxation is None:
+        return None
+    slot = find_slot(model, name)
+    assert slot is not None, name
+    module, attribute = slot
+    del module._modules[attribute + SUFFIX]
+    stock, attributes = _stock_class(type(module))
+    module.__class__ = functools.reduce(_relaxed, (each for each in attributes if each != attribute), stock)
+    return relaxation
+
+
+def value_at(model: nn.Module, name: str) -> torch.Tensor:
+    """What the module of `name` works with: the parameter, with the difference of a relaxed place."""
+    slot = find_slot(model, name)
+    assert slot is not None, name
+    module, attribute = slot
+    value = module._parameters[attribute]
+    assert value is not None, name
+    relaxation = relaxation_at(model, name)
+    return value if relaxation is None else value + relaxation(value)
+
+
+@contextmanager
+def resized(model: nn.Module) -> Iterator[None]:
+    """Let members be plain tied parameters inside this context, and follow their root's number of rows after it."""
+    held = [(root, name, relaxation_at(model, name)) for _, root, name in relaxed_names(model)]
+    for _, _, relaxation in held:
+        assert relaxation is not None
+        relaxation.active = False
+    try:
+        yield
+    finally:
+        first: dict[int, Any] = {}
+        for root, name, relaxation in held:
+            assert relaxation is not None
+            shared = {key: id(relaxation._parameters[key]) for key in relaxation.shared}
+            for key, old in shared.items():
+                relaxation._parameters[key] = first.get(old, relaxation._parameters[key])
+            relaxation.resize(parameter_of(model, root).shape[0])
+            first |= {old: relaxation._parameters[key] for key, old in shared.items()}
+            if relaxation_at(model, name) is not relaxation:  # its module was replaced
+                relax(model, name, relaxation)
+            relaxation.active = True
+
+
+@functools.cache
+def _relaxed(cls: type[nn.Module], attribute: str) -> type[nn.Module]:
+    """`cls` whose `attribute` is its parameter with the difference added. The name of the class stays."""
+
+    def value(self: nn.Module) -> torch.Tensor | None:
+        parameter, relaxation = self._parameters.get(attribute), self._modules.get(attribute + SUFFIX)
+        if parameter is None or not isinstance(relaxation, Relaxation) or not relaxation.active:
+            return parameter
+        return parameter + relaxation(parameter)
+
+    def reduce(self: nn.Module, protocol: SupportsIndex) -> tuple[Any, ...]:
+        # Pickle finds classes by name, and under this name it would find the stock class.
+        return _revive, _stock_class(type(self)), object.__reduce_ex__(self, protocol)[2]
+
+    body = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        "__reduce_ex__": reduce,
+        "_relaxed_class": cls,
+        "_relaxed_attribute": attribute,
+        attribute: property(value),
+    }
+    return type(cls.__name__, (cls,), body)
+
+
+def _stock_class(cls: type[nn.Module]) -> tuple[type[nn.Module], tuple[str, ...]]:
+    """The class without relaxations, and the attributes that are relaxed, the last one last."""
+    own = vars(cls)
+    if "_relaxed_class" not in own:
+        return cls, ()
+    stock, attributes = _stock_class(own["_relaxed_class"])
+    return stock, (*attributes, own["_relaxed_attribute"])
+
+
+def _revive(stock: type[nn.Module], attributes: tuple[str, ...]) -> nn.Module:
+    """Make the object of a pickle. Pickles find this function by its name in this module, so it must stay here."""
+    cls = functools.reduce(_relaxed, attributes, stock)
+    return cls.__new__(cls)

@@ -1,0 +1,104 @@
+"""Relax the members of groups as a declaration says."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import TyingConfig, TyingError
+from .anatomy import Anatomy
+from .groups import explicit_groups
+from .relaxation import KINDS, LowRank, relax, relaxation_at
+from .slots import parameter_of
+
+
+def refuse_unrelaxable(model: nn.Module, config: TyingConfig) -> None:
+    """Refuse relaxed groups that `model` cannot have. Nothing is changed.
+
+    Raises:
+        TyingError: for a low rank of parameters that are no matrices, and for a root that is relaxed itself.
+    """
+    for group, chain, settings in _chains(model, config):
+        root = parameter_of(model, chain[0])
+        if relaxation_at(model, chain[0]) is not None:
+            raise TyingError(
+                f"Group {group!r} has the root {chain[0]!r}, which is relaxed in another group: expected a root that "
+                "is tied exactly. Name the root of that group first, or harden(model)."
+            )
+        if settings["kind"] == "lora" and root.ndim < 2 and chain[0] in config.groups[group]:
+            raise TyingError(
+                f"Group {group!r} cannot be relaxed by 'lora': {chain[0]!r} has the shape {tuple(root.shape)}, and "
+                "a low rank needs a matrix. Use the kind 'scale'."
+            )
+        for name in chain[1:]:
+            found = relaxation_at(model, name)
+            if found is not None and found.settings != _settings(settings):
+                raise TyingError(
+                    f"{name!r} is relaxed already, by {found.settings}: expected to find it tied exactly or untied. "
+                    "Call harden(model) or untie(model, names) first."
+                )
+
+
+def relax_declared(model: nn.Module, config: TyingConfig, strict: bool = True, active: bool = True) -> None:
+    """Relax the members of the groups that `config` declares so; those that are relaxed already stay.
+
+    Args:
+        model: model to change in place.
+        config: the declaration.
+        strict: refuse names that `model` does not have. `False` is for another head over the same file.
+        active: whether the differences act at once: not while a file is read.
+    """
+    for _, (root, *members), settings in _chains(model, config, strict):
+        parameter = parameter_of(model, root)
+        first = next((found for name in members if (found := relaxation_at(model, name)) is not None), None)
+        for name in members:
+            if relaxation_at(model, name) is not None or settings["kind"] == "lora" and parameter.ndim < 2:
+                continue
+            relaxation = KINDS[settings["kind"]](parameter, **_options(settings))
+            relaxation.active = active
+            first = first or relaxation
+            for key in relaxation.shared:
+                relaxation._parameters[key] = first._parameters[key]
+            relax(model, name, relaxation)
+
+
+def values_before(model: nn.Module, config: TyingConfig) -> dict[str, torch.Tensor]:
+    """The values of members that start from their own (`init="svd"`), before they are tied."""
+    return {
+        name: parameter_of(model, name).detach().clone()
+        for _, chain, settings in _chains(model, config)
+        if settings.get("init") == "svd"
+        for name in chain[1:]
+    }
+
+
+def fit_before(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
+    """Let low-rank differences approximate the values that their members had before they were tied."""
+    for name, value in before.items():
+        if isinstance(found := relaxation_at(model, name), LowRank):
+            found.fit(value - parameter_of(model, name).detach())
+
+
+def _chains(model: nn.Module, config: TyingConfig, strict: bool = True) -> list[tuple[str, list[str], dict[str, Any]]]:
+    """Group, names in this model with the root first, and settings; modules are expanded to their parameters."""
+    if not config.relax:
+        return []
+    declared = TyingConfig(groups={group: config.groups[group] for group in config.relax})
+    found = explicit_groups(Anatomy(model), declared, strict)
+    chains = []
+    for key, chain in found.items():
+        group = next(g for g in config.relax if key == g or key.startswith(f"{g}."))
+        if len(chain) > 1:
+            chains.append((group, chain, config.relax[group]))
+    return chains
+
+
+def _options(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: setting for key, setting in settings.items() if key not in ("kind", "init")}
+
+
+def _settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as `Relaxation.settings` gives them: with defaults, without what counts only at the start."""
+    defaults = {"scale": {}, "lora": {"rank": 8}, "basis": {"filters": 2}}[settings["kind"]]
+    given = defaults | {key: value for key, value in settings.items() if key != "init"}
+    return {key: value for key, value in given.items() if value is not None}
