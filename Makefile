@@ -58,7 +58,7 @@ test-upstream: $(INSTALLED)
 	$(RUN) -m tests.upstream.sweep
 	ZOO=1 HOSTILE_CASES=2000 $(PYTEST) tests/report/test_stock_table.py tests/doctor/test_hostile_files.py --timeout 1800
 
-# The cards of the reference runs, from the results in model_cards/runs.
+# The cards of the reference runs, from the results in model_cards/records.
 cards: $(INSTALLED)
 	$(RUN) model_cards/make.py
 

@@ -61,7 +61,6 @@ _CONFIGS, _TOKENIZERS = (f"transformers.models.auto.{name}_auto" for name in ("c
 _TUNERS, _MAPPING, _PEFT_MODEL = "peft.tuners.tuners_utils", "peft.mapping", "peft.peft_model"
 _HERE, _MERGING = __name__, "hf_tying.peft.merging"
 _REGISTRATION, _STATUS = (f"hf_tying.peft.{name}" for name in ("registration", "status"))
-_ADAPTERS = "hf_tying.hub.adapters"
 
 #: Ties, and the classes of this package.
 TIES = (
@@ -132,10 +131,10 @@ TIED_LORA = (
     Change(_PEFT_MODEL, "PeftModel._update_offload", f"{_REGISTRATION}:update_offload",
            "the factors of layers on a disk are found there by their names in the model",
            without="factors are not offloaded to a disk"),
-    Change(_PEFT_MODEL, "PeftModel.save_pretrained", f"{_ADAPTERS}:save_pretrained",
+    Change(_PEFT_MODEL, "PeftModel.save_pretrained", f"{_HERE}:save_adapter",
            "`also_lora=True` saves the LoRA form too",
            without="there is no such argument"),
-    Change(_PEFT_MODEL, "PeftModel.push_to_hub", f"{_ADAPTERS}:push_to_hub",
+    Change(_PEFT_MODEL, "PeftModel.push_to_hub", f"{_HERE}:push_adapter",
            "both forms are pushed, unless `also_lora=False`",
            without="only the Tied-LoRA form is pushed"),
     Change(_PEFT_MODEL, "get_layer_status", f"{_STATUS}:layer_status", "the status of a model counts its layers"),
@@ -390,6 +389,20 @@ def load_adapter(
     except ImportError:  # a PEFT outside the tested range, for which `_add_tied_lora` has warned
         return wrapped(*args, **kwargs)
     return ours(wrapped, model, args, kwargs)
+
+
+def save_adapter(wrapped: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Wrapper of `PeftModel.save_pretrained`: it takes `also_lora=` for Tied-LoRA."""
+    from .hub.adapters import save_pretrained
+
+    return save_pretrained(wrapped, model, args, kwargs)
+
+
+def push_adapter(wrapped: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Wrapper of `PeftModel.push_to_hub`: Tied-LoRA goes up in both forms."""
+    from .hub.adapters import push_to_hub
+
+    return push_to_hub(wrapped, model, args, kwargs)
 
 
 def shard_ties_whole(wrapped: Callable[..., Any], instance: Any, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -1,12 +1,12 @@
-"""The cards of the reference runs, made from `runs/NAME.json` by the code that makes every card: `make cards`.
+"""The cards of the reference runs, made from `records/NAME.json` by the code that makes every card: `make cards`.
 
     python model_cards/make.py
     python model_cards/make.py --collect NAME --folder runs/wt --results runs/wt/results.json \
-        --untied runs/base/results.json --metrics valid_perplexity test_perplexity --facts facts.json
+        --other untied runs/base/results.json --metrics valid_perplexity test_perplexity --facts facts.json
 
-A record has what a card is made from, and no weights: the JSON files of the model's folder, the names, shapes and dtypes
-of its tensors, the results as the script of the run has written them, and what only a person can tell (`facts`). A card
-is made from a folder with these files and with zeros for weights, which have the same names, shapes and size.
+A record has what a card is made from, and no weights: the JSON files of the model's folder, the names, shapes and
+dtypes of its tensors, the results as the script of the run has written them, and what only a person can tell.
+A card is made from a folder with these files and with zeros for weights, which have the same names, shapes and size.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from hf_tying.hub import make_card
 from hf_tying.hub.folders import write_forms
 
 HERE = Path(__file__).parent
-RUNS = HERE / "runs"
+RECORDS = HERE / "records"
 #: The files of a folder that decide what its card says, beside the weights.
 _FILES = ("config.json", "adapter_config.json", "tied_lora/adapter_config.json", "trainer_state.json")
 
@@ -33,7 +33,7 @@ def make(record: dict[str, Any]) -> str:
     """The text of the card of a run.
 
     Args:
-        record: content of `runs/NAME.json`.
+        record: content of `records/NAME.json`.
     """
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
@@ -52,7 +52,7 @@ def measured(record: dict[str, Any], run: str) -> dict[str, float]:
     """The metrics of a run: values of the results that its script has written.
 
     Args:
-        record: content of `runs/NAME.json`.
+        record: content of `records/NAME.json`.
         run: `"this"`, or the name of another run beside it.
     """
     return {metric: at(record["results"][run], metric) for metric in record["metrics"]}
@@ -113,7 +113,9 @@ def main() -> None:
     parser.add_argument("--collect", metavar="NAME", help="Make the record of a finished run first.")
     parser.add_argument("--folder", type=Path, help="Folder of its model or adapter.")
     parser.add_argument("--results", type=Path, help="What its script has written.")
-    parser.add_argument("--inside", default="", help="Where in this file the results of the run are: keys/with/slashes.")
+    parser.add_argument(
+        "--inside", default="", help="Where in this file the results of the run are: keys/with/slashes."
+    )
     parser.add_argument("--other", nargs=2, action="append", default=[], metavar=("NAME", "FILE[:INSIDE]"),
                         help="Results of another run beside it; the untied twin is called untied.")  # fmt: skip
     parser.add_argument("--metrics", nargs="+", default=[], help="Which of the results the card shows.")
@@ -125,8 +127,8 @@ def main() -> None:
         results = {name: _inside(path, keys) for name, (path, keys) in files.items()}
         facts = json.loads(given.facts.read_text(encoding="utf-8"))
         record = collect(given.folder, given.collect, facts, given.metrics, results)
-        (RUNS / f"{given.collect}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    for path in sorted(RUNS.glob("*.json")):
+        (RECORDS / f"{given.collect}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    for path in sorted(RECORDS.glob("*.json")):
         text = make(json.loads(path.read_text(encoding="utf-8")))
         (HERE / f"{path.stem}.md").write_text(text, encoding="utf-8")
         print(f"model_cards/{path.stem}.md")

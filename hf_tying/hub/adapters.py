@@ -175,7 +175,7 @@ def write_both_forms(folder: Path) -> bool:
     return True
 
 
-# Wrappers of PEFT's own methods, which `hf_tying.hook` installs.
+# Around PEFT's own methods; `hf_tying.hook` calls them.
 
 
 def save_pretrained(wrapped: Callable[..., Any], model: PeftModel, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -1,12 +1,13 @@
 """A folder on its way to the Hub: both forms of an adapter in it, and its card renewed."""
 
 from pathlib import Path
+from typing import Any
 
 from ..config import TyingError, entry_of
 from ..ties.headers import read_json
 from .renewing import copy_published_card, renew_card
 
-_CONFIG, _ADAPTER = "config.json", "adapter_config.json"
+_CONFIG, _ADAPTER, _TIED = "config.json", "adapter_config.json", "tied_lora"
 
 
 def finish_folder(
@@ -24,36 +25,51 @@ def finish_folder(
         token: token of the Hub. Default: the saved one.
     """
     folder = Path(folder)
-    if not write_forms(folder) and not _has_entry(folder):
+    write_forms(folder)
+    if not is_tied(folder):
         return
     if revision not in (None, "main"):
         copy_published_card(folder, repo_id, revision, token)
     renew_card(folder, repo_id)
 
 
-def write_forms(folder: Path) -> bool:
+def write_forms(folder: Path) -> None:
     """Give each Tied-LoRA adapter of a folder both forms, in the root or in the folder of its name.
 
     Args:
         folder: folder of adapters, or of a model, which is left alone.
-
-    Returns:
-        Whether there is such an adapter.
     """
-    places = [folder, *(path.parent for path in folder.glob(f"*/{_ADAPTER}"))]
-    if not any((place / _ADAPTER).is_file() for place in places):
-        return False
-    from .adapters import TIED_FOLDER, write_both_forms
+    for place in _places(folder):
+        if _is_tied_lora(place):
+            from .adapters import write_both_forms
 
-    named = [place for place in places if not place.name.startswith("checkpoint-") and place.name != TIED_FOLDER]
-    found = [write_both_forms(place) or (place / TIED_FOLDER).is_dir() for place in named]
-    return any(found)
+            write_both_forms(place)
 
 
-def _has_entry(folder: Path) -> bool:
-    if not (folder / _CONFIG).is_file():
-        return False
+def is_tied(folder: Path) -> bool:
+    """Whether a folder has a model whose config has a `tying` entry, or a Tied-LoRA adapter in either form.
+
+    Args:
+        folder: any folder.
+    """
+    if any(_is_tied_lora(place) or _is_tied_lora(place / _TIED) for place in _places(folder)):
+        return True
+    return entry_of(_read(folder / _CONFIG)) is not None
+
+
+def _places(folder: Path) -> list[Path]:
+    """Where PEFT saves adapters in a folder: in its root, and in folders of their names."""
+    named = [path.parent for path in sorted(folder.glob(f"*/{_ADAPTER}"))]
+    return [folder, *(place for place in named if place.name != _TIED and not place.name.startswith("checkpoint-"))]
+
+
+def _is_tied_lora(place: Path) -> bool:
+    return _read(place / _ADAPTER).get("peft_type") == "TIED_LORA"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object; empty for a file that is not there, or is none."""
     try:
-        return entry_of(read_json(folder / _CONFIG)) is not None
+        return read_json(path) if path.is_file() else {}
     except TyingError:
-        return False
+        return {}

@@ -4,11 +4,10 @@
 a folder as they have written it. `hf_tying.hook` lists where this is called from.
 """
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .folders import finish_folder
+from .folders import finish_folder, is_tied
 from .renewing import renew_card
 from .tags import OURS, tags_of
 
@@ -26,10 +25,11 @@ def prepare_upload(model: Any, token: bool | str | None = None) -> None:
     Raises:
         TyingError: an adapter's base model is a folder of this machine.
     """
-    if "peft" in sys.modules and hasattr(model, "peft_config"):
+    if getattr(model, "peft_config", None):
         from .adapters import refuse_local_bases
 
         refuse_local_bases(model, token)
+        return  # its tags are those of the base model
     if hasattr(model, "add_model_tags"):
         tags = tags_of(getattr(model, "config", None))
         if model.model_tags or tags:
@@ -63,6 +63,6 @@ def renew_trainers_card(trainer: Any) -> None:
     Args:
         trainer: a `Trainer` that has written its own card.
     """
-    if tags_of(getattr(trainer.model, "config", None)):
-        output = Path(trainer.args.output_dir)
+    output = Path(trainer.args.output_dir)
+    if is_tied(output):
         renew_card(output, getattr(trainer, "hub_model_id", None) or output.absolute().name)

@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from hf_tying.peft import TiedLoraConfig
 
+from ..processes import run_python
 from ..tied_lora import outputs, shake, tied_lora
 from ..tiny import tiny_model
 
@@ -118,3 +119,7 @@ class TestTheCard:
         model = tied_lora(tiny_model("llama"), variant="TL5")
         model.save_pretrained(tmp_path, also_lora=True)
         assert "TL5, r = 4; 6 modules use 1 A, 3 B (u = v = 1)." in (tmp_path / "README.md").read_text()
+
+
+def test_the_module_is_imported_before_peft_as_well_as_after_it():
+    run_python("-c", "import hf_tying.hub.adapters, peft; assert peft.PeftModel.push_to_hub.__wrapped__")

@@ -222,6 +222,23 @@ def test_a_base_model_in_a_folder_is_in_no_card(tmp_path):
         assert "## What is shared" in text and "More Information" not in text
 
 
+def test_a_trainer_of_an_ordinary_adapter_over_a_tied_model_writes_its_own_card(tmp_path, told):
+    from types import SimpleNamespace
+
+    from peft import LoraConfig, get_peft_model
+
+    from hf_tying.hub.folders import finish_folder
+    from hf_tying.hub.uploads import renew_trainers_card
+
+    model = get_peft_model(MODELS["two_way"](), LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    told.clear()
+    renew_trainers_card(SimpleNamespace(model=model, args=SimpleNamespace(output_dir=tmp_path), hub_model_id=None))
+    finish_folder(tmp_path, "me/x")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before and not told
+
+
 def test_a_card_that_cannot_be_made_loses_no_save(tmp_path, told, monkeypatch):
     from hf_tying.hub import renewing
 

@@ -11,7 +11,7 @@ from hf_tying.hub.words import number
 from ..processes import ROOT
 
 CARDS = ROOT / "model_cards"
-RECORDS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((CARDS / "runs").glob("*.json"))}
+RECORDS = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted((CARDS / "records").glob("*.json"))}
 
 
 @pytest.fixture(scope="module")
