@@ -42,6 +42,7 @@ from transformers.utils import logging
 
 from hf_tying import TyingCallback, TyingError, assert_tied, tie
 from hf_tying.parallel import last_complete_checkpoint
+from hf_tying.training.resuming import train_from
 
 RESULT, LIMIT = "result.json", 300.0
 
@@ -84,7 +85,7 @@ def train(folder: Path, steps: int, resume: bool) -> None:
     rows = [{"input_ids": row, "labels": row} for row in ids]
     trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[TyingCallback()])
     checkpoint = last_complete_checkpoint(folder) if resume else None
-    trainer.train(resume_from_checkpoint=checkpoint)
+    train_from(trainer, checkpoint)
     assert_tied(model, across_ranks=True)
     if trainer.is_world_process_zero():
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -187,7 +188,8 @@ def kill_one(number: int, arguments: Arguments, losses: list[float], weights: di
             with started(folder, arguments, resume=True) as pids:
                 resumed = finished(pids)
             found = json.loads((folder / RESULT).read_text()) if resumed else {"losses": [], "from": None}
-            apart = [abs(a - b) for a, b in zip(found["losses"], losses, strict=resumed)]
+            apart = [abs(a - b) for a, b in zip(found["losses"], losses, strict=False)]
+            apart += [float("inf")] * (len(found["losses"]) != len(losses))
             outcome = Outcome(
                 moment, newest != whole, found["from"] and Path(found["from"]).name, resumed, False,
                 max(apart, default=float("inf")), float("inf"),

@@ -1,9 +1,10 @@
 """The checkpoint that `--resume_from_checkpoint` names."""
 
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoConfig, PreTrainedModel, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import AutoConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from ..config import TyingError
 from ..parallel.checkpoints import last_complete_checkpoint, refuse_other_engine, why_incomplete
@@ -47,6 +48,32 @@ def resume_path(args: TrainingArguments) -> str | None:
         )
     refuse_other_engine(asked, args)
     return str(asked)
+
+
+def train_from(trainer: Trainer, checkpoint: str | None) -> TrainOutput:
+    """`trainer.train(resume_from_checkpoint=checkpoint)`, which takes no step more than the run has.
+
+    A run can be killed after its last checkpoint. Resumed from that one, `Trainer` would train one step beyond
+    `max_steps`.
+
+    Args:
+        trainer: trainer of the run.
+        checkpoint: folder to resume from. `None`: from the start.
+
+    Returns:
+        What `trainer.train` gives.
+    """
+    next_batches = trainer.get_batch_samples
+
+    def batches(*args: Any, **kwargs: Any) -> tuple[list, Any]:
+        finished = trainer.state.global_step >= trainer.state.max_steps
+        return ([], None) if finished else next_batches(*args, **kwargs)
+
+    trainer.get_batch_samples = batches
+    try:
+        return trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        trainer.get_batch_samples = next_batches
 
 
 def untie_as_saved(model: PreTrainedModel, checkpoint: str) -> PreTrainedModel:
