@@ -49,6 +49,7 @@ PUBLIC = {
     },
     "hf_tying.doctor": {"Finding", "Forecast", "diagnose", "forecast", "inspect", "rewrite"},
     "hf_tying.hub": {"diagnose", "inspect", "make_card", "publish"},
+    "hf_tying.parallel": {"ParallelPlan", "last_complete_checkpoint", "parallel_plan", "seal_checkpoint"},
     "hf_tying.report": {"GroupReport", "TyingReport", "tying_report"},
 }
 

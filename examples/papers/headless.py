@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from accelerate import PartialState
 from headless_parts import TimeBudget, make_model, perplexity, read_blocks
 from lstm_training import run
 from results_file import write_json
@@ -106,6 +107,8 @@ def main():
         )
         trained = trainer.train()
     minutes = (time.time() - start) / 60
+    if not PartialState().is_main_process:
+        return  # one process evaluates and writes
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     some = blocks["train"].select(range(min(len(blocks["train"]), max(len(blocks["valid"]), 1))))
@@ -120,7 +123,7 @@ def main():
         "parameters": parameters,
         **scores,
         "tokens_per_second": trained.global_step * arguments.batch_size * arguments.block_size
-        / trained.metrics["train_runtime"],
+        * PartialState().num_processes / trained.metrics["train_runtime"],
         "vocabulary": len(tokenizer),
         "tokens": {name: len(part) * arguments.block_size for name, part in blocks.items()},
         "steps": trained.global_step,

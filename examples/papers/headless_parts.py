@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch.nn import functional as F
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
@@ -62,25 +63,30 @@ def make_model(kind: str, size: str, tokenizer, block_size: int):
 class TimeBudget(TrainerCallback):
     """Train for so many seconds: a rate that is warmed up over a twentieth of them and then goes down to 0.
 
+    Of several processes, the clock of the first decides: all have its rate, and stop after the same step.
+
     Args:
         seconds: `None` to count steps alone.
     """
 
     def __init__(self, seconds: float | None):
-        self.seconds, self.steps = seconds, 0
+        self.seconds, self.steps, self.share = seconds, 0, 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.started = time.monotonic()
+        self.share = 0.0
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         if self.seconds is not None:
-            share = (time.monotonic() - self.started) / self.seconds
+            share = self.share
             for group in optimizer.param_groups:
                 group["lr"] = args.learning_rate * max(min(share / 0.05, (1 - share) / 0.95), 0.0)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.steps = state.global_step
-        if self.seconds is not None and time.monotonic() - self.started >= self.seconds:
+        if self.seconds is not None:
+            (self.share,) = broadcast_object_list([(time.monotonic() - self.started) / self.seconds])
+        if self.share >= 1:
             control.should_training_stop = True
 
 

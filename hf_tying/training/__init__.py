@@ -28,6 +28,7 @@ _HOME = {
     "set_accepts_loss_kwargs": "callbacks",
     "slanted_triangular": "ulmfit",
     "slanted_triangular_schedule": "ulmfit",
+    "train_from": "resuming",
 }
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "set_accepts_loss_kwargs",
     "slanted_triangular",
     "slanted_triangular_schedule",
+    "train_from",
 ]
 
 if TYPE_CHECKING:
@@ -67,7 +69,7 @@ if TYPE_CHECKING:
     from .layers import discriminative_parameters, layer_groups
     from .model_config import config_with_overrides
     from .recipes import RECIPES
-    from .resuming import resume_path
+    from .resuming import resume_path, train_from
     from .ulmfit import (
         GradualUnfreezing,
         average_predictions,

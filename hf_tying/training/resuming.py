@@ -51,10 +51,10 @@ def resume_path(args: TrainingArguments) -> str | None:
 
 
 def train_from(trainer: Trainer, checkpoint: str | None) -> TrainOutput:
-    """`trainer.train(resume_from_checkpoint=checkpoint)`, which takes no step more than the run has.
+    """Train from a checkpoint to the end of a run, and no step further.
 
-    A run can be killed after its last checkpoint. Resumed from that one, `Trainer` would train one step beyond
-    `max_steps`.
+    It is `trainer.train(resume_from_checkpoint=checkpoint)`, also for a run that was killed after its last checkpoint:
+    `Trainer` would train one step beyond `max_steps` then.
 
     Args:
         trainer: trainer of the run.
@@ -65,7 +65,7 @@ def train_from(trainer: Trainer, checkpoint: str | None) -> TrainOutput:
     """
     next_batches = trainer.get_batch_samples
 
-    def batches(*args: Any, **kwargs: Any) -> tuple[list, Any]:
+    def batches(*args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         finished = trainer.state.global_step >= trainer.state.max_steps
         return ([], None) if finished else next_batches(*args, **kwargs)
 
