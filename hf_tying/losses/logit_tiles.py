@@ -122,7 +122,10 @@ class LogitTiles:
         into_bias = torch.zeros(len(weight), dtype=exact, device=weight.device) if wanted[2] else None
         for number, words in enumerate(self.blocks):
             matrix = self.matrix(words)
-            into_rows = torch.zeros_like(matrix, dtype=exact) if wanted[1] else None
+            into_rows = None
+            if into_weight is not None:  # of another dtype it is rounded once, from all tokens
+                own = into_weight[words]
+                into_rows = own.zero_() if own.dtype == exact else torch.zeros_like(own, dtype=exact)
             for rows in self.tokens:
                 tile = self.tile(number, rows, matrix)
                 slope = self._slope(tile)
@@ -134,7 +137,7 @@ class LogitTiles:
                     add_product(into_hidden[rows], gradient.t(), matrix)
                 if into_rows is not None:
                     add_product(into_rows, gradient, hidden[rows])
-            if into_weight is not None and into_rows is not None:
+            if into_weight is not None and into_weight.dtype != exact:
                 into_weight[words] = into_rows
         return into_hidden, into_weight, into_bias
 
