@@ -106,6 +106,7 @@ def compare(problem: str, shape: str, options: argparse.Namespace, device: str) 
     methods = methods_of(problem, layer)
     rows, results = {}, {}
     for name, (embed, loss) in methods.items():
+        layer.weight.grad = layer.body.grad = None  # not freed inside of what is measured
         with memory_of(device, layer.matrix_bytes) as memory:
             value = layer.step(embed, loss)
         results[name] = value, layer.weight.grad.clone()
