@@ -1,12 +1,16 @@
 """The stacks of layers of a model: where they are, which layers can be one block, how a stack grows."""
 
 import copy
-from typing import Any
 
+import torch
 from torch import nn
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from ..config import TyingError, nearest
+from ..ties.classes import mixins_of, without_mixin
+from ..ties.shared_configs import own_config
+from ..ties.slots import named_slots
 
 # Fields of configs that say how long a stack is.
 _LENGTHS = (
@@ -37,7 +41,7 @@ def stacks_of(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
             and any(True for _ in module.parameters())
         ):
             found[path] = module
-    lengths = {value for _, _, value in _length_fields(model)}
+    lengths = {value for _, _, value in _length_fields(model.config)}
     found = {path: stack for path, stack in found.items() if len(stack) in lengths} or found
     size = {path: sum(p.numel() for p in stack.parameters()) for path, stack in found.items()}
     return {path: stack for path, stack in found.items() if size[path] >= _SMALL * max(size.values())}
@@ -91,11 +95,16 @@ def why_unlike(first: nn.Module, other: nn.Module) -> str | None:
 def grow(model: PreTrainedModel, path: str, order: list[int]) -> None:
     """Give the stack at `path` a layer for each element of `order`: copies of its layers, with their new numbers.
 
-    Lists in the config that have an element for each layer follow, and the field with the number of layers.
+    The field of the config with the number of layers follows, and lists that have an element for each layer.
+
+    Raises:
+        TyingError: a model that is made from the new config has other parameters; nothing is changed.
     """
     stack = model.get_submodule(path)
     assert isinstance(stack, nn.ModuleList)
     old, before = list(stack), len(stack)
+    fields = _fields_to_change(model, path, order)
+    own_config(model)
     seen: set[int] = set()
     layers = []
     for i, source in enumerate(order):
@@ -107,24 +116,66 @@ def grow(model: PreTrainedModel, path: str, order: list[int]) -> None:
                 vars(module)["layer_idx"] = i
     stack._modules.clear()
     stack._modules.update({str(i): layer for i, layer in enumerate(layers)})
-    side = next((side for side in ("encoder", "decoder") if side in path.split(".")), "")
-    fields = [each for each in _length_fields(model) if each[2] == before]
-    for config, name, _ in [each for each in fields if side and side in each[1]] or fields:
-        for key, value in list(vars(config).items()):
+    known = {id(config) for config in _configs(model.config)}
+    _follow(model.config, fields, before, order)
+    for place in range(1, path.count(".") + 1):  # a model inside may have a config of its own, as T5's stacks have
+        inner = getattr(model.get_submodule(".".join(path.split(".")[:place])), "config", None)
+        if isinstance(inner, PreTrainedConfig) and id(inner) not in known:
+            known.add(id(inner))
+            same = [i for i, (_, _, value) in enumerate(_length_fields(inner)) if value == before]
+            _follow(inner, same, before, order)
+
+
+def _fields_to_change(model: PreTrainedModel, path: str, order: list[int]) -> list[int]:
+    """Which of `_length_fields` give a model with the grown stack. T5 has the same number in two fields."""
+    names, before = set(named_slots(model)), len(model.get_submodule(path)._modules)
+    wanted = {name for name in names if not name.startswith(f"{path}.")}
+    for name in names - wanted:
+        number, _, rest = name.removeprefix(f"{path}.").partition(".")
+        wanted |= {f"{path}.{i}.{rest}" for i, source in enumerate(order) if source == int(number)}
+    fields = [i for i, (_, _, value) in enumerate(_length_fields(model.config)) if value == before]
+    cls, differing = type(model), set(wanted)
+    for mixin in mixins_of(cls):
+        cls = without_mixin(mixin, cls)
+    for chosen in [*([field] for field in fields), fields]:
+        config = copy.deepcopy(model.config)
+        _follow(config, chosen, before, order)
+        vars(config).pop("tying", None)
+        with torch.device("meta"):
+            made = set(named_slots(cls(config)))
+        if made == wanted:
+            return chosen
+        differing = min(differing, made ^ wanted, key=len)
+    raise TyingError(
+        f"Cannot grow {path!r}: a {cls.__name__} made from a config with {len(order)} layers has other parameters "
+        f"({', '.join(sorted(differing)[:2])}), and could not read the file. Leave out the layer that is unlike the "
+        "others (the first one, often) from the repeated ones."
+    )
+
+
+def _follow(config: PreTrainedConfig, fields: list[int], before: int, order: list[int]) -> None:
+    """Write the new number of layers into fields of `_length_fields`, and repeat the elements of lists by layers."""
+    found = _length_fields(config)
+    for holder, name, _ in (found[i] for i in fields):
+        for key, value in list(vars(holder).items()):
             if isinstance(value, list) and len(value) == before:
-                setattr(config, key, [value[source] for source in order])
-        setattr(config, name, len(order))
+                setattr(holder, key, [value[source] for source in order])
+        setattr(holder, name, len(order))
 
 
-def _length_fields(model: PreTrainedModel) -> list[tuple[Any, str, int]]:
-    """Config, field and value of each number of layers that the config of a model has, those of its parts too."""
-    configs, fields = [model.config], []
-    for config in configs:
-        configs += [
-            value for value in vars(config).values() if hasattr(value, "to_dict") and hasattr(value, "model_type")
-        ]
-        names = {config.attribute_map.get(name, name) for name in _LENGTHS}
-        fields += [
-            (config, name, value) for name in sorted(names) if isinstance(value := getattr(config, name, None), int)
-        ]
+def _configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """A config and those of its parts."""
+    configs = [config]
+    for each in configs:
+        configs += [value for value in vars(each).values() if isinstance(value, PreTrainedConfig)]
+    return configs
+
+
+def _length_fields(config: PreTrainedConfig) -> list[tuple[PreTrainedConfig, str, int]]:
+    """Config, field and value of each number of layers in a config, and in the configs of its parts."""
+    fields = []
+    for each in _configs(config):
+        names = {each.attribute_map.get(name, name) for name in _LENGTHS}
+        numbers = ((name, getattr(each, name, None)) for name in sorted(names))
+        fields += [(each, name, value) for name, value in numbers if isinstance(value, int)]
     return fields

@@ -21,6 +21,7 @@ from transformers import (
 
 from hf_tying import TyingConfig, TyingError, assert_tied, fold, gap, share_layers, tie, tying_report, unroll, untie
 from hf_tying.depth.patterns import PATTERNS, order_of
+from hf_tying.depth.stacks import chosen_stacks
 from tests.tiny import Sentences, logits, tiny_inputs, tiny_model, untied_model
 
 LENGTHS = {"gpt2": {"n_layer": 4}, "t5": {"num_layers": 4}, "bart": {"encoder_layers": 4, "decoder_layers": 4}}
@@ -201,6 +202,44 @@ class TestGrowing:
         assert torch.equal(logits(loaded), logits(model)) and not torch.equal(logits(model), logits(stock))
         with pytest.raises(TyingError, match="visit_factor"):
             unroll(model)
+
+    @pytest.mark.parametrize(
+        ("name", "stack", "sizes"),
+        [
+            *(("t5", side, {"num_layers": 3}) for side in ("encoder", "decoder")),
+            *(("bart", side, {"encoder_layers": 3, "decoder_layers": 3}) for side in ("encoder", "decoder")),
+            ("llava", "model.language_model.layers", {}),
+            *((name, None, {"num_hidden_layers": 3}) for name in ("bert", "modernbert", "mamba", "mixtral")),
+            ("gpt2", None, {"n_layer": 3}),
+        ],
+        ids=str,
+    )
+    def test_one_stack_alone_grows_and_is_read_again(self, name, stack, sizes, tmp_path):
+        """Of two stacks with the same number of layers, and with a second model from the same config."""
+        stock = tiny_model(name, **sizes)
+        model = copy.deepcopy(stock)
+        other = type(stock)(model.config)
+        size = len(next(iter(chosen_stacks(model, stack).values())))
+        share_layers(model, order=[*range(size), size - 1], grow=True, stack=stack)
+        assert torch.equal(logits(model), logits(stock))
+        assert other.config.to_dict() == stock.config.to_dict()
+        model.save_pretrained(tmp_path)
+        loaded = type(stock).from_pretrained(tmp_path, ignore_mismatched_sizes=False)
+        assert_tied(loaded)
+        assert torch.equal(logits(loaded), logits(model))
+        assert loaded.state_dict().keys() == model.state_dict().keys()
+
+    @pytest.mark.parametrize(
+        ("name", "stack", "sizes"), [("t5", "encoder", {"num_layers": 3}), ("modernbert", None, {})]
+    )
+    def test_a_layer_that_no_config_makes_is_refused(self, name, stack, sizes):
+        """The first layer has a position bias, or no norm, and a second visit of it would not be read from a file."""
+        model = tiny_model(name, **sizes)
+        before, keys = model.config.to_dict(), model.state_dict().keys()
+        size = len(next(iter(chosen_stacks(model, stack).values())))
+        with pytest.raises(TyingError, match="Cannot grow .*Leave out the layer"):
+            share_layers(model, order=[0, *range(size)], grow=True, stack=stack)
+        assert model.config.to_dict() == before and model.state_dict().keys() == keys
 
     def test_the_factor_learns(self):
         model = share_layers(plain(), order=self.ORDER, grow=True)

@@ -271,7 +271,8 @@ def test_the_script_ends_in_results(script, corpus, model, objective, budget, tm
     if "--max_steps" in budget:
         assert (results["steps"], results["recover_steps"]) == (4, 2 if objective == "cwt" else 0)
     else:
-        assert (results["steps"], results["recover_steps"]) == (54, 6)  # of 0.54 and 0.06 seconds; a step reads the clock once
+        # Of 0.54 and 0.06 seconds; a step reads the clock once.
+        assert (results["steps"], results["recover_steps"]) == (54, 6)
     loaded = (AutoModelForCausalLM if model == "causal" else BertForMaskedLM).from_pretrained(tmp_path)
     assert loaded.config.tie_word_embeddings == (objective == "ce")
 
