@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hf_tying import TyingError, use_projection, use_tied_loss
-from hf_tying.losses import arithmetic, tied_cross_entropy, tied_log_probs
+from hf_tying.losses import arithmetic, tied_cross_entropy, tied_distillation, tied_log_probs
 from hf_tying.losses.wide_linear import wide_linear
 from hf_tying.objectives import AugmentedObjective
 
@@ -148,13 +148,26 @@ class TestTheRest:
         wanted = F.cross_entropy(logits, given["labels"][:, 1:].reshape(-1))
         assert float(outputs.loss) == pytest.approx(float(wanted), rel=1e-6)
 
-    def test_tokens_under_autocast(self):
+    @pytest.mark.parametrize("transformed", [True, False])
+    def test_losses_under_autocast(self, transformed):
         torch.manual_seed(0)
         hidden, weight, labels = torch.randn(20, 16), torch.randn(64, 16), torch.randint(64, (20,))
-        with torch.autocast("cpu", torch.bfloat16):
-            found = tied_log_probs(hidden, weight, labels, head_dtype=torch.float32).log_probs
-        exact = (hidden.double() @ weight.double().T).log_softmax(-1).gather(-1, labels[:, None])[:, 0]
-        assert error(found, exact) < 1e-6
+        exact = (hidden.double() @ weight.double().T).log_softmax(-1)
+        teacher = torch.randn(20, 8), torch.randn(64, 8)
+        log_p = (teacher[0].double() @ teacher[1].double().T).log_softmax(-1)
+        losses = {
+            lambda x, **wide: tied_log_probs(x, weight, labels, **wide).log_probs.mean(): -F.nll_loss(exact, labels),
+            lambda x, **wide: tied_cross_entropy(x, weight, labels, **wide): F.nll_loss(exact, labels),
+            lambda x, **wide: tied_distillation(x, weight, *teacher, **wide): (log_p.exp() * (log_p - exact)).sum(1),
+        }
+        for loss, wanted in losses.items():
+            with torch.autocast("cpu", torch.bfloat16):
+                wide, narrow = (
+                    torch.func.vmap(lambda x: loss(x, **head))(hidden[None]) if transformed else loss(hidden, **head)  # noqa: B023
+                    for head in ({"head_dtype": torch.float32}, {})
+                )
+            assert error(wide.reshape(()), wanted.mean()) < 1e-6
+            assert transformed or error(narrow, wanted.mean()) > 1e-5
 
     def test_a_projection_and_an_adapter_on_the_head(self):
         base = use_tied_loss(use_projection(tiny_model("llama", dtype=torch.bfloat16)), head_dtype="float32")
