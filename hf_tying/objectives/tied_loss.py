@@ -193,6 +193,19 @@ def evaluated_by_objective(model: nn.Module) -> Iterator[None]:
         vars(inner).pop("_also_in_evaluation", None)
 
 
+@contextmanager
+def tied_loss_aside(model: nn.Module) -> Iterator[None]:
+    """Context manager in which forward passes of `model`, a model without wrappers, are those of its class."""
+    settings = getattr(model, "_tied_loss", None)
+    try:
+        if settings is not None:
+            model._tied_loss = None
+        yield
+    finally:
+        if settings is not None:
+            model._tied_loss = settings
+
+
 def has_tied_loss(model: nn.Module) -> bool:
     """Whether `use_tied_loss` is in force for `model`."""
     return getattr(unwrapped(model), "_tied_loss", None) is not None

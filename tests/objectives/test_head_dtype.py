@@ -191,7 +191,7 @@ class TestTheRest:
         step = tiny_inputs(model)
         use_tied_loss(model)(**step).loss.backward()
         for training in (True, False):
-            with pytest.raises(TyingError, match="does not multiply by its softmax matrix itself.*has no effect"):
+            with pytest.raises(TyingError, match=r"cannot be computed in torch.float32 \(its forward does not"):
                 use_tied_loss(model, head_dtype="float32").train(training)(**step)
         assert use_tied_loss(model)(**step).loss.isfinite()  # the way out
 
