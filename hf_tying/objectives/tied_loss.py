@@ -196,14 +196,12 @@ def evaluated_by_objective(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def tied_loss_aside(model: nn.Module) -> Iterator[None]:
     """Context manager in which forward passes of `model`, a model without wrappers, are those of its class."""
-    settings = getattr(model, "_tied_loss", None)
+    held = {name: value for name, value in vars(model).items() if name == "_tied_loss"}
+    vars(model).update(dict.fromkeys(held))
     try:
-        if settings is not None:
-            model._tied_loss = None
         yield
     finally:
-        if settings is not None:
-            model._tied_loss = settings
+        vars(model).update(held)
 
 
 def has_tied_loss(model: nn.Module) -> bool:
