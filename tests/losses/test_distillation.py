@@ -135,6 +135,21 @@ def test_all_words_one_by_one_are_all_words(divergence):
 
 
 @every_divergence
+@pytest.mark.parametrize("excess", [0.0, 0.04])
+def test_a_stored_teacher_that_leaves_nothing_of_its_rounded_sum(divergence, excess):
+    *sides, labels, _ = problem(4, torch.float32)
+    log_probs, ids = (4 * whole(*sides[2:])).log_softmax(-1).topk(5, -1)
+    log_probs = log_probs.float() - log_probs.float().logsumexp(-1, keepdim=True) + excess
+    hidden = leaf(sides[0])
+    loss = top_k_distillation(hidden, sides[1], log_probs, ids, 1.0, divergence, labels=labels)
+    q = collapsed(whole(hidden, sides[1]), ids)
+    p = torch.cat([log_probs.exp(), torch.full((TOKENS, 1), torch.finfo(torch.float32).eps)], -1).double()
+    wanted = plain(p / p.sum(-1, keepdim=True), q, divergence)[labels != -100].mean()
+    assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=0.1)
+    assert torch.autograd.grad(loss, hidden)[0].isfinite().all()
+
+
+@every_divergence
 @pytest.mark.parametrize("top_k", [None, 3])
 class TestTokens:
     def test_of_a_token_that_does_not_count_nothing_is_read(self, divergence, top_k):
