@@ -1,6 +1,7 @@
 """`fused_lm_head=True`, the keyword of TRL's trainers, is answered by the model's own forward: its own values."""
 
 import copy
+import inspect
 import sys
 from types import ModuleType
 
@@ -12,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_tying import TyingError, merge_projection, use_projection, use_tied_loss
 from hf_tying.hook import CHANGES, apply_change
-from hf_tying.losses import arithmetic
+from hf_tying.losses import arithmetic, tied_log_probs
 from hf_tying.objectives import AugmentedObjective, ContrastiveObjective, fused_head
 from hf_tying.objectives.deferred_logits import DeferredLogits
 from hf_tying.objectives.fused_head import add_fused_head
@@ -190,12 +191,38 @@ class TestBesideStock:
 class TestTheModel:
     def test_is_otherwise_as_before(self):
         stock, model = tiny_model("gpt2"), fused(use_tied_loss(tiny_model("gpt2")))
+        assert inspect.signature(model.forward) == inspect.signature(stock.forward)  # Trainer keeps columns by it
         given = inputs(stock)
         with torch.no_grad():
             assert model.eval()(**given).logits.equal(stock(**given).logits)
             words = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
             assert model.generate(given["input_ids"], **words).equal(stock.generate(given["input_ids"], **words))
         assert model.train()(**given).logits is None
+
+    def test_a_forward_that_was_wrapped_before_stays_wrapped(self):
+        model, calls = use_tied_loss(tiny_model("llama")), []
+        forward = model.forward
+        model.forward = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
+        expected = own(model.eval())
+        model = fused(model)
+        calls.clear()
+        assert_same(model.eval()(**inputs(model), fused_lm_head=True), expected)
+        assert model(**inputs(model)).logits is not None and len(calls) == 2
+
+    def test_the_modes_are_those_of_its_forward(self, monkeypatch):
+        """Accelerate wraps a forward in autocast, and the log-probabilities are made after it."""
+        model, modes = use_tied_loss(tiny_model("llama")), []
+        model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+        compute = tied_log_probs
+
+        def noted(*args, **kwargs):
+            modes.append(torch.is_autocast_enabled("cpu"))
+            return compute(*args, **kwargs)
+
+        monkeypatch.setattr("hf_tying.objectives.token_log_probs.tied_log_probs", noted)
+        model = fused(model)
+        model(**inputs(model), fused_lm_head=True).loss.backward()
+        assert modes == [True] and not torch.is_autocast_enabled("cpu")
 
     def test_a_copy_is_its_own(self):
         model = fused(use_tied_loss(tiny_model("llama")))

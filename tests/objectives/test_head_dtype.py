@@ -221,5 +221,10 @@ def test_the_product_is_that_of_torch(with_bias):
     torch.testing.assert_close(
         wide_linear(*tensors[:2], bias, torch.float64), nn.functional.linear(*tensors[:2], bias)
     )
+    narrow = [x.detach().bfloat16() for x in tensors]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.func.vmap(lambda x: wide_linear(x, *narrow[1:2], bias, torch.float32))(narrow[0])
+    wanted = nn.functional.linear(*(x.double() for x in narrow[:2]), bias)
+    assert found.dtype == torch.float32 and error(found.detach(), wanted.detach()) < 1e-6
     doubled = torch.func.grad(lambda x: wide_linear(x, tensors[1], bias, torch.float64).square().sum())(tensors[0])
     torch.testing.assert_close(doubled, 2 * F.linear(*tensors[:2], bias) @ tensors[1])
