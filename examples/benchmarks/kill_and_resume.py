@@ -105,10 +105,10 @@ def started(folder: Path, arguments: Arguments, resume: bool) -> Iterator[list[i
         yield pids
     finally:
         for pid in pids:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            with suppress(ChildProcessError):
-                os.waitpid(pid, 0)
+            with suppress(ChildProcessError):  # it was waited for, and its number may be another's by now
+                if os.waitpid(pid, os.WNOHANG) == (0, 0):
+                    os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
 
 
 def _run(folder: Path, arguments: Arguments, resume: bool, rank: int, rendezvous: str) -> None:
@@ -146,8 +146,9 @@ def finished(pids: list[int]) -> bool:
 
 def killed_at(folder: Path, pids: list[int], moment: str, arguments: Arguments, seconds: float) -> bool:
     """Wait for the moment, and kill one process or all; `False` if the run was over before."""
-    step, end = random.randint(1, arguments.steps), time.monotonic() + random.uniform(0, seconds)
-    while time.monotonic() < end if moment == "at random" else not _is_writing(folder, step):
+    step, seconds = random.randint(1, arguments.steps), random.uniform(0, seconds)
+    end = time.monotonic() + (seconds if moment == "at random" else LIMIT)
+    while time.monotonic() < end and (moment == "at random" or not _is_writing(folder, step)):
         if (folder / RESULT).exists():
             return False
         time.sleep(0.001)

@@ -12,7 +12,6 @@ from .gradient import is_plain
 from .logit_tiles import LogitSettings
 from .options import CrossEntropyOptions, check_operands, check_temperature, refuse_learned, with_learned_scale
 from .pending_gradients import counted_positions
-from .reference import whole_logits
 
 # A stored teacher whose probabilities of its k words sum to more than this is not normalised.
 _MOST = 1.05
@@ -28,9 +27,7 @@ class _Side:
     settings: LogitSettings
 
     def logits(self) -> torch.Tensor:
-        options = self.settings.options
-        logits = whole_logits(self.hidden, self.weight, self.bias, options.logit_scale, options.logit_softcap)
-        return logits / self.settings.temperature
+        return self.settings.whole(self.hidden, self.weight, self.bias)
 
     @property
     def is_plain(self) -> bool:
@@ -112,7 +109,6 @@ def tied_distillation(
         >>> log_p = torch.log_softmax(teacher_hidden @ teacher_weight.T / temperature, dim=-1)
         >>> temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1).mean()
     """
-    options = CrossEntropyOptions(ignore_index, reduction=reduction, num_items_in_batch=num_items_in_batch)
     temperature = _checked(divergence, temperature)
     if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
         raise ValueError(
@@ -127,19 +123,18 @@ def tied_distillation(
     if top_k is not None and not 1 <= top_k <= len(student_weight):
         raise ValueError(f"top_k={top_k}: expected a number of words from 1 to {len(student_weight)}, or None.")
     refuse_learned("", teacher_hidden=teacher_hidden, teacher_logit_scale=teacher_logit_scale)
-    labels = _counting_labels(student_hidden, labels, mask, ignore_index)
+    labels, ignore_index = _counting_labels(student_hidden, labels, mask, ignore_index)
+    options = CrossEntropyOptions(ignore_index, reduction=reduction, num_items_in_batch=num_items_in_batch)
+    settings = LogitSettings(options, temperature, head_dtype, memory_budget)
     tensors = (
         (student_hidden, student_weight, student_bias, student_logit_scale, student_logit_softcap),
         (teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale, teacher_logit_softcap),
     )
-    student, teacher = (
-        _side(*parts, labels, options, LogitSettings(options, temperature, head_dtype, memory_budget))
-        for parts in tensors
-    )
+    student, teacher = (_side(*parts, labels, settings) for parts in tensors)
     if top_k is not None:
         ids, log_p = _collapsed_teacher(teacher, labels, top_k)
-        return _collapsed(student, labels, ids, log_p, divergence, options, temperature)
-    return _reduced(_divergence(student, teacher, labels, divergence), labels, options, temperature)
+        return _collapsed(student, labels, ids, log_p, divergence)
+    return _reduced(_divergence(student, teacher, labels, divergence), labels, settings)
 
 
 def top_k_distillation(
@@ -196,15 +191,15 @@ def top_k_distillation(
             `tied_distillation`.
         RuntimeError: as `tied_distillation`.
     """
-    options = CrossEntropyOptions(ignore_index, reduction=reduction, num_items_in_batch=num_items_in_batch)
     temperature = _checked(divergence, temperature)
     refuse_learned("", teacher_log_probs=teacher_log_probs)
-    labels = _counting_labels(student_hidden, labels, mask, ignore_index)
+    labels, ignore_index = _counting_labels(student_hidden, labels, mask, ignore_index)
+    options = CrossEntropyOptions(ignore_index, reduction=reduction, num_items_in_batch=num_items_in_batch)
     settings = LogitSettings(options, temperature, head_dtype, memory_budget)
     parts = student_hidden, student_weight, student_bias, student_logit_scale, student_logit_softcap
-    student = _side(*parts, labels, options, settings)
-    ids, log_p = _stored_teacher(student, labels, teacher_log_probs, teacher_ids, ignore_index)
-    return _collapsed(student, labels, ids, log_p, divergence, options, temperature)
+    student = _side(*parts, labels, settings)
+    ids, log_p = _stored_teacher(student, labels, teacher_log_probs, teacher_ids)
+    return _collapsed(student, labels, ids, log_p, divergence)
 
 
 # --- operands --------------------------------------------------------------------------------------------------------
@@ -218,18 +213,18 @@ def _checked(divergence: str, temperature: float) -> float:
 
 def _counting_labels(
     hidden: torch.Tensor, labels: torch.Tensor | None, mask: torch.Tensor | None, ignore_index: int
-) -> torch.Tensor:
-    """One label for each token, `ignore_index` where it does not count."""
-    if labels is None:
-        labels = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
+) -> tuple[torch.Tensor, int]:
+    """One label for each token, and the one of those that do not count."""
+    if labels is None:  # the word 0 stands for all, also where that is the one to ignore
+        labels, ignore_index = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device), -100
     if mask is None:
-        return labels
+        return labels, ignore_index
     if mask.dtype != torch.bool or mask.shape != labels.shape:
         raise ValueError(
             f"Expected mask of dtype torch.bool and shape {tuple(labels.shape)}, got {mask.dtype} and "
             f"{tuple(mask.shape)}."
         )
-    return labels.masked_fill(~mask, ignore_index)
+    return labels.masked_fill(~mask, ignore_index), ignore_index
 
 
 def _side(
@@ -239,10 +234,9 @@ def _side(
     logit_scale: float | torch.Tensor | None,
     logit_softcap: float | None,
     labels: torch.Tensor,
-    options: CrossEntropyOptions,
     settings: LogitSettings,
 ) -> _Side:
-    options = replace(options, logit_scale=logit_scale, logit_softcap=logit_softcap)
+    options = replace(settings.options, logit_scale=logit_scale, logit_softcap=logit_softcap)
     check_operands(hidden, weight, labels, bias, options, one_dtype=settings.head_dtype is None)
     hidden, bias, options = with_learned_scale(hidden, bias, options)
     products, _ = compute_dtypes(hidden, weight, settings.head_dtype)
@@ -250,7 +244,7 @@ def _side(
 
 
 def _stored_teacher(
-    student: _Side, labels: torch.Tensor, log_probs: torch.Tensor, ids: torch.Tensor, ignore_index: int
+    student: _Side, labels: torch.Tensor, log_probs: torch.Tensor, ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Words (..., k), and log-probabilities (..., k + 1) of them and of the rest."""
     k = log_probs.shape[-1] if log_probs.dim() else 0
@@ -259,7 +253,7 @@ def _stored_teacher(
             f"Expected teacher_log_probs and teacher_ids of shape {(*labels.shape, 'k')}, the ids of dtype "
             f"torch.int64, got {tuple(log_probs.shape)} and {tuple(ids.shape)}, {ids.dtype}."
         )
-    counted = labels != ignore_index
+    counted = labels != student.settings.options.ignore_index
     wrong = ids[counted][(ids[counted] < 0) | (ids[counted] >= len(student.weight))]
     if len(wrong):
         raise IndexError(f"Word {int(wrong[0])} is out of bounds: expected words from 0 to {len(student.weight) - 1}.")
@@ -329,29 +323,23 @@ def _collapsed_log_probs(side: _Side, labels: torch.Tensor, ids: torch.Tensor) -
 
 
 def _collapsed(
-    student: _Side,
-    labels: torch.Tensor,
-    ids: torch.Tensor,
-    log_p: torch.Tensor,
-    divergence: str,
-    options: CrossEntropyOptions,
-    temperature: float,
+    student: _Side, labels: torch.Tensor, ids: torch.Tensor, log_p: torch.Tensor, divergence: str
 ) -> torch.Tensor:
     """The loss over the words `ids` (..., k) and the rest, given the teacher's log-probabilities of them."""
     log_q = _collapsed_log_probs(student, labels, ids)
     terms, _ = divergence_terms(divergence, finite(log_p.to(log_q.dtype)), finite(log_q))
-    return _reduced(terms.sum(-1), labels, options, temperature)
+    return _reduced(terms.sum(-1), labels, student.settings)
 
 
-def _reduced(
-    tokens: torch.Tensor, labels: torch.Tensor, options: CrossEntropyOptions, temperature: float
-) -> torch.Tensor:
+def _reduced(tokens: torch.Tensor, labels: torch.Tensor, settings: LogitSettings) -> torch.Tensor:
     """The loss, of the divergence of each token; 0 for those that do not count."""
+    options = settings.options
     counted = labels != options.ignore_index
-    tokens = torch.where(counted, tokens, torch.zeros_like(tokens)) * temperature**2
+    tokens = torch.where(counted, tokens, torch.zeros_like(tokens)) * settings.temperature**2
     if options.reduction == "none":
         return tokens
     if options.reduction == "sum":
         return tokens.sum()
-    items = options.num_items_in_batch
-    return tokens.sum() / (counted.sum().clamp(min=1) if items is None else items)
+    items = counted.sum() if options.num_items_in_batch is None else options.num_items_in_batch
+    items = torch.as_tensor(items, device=tokens.device)
+    return tokens.sum() / items.masked_fill(items == 0, 1)

@@ -11,7 +11,7 @@ import torch
 
 from .chunks import targets_by_block
 from .divergences import divergence_terms, finite
-from .gradient import accumulate_or_claim, refuse_double_backward
+from .gradient import refuse_double_backward
 from .logit_tiles import LogitSettings, LogitTiles
 
 _INSTEAD = "torch.log_softmax of whole logits"
@@ -68,20 +68,20 @@ class _Divergence(torch.autograd.Function):
         both: Softmaxes,
     ) -> torch.Tensor:
         ctx.both, ctx.weight = both, weight
-        pair = _Pair(hidden, weight, bias, positions, both, both.hidden, both.weight, both.bias)
+        pair = _Pair(hidden, weight, bias, positions, both)
         total, pull = pair.sums()
-        ctx.save_for_backward(
-            hidden, weight, bias, positions, both.hidden, both.weight, both.bias, pull, *pair.normalisers
-        )
+        # Those of the teacher are saved to be checked: an error if they are written to before the backward pass.
+        teacher = both.hidden, both.weight, both.bias
+        ctx.save_for_backward(hidden, weight, bias, positions, pull, *pair.normalisers, *teacher)
         return pair.student.spread(total)
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         refuse_double_backward("tied_distillation", _INSTEAD, upstream)
-        hidden, weight, bias, positions, *teacher, pull, ours, theirs = ctx.saved_tensors
-        pair = _Pair(hidden, weight, bias, positions, ctx.both, *teacher, normalisers=(ours, theirs))
-        gradients = pair.gradients(pair.student.gathered(upstream), pull, ctx.needs_input_grad[:3])
-        return (*_returned(pair.student, gradients, hidden, ctx.weight, bias), None, None)
+        hidden, weight, bias, positions, pull, ours, theirs, *_ = ctx.saved_tensors
+        pair = _Pair(hidden, weight, bias, positions, ctx.both, (ours, theirs))
+        upstream = pair.student.gathered(upstream)
+        return (*pair.gradients(upstream, pull, ctx.needs_input_grad[:3], ctx.weight), None, None)
 
 
 class _Pair:
@@ -94,16 +94,11 @@ class _Pair:
         bias: torch.Tensor | None,
         positions: torch.Tensor | None,
         both: Softmaxes,
-        teacher_hidden: torch.Tensor,
-        teacher_weight: torch.Tensor,
-        teacher_bias: torch.Tensor | None,
         normalisers: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         self.divergence = both.divergence
         self.student = LogitTiles(hidden, weight, positions, bias, both.student)
-        self.teacher = LogitTiles(
-            teacher_hidden, teacher_weight, positions, teacher_bias, both.settings, self.student.plan
-        )
+        self.teacher = LogitTiles(both.hidden, both.weight, positions, both.bias, both.settings, self.student.plan)
         if normalisers is None:
             normalisers = _log_normaliser(self.student), _log_normaliser(self.teacher)
         self.normalisers = normalisers
@@ -127,7 +122,7 @@ class _Pair:
         return total, pull
 
     def gradients(
-        self, upstream: torch.Tensor, pull: torch.Tensor, wanted: tuple[bool, ...]
+        self, upstream: torch.Tensor, pull: torch.Tensor, wanted: tuple[bool, ...], trained: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
         """The gradients of the student's hidden states, matrix and bias."""
 
@@ -137,7 +132,7 @@ class _Pair:
             pulls = divergence_terms(self.divergence, log_p, log_q)[1]
             return pulls.addcmul_(log_q.exp_(), pull[rows], value=-1).mul_(upstream[rows])
 
-        return self.student.gradients(wanted, of_tile)
+        return self.student.gradients(wanted, trained, of_tile)
 
 
 def _log_normaliser(tiles: LogitTiles) -> torch.Tensor:
@@ -148,22 +143,6 @@ def _log_normaliser(tiles: LogitTiles) -> torch.Tensor:
         for rows in tiles.tokens:
             found[rows] = torch.logaddexp(found[rows], tiles.tile(number, rows, matrix).logsumexp(0))
     return found
-
-
-def _returned(
-    tiles: LogitTiles,
-    gradients: tuple[torch.Tensor | None, ...],
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-) -> tuple[torch.Tensor | None, ...]:
-    """What a backward function returns for hidden states, matrix and bias."""
-    into_hidden, into_weight, into_bias = gradients
-    return (
-        None if into_hidden is None else tiles.spread(into_hidden.to(hidden.dtype)).view_as(hidden),
-        None if into_weight is None else accumulate_or_claim(weight, into_weight),
-        None if into_bias is None or bias is None else into_bias.to(bias.dtype),
-    )
 
 
 # --- a few words of each token, beside the rest ---------------------------------------------------------------------
@@ -233,8 +212,7 @@ class _CollapsedLogits(torch.autograd.Function):
             gradient[at, token] = upstream[rows][token, slot]
             return gradient
 
-        gradients = tiles.gradients(ctx.needs_input_grad[:3], of_tile)
-        return (*_returned(tiles, gradients, hidden, ctx.weight, bias), None, None, None)
+        return (*tiles.gradients(ctx.needs_input_grad[:3], ctx.weight, of_tile), None, None, None)
 
 
 def _places(ids: torch.Tensor, tiles: LogitTiles) -> dict[int, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:

@@ -11,7 +11,6 @@ from .gradient import is_plain
 from .log_probs_autograd import LogProbsRequest, walked_log_probs
 from .logit_tiles import LogitSettings
 from .options import CrossEntropyOptions, check_operands, check_temperature, with_learned_scale
-from .reference import whole_logits
 
 OUTPUTS = ("log_probs", "entropy", "top1", "logsumexp", "mean_logits", "log_sum_sq_probs")
 
@@ -123,9 +122,7 @@ def reference_log_probs(
     request: LogProbsRequest,
 ) -> dict[str, torch.Tensor]:
     """The outputs of `request` by name in plain torch, the logits whole; for transformed and sharded tensors."""
-    options = request.settings.options
-    logits = whole_logits(hidden, weight, bias, options.logit_scale, options.logit_softcap)
-    return log_probs_of_logits(logits / request.settings.temperature, labels, request)
+    return log_probs_of_logits(request.settings.whole(hidden, weight, bias), labels, request)
 
 
 def log_probs_of_logits(

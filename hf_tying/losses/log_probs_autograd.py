@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from .arithmetic import exp_of_difference
-from .gradient import accumulate_or_claim, refuse_double_backward
+from .gradient import refuse_double_backward
 from .logit_tiles import LabelledTiles, LogitSettings
 from .token_statistics import FAR, TokenStatistics
 
@@ -61,12 +61,7 @@ class _TiedLogProbs(torch.autograd.Function):
         tiles = LabelledTiles(hidden, weight, labels, bias, ctx.request.settings)
         given = {name: tiles.gathered(gradient) for name, gradient in given.items()}
         wanted = ctx.needs_input_grad[:3]
-        into_hidden, into_weight, into_bias = _gradients(tiles, TokenStatistics(*statistics), wanted, **given)
-        if into_hidden is not None:
-            into_hidden = tiles.spread(into_hidden.to(hidden.dtype))
-        if into_weight is not None:
-            into_weight = accumulate_or_claim(ctx.weight, into_weight)
-        return into_hidden, into_weight, None if into_bias is None else into_bias.to(bias.dtype), None, None
+        return (*_gradients(tiles, TokenStatistics(*statistics), wanted, ctx.weight, **given), None, None)
 
 
 _DIFFERENTIABLE = ("log_probs", "entropy", "logsumexp")
@@ -86,11 +81,12 @@ def _gradients(
     tiles: LabelledTiles,
     statistics: TokenStatistics,
     wanted: tuple[bool, bool, bool],
+    trained: torch.Tensor,
     log_probs: torch.Tensor | None = None,
     entropy: torch.Tensor | None = None,
     logsumexp: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """The gradients of hidden states, matrix and bias, where they are `wanted`; the matrix's in its own dtype.
+    """The gradients of hidden states, matrix and bias, where they are `wanted` (`LogitTiles.gradients`).
 
     A logit `l_j` of probability `p_j` gets `p_j * (constant - entropy * (l_j - base))`, and that of the label
     `log_probs` more.
@@ -99,6 +95,7 @@ def _gradients(
         tiles: logits.
         statistics: their statistics.
         wanted: for each of the three.
+        trained: the matrix.
         log_probs: (N,), upstream gradient of this output; `None` where there is none.
         entropy: the same for the entropy.
         logsumexp: the same for the logarithm of the sum.
@@ -127,4 +124,4 @@ def _gradients(
         gradient[at] = at_label[rows][at[1]]
         return gradient
 
-    return tiles.gradients(wanted, of_tile)
+    return tiles.gradients(wanted, trained, of_tile)

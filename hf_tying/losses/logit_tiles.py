@@ -7,8 +7,10 @@ import torch
 
 from .arithmetic import add_product, compute_dtypes
 from .chunks import ChunkPlan, plan_tiles, targets_by_block
+from .gradient import accumulate_or_claim
 from .options import CrossEntropyOptions
 from .pending_gradients import counted_positions
+from .reference import whole_logits
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,11 @@ class LogitSettings:
     temperature: float = 1.0
     head_dtype: torch.dtype | None = None
     block_bytes: int | None = None
+
+    def whole(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The logits (..., V) by plain torch, in float32 or float64; for transformed and sharded tensors."""
+        logits = whole_logits(hidden, weight, bias, self.options.logit_scale, self.options.logit_softcap)
+        return logits / self.temperature
 
 
 class LogitTiles:
@@ -62,6 +69,7 @@ class LogitTiles:
         flat = hidden.detach().reshape(-1, hidden.shape[-1])
         self.hidden = (flat if positions is None else flat[positions]).to(self.products)
         self._bias = None if bias is None else bias.detach().to(self.exact)
+        self._dtypes = hidden.dtype, None if bias is None else bias.dtype
         cap, scale = settings.options.logit_softcap, settings.options.logit_scale
         self._cap = None if cap is None else float(cap)
         self._scale, self._temperature = 1.0 if scale is None else float(scale), settings.temperature
@@ -107,12 +115,16 @@ class LogitTiles:
         return (tile * (self._temperature / self._cap)).square_().neg_().add_(1).mul_(factor)
 
     def gradients(
-        self, wanted: tuple[bool, ...], of_tile: Callable[[torch.Tensor, int, slice], torch.Tensor]
+        self,
+        wanted: tuple[bool, ...],
+        trained: torch.Tensor,
+        of_tile: Callable[[torch.Tensor, int, slice], torch.Tensor],
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """The gradients of hidden states, matrix and bias, where they are `wanted`; the matrix's in its own dtype.
+        """What a backward function returns for hidden states, matrix and bias, where they are `wanted`.
 
         Args:
             wanted: for each of the three.
+            trained: the matrix as it was given, whose one gradient buffer is shared (`accumulate_or_claim`).
             of_tile: makes the gradient of the logits of a tile, given the tile, the number of its block and its
                 tokens; it may write over the tile.
         """
@@ -137,9 +149,13 @@ class LogitTiles:
                     add_product(into_hidden[rows], gradient.t(), matrix)
                 if into_rows is not None:
                     add_product(into_rows, gradient, hidden[rows])
-            if into_weight is not None and into_weight.dtype != exact:
+            if into_weight is not None and into_rows is not None and into_weight.dtype != exact:
                 into_weight[words] = into_rows
-        return into_hidden, into_weight, into_bias
+        return (
+            None if into_hidden is None else self.spread(into_hidden.to(self._dtypes[0])),
+            None if into_weight is None else accumulate_or_claim(trained, into_weight),
+            None if into_bias is None else into_bias.to(self._dtypes[1]),
+        )
 
     def spread(self, values: torch.Tensor) -> torch.Tensor:
         """Values of the tokens that count, (N, ...), at their places among all; 0 elsewhere."""

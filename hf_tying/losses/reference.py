@@ -54,7 +54,8 @@ def whole_logits(
 ) -> torch.Tensor:
     """`softcap(logit_scale * (hidden @ weight.T + bias))`, (..., V), in float32, or in float64 for float64 tensors."""
     exact = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
-    logits = F.linear(hidden.to(exact), weight.to(exact), None if bias is None else bias.to(exact))
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = F.linear(hidden.to(exact), weight.to(exact), None if bias is None else bias.to(exact))
     if logit_scale is not None:
         logits = logits * logit_scale
     return logits if logit_softcap is None else logit_softcap * torch.tanh(logits / logit_softcap)

@@ -13,6 +13,7 @@ from torch.nn.modules import module as module_hooks
 
 from ..config import TyingError
 from ..losses.gradient import is_plain, is_transformed
+from ..ties.relaxation import relaxation_at
 from ..ties.sharding import is_dtensor, is_partitioned, is_row_split, keep_whole, linear_replaced_by, unit_of
 from ..ties.slots import parameter_of, slot_of
 from .step_loss import LossSettings
@@ -33,6 +34,8 @@ def why_whole(model: nn.Module, softmax: str, embedding: str, split: bool = True
     if (replaced := linear_replaced_by()) is not None:
         return replaced
     for name in dict.fromkeys((softmax, embedding)):
+        if relaxation_at(model, name) is not None:
+            return f"{name!r} is relaxed: its module adds a difference of its own to the shared matrix"
         parameter = parameter_of(model, name)
         if is_partitioned(parameter):
             return f"DeepSpeed ZeRO-3 has partitioned {name!r}: call use_tied_loss after deepspeed.initialize"
@@ -93,7 +96,15 @@ def untraced_where_sharded(model: nn.Module, forward: Callable[..., Any]) -> Cal
     return forward
 
 
-def refuse_narrow_head(model: nn.Module, mode: TiedSoftmax) -> None:
+def why_not_seen(model: nn.Module, softmax: str) -> str:
+    """Reason why a forward pass of `model` had no product with its softmax matrix, of the name `softmax`."""
+    return why_whole(model, softmax, softmax) or (
+        f"its forward does not multiply by {softmax!r} itself: it makes another matrix of it, or an adapter stands in "
+        "for it"
+    )
+
+
+def refuse_narrow_head(model: nn.Module, softmax: str, mode: TiedSoftmax) -> None:
     """Refuse a forward pass with a `head_dtype` whose products were not seen, and are in the model's own dtype.
 
     Raises:
@@ -101,10 +112,10 @@ def refuse_narrow_head(model: nn.Module, mode: TiedSoftmax) -> None:
     """
     dtype = mode.loss.settings.head_dtype
     if dtype is not None and not mode.multiplied and not torch.compiler.is_compiling():
-        why = linear_replaced_by() or "it makes another matrix of it, or an adapter stands in for it"
         raise TyingError(
-            f"{type(model).__name__} does not multiply by its softmax matrix itself ({why}), so head_dtype={dtype} of "
-            "use_tied_loss has no effect: expected a head that does. Leave head_dtype out: use_tied_loss(model)."
+            f"The head of {type(model).__name__} cannot be computed in {dtype} ({why_not_seen(model, softmax)}): "
+            "expected one that multiplies by the softmax matrix. Leave it in the dtype of the model: "
+            "use_tied_loss(model) without head_dtype, and cast_lm_head_to_fp32=False for TRL's trainers."
         )
 
 

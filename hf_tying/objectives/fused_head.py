@@ -24,9 +24,9 @@ from ..projection.head import ProjectedLinear
 from ..projection.penalty import strength_of
 from ..ties.anatomy import roles
 from .deferred_logits import DeferredLogits
-from .deferring import deferring, refuse_narrow_head, why_whole
+from .deferring import deferring, refuse_narrow_head, why_not_seen, why_whole
 from .step_loss import LossSettings
-from .tied_loss import has_tied_loss
+from .tied_loss import has_tied_loss, tied_loss_aside
 from .token_log_probs import token_log_probs
 
 logger = logging.get_logger(__name__)
@@ -145,7 +145,7 @@ def _answer(
     settings = replace(settings, head_dtype=asked.head_dtype or settings.head_dtype)
     name = roles(model)["output"].name
     whole = why_whole(model, name, name, split=False)
-    with deferring(model, settings, name, name, whole is None) as softmax:
+    with tied_loss_aside(model), deferring(model, settings, name, name, whole is None) as softmax:
         outputs = forward(use_cache=False)
         logits = outputs["logits"]
         if shift_labels is None and labels is not None:
@@ -154,12 +154,12 @@ def _answer(
             labels = shift_labels
         labels = labels.to(logits.device)
         if not isinstance(logits, DeferredLogits):
-            why = whole or "an adapter stands in for its matrix, or it makes another one of it"
+            why = whole or why_not_seen(model, name)
             logger.warning_once(f"TRL's log-probabilities are computed from whole logits: {why}.")
         tokens = token_log_probs(
             logits, labels, [_OUTPUTS[name] for name in asked.outputs], asked.temperature, settings.head_dtype
         )
-    refuse_narrow_head(model, softmax)
+    refuse_narrow_head(model, name, softmax)
     found = {name: getattr(tokens, _OUTPUTS[name]) for name in asked.outputs}
     mask = labels != -100
     loss = -found["log_probs"].sum() / (mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)

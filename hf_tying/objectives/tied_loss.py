@@ -193,6 +193,17 @@ def evaluated_by_objective(model: nn.Module) -> Iterator[None]:
         vars(inner).pop("_also_in_evaluation", None)
 
 
+@contextmanager
+def tied_loss_aside(model: nn.Module) -> Iterator[None]:
+    """Context manager in which forward passes of `model`, a model without wrappers, are those of its class."""
+    held = {name: value for name, value in vars(model).items() if name == "_tied_loss"}
+    vars(model).update(dict.fromkeys(held))
+    try:
+        yield
+    finally:
+        vars(model).update(held)
+
+
 def has_tied_loss(model: nn.Module) -> bool:
     """Whether `use_tied_loss` is in force for `model`."""
     return getattr(unwrapped(model), "_tied_loss", None) is not None

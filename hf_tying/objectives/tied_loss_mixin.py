@@ -13,7 +13,7 @@ from ..ties.participation import Participation
 from ..ties.sharding import gather_for
 from ..ties.slots import parameter_of
 from .deferred_logits import DeferredLogits
-from .deferring import deferring, refuse_narrow_head, untraced_where_sharded, why_whole
+from .deferring import deferring, refuse_narrow_head, untraced_where_sharded, why_not_seen, why_whole
 from .step_loss import LossSettings, needs_deferred
 
 logger = logging.get_logger(__name__)
@@ -51,7 +51,7 @@ class TiedLossMixin(MixinBase):
         forward = untraced_where_sharded(self, forward)
         with deferring(self, settings, *names, whole is None, kwargs.get("num_items_in_batch")) as softmax:
             outputs = forward(*args, **kwargs)
-        refuse_narrow_head(self, softmax)
+        refuse_narrow_head(self, names[0], softmax)
         if self._participation is not None and softmax.loss.was_asked:
             self._participation.took_part()
         if objective is not None:
@@ -63,10 +63,7 @@ class TiedLossMixin(MixinBase):
             others = {k: v for k, v in vars(self).get("loss_parts", {}).items() if k != "cross_entropy"}
             self.loss_parts = {**softmax.loss.parts, **others}  # `others`: penalties that the model itself adds
         elif not softmax.deferred and not torch.compiler.is_compiling():
-            whole = whole or (
-                f"its forward does not multiply by {self._softmax_name!r} itself: it makes another matrix of it, or "
-                "an adapter stands in for it"
-            )
+            whole = whole or why_not_seen(self, names[0])
             logger.warning_once(f"The loss of {type(self).__name__} is computed by the usual path: {whole}.")
         return _without_logits(outputs)
 
@@ -79,7 +76,7 @@ class TiedLossMixin(MixinBase):
         name = self._softmax_name
         with deferring(self, settings.without_training(), name, name, defers=False) as softmax:
             outputs = untraced_where_sharded(self, forward)(*args, **kwargs)
-        refuse_narrow_head(self, softmax)
+        refuse_narrow_head(self, name, softmax)
         return outputs
 
     def _matrices(self) -> tuple[str, str]:

@@ -10,7 +10,9 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from ..config import ProjectionConfig, TyingError
+from ..ties.anatomy import roles
 from ..ties.participation import Participation
+from ..ties.relaxation import make_exact, relax, stock_class
 from ..ties.slots import replace_module
 
 
@@ -57,7 +59,11 @@ def project(model: PreTrainedModel, settings: ProjectionConfig) -> None:
         nn.init.eye_(projection.weight)
         if projection.bias is not None:
             nn.init.zeros_(projection.bias)
+    name = roles(model)["output"].name
+    relaxation = make_exact(model, name)
     replace_module(model, head, ProjectedLinear.around(head, projection))
+    if relaxation is not None:
+        relax(model, name, relaxation)
 
 
 def linear_head(model: PreTrainedModel) -> nn.Linear:
@@ -67,10 +73,8 @@ def linear_head(model: PreTrainedModel) -> nn.Linear:
         TyingError: for a model that has none, or another kind.
     """
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    if not isinstance(head, nn.Linear) or type(head) not in (
-        nn.Linear,
-        ProjectedLinear,
-    ):  # a subclass computes something else: that of Idefics adds words
+    # A subclass computes something else (that of Idefics adds words), unless it is that of a relaxed place.
+    if not isinstance(head, nn.Linear) or stock_class(type(head))[0] not in (nn.Linear, ProjectedLinear):
         found = "has none" if head is None else f"has a {type(head).__name__}"
         raise TyingError(
             f"A projection (PR) goes before the softmax matrix: expected a model with an nn.Linear as its output "

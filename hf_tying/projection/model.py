@@ -76,7 +76,8 @@ def merge_projection(model: Model) -> Model:
             f"The projection of {type(model).__name__} has a bias and its softmax has none to add it to: expected "
             "output_bias=True, or a projection without bias."
         )
-    tied = [name for name, p in model.named_parameters(remove_duplicate=False) if p is head.weight]
+    matrix = head._parameters["weight"]  # its attribute is another tensor in a relaxed place, which untie makes whole
+    tied = [name for name, p in model.named_parameters(remove_duplicate=False) if p is matrix]
     if len(tied) > 1:
         untie(model, list(roles(model)["output"].names))
     with torch.no_grad():

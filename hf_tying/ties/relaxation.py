@@ -235,7 +235,7 @@ def make_exact(model: nn.Module, name: str) -> Relaxation | None:
     assert slot is not None, name
     module, attribute = slot
     del module._modules[attribute + SUFFIX]
-    stock, attributes = _stock_class(type(module))
+    stock, attributes = stock_class(type(module))
     module.__class__ = functools.reduce(_relaxed, (each for each in attributes if each != attribute), stock)
     return relaxation
 
@@ -286,7 +286,7 @@ def _relaxed(cls: type[nn.Module], attribute: str) -> type[nn.Module]:
 
     def reduce(self: nn.Module, protocol: SupportsIndex) -> tuple[Any, ...]:
         # Pickle finds classes by name, and under this name it would find the stock class.
-        return _revive, _stock_class(type(self)), object.__reduce_ex__(self, protocol)[2]
+        return _revive, stock_class(type(self)), object.__reduce_ex__(self, protocol)[2]
 
     body = {
         "__module__": cls.__module__,
@@ -300,12 +300,12 @@ def _relaxed(cls: type[nn.Module], attribute: str) -> type[nn.Module]:
     return type(cls.__name__, (cls,), body)
 
 
-def _stock_class(cls: type[nn.Module]) -> tuple[type[nn.Module], tuple[str, ...]]:
+def stock_class(cls: type[nn.Module]) -> tuple[type[nn.Module], tuple[str, ...]]:
     """The class without relaxations, and the attributes that are relaxed, the last one last."""
     own = vars(cls)
     if "_relaxed_class" not in own:
         return cls, ()
-    stock, attributes = _stock_class(own["_relaxed_class"])
+    stock, attributes = stock_class(own["_relaxed_class"])
     return stock, (*attributes, own["_relaxed_attribute"])
 
 

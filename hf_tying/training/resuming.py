@@ -63,6 +63,7 @@ def train_from(trainer: Trainer, checkpoint: str | None) -> TrainOutput:
     Returns:
         What `trainer.train` gives.
     """
+    # A step without batches is none. A callback comes too late: `Trainer` reads what it asks for after a step only.
     next_batches = trainer.get_batch_samples
 
     def batches(*args: Any, **kwargs: Any) -> tuple[list[Any], Any]:

@@ -135,6 +135,21 @@ def test_all_words_one_by_one_are_all_words(divergence):
 
 
 @every_divergence
+@pytest.mark.parametrize("excess", [0.0, 0.04])
+def test_a_stored_teacher_that_leaves_nothing_of_its_rounded_sum(divergence, excess):
+    *sides, labels, _ = problem(4, torch.float32)
+    log_probs, ids = (4 * whole(*sides[2:])).log_softmax(-1).topk(5, -1)
+    log_probs = log_probs.float() - log_probs.float().logsumexp(-1, keepdim=True) + excess
+    hidden = leaf(sides[0])
+    loss = top_k_distillation(hidden, sides[1], log_probs, ids, 1.0, divergence, labels=labels)
+    q = collapsed(whole(hidden, sides[1]), ids)
+    p = torch.cat([log_probs.exp(), torch.full((TOKENS, 1), torch.finfo(torch.float32).eps)], -1).double()
+    wanted = plain(p / p.sum(-1, keepdim=True), q, divergence)[labels != -100].mean()
+    assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=0.1)
+    assert torch.autograd.grad(loss, hidden)[0].isfinite().all()
+
+
+@every_divergence
 @pytest.mark.parametrize("top_k", [None, 3])
 class TestTokens:
     def test_of_a_token_that_does_not_count_nothing_is_read(self, divergence, top_k):
@@ -161,16 +176,27 @@ class TestTokens:
         torch.testing.assert_close(tied_distillation(*sides, 1.0, divergence, reduction="sum", **options), each.sum())
         mean = tied_distillation(*sides, 1.0, divergence, **options)
         torch.testing.assert_close(mean, each.sum() / (labels != -100).sum())
-        items = tied_distillation(*sides, 1.0, divergence, num_items_in_batch=40, **options)
-        torch.testing.assert_close(items, each.sum() / 40)
+        for items in (40, torch.tensor(40)):
+            given = tied_distillation(*sides, 1.0, divergence, num_items_in_batch=items, **options)
+            torch.testing.assert_close(given, each.sum() / 40)
+
+    def test_without_labels_any_ignore_index_leaves_all_tokens(self, divergence, top_k):
+        *sides, _, _ = problem(6)
+        for mask in (None, torch.arange(TOKENS) % 3 > 0):
+            options = {"top_k": top_k, "mask": mask}
+            wanted = tied_distillation(*sides, 1.0, divergence, **options)
+            assert wanted > 0
+            assert tied_distillation(*sides, 1.0, divergence, ignore_index=0, **options).equal(wanted)
 
     def test_where_none_counts_the_loss_is_zero_and_can_be_trained_on(self, divergence, top_k):
         *sides, labels, _ = problem(6)
         hidden = leaf(sides[0])
-        loss = tied_distillation(
-            hidden, *sides[1:], 1.0, divergence, top_k=top_k, labels=torch.full_like(labels, -100)
-        )
-        assert loss == 0 and not torch.autograd.grad(loss, hidden)[0].any()
+        for items in (None, 0, torch.tensor(0)):
+            loss = tied_distillation(
+                hidden, *sides[1:], 1.0, divergence, top_k=top_k, labels=torch.full_like(labels, -100),
+                num_items_in_batch=items,
+            )  # fmt: skip
+            assert loss == 0 and not torch.autograd.grad(loss, hidden)[0].any()
 
     def test_any_leading_shape(self, divergence, top_k):
         *sides, _, _ = problem(7, tokens=12)

@@ -1,6 +1,7 @@
 """`fused_lm_head=True`, the keyword of TRL's trainers, is answered by the model's own forward: its own values."""
 
 import copy
+import inspect
 import sys
 from types import ModuleType
 
@@ -12,7 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_tying import TyingError, merge_projection, use_projection, use_tied_loss
 from hf_tying.hook import CHANGES, apply_change
-from hf_tying.objectives import AugmentedObjective, ContrastiveObjective
+from hf_tying.losses import arithmetic, tied_log_probs
+from hf_tying.objectives import AugmentedObjective, ContrastiveObjective, fused_head
+from hf_tying.objectives.deferred_logits import DeferredLogits
 from hf_tying.objectives.fused_head import add_fused_head
 
 from ..losses.helpers import metered
@@ -188,12 +191,38 @@ class TestBesideStock:
 class TestTheModel:
     def test_is_otherwise_as_before(self):
         stock, model = tiny_model("gpt2"), fused(use_tied_loss(tiny_model("gpt2")))
+        assert inspect.signature(model.forward) == inspect.signature(stock.forward)  # Trainer keeps columns by it
         given = inputs(stock)
         with torch.no_grad():
             assert model.eval()(**given).logits.equal(stock(**given).logits)
             words = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
             assert model.generate(given["input_ids"], **words).equal(stock.generate(given["input_ids"], **words))
         assert model.train()(**given).logits is None
+
+    def test_a_forward_that_was_wrapped_before_stays_wrapped(self):
+        model, calls = use_tied_loss(tiny_model("llama")), []
+        forward = model.forward
+        model.forward = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
+        expected = own(model.eval())
+        model = fused(model)
+        calls.clear()
+        assert_same(model.eval()(**inputs(model), fused_lm_head=True), expected)
+        assert model(**inputs(model)).logits is not None and len(calls) == 2
+
+    def test_the_modes_are_those_of_its_forward(self, monkeypatch):
+        """Accelerate wraps a forward in autocast, and the log-probabilities are made after it."""
+        model, modes = use_tied_loss(tiny_model("llama")), []
+        model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+        compute = tied_log_probs
+
+        def noted(*args, **kwargs):
+            modes.append(torch.is_autocast_enabled("cpu"))
+            return compute(*args, **kwargs)
+
+        monkeypatch.setattr("hf_tying.objectives.token_log_probs.tied_log_probs", noted)
+        model = fused(model)
+        model(**inputs(model), fused_lm_head=True).loss.backward()
+        assert modes == [True] and not torch.is_autocast_enabled("cpu")
 
     def test_a_copy_is_its_own(self):
         model = fused(use_tied_loss(tiny_model("llama")))
@@ -205,15 +234,29 @@ class TestTheModel:
         found.loss.backward()
         assert model.lm_head.weight.grad is None and other.lm_head.weight.grad is not None
 
-    def test_the_float32_head_that_a_trainer_asks_for(self):
-        model = fused(use_tied_loss(tiny_model("llama", dtype=torch.bfloat16)), cast_lm_head_to_fp32=True)
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize("by", ["the trainer", "the model", "both, and a second trainer"])
+    def test_the_float32_head_that_is_asked_for(self, by, training, monkeypatch):
+        monkeypatch.setattr(arithmetic, "has_fast_half", lambda dtype: True)
+        head_dtype, cast = None if by == "the trainer" else "float32", by != "the model"
+        model = use_tied_loss(tiny_model("llama", dtype=torch.bfloat16), head_dtype=head_dtype)
+        for _ in range(2 if "second" in by else 1):
+            model = fused(model, cast_lm_head_to_fp32=cast)
         given, seen = inputs(model), []
         model.model.register_forward_hook(lambda module, args, output: seen.append(output.last_hidden_state))
-        with torch.no_grad():
-            found = model.eval()(**given, fused_lm_head=True).log_probs
+        compute, deferred = fused_head.token_log_probs, []
+        monkeypatch.setattr(
+            fused_head, "token_log_probs", lambda logits, *a: deferred.append(type(logits)) or compute(logits, *a)
+        )
+        outputs = model.train(training)(**given, fused_lm_head=True)
+        assert deferred == [DeferredLogits]
+        found = outputs.log_probs.detach()
         logits = nn.functional.linear(seen[0].double(), model.lm_head.weight.double())[:, :-1]
         wanted = logits.log_softmax(-1).gather(-1, given["labels"][:, 1:, None].clamp(min=0))[..., 0]
         torch.testing.assert_close(found.double(), wanted * (given["labels"][:, 1:] != -100), rtol=0, atol=1e-5)
+        outputs.loss.backward()
+        assert model.lm_head.weight.grad.any()
+        assert model._tied_loss.head_dtype == (torch.float32 if head_dtype else None)
 
     @pytest.mark.parametrize("declared", DECLARED)
     @pytest.mark.parametrize("target", ["q_proj", "lm_head"])

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hf_tying import TyingError, use_projection, use_tied_loss
-from hf_tying.losses import arithmetic, tied_cross_entropy, tied_log_probs
+from hf_tying.losses import arithmetic, tied_cross_entropy, tied_distillation, tied_log_probs
 from hf_tying.losses.wide_linear import wide_linear
 from hf_tying.objectives import AugmentedObjective
 
@@ -148,13 +148,26 @@ class TestTheRest:
         wanted = F.cross_entropy(logits, given["labels"][:, 1:].reshape(-1))
         assert float(outputs.loss) == pytest.approx(float(wanted), rel=1e-6)
 
-    def test_tokens_under_autocast(self):
+    @pytest.mark.parametrize("transformed", [True, False])
+    def test_losses_under_autocast(self, transformed):
         torch.manual_seed(0)
         hidden, weight, labels = torch.randn(20, 16), torch.randn(64, 16), torch.randint(64, (20,))
-        with torch.autocast("cpu", torch.bfloat16):
-            found = tied_log_probs(hidden, weight, labels, head_dtype=torch.float32).log_probs
-        exact = (hidden.double() @ weight.double().T).log_softmax(-1).gather(-1, labels[:, None])[:, 0]
-        assert error(found, exact) < 1e-6
+        exact = (hidden.double() @ weight.double().T).log_softmax(-1)
+        teacher = torch.randn(20, 8), torch.randn(64, 8)
+        log_p = (teacher[0].double() @ teacher[1].double().T).log_softmax(-1)
+        losses = {
+            lambda x, **wide: tied_log_probs(x, weight, labels, **wide).log_probs.mean(): -F.nll_loss(exact, labels),
+            lambda x, **wide: tied_cross_entropy(x, weight, labels, **wide): F.nll_loss(exact, labels),
+            lambda x, **wide: tied_distillation(x, weight, *teacher, **wide): (log_p.exp() * (log_p - exact)).sum(1),
+        }
+        for loss, wanted in losses.items():
+            with torch.autocast("cpu", torch.bfloat16):
+                wide, narrow = (
+                    torch.func.vmap(lambda x: loss(x, **head))(hidden[None]) if transformed else loss(hidden, **head)  # noqa: B023
+                    for head in ({"head_dtype": torch.float32}, {})
+                )
+            assert error(wide.reshape(()), wanted.mean()) < 1e-6
+            assert transformed or error(narrow, wanted.mean()) > 1e-5
 
     def test_a_projection_and_an_adapter_on_the_head(self):
         base = use_tied_loss(use_projection(tiny_model("llama", dtype=torch.bfloat16)), head_dtype="float32")
@@ -178,7 +191,7 @@ class TestTheRest:
         step = tiny_inputs(model)
         use_tied_loss(model)(**step).loss.backward()
         for training in (True, False):
-            with pytest.raises(TyingError, match="does not multiply by its softmax matrix itself.*has no effect"):
+            with pytest.raises(TyingError, match=r"cannot be computed in torch.float32 \(its forward does not"):
                 use_tied_loss(model, head_dtype="float32").train(training)(**step)
         assert use_tied_loss(model)(**step).loss.isfinite()  # the way out
 
@@ -208,5 +221,10 @@ def test_the_product_is_that_of_torch(with_bias):
     torch.testing.assert_close(
         wide_linear(*tensors[:2], bias, torch.float64), nn.functional.linear(*tensors[:2], bias)
     )
+    narrow = [x.detach().bfloat16() for x in tensors]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.func.vmap(lambda x: wide_linear(x, *narrow[1:2], bias, torch.float32))(narrow[0])
+    wanted = nn.functional.linear(*(x.double() for x in narrow[:2]), bias)
+    assert found.dtype == torch.float32 and error(found.detach(), wanted.detach()) < 1e-6
     doubled = torch.func.grad(lambda x: wide_linear(x, tensors[1], bias, torch.float64).square().sum())(tensors[0])
     torch.testing.assert_close(doubled, 2 * F.linear(*tensors[:2], bias) @ tensors[1])

@@ -1,0 +1,59 @@
+"""`train_from`: a run that goes on from a checkpoint is the run that was never stopped, whichever checkpoint it is."""
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from hf_tying.training import train_from
+
+from ..tiny import tiny_model, without_dropout
+
+ROWS = 20
+
+
+def trainer(folder, **settings):
+    ids = torch.randint(3, 60, (ROWS, 6), generator=torch.Generator().manual_seed(0))
+    arguments = TrainingArguments(
+        str(folder), save_steps=1, logging_steps=1, per_device_train_batch_size=4, learning_rate=1e-2,
+        lr_scheduler_type="constant", use_cpu=True, report_to="none", disable_tqdm=True, **settings,
+    )  # fmt: skip
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    return Trainer(without_dropout(tiny_model("llama")), arguments, train_dataset=rows)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_steps": 3},  # of five in an epoch
+        {"max_steps": 5},
+        {"max_steps": 7},
+        {"max_steps": 2, "gradient_accumulation_steps": 2},
+        {"num_train_epochs": 1.4},
+        {"max_steps": 3, "ignore_data_skip": True},
+    ],
+    ids=str,
+)
+def test_a_resumed_run_makes_the_steps_that_are_left(settings, tmp_path):
+    whole = trainer(tmp_path, **settings)
+    last = train_from(whole, None).global_step
+    assert last == whole.state.max_steps
+    for done in (last, last - 1) if not settings.get("ignore_data_skip") else (last,):
+        resumed, steps = trainer(tmp_path / "again", **settings), []
+        training_step = resumed.training_step
+        resumed.training_step = lambda *a, s=steps, f=training_step, **k: s.append(1) or f(*a, **k)
+        assert train_from(resumed, str(tmp_path / f"checkpoint-{done}")).global_step == last
+        assert len(steps) == (last - done) * settings.get("gradient_accumulation_steps", 1)
+        for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+            assert one.equal(other)
+        steps.clear()
+        assert train_from(resumed, None).global_step == last  # from the start, by the same trainer
+        assert len(steps) == last * settings.get("gradient_accumulation_steps", 1)
+
+
+def test_an_interrupted_run_leaves_the_trainer_as_it_was(tmp_path):
+    resumed = trainer(tmp_path, max_steps=2)
+    resumed.training_step = lambda *args, **kwargs: 1 / 0
+    before = resumed.get_batch_samples
+    with pytest.raises(ZeroDivisionError):
+        train_from(resumed, None)
+    assert resumed.get_batch_samples == before
