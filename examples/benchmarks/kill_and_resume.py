@@ -42,6 +42,7 @@ from transformers.utils import logging
 
 from hf_tying import TyingCallback, TyingError, assert_tied, tie
 from hf_tying.parallel import last_complete_checkpoint
+from hf_tying.training.command_line import HelpFormatter
 from hf_tying.training.resuming import train_from
 
 RESULT, LIMIT = "result.json", 300.0
@@ -207,7 +208,8 @@ def kill_one(number: int, arguments: Arguments, losses: list[float], weights: di
 
 def main() -> None:
     """Do what the command line says."""
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    parser = HfArgumentParser(Arguments, description=__doc__, formatter_class=HelpFormatter)
+    (arguments,) = parser.parse_args_into_dataclasses()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
