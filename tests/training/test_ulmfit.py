@@ -320,8 +320,24 @@ def test_the_statistics_of_the_head_are_those_of_the_trained_values():
     torch.testing.assert_close(norm.running_var, variance)
     assert norm.momentum == 0.1 and model.training and norm.training
     model.eval()
+    model.lstm.train()
     recompute_norm_statistics(model, batches)
-    assert not model.training and not norm.training
+    assert not model.training and not norm.training and model.lstm.training
+
+
+@pytest.mark.parametrize("batches", [[], [[[1]]], [[[1], [2]], [["word"]]]], ids=["none", "of one text", "wrong"])
+def test_statistics_that_cannot_be_measured_stay_as_they_were(batches):
+    model = classifier()
+    for norm in (model.classifier[0], model.classifier[4]):
+        norm.running_mean.fill_(2)
+        norm.num_batches_tracked.fill_(7)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    try:
+        recompute_norm_statistics(model, ({"input_ids": torch.tensor(ids)} for ids in batches))
+    except ValueError:
+        assert batches[-1] == [["word"]]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.classifier[0].momentum == 0.1 and model.training == classifier().training
 
 
 # --- labels and probabilities ----------------------------------------------------------------------------------------
