@@ -286,7 +286,7 @@ def test_the_table_shows_means_and_deviations_over_seeds(main):
         (("--r", "17"), "r=17 is more than any adapted module has"),
         (("--target_modules", "q_prj"), "on this model: .* nearest names in the model: .*q_proj"),
         (("--train_file", "missing.tsv"), "There is no file 'missing.tsv'"),
-        (("--test_file", str(EXAMPLES / "run_clm.py")), "is no .tsv, .csv or .json"),
+        (("--test_file", str(EXAMPLES / "run_clm.py")), "ends in '.py': expected a .csv, .tsv, .json"),
         (("--model_name_or_path", "missing"), "--model_name_or_path missing: "),
     ],
 )
