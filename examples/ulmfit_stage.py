@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from hf_tying import TyingError
 from hf_tying.parallel import last_complete_checkpoint
 from hf_tying.training import discriminative_parameters, slanted_triangular_schedule
+from hf_tying.training.results_file import write_json
 
 RECORD = "stage.json"
 
@@ -69,12 +70,8 @@ class Stage:
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def _write(self, **record: Any) -> None:
-        """By way of a temporary name: a reader never finds half a file."""
         self.record = {"settings": self.settings, **record}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        scratch = self.folder / f".{RECORD}.tmp"
-        scratch.write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")
-        scratch.replace(self.folder / RECORD)
+        write_json(self.record, self.folder / RECORD)
 
 
 def digest(*contents: Any) -> str:

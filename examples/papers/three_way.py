@@ -25,7 +25,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from results_file import write_json
 from rich.console import Console
 from sacrebleu.metrics import BLEU
 from three_way_report import paired_tests, plot, results_table, role_shares
@@ -47,6 +46,7 @@ from hf_tying.data.parallel import encode_parallel, read_parallel_text
 from hf_tying.metrics import Bleu, ChrF, generated_text
 from hf_tying.training import set_accepts_loss_kwargs
 from hf_tying.training.command_line import HelpFormatter
+from hf_tying.training.results_file import write_json
 from hf_tying.training.translation import check_fit, translation_collator, translation_config
 
 #: What differs from the defaults of `Seq2SeqTrainingArguments`; each is still a flag.
