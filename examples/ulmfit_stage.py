@@ -31,10 +31,10 @@ class Stage:
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.folder, self.settings = folder, json.loads(json.dumps(settings))
-        self.record = (
-            json.loads((folder / RECORD).read_text(encoding="utf-8")) if (folder / RECORD).is_file() else None
-        )
-        if self.record is None:
+        self.record = None
+        if (folder / RECORD).is_file():
+            self.record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        if self.record is None or not (self.finished or self.last_checkpoint()):  # nothing was made yet
             self._write(finished=False, figures={})
         before = self.record["settings"]
         changed = [name for name in {**before, **self.settings} if before.get(name) != self.settings.get(name)]

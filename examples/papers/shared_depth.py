@@ -28,6 +28,7 @@ from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTra
 
 from hf_tying import assert_tied, share_layers
 from hf_tying.data import train_byte_level_bpe
+from hf_tying.training.command_line import HelpFormatter
 from hf_tying.training.results_file import write_json
 
 ORDERS = ("sequence", "cycle", "cycle_rev")
@@ -128,7 +129,8 @@ def draw(results: dict[str, dict[str, list[dict[str, float]]]], path: Path) -> N
 
 
 def main() -> None:
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    parser = HfArgumentParser(Arguments, description=__doc__, formatter_class=HelpFormatter)
+    (arguments,) = parser.parse_args_into_dataclasses()
     if arguments.output_dir is not None:
         import matplotlib.figure  # noqa: F401  # missing, it is missed before the work
     words = Words(arguments)
