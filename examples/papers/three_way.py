@@ -96,7 +96,7 @@ class ExperimentArguments:
     dropout: float = field(default=0.1, metadata={"help": "Dropout."})
     attn_implementation: str = field(
         default="eager",
-        metadata={"help": "eager, or sdpa, by which updates on short sentences took 1.4 times as long on a CPU."},
+        metadata={"help": "How attention is computed: eager, or sdpa, one of the fused kernels of torch."},
     )
     bleu_tokenize: str = field(
         default="13a", metadata={"help": "sacrebleu's tokenization: 13a for plain text, none for tokenized text."}

@@ -138,7 +138,7 @@ class GradualUnfreezing(TrainerCallback):
 
     def _move_to(self, state: TrainerState) -> None:
         if self.every is None:
-            stage = int((state.epoch or 0) + 1e-6)
+            stage = int(state.epoch or 0)
         else:
             stage = state.global_step // step_of(self.every, state.max_steps)
         if not self._groups or (stage := min(stage, len(self._groups) - 1)) == self._stage:
@@ -148,7 +148,6 @@ class GradualUnfreezing(TrainerCallback):
         for place, (_, members) in enumerate(self._groups):
             for parameter in members:
                 parameter.requires_grad_(place >= first)
-                parameter.grad = None
         names = ", ".join(name for name, _ in self._groups[first:])
         logger.info(f"Step {state.global_step}: trained now: {names}.")
 

@@ -36,9 +36,11 @@ def test_every_form_of_file(suffix, tmp_path):
 
 def test_a_quoted_tsv_and_several_labels(tmp_path):
     file = tmp_path / "a.tsv"
-    file.write_text('text\tlabel\n"one\ttab"\ta; b\nplain\t\n')
+    file.write_text('text\tlabel\n"one\ttab"\ta; b; a\nplain\t\n')
     found = read_labelled_texts(file, separator=";")
     assert found.texts == ["one\ttab", "plain"] and found.labels == [("a", "b"), ()] and found.several
+    file.write_text("text\tlabel\none\ta\ntwo\t\n")
+    assert classes_of(read_labelled_texts(file, separator=";")) == ["a"]
     (tmp_path / "a.jsonl").write_text('{"text": "t", "label": [1, 2]}\n{"text": "u", "label": []}\n')
     found = read_labelled_texts(tmp_path / "a.jsonl")
     assert found.labels == [("1", "2"), ()] and found.several
