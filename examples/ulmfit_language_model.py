@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from ulmfit_data import Data
-from ulmfit_stage import Stage, digest, optimizers
+from ulmfit_stage import Stage, digest, optimizers, trainer_settings
 
 from hf_tying import TyingCallback, TyingError
 from hf_tying.data import ContiguousText, extend_vocabulary, train_word_tokenizer
@@ -142,16 +142,8 @@ def _train(
         num_train_epochs=epochs,
         per_device_train_batch_size=columns,
         sum_over_time=False,
-        max_grad_norm=1.0,
         eval_strategy="epoch",
-        logging_strategy="epoch",
-        save_steps=args.save_steps,
-        save_total_limit=1,
-        seed=args.seed,
-        use_cpu=args.use_cpu,
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available() and not args.use_cpu,
+        **trainer_settings(args),
     )
     steps = math.ceil(text.pieces * epochs)
     trainer = CarriedStateTrainer(

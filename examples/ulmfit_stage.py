@@ -89,3 +89,18 @@ def optimizers(
     if args.no_slanted_triangular:
         return optimizer, LambdaLR(optimizer, lambda step: 1.0)
     return optimizer, slanted_triangular_schedule(optimizer, max(1, steps))
+
+
+def trainer_settings(args: Any) -> dict[str, Any]:
+    """What the training arguments of all stages have in common."""
+    return {
+        "max_grad_norm": 1.0,
+        "logging_strategy": "epoch",
+        "save_steps": args.save_steps,
+        "save_total_limit": 1,
+        "seed": args.seed,
+        "use_cpu": args.use_cpu,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available() and not args.use_cpu,
+    }
