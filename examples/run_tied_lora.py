@@ -36,15 +36,16 @@ from tied_lora_methods import (
     make_methods,
     tied_config,
 )
-from tied_lora_report import results_table, summary_of, write_json
-from tied_lora_tasks import TASKS, Task, naming
+from tied_lora_report import results_table, summary_of
+from tied_lora_tasks import TASKS, Task
 from tied_lora_training import RecordedTrainer, Recorder
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, Seq2SeqTrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_tying import TyingError
 from hf_tying.training import set_accepts_loss_kwargs
-from hf_tying.training.command_line import HelpFormatter
+from hf_tying.training.command_line import HelpFormatter, naming
+from hf_tying.training.results_file import write_json
 
 #: What differs from the defaults of `Seq2SeqTrainingArguments`; each is still a flag.
 TRAINING_DEFAULTS = {

@@ -1,4 +1,4 @@
-"""Classify texts by ULMFiT (Howard & Ruder 2018): a tied language model, tuned to your texts, becomes the classifier.
+r"""Classify texts by ULMFiT (Howard & Ruder 2018): a tied language model, tuned to your texts, becomes the classifier.
 
     python examples/run_ulmfit.py --pretrain_file WIKI.txt --train_file T.csv --validation_file V.csv \
         --test_file W.csv --text_column text --label_column label --output_dir OUT
@@ -33,6 +33,8 @@ from hf_tying.training import ScriptParser
 
 @dataclass
 class DataArguments:
+    _argument_group_name = "texts"
+
     train_file: str = field(metadata={"help": "Training texts with labels: .csv, .tsv, .json or .jsonl."})
     output_dir: str = field(metadata={"help": "Where the three models, the figures and the pictures go."})
     pretrain_file: str | None = field(
@@ -70,6 +72,8 @@ class DataArguments:
 
 @dataclass
 class ModelArguments:
+    _argument_group_name = "model"
+
     embedding_size: int = field(default=128, metadata={"help": "Width of the embedding and the last layer."})
     hidden_size: int = field(default=256, metadata={"help": "Width of the layers before it."})
     num_layers: int = field(default=2, metadata={"help": "Number of layers."})
@@ -84,6 +88,8 @@ class ModelArguments:
 
 @dataclass
 class StageArguments:
+    _argument_group_name = "stages"
+
     pretrain_epochs: float = field(default=2, metadata={"help": "Epochs of the first stage."})
     tune_epochs: float = field(default=8, metadata={"help": "Epochs of the second stage."})
     epochs: float = field(default=12, metadata={"help": "Epochs of the third stage."})
@@ -122,7 +128,8 @@ class StageArguments:
 
 def main() -> None:
     """Do what the command line says."""
-    data_args, model_args, stage_args = ScriptParser((DataArguments, ModelArguments, StageArguments)).parse()
+    classes = (DataArguments, ModelArguments, StageArguments)
+    data_args, model_args, stage_args = ScriptParser(classes, description=__doc__).parse()
     sources = bool(data_args.pretrain_file) + bool(data_args.pretrained_lm)
     if sources > 1 or not (sources or stage_args.no_pretrain):
         raise TyingError("Expected --pretrain_file or --pretrained_lm, or --no_pretrain to have no first stage.")

@@ -4,12 +4,12 @@ from dataclasses import asdict, dataclass, field, fields, make_dataclass
 
 import torch
 from peft import LoraConfig, PeftConfig, VeraConfig, get_peft_model
-from tied_lora_tasks import naming
 
 from hf_tying import TyingError
 from hf_tying.peft import TiedLoraConfig
 from hf_tying.peft.config import VARIANTS
 from hf_tying.peft.layer import TiedLoraLayer
+from hf_tying.training.command_line import naming
 
 OTHERS = ("lora", "vera")
 # A flag has one type, so these take the narrower one of those that the field has.

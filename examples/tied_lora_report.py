@@ -1,7 +1,5 @@
 """What `run_tied_lora.py` reports: the methods over their seeds, in a table and as JSON."""
 
-import json
-from pathlib import Path
 from statistics import fmean, median, stdev
 
 from rich.table import Table
@@ -62,10 +60,3 @@ def metric_cell(name: str, values: dict) -> str:
     digits = METRICS[name][1]
     deviation = "" if values["deviation"] is None else f" ± {values['deviation']:.{digits}f}"
     return f"{values['mean']:.{digits}f}{deviation}"
-
-
-def write_json(content, path: Path):
-    """By way of a temporary name: a reader never finds half a file."""
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
-    scratch.replace(path)

@@ -1,9 +1,7 @@
 """The three tasks of `run_tied_lora.py`: for each its data, the model's class, how batches are made, and the score."""
 
-import csv
 import hashlib
-import json
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +16,7 @@ from transformers import (
 
 from hf_tying import TyingError
 from hf_tying.data import blocks_for_language_modeling, encode_parallel, read_parallel_text
+from hf_tying.data.labelled import read_rows
 from hf_tying.data.text import read_text
 from hf_tying.metrics import Bleu, ChrF, generated_text, perplexity_of, sequence_scores
 from hf_tying.training.translation import check_fit, translation_collator, use_languages
@@ -25,18 +24,7 @@ from hf_tying.training.translation import check_fit, translation_collator, use_l
 SPLITS = ("train", "validation", "test")
 
 
-@contextmanager
-def naming(flags: str):
-    """What transformers, PEFT or Tied-LoRA say about a wrong value becomes one line that names the flags."""
-    try:
-        yield
-    except TyingError:
-        raise
-    except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
-        raise TyingError(f"{flags}: {' '.join(str(error).split())}") from error
-
-
-class Task:
+class Task(ABC):
     """What the tasks have in common.
 
     Args:
@@ -81,12 +69,24 @@ class Task:
         """By which examples of like length come into one batch."""
         return len(row["input_ids"])
 
-    def prepare(self, model) -> None:
+    def prepare(self, model) -> None:  # noqa: B027  # most tasks have nothing to settle
         """Settle what a fresh model must be told."""
 
+    @abstractmethod
+    def read(self, split: str):
+        """The texts of a split."""
+
+    @abstractmethod
+    def encode(self, texts) -> Dataset:
+        """The examples of a split, with `input_ids` and `labels`."""
+
+    @abstractmethod
+    def collator(self, model):
+        """What makes a batch of examples."""
+
+    @abstractmethod
     def score(self, trainer, folder: Path) -> dict[str, float]:
         """Metrics on the test data, else on the validation data."""
-        raise NotImplementedError
 
 
 class Classification(Task):
@@ -102,7 +102,7 @@ class Classification(Task):
         self.model_arguments = {"num_labels": len(ids), "label2id": ids, "id2label": dict(enumerate(ids))}
 
     def read(self, split):
-        rows = read_rows(self.file(split))
+        rows = read_sentences(self.file(split))
         if split == "train":
             self.labels = sorted({label for _, label in rows})
             if len(self.labels) < 2:
@@ -200,20 +200,11 @@ def accuracy(predictions) -> dict[str, float]:
     return {"accuracy": float(np.mean(np.argmax(logits, axis=-1) == predictions.label_ids))}
 
 
-def read_rows(name: str) -> list[tuple[str, str]]:
-    """Sentences and labels of a file, by its suffix; a .tsv has no quoting, as GLUE's have none."""
-    text = read_text(Path(name))
-    suffix = Path(name).suffix
-    if suffix in (".json", ".jsonl"):
-        with naming(f"{name!r}, expected an object on each line"):
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    elif suffix in (".tsv", ".csv"):
-        form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if suffix == ".tsv" else {}
-        rows = list(csv.DictReader(text.splitlines(keepends=True), **form))
-    else:
-        raise TyingError(f"{name!r} is no .tsv, .csv or .json: expected one of them, with sentence and label.")
+def read_sentences(name: str) -> list[tuple[str, str]]:
+    """Sentences and labels of a file."""
+    rows = read_rows(Path(name))
     for i, row in enumerate(rows, start=1):
-        if not isinstance(row, dict) or None in (row.get("sentence"), row.get("label")):
+        if None in (row.get("sentence"), row.get("label")):
             raise TyingError(f"Row {i} of {name!r} lacks sentence or label: expected columns of these names.")
     if not rows:
         raise TyingError(f"{name!r} has no rows below its header.")

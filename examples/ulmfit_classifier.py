@@ -15,7 +15,7 @@ from transformers import (
     set_seed,
 )
 from ulmfit_data import Data, pieces
-from ulmfit_stage import Stage, digest, optimizers
+from ulmfit_stage import Stage, digest, optimizers, trainer_settings
 
 from hf_tying import TyingCallback
 from hf_tying.models import TiedLSTMForSequenceClassification
@@ -125,15 +125,7 @@ def _training_arguments(record: Stage, args: Any) -> TrainingArguments:
         per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=64,
         train_sampling_strategy="group_by_length",
-        max_grad_norm=1.0,
-        logging_strategy="epoch",
-        save_steps=args.save_steps,
-        save_total_limit=1,
-        seed=args.seed,
-        use_cpu=args.use_cpu,
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available() and not args.use_cpu,
+        **trainer_settings(args),
     )
 
 

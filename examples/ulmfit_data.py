@@ -62,7 +62,7 @@ def read_data(args: Any, seed: int) -> Data:
     unlabeled = read_labelled_texts(args.unlabeled_file, args.text_column, None).texts if args.unlabeled_file else []
     pretrain = []
     if args.pretrain_file:
-        pretrain = [line.strip() for line in read_text(Path(args.pretrain_file)).splitlines() if line.strip()]
+        pretrain = [line.strip() for line in read_text(Path(args.pretrain_file)).split("\n") if line.strip()]
     return Data(pretrain, splits, unlabeled, classes, train.several)
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from ulmfit_data import Data
-from ulmfit_stage import Stage, digest, optimizers
+from ulmfit_stage import Stage, digest, optimizers, trainer_settings
 
 from hf_tying import TyingCallback, TyingError
 from hf_tying.data import ContiguousText, extend_vocabulary, train_word_tokenizer
@@ -24,7 +24,8 @@ HELD_OUT = 0.05
 def pretrain(folder: Path, data: Data, data_args: Any, model_args: Any, args: Any, backward: bool) -> Stage:
     """Stage 1: a language model of general text. With --no_pretrain, initial values and the words of the task."""
     if data_args.pretrained_lm and not args.no_pretrain:
-        return _copied(Path(f"{data_args.pretrained_lm}{'_backward' if backward else ''}"), folder)
+        source = Path(data_args.pretrained_lm)
+        return _copied(source.with_name(f"{source.name}_backward") if backward else source, folder)
     texts = task_texts(data) if args.no_pretrain else data.pretrain
     names = ("embedding_size", "hidden_size", "num_layers", "dropout", "no_tying")
     settings = {name: getattr(model_args, name) for name in names}
@@ -75,7 +76,9 @@ def _copied(source: Path, folder: Path) -> Stage:
     stage = Stage(folder, {"pretrained_lm": files})
     if not stage.finished:
         with naming(f"--pretrained_lm {source}"):
-            model, tokenizer = TiedLSTMForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+            model, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+        if not isinstance(model, TiedLSTMForCausalLM):
+            raise TyingError(f"--pretrained_lm {source} is a {type(model).__name__}: expected a TiedLSTMForCausalLM.")
         _save(stage, model, tokenizer, words=len(tokenizer))
     return stage
 
@@ -139,16 +142,8 @@ def _train(
         num_train_epochs=epochs,
         per_device_train_batch_size=columns,
         sum_over_time=False,
-        max_grad_norm=1.0,
         eval_strategy="epoch",
-        logging_strategy="epoch",
-        save_steps=args.save_steps,
-        save_total_limit=1,
-        seed=args.seed,
-        use_cpu=args.use_cpu,
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available() and not args.use_cpu,
+        **trainer_settings(args),
     )
     steps = math.ceil(text.pieces * epochs)
     trainer = CarriedStateTrainer(

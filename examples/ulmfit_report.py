@@ -12,6 +12,7 @@ from ulmfit_data import Data
 
 from hf_tying.metrics import ExpectedCalibrationError, MacroF1, calibration, confusion_matrix
 from hf_tying.training import average_predictions
+from hf_tying.training.results_file import write_json
 
 
 def report(output: Path, data: Data, predictions: dict[str, dict], settings: dict[str, Any]) -> None:
@@ -35,9 +36,7 @@ def report(output: Path, data: Data, predictions: dict[str, dict], settings: dic
     stages = sorted(output.glob("*/stage.json"))
     results["stages"] = {path.parent.name: json.loads(path.read_text(encoding="utf-8"))["figures"] for path in stages}
     results |= {"classes": data.classes, "settings": settings}
-    scratch = output / ".results.json.tmp"
-    scratch.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    scratch.replace(output / "results.json")
+    write_json(results, output / "results.json")
     _print(results, data)
     last = list(data.splits)[-1]
     mean = average_predictions([_probabilities(found, last, data) for found in predictions.values()])

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from hf_tying import TyingError
 from hf_tying.parallel import last_complete_checkpoint
 from hf_tying.training import discriminative_parameters, slanted_triangular_schedule
+from hf_tying.training.results_file import write_json
 
 RECORD = "stage.json"
 
@@ -30,10 +31,10 @@ class Stage:
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.folder, self.settings = folder, json.loads(json.dumps(settings))
-        self.record = (
-            json.loads((folder / RECORD).read_text(encoding="utf-8")) if (folder / RECORD).is_file() else None
-        )
-        if self.record is None:
+        self.record = None
+        if (folder / RECORD).is_file():
+            self.record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        if self.record is None or not (self.finished or self.last_checkpoint()):  # nothing was made yet
             self._write(finished=False, figures={})
         before = self.record["settings"]
         changed = [name for name in {**before, **self.settings} if before.get(name) != self.settings.get(name)]
@@ -69,12 +70,8 @@ class Stage:
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def _write(self, **record: Any) -> None:
-        """By way of a temporary name: a reader never finds half a file."""
         self.record = {"settings": self.settings, **record}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        scratch = self.folder / f".{RECORD}.tmp"
-        scratch.write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")
-        scratch.replace(self.folder / RECORD)
+        write_json(self.record, self.folder / RECORD)
 
 
 def digest(*contents: Any) -> str:
@@ -92,3 +89,18 @@ def optimizers(
     if args.no_slanted_triangular:
         return optimizer, LambdaLR(optimizer, lambda step: 1.0)
     return optimizer, slanted_triangular_schedule(optimizer, max(1, steps))
+
+
+def trainer_settings(args: Any) -> dict[str, Any]:
+    """What the training arguments of all stages have in common."""
+    return {
+        "max_grad_norm": 1.0,
+        "logging_strategy": "epoch",
+        "save_steps": args.save_steps,
+        "save_total_limit": 1,
+        "seed": args.seed,
+        "use_cpu": args.use_cpu,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available() and not args.use_cpu,
+    }

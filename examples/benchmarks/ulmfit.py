@@ -1,4 +1,4 @@
-"""ULMFiT with and without each of its parts: the error of a classifier from scratch and from a language model.
+r"""ULMFiT with and without each of its parts: the error of a classifier from scratch and from a language model.
 
     python examples/benchmarks/ulmfit.py --pretrain_file wikitext-2/train.txt --train_file trec6/train.tsv \
         --test_file trec6/test.tsv --seeds 0 1 2 --json results.json
@@ -45,13 +45,18 @@ def run(flags: list[str], output: Path) -> dict:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pretrain_file")
-    parser.add_argument("--pretrained_lm")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    first_stage = parser.add_mutually_exclusive_group(required=True)
+    first_stage.add_argument("--pretrain_file")
+    first_stage.add_argument("--pretrained_lm")
+    parser.add_argument("--test_file", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--json", type=Path)
     arguments, others = parser.parse_known_args()
+    others += ["--test_file", arguments.test_file]
     sys.path.insert(0, str(SCRIPT.parent))
     errors: dict[str, list[float]] = {}
     runs = []

@@ -17,7 +17,6 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
-from results_file import write_json
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -25,6 +24,7 @@ from transformers import HfArgumentParser
 
 from hf_tying import assert_tied, save_tied, tie
 from hf_tying.training.command_line import HelpFormatter
+from hf_tying.training.results_file import write_json
 
 COLOURS, POINTS, GHOSTS = 6, 6, 48
 #: Half of the side of the cube in which a stage draws its ghost points.

@@ -15,6 +15,7 @@ from lstm_training import LSTMArguments, run, train_and_report
 from transformers import HfArgumentParser
 
 from hf_tying.models import TiedLSTMConfig
+from hf_tying.training.command_line import HelpFormatter
 from hf_tying.training.recipes import RECIPES
 
 
@@ -28,7 +29,8 @@ class Arguments(LSTMArguments):
 
 
 def main():
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    parser = HfArgumentParser(Arguments, description=__doc__, formatter_class=HelpFormatter)
+    (arguments,) = parser.parse_args_into_dataclasses()
     recipe = RECIPES["zaremba_small"] | {"decay": 1.0}
 
     def make_config(**of_the_text) -> TiedLSTMConfig:

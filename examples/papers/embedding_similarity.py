@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 
-from results_file import write_json
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
@@ -30,6 +29,7 @@ from hf_tying.metrics import WordSimilarity, read_word_pairs, spearman, word_sim
 from hf_tying.ties.anatomy import roles
 from hf_tying.ties.slots import find_parameter
 from hf_tying.training.command_line import HelpFormatter
+from hf_tying.training.results_file import write_json
 
 
 @dataclass

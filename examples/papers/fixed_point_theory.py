@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from results_file import write_json
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -25,6 +24,7 @@ from transformers import HfArgumentParser
 
 from hf_tying.depth import FixedPoint
 from hf_tying.training.command_line import HelpFormatter
+from hf_tying.training.results_file import write_json
 
 
 @dataclass
@@ -129,7 +129,6 @@ def main() -> None:
     Console().print(table)
     if arguments.output_dir is not None:
         folder = Path(arguments.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         write_json({"contraction": arguments.contraction, "results": results}, folder / "results.json")
         draw(results, folder / "equilibrium.png")
 

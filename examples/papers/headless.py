@@ -19,7 +19,6 @@ from pathlib import Path
 from accelerate import PartialState
 from headless_parts import TimeBudget, make_model, perplexity, read_blocks
 from lstm_training import run
-from results_file import write_json
 from rich.console import Console
 from transformers import DataCollatorForLanguageModeling, HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
@@ -29,6 +28,7 @@ from hf_tying.config import TyingError
 from hf_tying.objectives.objective import ContrastiveObjective
 from hf_tying.training.command_line import HelpFormatter
 from hf_tying.training.headless import HeadlessTrainer, recover_lm_head
+from hf_tying.training.results_file import write_json
 
 #: Tables 1 and 4: a BERT of 110M on 4.1B tokens (average of GLUE), a Pythia of 70M (validation perplexity as printed).
 PUBLISHED = {

@@ -27,7 +27,7 @@ def read_blocks(folder: str, vocab_size: int, block_size: int, masked: bool):
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise TyingError(f"{path} cannot be read ({error}): expected UTF-8 text, a sentence on a line.") from None
-        lines[name] = [line.strip() for line in text.splitlines() if line.strip()]
+        lines[name] = [line.strip() for line in text.split("\n") if line.strip()]
         if not lines[name]:
             raise TyingError(f"{path} is empty: expected text, a sentence on a line.")
     tokenizer = train_byte_level_bpe(lines["train"], vocab_size - masked)

@@ -28,7 +28,6 @@ from pathlib import Path
 import torch
 from lstm_training import run
 from matplotlib.figure import Figure
-from results_file import write_json
 from rich.console import Console
 from torch import nn
 from torch.nn import functional as F
@@ -39,6 +38,7 @@ from hf_tying.data.words import read_words
 from hf_tying.losses.augmented import augmented_parts
 from hf_tying.losses.options import AugmentedSettings
 from hf_tying.training.command_line import HelpFormatter
+from hf_tying.training.results_file import write_json
 
 #: About what the paper reports at a temperature of 10.
 PUBLISHED = {"temperature": 10, "distances": {"0": 1.0, "1": 0.06}}

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from results_file import write_json
 from rich.console import Console
 from rich.table import Table
 from transformers import set_seed
@@ -17,6 +16,7 @@ from hf_tying.config import TyingError
 from hf_tying.data.words import ContiguousText, encode_words, train_word_level
 from hf_tying.models import TiedLSTMForCausalLM
 from hf_tying.training.carried_state import CarriedStateArguments, CarriedStateTrainer
+from hf_tying.training.results_file import write_json
 
 FIGURES = ("parameters", "train_perplexity", "valid_perplexity", "test_perplexity")
 

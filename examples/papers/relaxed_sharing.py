@@ -18,7 +18,6 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
-from results_file import write_json
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -26,6 +25,7 @@ from transformers import HfArgumentParser
 
 from hf_tying import assert_tied, gap, relaxation_penalty, tie
 from hf_tying.training.command_line import HelpFormatter
+from hf_tying.training.results_file import write_json
 
 PLACES, TAPS, PATTERNS = 16, 9, 2
 KINDS = ("exact tie", "relaxed tie", "free")
@@ -134,7 +134,6 @@ def main() -> None:
     print("Parameters:", ", ".join(f"{kind} {runs[kind][0]['parameters']:.0f}" for kind in KINDS))
     if arguments.output_dir is not None:
         folder = Path(arguments.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         write_json({"steps": arguments.steps, "results": results}, folder / "results.json")
         draw(results, folder / "relaxed_sharing.png")
 

@@ -21,7 +21,6 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from results_file import write_json
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -29,6 +28,8 @@ from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTra
 
 from hf_tying import assert_tied, share_layers
 from hf_tying.data import train_byte_level_bpe
+from hf_tying.training.command_line import HelpFormatter
+from hf_tying.training.results_file import write_json
 
 ORDERS = ("sequence", "cycle", "cycle_rev")
 STARTS: dict[str, dict[str, Any]] = {
@@ -128,7 +129,8 @@ def draw(results: dict[str, dict[str, list[dict[str, float]]]], path: Path) -> N
 
 
 def main() -> None:
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    parser = HfArgumentParser(Arguments, description=__doc__, formatter_class=HelpFormatter)
+    (arguments,) = parser.parse_args_into_dataclasses()
     if arguments.output_dir is not None:
         import matplotlib.figure  # noqa: F401  # missing, it is missed before the work
     words = Words(arguments)
@@ -162,7 +164,6 @@ def main() -> None:
         Console().print(table)
     if arguments.output_dir is not None:
         folder = Path(arguments.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         write_json({"arguments": vars(arguments), "results": results}, folder / "results.json")
         draw(results, folder / "shared_depth.png")
 

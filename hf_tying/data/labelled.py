@@ -1,6 +1,7 @@
 """Texts with labels in CSV, TSV and JSON files, checked row by row before any work."""
 
 import csv
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -70,7 +71,7 @@ def read_labelled_texts(
         TyingError: if the file cannot be read, a column is missing, or a row has no text or no label (NaN included).
     """
     path = Path(file)
-    rows = _rows(path)
+    rows = read_rows(path)
     if not rows:
         raise TyingError(f"{str(path)!r} has no rows: expected texts.")
     flags = {text_column: "--text_column"} | ({label_column: "--label_column"} if label_column is not None else {})
@@ -78,7 +79,7 @@ def read_labelled_texts(
         if not any(column in row for row in rows):
             names = ", ".join(map(repr, dict.fromkeys(name for row in rows for name in row)))
             raise TyingError(f"{str(path)!r} has no column {column!r}; it has {names}. Name one with {flag}.")
-    texts, labels, several = [], [], separator is not None
+    texts, labels = [], []
     for number, row in enumerate(rows, 1):
         text = row.get(text_column)
         if not isinstance(text, str) or not text.strip():
@@ -88,12 +89,11 @@ def read_labelled_texts(
             )
         texts.append(text)
         if label_column is not None:
-            found = row.get(label_column)
-            several = several or isinstance(found, list)
-            labels.append(_labels(found, separator, f"{str(path)!r}, row {number}"))
-    if several and any(isinstance(row.get(label_column), list) is False and separator is None for row in rows):
+            labels.append(_labels(row.get(label_column), separator, f"{str(path)!r}, row {number}"))
+    lists = sum(isinstance(row.get(label_column), list) for row in rows)
+    if separator is None and 0 < lists < len(rows):
         raise TyingError(f"{str(path)!r} has lists of labels in some rows only: expected lists in all, [] for none.")
-    return LabelledTexts(str(path), texts, labels, several)
+    return LabelledTexts(str(path), texts, labels, several=separator is not None or lists > 0)
 
 
 def classes_of(train: LabelledTexts) -> list[str]:
@@ -109,9 +109,8 @@ def classes_of(train: LabelledTexts) -> list[str]:
             f"{train.name} has texts of one class only ({found}): expected two classes at least. Is another column "
             "meant? Name it with --label_column."
         )
-    if all(label.lstrip("-").isdecimal() for label in classes):
-        return sorted(classes, key=int)
-    return sorted(classes)
+    numbers = all(label.removeprefix("-").isdecimal() for label in classes)
+    return sorted(classes, key=lambda label: (int(label), label) if numbers else label)
 
 
 def _labels(found: Any, separator: str | None, where: str) -> tuple[str, ...]:
@@ -125,12 +124,18 @@ def _labels(found: Any, separator: str | None, where: str) -> tuple[str, ...]:
     label = "" if missing else str(found).strip()
     if not label or label.lower() in ("nan", "none", "null"):
         raise TyingError(
-            f"{where}: the label is {found!r}, expected a class. Take the row out, or give it as a text without label."
+            f"{where}: the label is {found!r}, expected a class. Take the row out or give it as a text without label; "
+            "if it is a class, give it another name."
         )
     return (label,)
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read the rows of a file, by its suffix, as `read_labelled_texts` does. Values of `.csv` and `.tsv` are text.
+
+    Raises:
+        TyingError: if the file cannot be read, or a row does not have the columns of the first line.
+    """
     suffix = path.suffix.lower()
     if suffix not in (*_DELIMITERS, ".json", ".jsonl"):
         raise TyingError(f"{str(path)!r} ends in {path.suffix or 'no suffix'!r}: expected {_FORMS}.")
@@ -154,15 +159,17 @@ def _table(path: Path, text: str, delimiter: str) -> list[dict[str, Any]]:
     forms = [csv.QUOTE_NONE, csv.QUOTE_MINIMAL] if delimiter == "\t" else [csv.QUOTE_MINIMAL]
     try:
         for quoting in forms:
-            lines = [
-                row for row in csv.reader(text.splitlines(keepends=True), delimiter=delimiter, quoting=quoting) if row
-            ]
-            header, *rows = lines
+            # Not `splitlines`: a text may have other ends of a line, such as U+2028, inside.
+            lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting)
+            header, *rows = [row for row in lines if row]
             wrong = next((i for i, row in enumerate(rows, 1) if len(row) != len(header)), None)
             if wrong is None:
                 return [dict(zip(header, row, strict=True)) for row in rows]
     except csv.Error as error:
-        raise TyingError(f"{str(path)!r} cannot be read: {error}.") from None
+        raise TyingError(
+            f"{str(path)!r} cannot be read: {error}. A text of more than {csv.field_size_limit():,} characters needs "
+            "a .jsonl file."
+        ) from None
     raise TyingError(
         f"{str(path)!r}, row {wrong}: {len(rows[wrong - 1])} columns, expected the {len(header)} of the first line "
         f"({', '.join(map(repr, header))}). Quote texts that contain {delimiter!r}."

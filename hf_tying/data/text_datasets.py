@@ -137,10 +137,11 @@ def naming_unreadable_rows(*files: str | Path | None) -> Iterator[None]:
         yield
     except (pyarrow.ArrowException, pandas.errors.ParserError, DatasetGenerationError) as error:
         paths = [Path(file) for file in files if file and Path(file).is_file()]
-        bad = [path for path in paths if _first_bad_line(path)] or paths
-        if not bad:
-            raise TyingError(f"The text cannot be read: {_reason(error)}.") from error
-        raise _unreadable(bad[0], error) from error
+        bad = [path for path in paths if _first_bad_line(path)][:1] or paths
+        if len(bad) == 1:
+            raise _unreadable(bad[0], error) from error
+        where = " or ".join(repr(str(path)) for path in bad) or "The text"
+        raise TyingError(f"{where} cannot be read: {_reason(error)}.") from error
 
 
 def hold_out(split: TextSplit, percentage: float) -> tuple[TextSplit, TextSplit]:

@@ -36,7 +36,8 @@ def read_words(file: str | Path) -> list[str]:
     Raises:
         TyingError: if the file is missing, empty or not UTF-8.
     """
-    return [word for line in read_text(Path(file)).splitlines() for word in (*line.split(), EOS)]
+    lines = read_text(Path(file)).removesuffix("\n").split("\n")  # other ends of a line are spaces
+    return [word for line in lines for word in (*line.split(), EOS)]
 
 
 def train_word_level(file: str | Path, others: Iterable[str | Path] = ()) -> "PreTrainedTokenizerFast":

@@ -1,7 +1,6 @@
 """The results of the demo for people and for programs: the table, `curves.png` and `report.json`."""
 
 import dataclasses
-import json
 import os
 import platform
 import shutil
@@ -16,6 +15,7 @@ from rich.table import Table
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ..report.drawing import ROLES, RUNS, color_of_role, points_of
+from ..training.results_file import write_json
 from .proof import Check
 from .settings import REPORT, DemoSettings, TranslationSettings
 
@@ -180,15 +180,13 @@ def report(
 
 
 def write_report(content: dict[str, Any], folder: Path) -> None:
-    """Write `report.json` under a temporary name and rename it, so that a reader never finds half a report.
+    """Write `report.json`, whole or not at all.
 
     Args:
         content: plain JSON values.
         folder: folder of the report.
     """
-    scratch = folder / f".{REPORT}.tmp"
-    scratch.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-    scratch.replace(folder / REPORT)
+    write_json(content, folder / REPORT)
 
 
 def check_lines(checks: Iterable[Check]) -> Iterable[str]:

@@ -94,4 +94,3 @@ class Cascade:
             for parameter in members:
                 if parameter.requires_grad:
                     self._frozen.append(parameter.requires_grad_(False))
-                    parameter.grad = None

@@ -49,7 +49,8 @@ class ScriptParser(HfArgumentParser):
             "usage": "%(prog)s [FLAGS.json | FLAGS.yaml] [--FLAG VALUE ...]",
         } | kwargs
         super().__init__(dataclass_types, **kwargs)
-        self._optionals.title = "training, by transformers"
+        if not all(hasattr(one, "_argument_group_name") for one in self.dataclass_types):
+            self._optionals.title = "training, by transformers"
         self._action_groups.sort(key=lambda group: group is self._optionals)
         # Any prefix of a flag would be the flag: an unknown one could be taken for another.
         self.allow_abbrev = False

@@ -40,7 +40,7 @@ def layer_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """
     inner = unwrapped(model)
     prefix = "" if inner.base_model is inner else f"{inner.base_model_prefix}."
-    blocks = [f"{prefix}{name}" for name in _blocks(inner.base_model)]
+    blocks = [f"{prefix}{name}" for name in block_names(inner.base_model)]
     names = [BOTTOM, *blocks, HEAD]
     owners = {id(p): module for module in inner.modules() for p in module._parameters.values()}
     level: dict[int, int] = {}
@@ -128,13 +128,13 @@ def restart(model: PreTrainedModel, parameters: list[nn.Parameter]) -> None:
     draw(model, model)
 
 
-def _blocks(module: nn.Module, prefix: str = "") -> Iterator[str]:
+def block_names(module: nn.Module, prefix: str = "") -> Iterator[str]:
     """The names of the elements of the outermost lists of blocks."""
     for name, child in module.named_children():
         if _is_stack(child):
             yield from (f"{prefix}{name}.{number}" for number in range(len(child)))
         else:
-            yield from _blocks(child, f"{prefix}{name}.")
+            yield from block_names(child, f"{prefix}{name}.")
 
 
 def _is_stack(module: nn.Module) -> bool:

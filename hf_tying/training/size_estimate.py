@@ -7,13 +7,16 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..config import TyingError
 from ..ties.slots import find_parameter
 from ..ties.verify import groups_of
+from .layers import block_names
 
 #: Weights, gradients, and AdamW's two moments.
 _COPIES = 4
-#: Logits and their gradient.
-_LOGITS = 2
-#: Tensors of the hidden size that a layer keeps for its backward pass: attention, MLP and norms, of usual widths.
-_KEPT_BY_LAYER = 16
+#: Logits, their log-probabilities, and the gradients of both, in float32.
+_LOGITS = 4
+#: Tensors of the hidden size that a layer keeps for its backward pass: attention, norms, the sums after them.
+_KEPT_HIDDEN = 14
+#: The same of the width inside its MLP.
+_KEPT_INNER = 4
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,8 @@ class SizeEstimate:
         saved: number of parameters that the tie groups save.
         scheme: name of its ties.
         weight_bytes: bytes of all weights.
-        training_bytes: bytes of a training step with AdamW, estimated, without what the libraries need themselves.
+        training_bytes: bytes of a training step with AdamW, estimated, without what the libraries need themselves. The
+            loss is the model's own, which has logits of all tokens, and no activation is computed twice.
     """
 
     model_type: str
@@ -64,9 +68,11 @@ def estimate_size(model: PreTrainedModel, sequences: int, tokens: int) -> SizeEs
     weight_bytes = model.get_memory_footprint(return_buffers=False)
     config: PreTrainedConfig = model.config.get_text_config(decoder=True)
     size = next(model.parameters()).element_size()
-    layers = getattr(config, "num_hidden_layers", None) or 1
     width = getattr(config, "hidden_size", None) or 0
-    by_token = _LOGITS * 4 * (getattr(config, "vocab_size", None) or 0) + _KEPT_BY_LAYER * size * layers * width
+    inner = getattr(config, "intermediate_size", None) or 4 * width
+    layers = len(list(block_names(model.base_model))) or 1
+    kept = size * layers * (_KEPT_HIDDEN * width + _KEPT_INNER * inner)
+    by_token = _LOGITS * 4 * (getattr(config, "vocab_size", None) or 0) + kept
     return SizeEstimate(
         model_type=model.config.model_type,
         parameters=model.num_parameters(),

@@ -5,6 +5,7 @@ The discriminative rates are in `hf_tying.training.layers`, the temperature in `
 Source: Howard & Ruder 2018, "Universal Language Model Fine-tuning for Text Classification".
 """
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -137,7 +138,7 @@ class GradualUnfreezing(TrainerCallback):
 
     def _move_to(self, state: TrainerState) -> None:
         if self.every is None:
-            stage = int((state.epoch or 0) + 1e-6)
+            stage = int(state.epoch or 0)
         else:
             stage = state.global_step // step_of(self.every, state.max_steps)
         if not self._groups or (stage := min(stage, len(self._groups) - 1)) == self._stage:
@@ -147,7 +148,6 @@ class GradualUnfreezing(TrainerCallback):
         for place, (_, members) in enumerate(self._groups):
             for parameter in members:
                 parameter.requires_grad_(place >= first)
-                parameter.grad = None
         names = ", ".join(name for name, _ in self._groups[first:])
         logger.info(f"Step {state.global_step}: trained now: {names}.")
 
@@ -169,23 +169,32 @@ def recompute_norm_statistics(model: nn.Module, batches: Iterable[Mapping[str, t
         model: trained model, in place. Dropout is off meanwhile.
         batches: inputs of the model by name, as from `trainer.get_train_dataloader()`. `labels` are left out.
 
+    Statistics that no batch changes (batches of one text) stay as they were, and all do after an error.
+
     Source: `torch.optim.swa_utils.update_bn`, which keeps dropout on.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    training, momenta = model.training, [norm.momentum for norm in norms]
+    before = [(norm, norm.momentum, copy.deepcopy(dict(norm.named_buffers()))) for norm in norms]
+    training = [module for module in model.modules() if module.training]
     model.eval()
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the mean over all batches
         norm.train()
     device = next(model.parameters()).device
+    complete = False
     try:
         for batch in batches if norms else []:
             model(**{name: values.to(device) for name, values in batch.items() if name != "labels"})
+        complete = True
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
+        for norm, momentum, buffers in before:
             norm.momentum = momentum
-        model.train(training)
+            if not (complete and norm.num_batches_tracked):
+                norm.load_state_dict(buffers, strict=False)
+        model.eval()
+        for module in training:
+            module.training = True
 
 
 def average_predictions(probabilities: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -36,12 +36,29 @@ def test_every_form_of_file(suffix, tmp_path):
 
 def test_a_quoted_tsv_and_several_labels(tmp_path):
     file = tmp_path / "a.tsv"
-    file.write_text('text\tlabel\n"one\ttab"\ta; b\nplain\t\n')
+    file.write_text('text\tlabel\n"one\ttab"\ta; b; a\nplain\t\n')
     found = read_labelled_texts(file, separator=";")
     assert found.texts == ["one\ttab", "plain"] and found.labels == [("a", "b"), ()] and found.several
+    file.write_text("text\tlabel\none\ta\ntwo\t\n")
+    assert classes_of(read_labelled_texts(file, separator=";")) == ["a"]
     (tmp_path / "a.jsonl").write_text('{"text": "t", "label": [1, 2]}\n{"text": "u", "label": []}\n')
     found = read_labelled_texts(tmp_path / "a.jsonl")
     assert found.labels == [("1", "2"), ()] and found.several
+
+
+@pytest.mark.parametrize("end", ["\u2028", "\x85", "\x0c", "\x1e"])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".json", ".jsonl"])
+def test_other_ends_of_a_line_are_part_of_a_text(end, suffix, tmp_path, monkeypatch):
+    texts = [f"one{end}two", "three"]
+    monkeypatch.setitem(globals(), "TEXTS", texts)
+    assert read_labelled_texts(written(tmp_path, suffix)).texts == texts
+
+
+def test_classes_of_one_number_are_in_the_same_order_in_every_process(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"t,{n}\n" for n in ("1", "001", "01", "-1")))
+    assert classes_of(read_labelled_texts(tmp_path / "a.csv")) == ["-1", "001", "01", "1"]
+    (tmp_path / "a.csv").write_text("text,label\nt,--1\nt,1\n")
+    assert classes_of(read_labelled_texts(tmp_path / "a.csv")) == ["--1", "1"]
 
 
 def test_numbers_are_in_their_own_order(tmp_path):
@@ -65,6 +82,7 @@ def test_numbers_are_in_their_own_order(tmp_path):
         ("a.csv", "text,class\nfine,x\n", "no column 'label'; .* --label_column"),
         ("a.csv", "text,label\na,b,c\n", "row 1: 3 columns, expected the 2"),
         ("a.csv", "text,label\n", "has no rows"),
+        pytest.param("a.csv", f"text,label\n{'a ' * 70_000},x\n", "131,072 characters needs a .jsonl", id="long"),
         ("a.csv", "", "is empty"),
         ("a.xlsx", "text", "ends in '.xlsx'"),
         ("a.txt", "text", "ends in '.txt'"),

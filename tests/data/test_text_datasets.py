@@ -100,6 +100,16 @@ def test_a_bad_row_late_in_a_file_is_one_line_that_names_it(line, message, strea
     assert "\n" not in str(error.value)
 
 
+def test_a_bad_row_of_one_of_two_files_is_not_said_to_be_in_the_first(tmp_path, tokenizer):
+    files = [tmp_path / "train.csv", tmp_path / "valid.csv"]
+    for file, line in zip(files, ("", "one,two,three\n"), strict=True):
+        file.write_text("text\n" + "one and two\n" * 3000 + line)
+    with pytest.raises(TyingError, match="train.csv' or '.*valid.csv' cannot be read"):
+        with naming_unreadable_rows(*files):
+            for file in files:
+                list(token_blocks(read_text_file("train", file, streaming=True), tokenizer, 8))
+
+
 def test_the_row_without_text_is_counted_from_the_start_of_the_data(tokenizer):
     rows = Dataset.from_dict({"text": ["one and two"] * 1500 + [None]})
     with pytest.raises(TyingError, match="None in column 'text' of row 1500"):

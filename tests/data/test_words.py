@@ -22,6 +22,7 @@ def file(tmp_path):
 
 def test_each_line_ends_in_eos_and_an_empty_one_too(file):
     assert read_words(file(" a b \n\nb c")) == ["a", "b", "<eos>", "<eos>", "b", "c", "<eos>"]
+    assert read_words(file("a\u2028b\x85c\r\nd\n")) == ["a", "b", "c", "<eos>", "d", "<eos>"]
 
 
 def test_the_vocabulary_is_the_training_file_by_frequency(file, tmp_path):

@@ -2,16 +2,21 @@
 
 import runpy
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from transformers import Seq2SeqTrainer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
+@dataclass
 class Done:
-    def __init__(self, returncode, stdout, stderr):
-        self.returncode, self.stdout, self.stderr = returncode, stdout, stderr
+    returncode: int
+    stdout: str
+    stderr: str
+    names: dict  # of the script's module
 
 
 @pytest.fixture
@@ -23,13 +28,34 @@ def as_script(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
         monkeypatch.syspath_prepend(str(path.parent))
         capsys.readouterr()
-        code = None
+        code, names = None, {}
         try:
-            runpy.run_path(str(path), run_name="__main__")
+            names = runpy.run_path(str(path), run_name="__main__")
         except SystemExit as stop:
             code = stop.code
         printed = capsys.readouterr()
         is_text = isinstance(code, str)  # Python prints it, and ends with 1
-        return Done(1 if is_text else code or 0, printed.out, f"{printed.err}\n{code}" if is_text else printed.err)
+        told = f"{printed.err}\n{code}" if is_text else printed.err
+        return Done(1 if is_text else code or 0, printed.out, told, names)
 
     return run
+
+
+@pytest.fixture
+def given_to_trainer(monkeypatch):
+    """The model that a call makes a `Seq2SeqTrainer` of. The call ends there."""
+
+    def found(call, *args, **kwargs):
+        models = []
+
+        def made(self, model, **kwargs):
+            models.append(model)
+            raise InterruptedError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Seq2SeqTrainer, "__init__", made)
+            with pytest.raises(InterruptedError):
+                call(*args, **kwargs)
+        return models[0]
+
+    return found

@@ -1,6 +1,7 @@
 """`run_ulmfit.py` as a user runs it: three folders, figures, each part without it, a stop, bad input in one line."""
 
 import csv
+import importlib
 import json
 import random
 import runpy
@@ -9,7 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, Trainer, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Trainer,
+    pipeline,
+)
 
 from hf_tying import TyingError
 
@@ -164,6 +172,57 @@ def test_the_first_stage_of_another_run_may_be_taken(out, files, monkeypatch, tm
         with pytest.raises(TyingError, match=message):
             main()
     assert not (tmp_path / "b").exists()
+
+
+def test_only_an_lstm_is_taken_as_the_first_stage(files, out, monkeypatch, tmp_path):
+    AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("gpt2", vocab_size=20, n_embd=4, n_layer=1, n_head=1)
+    ).save_pretrained(tmp_path / "gpt2")
+    AutoTokenizer.from_pretrained(out / "lm").save_pretrained(tmp_path / "gpt2")
+    arguments = ["--train_file", files / "train.csv", *SMALL, *QUICK, "--output_dir", tmp_path / "out"]
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments), "--pretrained_lm", f"{tmp_path}/gpt2/"])
+    with pytest.raises(TyingError, match="is a GPT2LMHeadModel: expected a TiedLSTMForCausalLM"):
+        runpy.run_path(str(SCRIPT))["main"]()
+
+
+def test_a_folder_without_a_checkpoint_takes_other_settings(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    stage = importlib.import_module("ulmfit_stage").Stage
+    stage(tmp_path, {"rate": 1})
+    begun = stage(tmp_path, {"rate": 2})
+    Path(begun.checkpoints, "checkpoint-3").mkdir(parents=True)
+    Path(begun.checkpoints, "checkpoint-3", "trainer_state.json").write_text("{}")
+    monkeypatch.setattr(stage, "last_checkpoint", lambda self: "checkpoint-3")
+    with pytest.raises(TyingError, match=r"rate \(2, now 1\)"):
+        stage(tmp_path, {"rate": 1})
+    monkeypatch.undo()
+    begun.finish(loss=0)
+    with pytest.raises(TyingError, match=r"rate \(2, now 1\)"):
+        stage(tmp_path, {"rate": 1})
+    assert stage(tmp_path, {"rate": 2}).figures == {"loss": 0} and not Path(begun.checkpoints).exists()
+
+
+def test_the_benchmark_leaves_each_part_out_and_shares_the_first_stage(monkeypatch, tmp_path, capsys):
+    benchmark = runpy.run_path(str(SCRIPT.parent / "benchmarks" / "ulmfit.py"))
+    calls, parts = [], dict.fromkeys(("accuracy", "macro_f1", "ece", "ece_before"), 0.75)
+
+    def run(flags, output):
+        calls.append(flags)
+        return {"test": parts, "minutes": 1.0}
+
+    monkeypatch.setitem(benchmark["main"].__globals__, "run", run)
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    flags = ["--pretrain_file", "w.txt", "--train_file", "a.csv", "--test_file", "b.csv", "--seeds", "3", "4"]
+    monkeypatch.setattr(sys, "argv", ["ulmfit.py", *flags, "--json", str(tmp_path / "a.json")])
+    benchmark["main"]()
+    assert "--pretrain_file" in calls[0] and not any("--pretrain_file" in call for call in calls[1:])
+    assert len(calls) == 1 + 2 * len(benchmark["VARIANTS"])
+    for call in calls[1:]:
+        assert ("--pretrained_lm" in call) != ("--no_pretrain" in call) and "--test_file" in call
+    runs = json.loads((tmp_path / "a.json").read_text())["runs"]
+    assert {(run["variant"], run["seed"]) for run in runs} == {(v, s) for v in benchmark["VARIANTS"] for s in (3, 4)}
+    assert "25.00" in capsys.readouterr().out
 
 
 def test_a_folder_of_other_settings_is_refused(out, run):

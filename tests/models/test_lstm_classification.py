@@ -128,6 +128,18 @@ def test_pieces_change_no_number_and_cut_the_gradient_at_the_last_words(gradient
         assert 0 < int(reached.sum()) <= gradient_length
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_pieces_are_read_under_autocast(grad):
+    wide = {"initializer_range": 1.0, "recurrent_initializer_range": 1.0}  # texts differ by more than bfloat16 rounds
+    model = tiny_classifier(gradient_length=4, piece_length=3, **wide).float().eval()
+    ids, mask = padded("left")
+    expected = model(ids, mask).logits
+    with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(grad):
+        logits = model(ids, mask).logits
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.float(), expected, rtol=0, atol=0.008)
+
+
 def test_a_long_text_is_read_in_bounded_memory():
     model = tiny_classifier(piece_length=10, gradient_length=20)
     seen = []

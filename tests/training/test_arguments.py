@@ -103,6 +103,7 @@ def test_the_help_has_a_part_for_each_class_and_one_spelling_of_each_flag():
     )
     assert "(default: stock)" in text and "(default: None)" not in text
     assert parser.parse(["--tying-untie-at", "0.5"])[1].untie_at == 0.5
+    assert "by transformers" not in ScriptParser((TyingArguments, ObjectiveArguments)).format_help()
 
 
 # --- overrides of a config -------------------------------------------------------------------------------------------

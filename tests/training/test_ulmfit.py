@@ -31,6 +31,7 @@ from hf_tying.training import (
     slanted_triangular,
     slanted_triangular_schedule,
 )
+from hf_tying.training.layers import restart
 
 SMALL = {
     "vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12,
@@ -108,6 +109,26 @@ def test_the_layers_of_a_model_are_found_each_parameter_once(name):
     output = model.get_output_embeddings()
     if output is not None:
         assert any(p is output.weight for p in groups["head"])
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding) and (output is None or module.weight is not output.weight):
+            assert any(p is module.weight for p in groups["embeddings"])
+
+
+def test_a_tied_matrix_is_in_the_head_also_where_the_head_comes_first():
+    model = language_model()
+    model._modules = dict(reversed(model._modules.items()))
+    assert next(iter(model._modules)) == "lm_head"
+    assert list(layer_groups(model)) == MODELS["tied lm"][1]
+
+
+def test_layers_of_a_loaded_model_begin_again_as_those_of_a_new_one(tmp_path):
+    stock("bert", AutoModelForSequenceClassification, **SMALL).save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    groups = layer_groups(model)
+    before = {id(p): p.clone() for p in model.parameters()}
+    restart(model, groups["bert.encoder.layer.0"])
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[id(p)])}
+    assert changed == {n for n, p in model.named_parameters() if "layer.0." in n and p.ndim > 1}
 
 
 def test_a_pooler_and_a_last_norm_belong_to_the_head():
@@ -320,8 +341,24 @@ def test_the_statistics_of_the_head_are_those_of_the_trained_values():
     torch.testing.assert_close(norm.running_var, variance)
     assert norm.momentum == 0.1 and model.training and norm.training
     model.eval()
+    model.lstm.train()
     recompute_norm_statistics(model, batches)
-    assert not model.training and not norm.training
+    assert not model.training and not norm.training and model.lstm.training
+
+
+@pytest.mark.parametrize("batches", [[], [[[1]]], [[[1], [2]], [["word"]]]], ids=["none", "of one text", "wrong"])
+def test_statistics_that_cannot_be_measured_stay_as_they_were(batches):
+    model = classifier()
+    for norm in (model.classifier[0], model.classifier[4]):
+        norm.running_mean.fill_(2)
+        norm.num_batches_tracked.fill_(7)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    try:
+        recompute_norm_statistics(model, ({"input_ids": torch.tensor(ids)} for ids in batches))
+    except ValueError:
+        assert batches[-1] == [["word"]]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.classifier[0].momentum == 0.1 and model.training == classifier().training
 
 
 # --- labels and probabilities ----------------------------------------------------------------------------------------

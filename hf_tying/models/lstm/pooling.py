@@ -46,7 +46,7 @@ class Pooled:
             lengths: (texts,), int64, number of the words, from the first, that belong to each text; 1 or more.
         """
         read = (torch.arange(outputs.shape[1], device=outputs.device) < lengths[:, None])[..., None]
-        last = outputs[torch.arange(len(outputs), device=outputs.device), lengths - 1]
+        last = outputs[torch.arange(len(outputs), device=outputs.device), lengths - 1].to(self.last.dtype)
         largest = torch.maximum(self.largest, outputs.masked_fill(~read, float("-inf")).amax(dim=1))
         return Pooled(last, largest, self.total + outputs.masked_fill(~read, 0).sum(dim=1, dtype=self.total.dtype))
 
@@ -150,5 +150,8 @@ def _with_rows(
     state: tuple[LayerState, ...], rows: torch.Tensor, values: tuple[LayerState, ...]
 ) -> tuple[LayerState, ...]:
     """A state whose rows are replaced by `values`."""
-    pairs = zip(state, values, strict=True)
-    return tuple(tuple(a.index_copy(0, rows, b) for a, b in zip(old, new, strict=True)) for old, new in pairs)
+
+    def put(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        return old.index_copy(0, rows, new.to(old.dtype))  # autocast may have another dtype
+
+    return tuple((put(h, new_h), put(c, new_c)) for (h, c), (new_h, new_c) in zip(state, values, strict=True))
