@@ -60,6 +60,10 @@ def test_what_is_no_prediction_is_refused(probabilities, labels, message):
         calibration(probabilities, labels)
 
 
+def test_a_probability_on_a_bound_is_in_the_lower_bin():
+    assert calibration([[0.5, 0.5], [0.75, 0.25], [1, 0]], [0, 0, 0], bins=4).share.tolist() == [0, 1 / 3, 1 / 3, 1 / 3]
+
+
 def test_a_confusion_matrix_has_true_classes_in_rows():
     found = confusion_matrix([0, 1, 1, 2], [0, 0, 1, 1], 3)
     assert found.tolist() == [[1, 1, 0], [0, 1, 1], [0, 0, 0]]
