@@ -7,7 +7,8 @@ from math import prod
 
 from ..config import TyingError
 from ..report.checkpoint import Checkpoint, counts_in
-from ..report.records import Finding, bytes_of
+from ..report.dtypes import bytes_of
+from ..report.records import Finding
 from ..report.stock_table import generalised, part_of
 from ..report.text import size
 from .facts import Facts, ModelFacts

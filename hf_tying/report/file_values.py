@@ -55,12 +55,17 @@ class ValuesOnDisk:
         read: reads `count` bytes from `start` of the named tensor.
         tensors: shape, dtype and place of each tensor, from headers that were found to be sound.
         remote: whether bytes come over a network, so that samples are few. Default `False`.
+        exact: whether every byte is compared, however large the matrices are. Default `False`.
     """
 
     def __init__(
-        self, read: Callable[[str, int, int], bytes], tensors: "Mapping[str, HeldTensor]", remote: bool = False
+        self,
+        read: Callable[[str, int, int], bytes],
+        tensors: "Mapping[str, HeldTensor]",
+        remote: bool = False,
+        exact: bool = False,
     ) -> None:
-        self._read, self.tensors, self.remote = read, tensors, remote
+        self._read, self.tensors, self.remote, self.exact = read, tensors, remote, exact
 
     def different(self, keys_of: Mapping[str, Sequence[str]]) -> tuple[dict[str, int], str | None]:
         """Number the values of some names: names with equal values have the same number.
@@ -123,7 +128,7 @@ class ValuesOnDisk:
         return None if found is None else found.rows == 0
 
     def _sampled(self, size: int) -> bool:
-        return size > (_PROBES * _PROBE if self.remote else WHOLE)
+        return not self.exact and size > (_PROBES * _PROBE if self.remote else WHOLE)
 
     def _same_bytes(self, a: str, b: str) -> bool:
         size = self.tensors[a].size

@@ -7,6 +7,7 @@ import shlex
 import pytest
 
 from hf_tying.cli.app import app
+from hf_tying.doctor import diagnose
 
 from ..doctor import planted
 
@@ -43,6 +44,18 @@ def test_a_disease_ends_with_1_and_a_healthy_model_with_0(hf_tying, here, as_jso
         found = json.loads(output)
         assert (found["schema"], found["command"], found["source"]) == (1, "doctor", str(here / "broken"))
         assert found["findings"][0].keys() == {"code", "severity", "message", "mend", "group"}
+
+
+@pytest.mark.parametrize("plant", [plant for _, plant in planted.PLANTED], ids=lambda plant: plant.__name__)
+def test_a_command_that_mends_ends_the_disease(hf_tying, tmp_path, plant):
+    plant(tmp_path / "model")
+    for i, finding in enumerate(diagnose(tmp_path / "model")):
+        for j, command in enumerate(re.findall(r"hf-tying [^;,]*OUT(?: --[\w-]+ [\w.]*\w)*", finding.mend or "")):
+            out = tmp_path / f"{i}-{j}"
+            chosen = {"OUT": str(out), "SCHEME": "two_way", "ROLE": "target"}
+            status, _, error = hf_tying(*[chosen.get(word, word) for word in shlex.split(command)[1:]])
+            assert status in (0, None), (command, error)
+            assert finding.code not in {each.code for each in diagnose(out)}
 
 
 def test_codes_are_chosen_and_left_out(hf_tying, here):
