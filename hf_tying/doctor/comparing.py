@@ -66,8 +66,10 @@ def _held_as(checkpoint: Checkpoint, name: str) -> str | None:
         return name
     if name in checkpoint.relaxed:  # not its root, and what it comes to is not in the file
         return None
+    keys = checkpoint.stock.keys if checkpoint.stock else {}
+    live = {name, *(each for each, on_disk in keys.items() if on_disk == [name])}
     for _, names in checkpoint.groups:
-        if name in names:
+        if live & set(names):
             return next((key for other in names for key in checkpoint.keys_of(other)), None)
     return None
 

@@ -141,6 +141,11 @@ def _plan(checkpoint: Checkpoint, to: str, init_from: str | None, untied: list[s
     model = ModelFacts(checkpoint)
     if to not in SCHEMES and to not in FORMS:
         raise TyingError(f"Unknown form {to!r:.80}: expected one of {', '.join([*SCHEMES, *FORMS])}.")
+    if to in SCHEMES and checkpoint.stock is None and checkpoint.entry is None:
+        raise TyingError(
+            f"transformers has no {checkpoint.architecture}, so that its ties are not known here: load the model, "
+            "tie(model, ...) or untie(model), and save_pretrained."
+        )
     now = dict(checkpoint.groups)
     groups = now if to in FORMS else _groups_of_scheme(model, to, now, untied)
     _refuse_unknown_choice(model, groups, init_from)

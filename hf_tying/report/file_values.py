@@ -156,16 +156,8 @@ def _numbers(data: bytes, dtype: str, width: int) -> "np.ndarray | None":
     """The rows of a matrix as float64; `None` of a dtype that numpy lacks."""
     import numpy as np
 
-    kinds = {
-        "F64": "<f8",
-        "F32": "<f4",
-        "F16": "<f2",
-        "I64": "<i8",
-        "I32": "<i4",
-        "I16": "<i2",
-        "I8": "i1",
-        "U8": "u1",
-    }
+    kinds = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
+             "U8": "u1"}  # fmt: skip
     if dtype == "BF16":
         flat = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
     elif dtype in kinds:
@@ -191,7 +183,6 @@ def _low_rank(rows: list) -> int | None:
     return rank if rank * 4 <= min(matrix.shape) else None
 
 
-def _spread(size: int, samples: int = _SAMPLES, length: int | None = None) -> list[tuple[int, int]]:
+def _spread(size: int, samples: int, length: int) -> list[tuple[int, int]]:
     """Places and lengths of samples, evenly over `size` bytes, the first and the last byte included."""
-    length = _SAMPLE if length is None else length
     return [((size - length) * i // (samples - 1), length) for i in range(samples)]

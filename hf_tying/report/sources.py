@@ -22,6 +22,10 @@ from ..ties.headers import (
 _LARGEST_CONFIG = 6 * 2**20
 
 
+class ReadError(TyingError):
+    """A place cannot be read: nothing is said of what it holds."""
+
+
 class Source(ABC):
     """A folder of files that can be read in pieces.
 
@@ -127,7 +131,7 @@ class Folder(Source):
         try:
             return regular_size(self.folder / file)
         except (OSError, ValueError) as error:
-            raise TyingError(f"{file} in {self.folder} cannot be read: {error}.") from error
+            raise ReadError(f"{file} in {self.folder} cannot be read: {error}.") from error
 
     def read(self, file: str, start: int, count: int) -> bytes:
         """See `Source`."""
@@ -137,7 +141,7 @@ class Folder(Source):
                 opened.seek(start)
                 return opened.read(count)
         except (OSError, ValueError) as error:
-            raise TyingError(f"{file} in {self.folder} cannot be read: {error}.") from error
+            raise ReadError(f"{file} in {self.folder} cannot be read: {error}.") from error
 
     def json(self, file: str, largest: int = _LARGEST_CONFIG) -> dict[str, Any]:
         """See `Source`."""

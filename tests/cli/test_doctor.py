@@ -78,6 +78,12 @@ def test_the_forecast_names_rule_version_and_source(hf_tying, here):
     assert all(each["outcome"] == "tie" and each["rule"] and each["version"] and each["source"] for each in forecast)
 
 
+def test_a_forecast_for_an_adapter_is_refused(hf_tying, here):
+    planted.tied_form_alone(here / "adapter")
+    status, output, error = hf_tying("doctor", here / "adapter", "--for", "vllm")
+    assert status == 3 and "is an adapter" in error and not output
+
+
 def test_annotations_are_those_of_github(hf_tying, here):
     planted.two_matrices(here / "broken")
     status, output, _ = hf_tying("doctor", here / "broken", "--format", "github")

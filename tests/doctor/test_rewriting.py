@@ -186,6 +186,23 @@ def test_nothing_half_written_is_left(fault, to, tmp_path, monkeypatch):
     assert sorted(map(str, tmp_path.rglob("*"))) == before
 
 
+@pytest.mark.parametrize("arch", ["marian", "gpt_neox", "llava", "t5", "bert"])
+def test_a_class_with_names_and_tensors_of_its_own_is_untied_and_compared(arch, tmp_path):
+    model = tiny_model(arch, tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "tied")
+    rewrite(tmp_path / "tied", tmp_path / "untied", "none")
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path / "untied").eval()), logits(model.eval()))
+    assert {each["what"] for each in compare(tmp_path / "tied", tmp_path / "untied")} == {"config", "tie"}
+
+
+@pytest.mark.parametrize("to", ["none", "two_way"])
+def test_a_class_whose_ties_are_not_known_is_refused(to, tmp_path):
+    planted.tied(tmp_path / "model")
+    planted.edit(tmp_path / "model", architectures=["HouseModel"])
+    with pytest.raises(TyingError, match=r"no HouseModel, .* untie\(model\)"):
+        rewrite(tmp_path / "model", tmp_path / "new", to)
+
+
 def test_compare_knows_one_matrix_under_several_names(tmp_path):
     planted.tied(tmp_path / "a")
     rewrite(tmp_path / "a", tmp_path / "b", "none")
