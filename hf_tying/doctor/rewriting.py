@@ -39,6 +39,8 @@ class Rewriting:
         bytes: bytes of weights before and after.
         files: the weight files that are written; `[]` of a dry run of `"merged"`.
         copied: the other files.
+        left_out: weights that are not of these files, such as other forms of them, states of a run or modules in
+            subfolders.
     """
 
     source: str
@@ -49,6 +51,7 @@ class Rewriting:
     bytes: tuple[int, int] = (0, 0)
     files: list[str] = field(default_factory=list)
     copied: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, ready for JSON."""
@@ -60,6 +63,7 @@ class Rewriting:
             "bytes": list(self.bytes),
             "files": self.files,
             "copied": self.copied,
+            "left_out": self.left_out,
         }
 
 
@@ -78,7 +82,7 @@ def rewrite(
     """Write a checkpoint anew with other ties, or in another form of file. `source` is left as it is.
 
     One shard is read and written at a time, in its dtypes and under its name. The tokenizer and all other files come
-    along. The folder is made beside `out`, loaded once, and renamed when all is well.
+    along, but for weights in another form. The folder is made beside `out`, loaded once, and renamed when all is well.
 
     Args:
         source: a folder with safetensors or `.bin` files, or the same on the Hub (whose pieces are read by range).
@@ -300,7 +304,7 @@ def _described(checkpoint: Checkpoint, plan: Plan, out: Path) -> Rewriting:
     files = sorted(set(placed_in(checkpoint, plan).values()))
     return Rewriting(
         checkpoint.source.name, str(out), plan.groups, changes, (before, after), (bytes_before, bytes_after), files,
-        _others(checkpoint),
+        *_others(checkpoint),
     )  # fmt: skip
 
 
@@ -309,9 +313,12 @@ def _size(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
     return sum(prod(checkpoint.tensors[k].shape) for k in keys), sum(checkpoint.tensors[k].size for k in keys)
 
 
-def _others(checkpoint: Checkpoint) -> list[str]:
-    names = [name for name in checkpoint.source.files() if not name.startswith(".")]
-    return [name for name in names if name != "config.json" and not name.endswith(_LEFT_OUT)]
+def _others(checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
+    """The other files that come along, and those that do not."""
+    read = {"config.json", *(held.file for held in checkpoint.tensors.values())}
+    names = [name for name in checkpoint.source.files() if not name.startswith(".") and name not in read]
+    copied = [name for name in names if not name.endswith(_LEFT_OUT)]
+    return copied, [name for name in names if name.endswith(_LEFT_OUT) and not name.endswith(".index.json")]
 
 
 def _merged(checkpoint: Checkpoint, out: Path, dry_run: bool) -> Rewriting:
@@ -333,12 +340,13 @@ def _merged(checkpoint: Checkpoint, out: Path, dry_run: bool) -> Rewriting:
         )
     model = merge_projection(cls.from_pretrained(source, dtype="auto"))
     old, new = checkpoint.tensors.values(), [*model.parameters()]
+    copied, left_out = _others(checkpoint)
     result = Rewriting(
         checkpoint.source.name, str(out), {group.name: list(group.names) for group in groups_of(model)},
         [("tying.projection", entry.projection.to_dict(), None)],
         (sum(prod(held.shape) for held in old), sum(p.numel() for p in new)),
         (sum(held.size for held in old), sum(p.numel() * p.element_size() for p in new)),
-        copied=_others(checkpoint),
+        copied=copied, left_out=left_out,
     )  # fmt: skip
     if not dry_run:
         with new_folder(checkpoint, out, result.copied) as folder:

@@ -106,6 +106,12 @@ def test_a_missing_choice_ends_with_4_and_says_which(hf_tying, here, as_json):
         assert json.loads(output)["findings"][0]["code"] == "undecided"
 
 
+def test_weights_that_do_not_come_along_are_named(hf_tying, here):
+    (here / "my-model" / "flax_model.msgpack").write_text("")
+    status, output, _ = hf_tying("untie", here / "my-model", here / "out")
+    assert status in (0, None) and "left out: flax_model.msgpack" in output
+
+
 def test_a_dry_run_writes_nothing(hf_tying, here):
     status, output, _ = hf_tying("untie", here / "my-model", here / "out", "--dry-run", "--json")
     done = json.loads(output)

@@ -143,7 +143,9 @@ def test_shards_dtypes_and_other_files_are_kept(tmp_path):
     (tmp_path / "model" / "more").mkdir()
     (tmp_path / "model" / "more" / "notes.txt").write_text("kept")
     shards = {path.name for path in (tmp_path / "model").glob("*.safetensors")}
-    rewrite(tmp_path / "model", tmp_path / "new", "two_way", init_from="target")
+    (tmp_path / "model" / "more" / "optimizer.pt").write_text("left out")
+    done = rewrite(tmp_path / "model", tmp_path / "new", "two_way", init_from="target")
+    assert done.left_out == ["more/optimizer.pt"] and not (tmp_path / "new" / "more" / "optimizer.pt").exists()
     assert {path.name for path in (tmp_path / "new").glob("*.safetensors")} <= shards and len(shards) > 2
     assert (tmp_path / "new" / "tokenizer.json").read_text() == "{}"
     assert (tmp_path / "new" / "more" / "notes.txt").read_text() == "kept"
