@@ -4,6 +4,7 @@ import logging as stdlib_logging
 import os
 import random
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 
@@ -55,6 +56,20 @@ def _settle() -> None:
     torch.manual_seed(0)
     logging.set_verbosity_warning()
     logging.disable_progress_bar()
+
+
+@pytest.fixture
+def hf_tying(monkeypatch, capsys):
+    """Run the command line in this process: exit status, standard output, standard error."""
+    from hf_tying.cli import main
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["hf-tying", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(params=FORMS)

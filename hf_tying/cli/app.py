@@ -7,6 +7,7 @@ import typer
 
 from ..config import TyingError
 from .card import card
+from .common import print_error
 from .demo import demo
 from .diff import diff
 from .doctor import doctor
@@ -31,7 +32,5 @@ def main() -> None:
     try:
         app()
     except TyingError as error:
-        # Not through rich: parameter names and paths may have brackets, which it would take for markup.
-        typer.secho("error ", fg="red", bold=True, err=True, nl=False)
-        typer.echo(error, err=True)
+        print_error(str(error))
         raise SystemExit(1) from None

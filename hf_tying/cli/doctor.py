@@ -50,6 +50,7 @@ def doctor(
     named = list(LOADERS) if loaders == "all" else _chosen(loaders, LOADERS, "--for")
     with readable("doctor", source, as_json):
         from ..doctor.diagnosis import diagnose_source
+        from ..report.dispatch import is_adapter
         from ..report.opening import open_source
 
         opened = open_source(source, revision, subfolder, token)
@@ -59,9 +60,13 @@ def doctor(
             from ..doctor.loaders import forecast
             from ..report.checkpoint import read_checkpoint
 
+            if is_adapter(opened):
+                raise TyingError(
+                    f"{source} is an adapter: --for says what loaders do with a model. Name its base model."
+                )
             try:
                 forecasts = forecast(read_checkpoint(opened), named)
-            except TyingError:
+            except TyingError:  # of a config that makes no class, which is among the findings
                 if not findings:
                     raise
     findings = [f for f in findings if (not wanted or f.code in wanted) and f.code not in left_out]

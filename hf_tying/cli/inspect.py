@@ -16,8 +16,13 @@ def inspect(
     subfolder: Subfolder = None,
     token: Token = None,
     as_json: AsJson = False,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Also write a picture to this file.")] = None,
-    html: Annotated[Path | None, typer.Option("--html", help="Also write a page of its own to this file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", dir_okay=False, writable=True, help="Also write a picture to this file.")
+    ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", dir_okay=False, writable=True, help="Also write a page of its own to this file."),
+    ] = None,
 ) -> None:
     """Show what is tied in a model, what is declared, and what the file holds.
 
@@ -44,7 +49,7 @@ def inspect(
 
         write_page(report, html)
     if as_json:
-        print_json("inspect", source, report.to_dict() | {"schema": 1, "commit": opened.commit})
+        print_json("inspect", source, report.to_dict() | {"commit": opened.commit})
     else:
         console = Console()
         typer.echo(report.to_table(width=console.width, color=console.is_terminal and not console.no_color))

@@ -127,3 +127,5 @@ def _run(command: str, source: str, out: str, to: str, as_json: bool, **options:
     if done.bytes[0]:
         typer.echo(f"  weights: {size(done.bytes[0])} -> {size(done.bytes[1])} in {len(done.files)} file(s)")
     typer.echo(f"  other files: {len(done.copied)}")
+    if done.left_out:
+        typer.echo(f"  left out: {', '.join(map(printable, done.left_out))}")

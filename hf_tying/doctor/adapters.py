@@ -13,6 +13,7 @@ from .facts import Facts, ModelFacts
 _BASE = re.compile(r"^base_model:[ \t]*(?:\n[ \t]*-[ \t]*)?['\"]?([^\s'\"]+)", re.MULTILINE)
 # The error of products in the dtype of an adapter.
 _TOLERANCE = 1e-2
+_LARGEST_ALPHA = 10**9
 
 
 def one_side(facts: Facts) -> Iterator[Finding]:
@@ -71,9 +72,10 @@ def forms_differ(facts: Facts) -> Iterator[Finding]:
     folder = source.path()
     if not source.has(f"{TIED_FORM}/{SETTINGS}") or folder is None or not facts.thorough:
         return
-    if adapter_settings(source).get("peft_type") != "LORA":
+    settings = adapter_settings(source)
+    if settings.get("peft_type") != "LORA":
         return
-    if found := _difference_of_forms(folder):
+    if found := _difference_of_forms(folder, settings):
         yield Finding(
             "T016",
             "error",
@@ -83,7 +85,7 @@ def forms_differ(facts: Facts) -> Iterator[Finding]:
         )
 
 
-def _difference_of_forms(folder: Path) -> str | None:
+def _difference_of_forms(folder: Path, settings: dict[str, Any]) -> str | None:
     """What differs between both forms of an adapter; `None` where nothing does."""
     import torch
     from safetensors.torch import load_file
@@ -99,29 +101,23 @@ def _difference_of_forms(folder: Path) -> str | None:
     odd = sorted(expected.keys() ^ found.keys())
     if odd:
         return f"one of them has no {odd[0]!r}"
-    settings = adapter_settings_of(folder)
-    scale = float(settings.get("lora_alpha") or 0) / float(settings.get("r") or 1) / (
-        lora_config(config).lora_alpha / lora_config(config).r
-    )  # fmt: skip
-    for module in sorted({name.rpartition(".lora_")[0] for name in expected if ".lora_" in name}):
-        products = []
-        for tensors in (expected, found):
-            mine = {
-                name[len(module) :]: t.double() for name, t in tensors.items() if name.startswith(f"{module}.lora_")
-            }
-            a, b = (next(t for name, t in mine.items() if f"_{side}" in name) for side in "AB")
-            products.append(b @ a)
-        apart = (products[0] - products[1] * scale).abs().max()
-        if apart > _TOLERANCE * max(float(products[0].abs().max()), torch.finfo(torch.float32).eps):
-            return f"the update of {module.removeprefix('base_model.model.')!r} differs by {float(apart):.3g}"
+    alpha, rank, plain = settings.get("lora_alpha"), settings.get("r"), lora_config(config)
+    if not (isinstance(alpha, int | float) and abs(alpha) < _LARGEST_ALPHA and rank):
+        return f"{SETTINGS} in the root has lora_alpha {alpha!r:.80} and r {rank!r:.80}"
+    scale = alpha / rank / (plain.lora_alpha / plain.r)
+    for low in sorted(expected):
+        module, _, kind = low.rpartition(".lora_")
+        if kind not in ("A.weight", "embedding_A"):
+            continue
+        high = f"{module}.lora_{kind.replace('A', 'B')}"
+        try:
+            update = expected[high].double() @ expected[low].double()
+            apart = float((update - scale * (found[high].double() @ found[low].double())).abs().max())
+        except RuntimeError:
+            return f"{low!r} and {high!r} do not have the shapes of the export"
+        if not apart <= _TOLERANCE * max(float(update.abs().max()), torch.finfo(torch.float32).eps):
+            return f"the update of {module.removeprefix('base_model.model.')!r} differs by {apart:.3g}"
     return None
-
-
-def adapter_settings_of(folder: Path) -> dict[str, Any]:
-    """The settings of an adapter in a folder of this machine."""
-    from ..report.sources import Folder
-
-    return adapter_settings(Folder(folder, str(folder)))
 
 
 def base_is_a_path(facts: Facts) -> Iterator[Finding]:
@@ -136,7 +132,7 @@ def base_is_a_path(facts: Facts) -> Iterator[Finding]:
         if found := _BASE.search(head):
             named["README.md"] = found[1]
     for file, base in named.items():
-        if isinstance(base, str) and base and is_path(base):
+        if isinstance(base, str) and base and _is_path(base):
             yield Finding(
                 "T017",
                 "warning",
@@ -146,7 +142,7 @@ def base_is_a_path(facts: Facts) -> Iterator[Finding]:
             )
 
 
-def is_path(base: str) -> bool:
+def _is_path(base: str) -> bool:
     """Whether the name of a base model is a path and no id on the Hub."""
     if base.startswith(("/", ".", "~")) or "\\" in base or base.count("/") > 1:
         return True

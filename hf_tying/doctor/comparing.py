@@ -14,7 +14,8 @@ _FIELDS = (FLAG, "vocab_size", "tying", "architectures")
 def compare(a: str | Path, b: str | Path, *, token: str | bool | None = None) -> list[dict[str, Any]]:
     """Compare two checkpoints.
 
-    A matrix that one file has under several names, and the other under one, is the same matrix.
+    A matrix that one file has under several names, and the other under one, is the same matrix. Every byte is
+    compared; where one of them is on the Hub, of a matrix of more than 32 KiB, samples.
 
     Args:
         a: a folder, a file of weights, or an id on the Hub.
@@ -63,8 +64,12 @@ def _held_as(checkpoint: Checkpoint, name: str) -> str | None:
     """The tensor that holds `name`: itself, or another name of its tie."""
     if name in checkpoint.tensors:
         return name
+    if name in checkpoint.relaxed:  # not its root, and what it comes to is not in the file
+        return None
+    keys = checkpoint.stock.keys if checkpoint.stock else {}
+    live = {name, *(each for each, on_disk in keys.items() if on_disk == [name])}
     for _, names in checkpoint.groups:
-        if name in names:
+        if live & set(names):
             return next((key for other in names for key in checkpoint.keys_of(other)), None)
     return None
 
@@ -80,7 +85,7 @@ class _Both:
         self.parts = {"a": one, "b": other}
         tensors = {f"{side} {name}": held for side, part in self.parts.items() for name, held in part.tensors.items()}
         remote = any(part.source.path() is None for part in self.parts.values())
-        self.values = ValuesOnDisk(self.read, tensors, remote)
+        self.values = ValuesOnDisk(self.read, tensors, remote, exact=not remote)
 
     def read(self, name: str, start: int, count: int) -> bytes:
         side, _, name = name.partition(" ")

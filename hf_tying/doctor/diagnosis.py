@@ -11,7 +11,7 @@ from ..report.on_adapters import SETTINGS, report_on_adapter
 from ..report.on_files import report_on_files
 from ..report.opening import open_source
 from ..report.records import Finding, TyingReport
-from ..report.sources import Source
+from ..report.sources import ReadError, Source
 from . import adapters, flags, published_code, weights
 from .facts import Facts, ModelFacts
 
@@ -157,8 +157,10 @@ def _diagnosis(
 def _in_model(facts: Facts, checkpoint: Checkpoint) -> list[Finding]:
     try:
         facts.report = report_on_files(checkpoint)
+    except ReadError:
+        raise
     except TyingError as error:
-        if not checkpoint.config or "cannot be read" in str(error):
+        if not checkpoint.config:
             raise
         code = "T022" if weights.has_wild_counts(checkpoint) else "T004"
         return [Finding(code, "error", str(error), "Correct config.json, or save the model again.")]

@@ -32,6 +32,8 @@ def entry_and_flag(facts: Facts, model: ModelFacts) -> Iterator[Finding]:
     entry, pair = model.checkpoint.entry, model.pair()
     if entry is None or pair is None or model.stock.forced is not None:
         return
+    if any(set(pair) <= set(entry.groups[name]) for name in entry.relax):
+        return  # to others it is no tie, and the flag says so
     ties = any(set(pair) <= group for group in model.recorded)
     by_class = any(set(pair) <= set(chain) for chain in model.declared)
     can = any(set(pair) <= set(chain) for chain in model.stock.declared(model.config, flagged=False))
@@ -51,7 +53,7 @@ def entry_and_flag(facts: Facts, model: ModelFacts) -> Iterator[Finding]:
             "error",
             f"the `tying` entry has scheme {entry.scheme!r}, and {FLAG} is true: plain transformers ties "
             f"{pair[1]!r} to {pair[0]!r} where the file has one of them, or both with the same values.",
-            f'Set "{FLAG}": false in config.json; or hf-tying tie {facts.name} two_way OUT.',
+            f'Set "{FLAG}": false in config.json; or hf-tying tie {facts.name} two_way OUT --init-from target.',
         )
 
 

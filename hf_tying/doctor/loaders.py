@@ -1,6 +1,6 @@
 """What each loader will do with the softmax matrix of a file: one dated table of rules, and the forecast from it.
 
-The rows of transformers and onnx are checked by loading, in the tests. The others were read in their sources.
+The row of transformers is checked by loading, in the tests. The others were read in their sources.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 from ..config import TyingError
 from ..report.checkpoint import Checkpoint
 from ..report.stock_table import FLAG
-from .facts import ModelFacts
+from ..ties.depth_groups import needs_this_package
+from .facts import Facts, ModelFacts
+from .flags import rows_and_vocabulary
 
 #: The day on which the sources were read.
 DATE = "2026-11-29"
@@ -181,9 +183,6 @@ def head_of(checkpoint: Checkpoint) -> Head | None:
         embedding, head = (next(iter([n for n in _same(model, name) if model.held(name)] or [name])) for name in pair)
         tied = any(set(pair) <= set(chain) for chain in model.declared)
         flag = _flag(checkpoint.config)
-        from .facts import Facts
-        from .flags import rows_and_vocabulary
-
         fits = not list(rows_and_vocabulary(Facts(checkpoint.source), model))
     equal = all(held) and checkpoint.values.equal(checkpoint.keys_of(embedding), checkpoint.keys_of(head))
     return Head(tied, flag, held[0], held[1], equal, fits)
@@ -196,7 +195,7 @@ def _same(model: ModelFacts, name: str) -> list[str]:
 
 
 def _flag(config: dict[str, Any]) -> bool | None:
-    for part in (config, config.get("text_config"), config.get("decoder")):
+    for part in (config.get("text_config"), config.get("decoder"), config):
         if isinstance(part, dict) and isinstance(part.get(FLAG), bool):
             return part[FLAG]
     return None
@@ -222,5 +221,8 @@ def forecast(checkpoint: Checkpoint, loaders: Iterable[str] = ()) -> list[Foreca
         outcome = "unknown" if head is None else row.outcome(head)
         if checkpoint.form == "gguf" and name != "llama.cpp":
             outcome = "unknown"
+        if checkpoint.entry is not None and needs_this_package(checkpoint.entry):
+            # transformers does not look for a file of its name, and who reads any name lacks layers.
+            outcome = "refuse" if row.outcome is _transformers else "unknown"
         found.append(Forecast(name, outcome, row.rule, row.version, row.source, row.checked))
     return found

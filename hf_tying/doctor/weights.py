@@ -7,7 +7,8 @@ from math import prod
 
 from ..config import TyingError
 from ..report.checkpoint import Checkpoint, counts_in
-from ..report.records import Finding, bytes_of
+from ..report.dtypes import bytes_of
+from ..report.records import Finding
 from ..report.stock_table import generalised, part_of
 from ..report.text import size
 from .facts import Facts, ModelFacts
@@ -135,11 +136,10 @@ def counts(facts: Facts, model: ModelFacts) -> Iterator[Finding]:
             f"{_listed(checkpoint.twice)} in several of the files: which one counts depends on the order of loading.",
             "Save the model again.",
         )
-    if has_wild_counts(checkpoint):
-        try:
-            checkpoint.refuse_counts()
-        except TyingError as error:
-            yield Finding("T022", "error", str(error), "Correct config.json.")
+    try:
+        checkpoint.refuse_counts()
+    except TyingError as error:
+        yield Finding("T022", "error", str(error), "Correct config.json.")
         return
     if checkpoint.stock is None or not (facts.thorough or suspicious(checkpoint)):
         return
@@ -180,7 +180,7 @@ def _layers(names: Iterable[str]) -> dict[str, int]:
 
 def _against_class(facts: Facts, checkpoint: Checkpoint) -> Iterator[Finding]:
     """Compare the names and shapes in the files with those of the class."""
-    from ..report.stock_building import shapes_in_files
+    from ..report.stock_building import matches, shapes_in_files
 
     try:
         built = checkpoint.built
@@ -195,8 +195,7 @@ def _against_class(facts: Facts, checkpoint: Checkpoint) -> Iterator[Finding]:
     matched = {name for pair in checkpoint.stock.roles.values() for name in pair}
     missing = {n: s for n, s in expected.items() if n not in checkpoint.tensors and n not in reachable | optional}
     extra = {n: t.shape for n, t in checkpoint.tensors.items()
-             if n not in expected and not _ignored(n, built._keys_to_ignore_on_load_unexpected)}  # fmt: skip
-    missing = {n: s for n, s in missing.items() if not _ignored(n, built._keys_to_ignore_on_load_missing)}
+             if n not in expected and not matches(n, built._keys_to_ignore_on_load_unexpected)}  # fmt: skip
     # Names of an older form, which loaders rename: as many tensors of the same shapes under other names.
     old = Counter(missing.values()) & Counter(extra.values())
     for kind in (missing, extra):
@@ -238,10 +237,6 @@ def _against_class(facts: Facts, checkpoint: Checkpoint) -> Iterator[Finding]:
             f"{'it' if len(extra) == 1 else 'them'} out.",
             "Save the model again, or name the class that has them in config.json.",
         )
-
-
-def _ignored(name: str, patterns: "Iterable[str] | None") -> bool:
-    return any(re.search(pattern, name) for pattern in patterns or ())
 
 
 def _listed(names: Iterable[str]) -> str:

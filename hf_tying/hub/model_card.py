@@ -8,7 +8,8 @@ from typing import Any
 
 from ..config import TyingConfig, entry_of
 from ..report.dispatch import tying_report
-from ..report.records import GroupReport, TyingReport, bytes_of
+from ..report.dtypes import bytes_of
+from ..report.records import GroupReport, TyingReport
 from ..ties.headers import read_header, read_json, weight_files
 from .facts import Facts
 from .loading import Loading, how_loaded

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from ..config import TyingConfig, TyingError, entry_of
-from ..ties.depth_groups import depth_groups, with_all_visits
+from ..ties.depth_groups import SUFFIX, depth_groups, with_all_visits
 from ..ties.headers import RECORD
 from .file_values import ValuesOnDisk
 from .gguf_header import read_gguf
@@ -181,11 +181,10 @@ class Checkpoint:
 
     @cached_property
     def relaxed(self) -> set[str]:
-        """The groups whose members may differ from their root, and do so in the files."""
-        if self.entry is None:
+        """The names that differ from their root, by numbers that the files have beside them."""
+        if self.entry is None or not (self.entry.relax or any("relax" in stack for stack in self.entry.depth)):
             return set()
-        paths = tuple(f"{stack['path']}." for stack in self.entry.depth if "relax" in stack)
-        return {*self.entry.relax, *(name for name, _ in self.layer_groups if name.startswith(paths))}
+        return {name.partition(f"{SUFFIX}.")[0] for name in self.tensors if f"{SUFFIX}." in name}
 
     @property
     def _strange_names(self) -> list[str]:

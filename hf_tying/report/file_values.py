@@ -55,12 +55,17 @@ class ValuesOnDisk:
         read: reads `count` bytes from `start` of the named tensor.
         tensors: shape, dtype and place of each tensor, from headers that were found to be sound.
         remote: whether bytes come over a network, so that samples are few. Default `False`.
+        exact: whether every byte is compared, however large the matrices are. Default `False`.
     """
 
     def __init__(
-        self, read: Callable[[str, int, int], bytes], tensors: "Mapping[str, HeldTensor]", remote: bool = False
+        self,
+        read: Callable[[str, int, int], bytes],
+        tensors: "Mapping[str, HeldTensor]",
+        remote: bool = False,
+        exact: bool = False,
     ) -> None:
-        self._read, self.tensors, self.remote = read, tensors, remote
+        self._read, self.tensors, self.remote, self.exact = read, tensors, remote, exact
 
     def different(self, keys_of: Mapping[str, Sequence[str]]) -> tuple[dict[str, int], str | None]:
         """Number the values of some names: names with equal values have the same number.
@@ -123,7 +128,7 @@ class ValuesOnDisk:
         return None if found is None else found.rows == 0
 
     def _sampled(self, size: int) -> bool:
-        return size > (_PROBES * _PROBE if self.remote else WHOLE)
+        return not self.exact and size > (_PROBES * _PROBE if self.remote else WHOLE)
 
     def _same_bytes(self, a: str, b: str) -> bool:
         size = self.tensors[a].size
@@ -151,16 +156,8 @@ def _numbers(data: bytes, dtype: str, width: int) -> "np.ndarray | None":
     """The rows of a matrix as float64; `None` of a dtype that numpy lacks."""
     import numpy as np
 
-    kinds = {
-        "F64": "<f8",
-        "F32": "<f4",
-        "F16": "<f2",
-        "I64": "<i8",
-        "I32": "<i4",
-        "I16": "<i2",
-        "I8": "i1",
-        "U8": "u1",
-    }
+    kinds = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
+             "U8": "u1"}  # fmt: skip
     if dtype == "BF16":
         flat = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
     elif dtype in kinds:
@@ -186,7 +183,6 @@ def _low_rank(rows: list) -> int | None:
     return rank if rank * 4 <= min(matrix.shape) else None
 
 
-def _spread(size: int, samples: int = _SAMPLES, length: int | None = None) -> list[tuple[int, int]]:
+def _spread(size: int, samples: int, length: int) -> list[tuple[int, int]]:
     """Places and lengths of samples, evenly over `size` bytes, the first and the last byte included."""
-    length = _SAMPLE if length is None else length
     return [((size - length) * i // (samples - 1), length) for i in range(samples)]

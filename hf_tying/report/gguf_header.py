@@ -54,9 +54,9 @@ def read_gguf(source: Source, file: str) -> GgufHeader:
     """
     try:
         return _read(_Reader(source, file))
+    except TyingError:
+        raise
     except (ValueError, OverflowError) as error:
-        if isinstance(error, TyingError):
-            raise
         raise TyingError(
             f"{file} in {source.name} cannot be read as GGUF ({error}): it is truncated, corrupted or of another "
             "format."

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..config import TyingError
 from ..ties.headers import TensorPlace, header_length, parse_header
-from .sources import Source
+from .sources import ReadError, Source
 
 _FIRST_READ = 100_000
 _AT_ONCE = 8
@@ -101,14 +101,12 @@ class HubFolder(Source):
             if len(header) < length:
                 header += self.read(file, 8 + len(header), length - len(header))
             return parse_header(header, size)
+        except TyingError:
+            raise
         except ValueError as error:
-            raise (
-                error
-                if isinstance(error, TyingError)
-                else TyingError(
-                    f"{file} in {self.name} cannot be read as safetensors ({error}): it is truncated, corrupted or of "
-                    "another format."
-                )
+            raise TyingError(
+                f"{file} in {self.name} cannot be read as safetensors ({error}): it is truncated, corrupted or of "
+                "another format."
             ) from error
 
     def all_places(self, files: list[str]) -> dict[str, dict[str, TensorPlace]]:
@@ -119,15 +117,14 @@ class HubFolder(Source):
 
     def below(self, folder: str) -> "HubFolder":
         """See `Source`."""
-        inner = HubFolder(self.repo, self.revision, self.subfolder + folder, f"{self.name}/{folder}", self.token)
-        return inner
+        return HubFolder(self.repo, self.revision, self.subfolder + folder, f"{self.name}/{folder}", self.token)
 
 
 def _asked(name: str, call: Callable[[], Any]) -> Any:
     """The answer of the Hub.
 
     Raises:
-        TyingError: it has none.
+        ReadError: it has none.
     """
     try:
         return call()
@@ -135,6 +132,6 @@ def _asked(name: str, call: Callable[[], Any]) -> Any:
         raise
     except Exception as error:  # of the client, of its HTTP library, of sockets
         text = " ".join(str(error).split())
-        raise TyingError(
+        raise ReadError(
             f"{name!r} is neither a folder nor a repository that can be read: {type(error).__name__}: {text:.500}"
         ) from error

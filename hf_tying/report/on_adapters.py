@@ -4,8 +4,9 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from ..config import TyingError
+from .dtypes import bytes_of, torch_dtype
 from .layer_order import in_layer_order
-from .records import GroupReport, TyingReport, bytes_of, group_report, missing_in_file, torch_dtype
+from .records import GroupReport, TyingReport, group_report, missing_in_file
 from .sources import Source
 
 if TYPE_CHECKING:

@@ -3,7 +3,8 @@
 from math import prod
 
 from .checkpoint import Checkpoint
-from .records import Finding, GroupReport, TyingReport, bytes_of, group_report, missing_in_file, torch_dtype
+from .dtypes import bytes_of, torch_dtype
+from .records import Finding, GroupReport, TyingReport, group_report, missing_in_file
 from .stock_table import FLAG, StockClass, generalised
 
 _NO_CLASS = StockClass([], {})
@@ -30,10 +31,10 @@ def report_on_files(checkpoint: Checkpoint) -> TyingReport:
         keys_of = {n: checkpoint.keys_of(n) for n in names}
         in_file = [n for n in names if keys_of[n]]
         shape, dtype = checkpoint.matrix(in_file[0]) if in_file else ((), "")
-        # The file has what each member of a relaxed group comes to.
-        same = name in checkpoint.relaxed
-        copies, compared = checkpoint.values.different({n: keys_of[n] for n in in_file[: 1 if same else None]})
-        copies = dict.fromkeys(in_file, 0) if same else copies
+        # The file has what a relaxed name comes to, and that differs.
+        exact = {n: keys_of[n] for n in in_file if n not in checkpoint.relaxed}
+        numbers, compared = checkpoint.values.different(exact)
+        copies = dict.fromkeys(in_file, 0) | numbers
         apart = len(set(copies.values())) > 1
         broken = not in_file or (apart and kept == "error")
         used = [n for n in copies if n not in stock.carriers]

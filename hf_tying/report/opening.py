@@ -42,12 +42,10 @@ def open_source(
             _refuse_revision(name, revision)
             regular_size(path)
             return Folder(path.parent, name, only=path.name)
-    except OSError as error:
-        raise TyingError(f"{name!r} cannot be read: {error}.") from error
-    except ValueError as error:
-        raise (
-            error if isinstance(error, TyingError) else TyingError(f"{name!r:.300} cannot be read: {error}.")
-        ) from error
+    except TyingError:
+        raise
+    except (OSError, ValueError) as error:  # no such place, or a name that no file can have
+        raise TyingError(f"{name!r:.300} cannot be read: {error}.") from error
     found = _HUB.fullmatch(name.removeprefix("hf://"))
     inner = found["subfolder"] if found else None
     if found is None or ".." in name.split("/"):

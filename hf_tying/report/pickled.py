@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import TyingError
-from ..ties.headers import files_of_index
+from ..ties.headers import LARGEST_INDEX, files_of_index
+from .dtypes import file_dtype
 from .sources import Folder, Source
 
 if TYPE_CHECKING:
@@ -13,10 +14,6 @@ if TYPE_CHECKING:
 
 _INDEX, _WHOLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 _ENDINGS = (".bin", ".pt", ".pth")
-# As safetensors spells the dtypes of torch.
-_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
-          "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL", "float8_e4m3fn": "F8_E4M3",
-          "float8_e5m2": "F8_E5M2"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class Pickled:
         self.tensors = {
             name: PickledTensor(
                 tuple(tensor.shape),
-                _NAMES.get(str(tensor.dtype).removeprefix("torch."), str(tensor.dtype).removeprefix("torch.").upper()),
+                file_dtype(str(tensor.dtype).removeprefix("torch.")),
                 file_of[name],
                 tensor.numel() * tensor.element_size(),
                 tensor.untyped_storage()._cdata,
@@ -102,7 +99,7 @@ def _files(source: Source) -> list[str]:
     if source.only:
         return [source.only] if source.only.endswith(_ENDINGS) else []
     if source.has(_INDEX):
-        return files_of_index(source.json(_INDEX, 20 * 2**20), f"{_INDEX} in {source.name}")
+        return files_of_index(source.json(_INDEX, LARGEST_INDEX), f"{_INDEX} in {source.name}")
     return [_WHOLE] if source.has(_WHOLE) else []
 
 

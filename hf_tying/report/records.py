@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 SCHEMA = 1
 # AdamW keeps two moments for every trained element, in the dtype of the parameter.
 _ADAMW_STATES = 2
-_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "U8": 1, "I8": 1}
-_TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -231,13 +229,3 @@ def missing_in_file(group: GroupReport, file: str) -> Finding:
         "Save the model again, or take the group out of the config.",
         group.name,
     )
-
-
-def bytes_of(dtype: str) -> int:
-    """Bytes of one element, by the dtype's name in a safetensors header; 0 for an unknown name."""
-    return _BYTES.get(dtype, 0)
-
-
-def torch_dtype(dtype: str) -> str:
-    """A dtype's name in torch, from its name in a safetensors header."""
-    return _TORCH_NAMES.get(dtype, dtype.lower())

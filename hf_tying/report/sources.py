@@ -7,6 +7,9 @@ from typing import Any
 from ..config import TyingError
 from ..ties.depth_groups import VARIANT
 from ..ties.headers import (
+    INDEX,
+    LARGEST_INDEX,
+    WHOLE,
     TensorPlace,
     files_of_index,
     parse_json,
@@ -15,9 +18,12 @@ from ..ties.headers import (
     regular_size,
 )
 
-INDEX = "model.safetensors.index.json"
 # A config has some kilobytes, and a megabyte where it names 20,000 labels.
 _LARGEST_CONFIG = 6 * 2**20
+
+
+class ReadError(TyingError):
+    """A place cannot be read: nothing is said of what it holds."""
 
 
 class Source(ABC):
@@ -78,12 +84,12 @@ class Source(ABC):
         if self.only:
             return [self.only]
         if self.has(INDEX):
-            names = files_of_index(self.json(INDEX, 20 * 2**20), f"{INDEX} in {self.name}")
+            names = files_of_index(self.json(INDEX, LARGEST_INDEX), f"{INDEX} in {self.name}")
             if missing := [name for name in names if not self.has(name)]:
                 more = f" and {len(missing) - 20:,} more" if len(missing) > 20 else ""
                 raise TyingError(f"{INDEX} in {self.name} names files that are not there: {missing[:20]}{more}.")
             return names
-        return [name for name in ("model.safetensors", f"model.{VARIANT}.safetensors") if self.has(name)][:1]
+        return [name for name in (WHOLE, f"model.{VARIANT}.safetensors") if self.has(name)][:1]
 
     def all_places(self, files: list[str]) -> dict[str, dict[str, TensorPlace]]:
         """The tensors of each of some safetensors files."""
@@ -125,7 +131,7 @@ class Folder(Source):
         try:
             return regular_size(self.folder / file)
         except (OSError, ValueError) as error:
-            raise TyingError(f"{file} in {self.folder} cannot be read: {error}.") from error
+            raise ReadError(f"{file} in {self.folder} cannot be read: {error}.") from error
 
     def read(self, file: str, start: int, count: int) -> bytes:
         """See `Source`."""
@@ -135,7 +141,7 @@ class Folder(Source):
                 opened.seek(start)
                 return opened.read(count)
         except (OSError, ValueError) as error:
-            raise TyingError(f"{file} in {self.folder} cannot be read: {error}.") from error
+            raise ReadError(f"{file} in {self.folder} cannot be read: {error}.") from error
 
     def json(self, file: str, largest: int = _LARGEST_CONFIG) -> dict[str, Any]:
         """See `Source`."""

@@ -1,6 +1,7 @@
 """What a class ties, read from the class itself, built without weights. The table is made of these readings."""
 
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ..config import TyingError
@@ -38,7 +39,8 @@ def describe(model: "PreTrainedModel") -> StockClass:
         forced = bool(getattr(model.config, FLAG, False))
     named = {name for tie in ties for name in tie[:2]} | set(anatomy.role_of)
     keys = {name: found for name in sorted(named) if (found := _keys_on_disk(model, name)) != [name]}
-    held, buffers = _names_in_files(model)
+    held, _ = shapes_in_files(model)
+    buffers = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
     return StockClass(
         ties=list(dict.fromkeys(ties)),
         roles={role: list(found.names) for role, found in anatomy.roles.items()},
@@ -125,23 +127,19 @@ def _keys_on_disk(model: "PreTrainedModel", name: str) -> list[str]:
         return [name]
 
 
-def _names_in_files(model: "PreTrainedModel") -> tuple[list[str], list[str]]:
-    """The names of all tensors that a file of `model` can have, and those of them that are no parameters."""
-    state = model.state_dict()
-    buffers = {name for name, _ in model.named_buffers()} & state.keys()
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-
-        names = list(revert_weight_conversion(model, dict(state)))
-    except (ImportError, AttributeError, TypeError, RuntimeError, ValueError, KeyError):
-        names = []
-    return [*dict.fromkeys([*names, *state])], sorted(buffers)
+def matches(name: str, patterns: Iterable[str] | None) -> bool:
+    """Whether one of a class's patterns of ignored names is in `name`."""
+    return any(re.search(pattern, name) for pattern in patterns or ())
 
 
 def shapes_in_files(model: "PreTrainedModel") -> tuple[dict[str, tuple[int, ...]], set[str]]:
-    """The shapes of all tensors that a file of `model` can have, and the names of those that it may lack (buffers)."""
+    """The shapes of all tensors that a file of `model` can have, and the names of those that it may lack.
+
+    Those are buffers, and what the class makes by itself (sinusoids of positions).
+    """
     state = model.state_dict()
     optional = {name for name, _ in model.named_buffers()} & state.keys()
+    optional |= {name for name in state if matches(name, model._keys_to_ignore_on_load_missing)}
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     try:
         from transformers.core_model_loading import revert_weight_conversion

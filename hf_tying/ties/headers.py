@@ -9,19 +9,19 @@ from typing import Any, NamedTuple, TypeGuard
 
 from ..config import TyingError
 
-_INDEX = "model.safetensors.index.json"
-_WHOLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+WHOLE = "model.safetensors"
 #: The record of the ties of a plain module, beside its weights.
 RECORD = "tying.json"
 # What somebody else wrote is bounded before memory is taken for it. The index of the largest published models has
 # 15 MB, their headers less, and 150,000 tensors are more than any of their files has. Python keeps some hundred bytes
 # for each list or dict of three characters, so these are counted before JSON is read.
-_LARGEST_JSON = 20 * 2**20
+LARGEST_INDEX = 20 * 2**20
 _LARGEST_HEADER = 64 * 2**20
 _MOST_TENSORS = 150_000
 _LONGEST_FILE_NAME = 255
-# Bits of one element, by the dtype's name in a header.
-_BITS = {
+#: Bits of one element, by the dtype's name in a header.
+BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
@@ -127,9 +127,9 @@ def _place(name: str, entry: object, first: int) -> TensorPlace:
     if not isinstance(entry, dict):
         raise ValueError(f"{name!r:.200} has no dtype, shape and place")
     shape, span, dtype = entry.get("shape"), entry.get("data_offsets"), entry.get("dtype")
-    if not _counts(shape) or not _counts(span) or len(span) != 2 or not isinstance(dtype, str) or dtype not in _BITS:
+    if not _counts(shape) or not _counts(span) or len(span) != 2 or not isinstance(dtype, str) or dtype not in BITS:
         raise ValueError(f"{name!r:.200} has no sound dtype, shape and place")
-    if (span[1] - span[0]) * 8 != prod(shape) * _BITS[dtype]:
+    if (span[1] - span[0]) * 8 != prod(shape) * BITS[dtype]:
         raise ValueError(f"{name!r:.200} does not have the bytes of its shape and dtype")
     return TensorPlace(tuple(shape), dtype, first + span[0], first + span[1])
 
@@ -145,16 +145,16 @@ def weight_files(folder: str | Path) -> list[Path]:
         TyingError: when there is none, or an index that is malformed, points elsewhere, or names a missing file.
     """
     folder = Path(folder)
-    if (index := folder / _INDEX).is_file():
+    if (index := folder / INDEX).is_file():
         names = shard_names(index)
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             more = f" and {len(missing) - 20:,} more" if len(missing) > 20 else ""
-            raise TyingError(f"{_INDEX} in {folder} names files that are not there: {missing[:20]}{more}.")
+            raise TyingError(f"{INDEX} in {folder} names files that are not there: {missing[:20]}{more}.")
         return [folder / name for name in names]
-    if (whole := folder / _WHOLE).is_file():
+    if (whole := folder / WHOLE).is_file():
         return [whole]
-    raise TyingError(f"{folder} has no {_WHOLE} and no {_INDEX}: expected a folder written by save_pretrained.")
+    raise TyingError(f"{folder} has no {WHOLE} and no {INDEX}: expected a folder written by save_pretrained.")
 
 
 def shard_names(index: str | Path) -> list[str]:
@@ -196,7 +196,7 @@ def read_json(path: str | Path, largest: int | None = None) -> dict:
     """
     path = Path(path)
     try:
-        if (size := regular_size(path)) > (largest := largest or _LARGEST_JSON):
+        if (size := regular_size(path)) > (largest := largest or LARGEST_INDEX):
             raise TyingError(f"{path.name} in {path.parent} has {size:,} bytes: more than {largest:,} are not read.")
         content = path.read_bytes()
     except OSError as error:

@@ -7,6 +7,7 @@ import shlex
 import pytest
 
 from hf_tying.cli.app import app
+from hf_tying.doctor import diagnose
 
 from ..doctor import planted
 
@@ -45,6 +46,18 @@ def test_a_disease_ends_with_1_and_a_healthy_model_with_0(hf_tying, here, as_jso
         assert found["findings"][0].keys() == {"code", "severity", "message", "mend", "group"}
 
 
+@pytest.mark.parametrize("plant", [plant for _, plant in planted.PLANTED], ids=lambda plant: plant.__name__)
+def test_a_command_that_mends_ends_the_disease(hf_tying, tmp_path, plant):
+    plant(tmp_path / "model")
+    for i, finding in enumerate(diagnose(tmp_path / "model")):
+        for j, command in enumerate(re.findall(r"hf-tying [^;,]*OUT(?: --[\w-]+ [\w.]*\w)*", finding.mend or "")):
+            out = tmp_path / f"{i}-{j}"
+            chosen = {"OUT": str(out), "SCHEME": "two_way", "ROLE": "target"}
+            status, _, error = hf_tying(*[chosen.get(word, word) for word in shlex.split(command)[1:]])
+            assert status in (0, None), (command, error)
+            assert finding.code not in {each.code for each in diagnose(out)}
+
+
 def test_codes_are_chosen_and_left_out(hf_tying, here):
     planted.two_matrices(here / "broken")
     assert hf_tying("doctor", here / "broken", "--only", "T005")[0] == 0
@@ -63,6 +76,12 @@ def test_the_forecast_names_rule_version_and_source(hf_tying, here):
     forecast = json.loads(output)["forecast"]
     assert status == 0 and [each["loader"] for each in forecast] == ["transformers", "llama.cpp"]
     assert all(each["outcome"] == "tie" and each["rule"] and each["version"] and each["source"] for each in forecast)
+
+
+def test_a_forecast_for_an_adapter_is_refused(hf_tying, here):
+    planted.tied_form_alone(here / "adapter")
+    status, output, error = hf_tying("doctor", here / "adapter", "--for", "vllm")
+    assert status == 3 and "is an adapter" in error and not output
 
 
 def test_annotations_are_those_of_github(hf_tying, here):
@@ -85,6 +104,12 @@ def test_a_missing_choice_ends_with_4_and_says_which(hf_tying, here, as_json):
     assert status == 4 and "--init-from" in error and not (here / "out").exists()
     if as_json:
         assert json.loads(output)["findings"][0]["code"] == "undecided"
+
+
+def test_weights_that_do_not_come_along_are_named(hf_tying, here):
+    (here / "my-model" / "flax_model.msgpack").write_text("")
+    status, output, _ = hf_tying("untie", here / "my-model", here / "out")
+    assert status in (0, None) and "left out: flax_model.msgpack" in output
 
 
 def test_a_dry_run_writes_nothing(hf_tying, here):

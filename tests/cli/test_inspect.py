@@ -58,6 +58,7 @@ def test_the_json_names_its_schema_its_command_and_its_source(hf_tying, folder):
         (["--yson"], "No such option"),
         (["--plot", "ties.wmf"], "expected one of"),
         (["--plot", "nowhere/ties.png"], "is no folder"),
+        (["--html", "/"], "is a directory"),
     ],
     ids=lambda part: " ".join(part) if isinstance(part, list) else "",
 )

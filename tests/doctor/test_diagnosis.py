@@ -10,6 +10,7 @@ from hf_tying import TyingConfig, tie
 from hf_tying.doctor import diagnose, inspect
 from hf_tying.doctor.diagnosis import CODES
 from hf_tying.peft import export_to_lora
+from hf_tying.report.sources import Folder, ReadError
 
 from ..tied_lora import tied_lora
 from ..tiny import ALL, FULL_SCHEME, layer_pair, tiny_model, untied_model
@@ -86,6 +87,21 @@ def test_healthy_adapters_have_no_finding(tmp_path):
     adapted.save_pretrained(tmp_path / "both" / "tied_lora")
     export_to_lora(tmp_path / "both" / "tied_lora", tmp_path / "both")
     assert diagnose(tmp_path / "both") == []
+
+
+def test_a_place_that_cannot_be_read_any_more_is_no_disease(tmp_path, monkeypatch):
+    """As when the network goes while values are compared."""
+    tie(untied_model("llama"), TyingConfig("two_way", save_format="portable"), init_from="target").save_pretrained(
+        tmp_path
+    )
+
+    def gone(*args):
+        raise ReadError("the server does not answer")
+
+    monkeypatch.setattr(Folder, "read", gone)
+    for look in (diagnose, inspect):
+        with pytest.raises(ReadError, match="does not answer"):
+            look(tmp_path)
 
 
 def test_shards_have_the_same_findings_as_one_file(tmp_path):

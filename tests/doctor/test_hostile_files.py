@@ -3,11 +3,15 @@
 import json
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from hf_tying import TyingError
 from hf_tying.doctor import diagnose, inspect
@@ -50,51 +54,66 @@ def examined(folder: Path) -> None:
             assert str(error)
 
 
+@contextmanager
+def content_of(path: Path, content: bytes) -> Iterator[None]:
+    """A file with other content, and as it was at the end."""
+    before = path.read_bytes() if path.exists() else None
+    try:
+        path.write_bytes(content)
+        yield
+    finally:
+        path.unlink() if before is None else path.write_bytes(before)
+
+
+def with_changes(path: Path, changes: dict) -> bytes:
+    return json.dumps(json.loads(path.read_text()) | changes).encode()
+
+
 @settings(max_examples=CASES)
 @given(changes=st.dictionaries(st.sampled_from(FIELDS), JSON, min_size=1, max_size=3))
 def test_any_config(model, changes):
-    path = model / "config.json"
-    before = path.read_text()
-    try:
-        path.write_text(json.dumps(json.loads(before) | changes))
+    with content_of(path := model / "config.json", with_changes(path, changes)):
         examined(model)
-    finally:
-        path.write_text(before)
 
 
 @settings(max_examples=CASES)
 @given(changes=st.dictionaries(st.sampled_from(ADAPTER), JSON, min_size=1, max_size=3))
 def test_any_adapter_config(adapter, changes):
-    path = adapter / "adapter_config.json"
-    before = path.read_text()
-    try:
-        path.write_text(json.dumps(json.loads(before) | changes))
+    with content_of(path := adapter / "adapter_config.json", with_changes(path, changes)):
         examined(adapter)
-    finally:
-        path.write_text(before)
+
+
+@pytest.mark.parametrize("alpha", [[1], {}, "8", None, 10**400, float("nan")], ids=lambda alpha: str(alpha)[:9])
+def test_any_scale_beside_a_tied_form(tmp_path, alpha):
+    planted.forms_differ(tmp_path / "both")
+    path = tmp_path / "both" / "adapter_config.json"
+    path.write_bytes(with_changes(path, {"lora_alpha": alpha}))
+    examined(tmp_path / "both")
+    assert "T016" in {finding.code for finding in diagnose(tmp_path / "both")}
+
+
+def test_a_tied_form_beside_a_lora_of_other_shapes(tmp_path):
+    planted.forms_differ(tmp_path / "both")
+    file, folder = "adapter_model.safetensors", tmp_path / "both"
+    name = next(name for name in load_file(folder / file) if "lora_B" in name)
+    planted.rewrite(folder, file, **{name: torch.zeros(3, 5)})
+    (message,) = [finding.message for finding in diagnose(folder) if finding.code == "T016"]
+    assert "do not have the shapes" in message
 
 
 @settings(max_examples=CASES)
 @given(at=st.integers(0, 400), new=st.binary(min_size=1, max_size=8))
 def test_any_header(model, at, new):
-    path = model / "model.safetensors"
-    before = path.read_bytes()
-    try:
-        path.write_bytes(before[:at] + new + before[at + len(new) :])
+    before = (path := model / "model.safetensors").read_bytes()
+    with content_of(path, before[:at] + new + before[at + len(new) :]):
         examined(model)
-    finally:
-        path.write_bytes(before)
 
 
 @settings(max_examples=CASES)
 @given(content=JSON | st.dictionaries(st.just("weight_map"), JSON))
 def test_any_index(model, content):
-    path = model / "model.safetensors.index.json"
-    try:
-        path.write_text(json.dumps(content))
+    with content_of(model / "model.safetensors.index.json", json.dumps(content).encode()):
         examined(model)
-    finally:
-        path.unlink()
 
 
 @settings(max_examples=CASES)

@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaForCausalLM
 
 from hf_tying import TyingError, assert_tied, tying_report
 from hf_tying.doctor import diagnose, rewrite
 from hf_tying.doctor.comparing import compare
 from hf_tying.doctor.rewriting import UndecidedError
+from hf_tying.report import file_values
 
 from ..tiny import logits, shared_names, tiny_model, untied_model
 from . import planted
@@ -39,6 +40,65 @@ def test_values_that_differ_need_a_choice_and_nothing_is_written(tmp_path):
     with pytest.raises(UndecidedError, match="--init-from"):
         rewrite(tmp_path / "untied", tmp_path / "tied", "two_way")
     assert [path.name for path in tmp_path.iterdir()] == ["untied"]
+
+
+@pytest.mark.parametrize("choice", ["targt", "source", "lm_head", "model.norm.weight"])
+def test_a_choice_that_there_is_not_is_named(choice, tmp_path):
+    planted.equal_and_untied(tmp_path / "untied")
+    with pytest.raises(TyingError, match=f"--init-from '{choice}'.*role .output, target."):
+        rewrite(tmp_path / "untied", tmp_path / "tied", "two_way", init_from=choice)
+
+
+def test_the_evidence_is_of_the_names_that_differ(tmp_path):
+    """Of three names the last has the values of the first."""
+    untied_model("bart").save_pretrained(tmp_path / "untied")
+    names = ["model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", planted.HEAD]
+    first = planted.tensor(tmp_path / "untied", names[0])
+    planted.rewrite(tmp_path / "untied", **{names[1]: first + 1, names[2]: first.clone()})
+    with pytest.raises(UndecidedError, match="64 of 64 rows differ, largest difference 1"):
+        rewrite(tmp_path / "untied", tmp_path / "tied", "three_way")
+
+
+def test_every_byte_is_compared_before_a_matrix_is_given_up(tmp_path, monkeypatch):
+    """A row between the samples in which a large matrix is compared for a report."""
+    planted.one_row(tmp_path / "model")
+    monkeypatch.setattr(file_values, "WHOLE", 100)
+    monkeypatch.setattr(file_values, "_SAMPLE", 8)
+    monkeypatch.setattr(file_values, "_SAMPLES", 2)
+    assert tying_report(tmp_path / "model").groups[0].compared == "samples" and tying_report(tmp_path / "model").ok
+    with pytest.raises(UndecidedError):
+        rewrite(tmp_path / "model", tmp_path / "new", "dedup")
+    planted.tied(tmp_path / "other")
+    assert planted.HEAD in [each["name"] for each in compare(tmp_path / "model", tmp_path / "other")]
+
+
+def test_equal_numbers_of_two_dtypes_need_no_choice(tmp_path):
+    planted.other_dtype(tmp_path / "model")
+    rewrite(tmp_path / "model", tmp_path / "new", "dedup")
+    assert diagnose(tmp_path / "new") == []
+
+
+def test_a_merged_projection_computes_the_same_without_the_package(tmp_path):
+    planted.projection(tmp_path / "model")
+    done = rewrite(tmp_path / "model", tmp_path / "merged", "merged")
+    before, after = loaded(tmp_path / "model"), loaded(tmp_path / "merged")
+    torch.testing.assert_close(logits(after), logits(before))
+    assert type(after.lm_head) is torch.nn.Linear and diagnose(tmp_path / "merged") == []
+    assert done.ties == {} and done.files == ["model.safetensors"]
+    assert done.parameters[1] == sum(parameter.numel() for parameter in after.parameters())
+    assert done.bytes[1] == 4 * done.parameters[1]
+
+
+def test_a_model_that_transformers_cannot_load_is_said_and_not_written(tmp_path, monkeypatch):
+    planted.tied(tmp_path / "model")
+
+    def missing(*args, **kwargs):
+        raise ImportError("a library is missing")
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", missing)
+    with pytest.raises(TyingError, match="does not load as it should .ImportError: a library is missing"):
+        rewrite(tmp_path / "model", tmp_path / "new", "none")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize("scheme", ["three_way", "source_target", "two_way"])
@@ -83,7 +143,9 @@ def test_shards_dtypes_and_other_files_are_kept(tmp_path):
     (tmp_path / "model" / "more").mkdir()
     (tmp_path / "model" / "more" / "notes.txt").write_text("kept")
     shards = {path.name for path in (tmp_path / "model").glob("*.safetensors")}
-    rewrite(tmp_path / "model", tmp_path / "new", "two_way", init_from="target")
+    (tmp_path / "model" / "more" / "optimizer.pt").write_text("left out")
+    done = rewrite(tmp_path / "model", tmp_path / "new", "two_way", init_from="target")
+    assert done.left_out == ["more/optimizer.pt"] and not (tmp_path / "new" / "more" / "optimizer.pt").exists()
     assert {path.name for path in (tmp_path / "new").glob("*.safetensors")} <= shards and len(shards) > 2
     assert (tmp_path / "new" / "tokenizer.json").read_text() == "{}"
     assert (tmp_path / "new" / "more" / "notes.txt").read_text() == "kept"
@@ -108,9 +170,10 @@ def test_a_dry_run_says_what_would_change_and_writes_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize("to", ["none", "merged"])
 @pytest.mark.parametrize("fault", ["not empty", "no parent", "fails"])
-def test_nothing_half_written_is_left(fault, tmp_path, monkeypatch):
-    planted.tied(tmp_path / "model")
+def test_nothing_half_written_is_left(fault, to, tmp_path, monkeypatch):
+    planted.projection(tmp_path / "model") if to == "merged" else planted.tied(tmp_path / "model")
     out = tmp_path / "new"
     if fault == "not empty":
         out.mkdir()
@@ -118,11 +181,28 @@ def test_nothing_half_written_is_left(fault, tmp_path, monkeypatch):
     elif fault == "no parent":
         out = tmp_path / "away" / "new"
     else:
-        monkeypatch.setattr("hf_tying.doctor.rewriting._load_problems", lambda folder, written: iter(["a fault"]))
+        monkeypatch.setattr("hf_tying.doctor.new_folder._load_problems", lambda folder, written: iter(["a fault"]))
     before = sorted(map(str, tmp_path.rglob("*")))
-    with pytest.raises(TyingError):
-        rewrite(tmp_path / "model", out, "none")
+    with pytest.raises(TyingError, match="a fault" if fault == "fails" else "new"):
+        rewrite(tmp_path / "model", out, to)
     assert sorted(map(str, tmp_path.rglob("*"))) == before
+
+
+@pytest.mark.parametrize("arch", ["marian", "gpt_neox", "llava", "t5", "bert"])
+def test_a_class_with_names_and_tensors_of_its_own_is_untied_and_compared(arch, tmp_path):
+    model = tiny_model(arch, tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "tied")
+    rewrite(tmp_path / "tied", tmp_path / "untied", "none")
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path / "untied").eval()), logits(model.eval()))
+    assert {each["what"] for each in compare(tmp_path / "tied", tmp_path / "untied")} == {"config", "tie"}
+
+
+@pytest.mark.parametrize("to", ["none", "two_way"])
+def test_a_class_whose_ties_are_not_known_is_refused(to, tmp_path):
+    planted.tied(tmp_path / "model")
+    planted.edit(tmp_path / "model", architectures=["HouseModel"])
+    with pytest.raises(TyingError, match=r"no HouseModel, .* untie\(model\)"):
+        rewrite(tmp_path / "model", tmp_path / "new", to)
 
 
 def test_compare_knows_one_matrix_under_several_names(tmp_path):

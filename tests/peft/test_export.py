@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
-from hf_tying.cli import main
 from hf_tying.peft import TiedLoraConfig, export_to_lora
 
 from ..native_adapters import needs_native_adapters
@@ -270,16 +268,6 @@ def test_the_settings_are_replaced_last(tmp_path, monkeypatch):
 
 
 class TestTheCommand:
-    @pytest.fixture
-    def hf_tying(self, monkeypatch, capsys):
-        def run(*arguments):
-            monkeypatch.setattr(sys, "argv", ["hf-tying", *map(str, arguments)])
-            with pytest.raises(SystemExit) as end:
-                main()
-            return end.value.code, *capsys.readouterr()
-
-        return run
-
     def test_the_command_writes_the_export_and_says_what_it_is(self, hf_tying, tmp_path):
         model = tied_lora(base_of("llama"))
         model.save_pretrained(tmp_path / "run" / "tied")

@@ -174,5 +174,5 @@ def test_matrices_too_large_to_be_read_are_compared_in_samples(monkeypatch, tmp_
 
 @pytest.mark.parametrize("size", [2**16, 2**30 + 1, 10**12])
 def test_samples_reach_from_the_first_byte_to_the_last(size):
-    pieces = file_values._spread(size)
+    pieces = file_values._spread(size, file_values._SAMPLES, file_values._SAMPLE)
     assert pieces[0][0] == 0 and sum(pieces[-1]) == size and len(pieces) == 256

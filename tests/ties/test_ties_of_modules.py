@@ -318,7 +318,7 @@ def test_a_broken_folder_is_refused_and_nothing_changes(case, tmp_path):
 
 def test_a_record_of_any_size_is_not_read(tmp_path, monkeypatch):
     save_tied(tied(), tmp_path)
-    monkeypatch.setattr("hf_tying.ties.headers._LARGEST_JSON", 100)
+    monkeypatch.setattr("hf_tying.ties.headers.LARGEST_INDEX", 100)
     with pytest.raises(TyingError, match="more than 100 are not read"):
         load_tied(Plain(), tmp_path)
 
