@@ -61,7 +61,8 @@ def test_what_is_no_prediction_is_refused(probabilities, labels, message):
 
 
 def test_a_probability_on_a_bound_is_in_the_lower_bin():
-    assert calibration([[0.5, 0.5], [0.75, 0.25], [1, 0]], [0, 0, 0], bins=4).share.tolist() == [0, 1 / 3, 1 / 3, 1 / 3]
+    found = calibration([[0.5, 0.5], [0.75, 0.25], [1, 0]], [0, 0, 0], bins=4)
+    assert found.share.tolist() == [0, 1 / 3, 1 / 3, 1 / 3]
 
 
 def test_a_confusion_matrix_has_true_classes_in_rows():
