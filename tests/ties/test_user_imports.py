@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ from huggingface_hub import HfApi
 
 from hf_tying import TyingError
 from hf_tying.ties.remote_code import refuse_unloadable
+from tests.processes import run_python
 
 BASE = """from transformers import LlamaConfig, LlamaForCausalLM
 {imports}
@@ -59,39 +61,74 @@ REFUSED = {
 }
 
 
-@pytest.fixture
-def model_of(tmp_path, monkeypatch):
-    """A model of a class in a module of the user's, with the given imports."""
-    monkeypatch.syspath_prepend(str(tmp_path / "source"))
+# Runs where this package is not installed: what became of the code in each folder.
+ELSEWHERE = """
+import json, sys
 
-    def build(imports, parts):
-        (tmp_path / "source").mkdir()
-        (tmp_path / "source" / "modeling_mine.py").write_text(
-            BASE.format(imports=imports, **(NAMES | parts)), encoding="utf-8"
-        )
+sys.modules["hf_tying"] = None
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+results = {}
+for folder in sys.argv[1:]:
+    try:
+        results[folder] = get_class_from_dynamic_module("modeling_mine.Mine", folder).__name__
+    except Exception as error:
+        results[folder] = repr(error)
+print(json.dumps(results))
+"""
+
+
+def built(source, imports, parts):
+    """A model of a class in a module of the user's, in the folder `source`, with the given imports."""
+    source.mkdir()
+    text = BASE.format(imports=imports, **(NAMES | parts))
+    (source / "modeling_mine.py").write_text(text, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(source))
         importlib.invalidate_caches()
+        sys.modules.pop("modeling_mine", None)
         module = importlib.import_module("modeling_mine")
-        module.MineConfig.register_for_auto_class()
-        module.Mine.register_for_auto_class("AutoModelForCausalLM")
-        sizes = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
-        tying = {"version": 1, "scheme": "two_way"}
-        return module.Mine(module.MineConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, tying=tying))
+    module.MineConfig.register_for_auto_class()
+    module.Mine.register_for_auto_class("AutoModelForCausalLM")
+    sizes = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    tying = {"version": 1, "scheme": "two_way"}
+    return module.Mine(module.MineConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, tying=tying))
 
-    yield build
+
+@pytest.fixture
+def model_of(tmp_path):
+    """Builds a model, its code in `tmp_path / "source"`."""
+    yield lambda imports, parts: built(tmp_path / "source", imports, parts)
     sys.modules.pop("modeling_mine", None)
 
 
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """The folder of each form as it was saved, and what another process, without this package, made of its code."""
+    root = tmp_path_factory.mktemp("published")
+    folders = {form: root / f"form_{number}" for number, form in enumerate(CARRIED)}
+    for form, folder in folders.items():
+        built(root / f"source_{folder.name}", *CARRIED[form]).save_pretrained(folder)
+    sys.modules.pop("modeling_mine", None)
+    done = run_python("-c", ELSEWHERE, *folders.values(), environment={"HF_MODULES_CACHE": str(root / "modules")})
+    results = json.loads(done.stdout.splitlines()[-1])
+    return {form: (folder, results[str(folder)]) for form, folder in folders.items()}
+
+
 @pytest.mark.parametrize("form", CARRIED)
-def test_published_code_loads_without_the_package(model_of, tmp_path, form):
-    model = model_of(*CARRIED[form])
-    refuse_unloadable(model)  # imports it in another process
-    model.save_pretrained(tmp_path / "out")
-    text = (tmp_path / "out" / "modeling_mine.py").read_text(encoding="utf-8")
+def test_published_code_loads_without_the_package(elsewhere, form):
+    folder, result = elsewhere[form]
+    text = (folder / "modeling_mine.py").read_text(encoding="utf-8")
+    assert result == "Mine", text
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             assert not any(alias.name.startswith("hf_tying") for alias in node.names), text
         elif isinstance(node, ast.ImportFrom):
             assert node.level or not node.module.startswith("hf_tying"), text
+
+
+def test_what_loads_without_the_package_may_be_uploaded(model_of):
+    refuse_unloadable(model_of(PLAIN, {}))
 
 
 @pytest.mark.parametrize("form", REFUSED)
