@@ -26,7 +26,7 @@ test-fast: $(INSTALLED)
 	$(PYTEST) -m "not slow" $(addprefix tests/,$(FAST))
 
 FAST := test_extras.py test_rooms.py cli data/test_parallel.py data/test_tokenizers.py data/test_words.py demo \
-    diagnostics/test_geometry.py docs/test_pages.py examples/test_three_way.py hub/test_adapters.py hub/test_cards.py \
+    diagnostics/test_geometry.py docs/test_pages.py hub/test_adapters.py hub/test_cards.py \
     losses/test_arithmetic.py losses/test_backends.py \
     losses/test_backward.py losses/test_bad_input.py losses/test_chunks.py losses/test_extreme_logits.py \
     losses/test_modules.py metrics models/test_lstm.py objectives/test_adapters.py objectives/test_declarations.py \

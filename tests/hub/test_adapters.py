@@ -121,5 +121,6 @@ class TestTheCard:
         assert "TL5, r = 4; 6 modules use 1 A, 3 B (u = v = 1)." in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_module_is_imported_before_peft_as_well_as_after_it():
     run_python("-c", "import hf_tying.hub.adapters, peft; assert peft.PeftModel.push_to_hub.__wrapped__")

@@ -234,6 +234,7 @@ def test_tensors_on_a_cpu_are_refused_before_anything_is_imported(backend, insta
     assert not installed[backend].calls
 
 
+@pytest.mark.slow
 def test_importing_the_losses_imports_no_library():
     code = (
         "import sys, hf_tying.losses.cross_entropy; print([m for m in sys.modules if m.startswith(('liger', 'cut_'))])"

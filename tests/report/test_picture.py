@@ -16,6 +16,8 @@ from hf_tying.report.picture import cells_of
 from ..processes import run_python
 from .helpers import MODELS, every_form, shared_layers
 
+pytestmark = pytest.mark.slow  # figures are laid out
+
 
 def drawn(report) -> Figure:
     figure = Figure(layout="constrained")
