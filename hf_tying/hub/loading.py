@@ -20,7 +20,11 @@ _TASKS = (
     ("MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES", "AutoModelForQuestionAnswering", "question-answering"),
 )
 #: The classes of this package that transformers does not know, and their tasks.
-_OURS = {"TiedLSTMForCausalLM": ("AutoModelForCausalLM", "text-generation")}
+_OURS = {
+    "TiedLSTMForCausalLM": ("AutoModelForCausalLM", "text-generation"),
+    "TiedLSTMForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
+    "TiedLSTMForTokenClassification": ("AutoModelForTokenClassification", "token-classification"),
+}
 
 _AUTO = re.compile(r"AutoModel\w*")
 

@@ -14,6 +14,7 @@ _HOME = {
     "TiedLSTMModel": "lstm",
     "TiedLSTMForCausalLM": "lstm",
     "TiedLSTMForSequenceClassification": "lstm",
+    "TiedLSTMForTokenClassification": "lstm",
 }
 
 __all__ = [
@@ -23,11 +24,18 @@ __all__ = [
     "TiedLSTMModel",
     "TiedLSTMForCausalLM",
     "TiedLSTMForSequenceClassification",
+    "TiedLSTMForTokenClassification",
 ]
 FAMILIES = tuple(dict.fromkeys(_HOME.values()))
 
 if TYPE_CHECKING:
     from .encoder_decoder import TiedEncoderDecoderConfig, TiedEncoderDecoderModel
-    from .lstm import TiedLSTMConfig, TiedLSTMForCausalLM, TiedLSTMForSequenceClassification, TiedLSTMModel
+    from .lstm import (
+        TiedLSTMConfig,
+        TiedLSTMForCausalLM,
+        TiedLSTMForSequenceClassification,
+        TiedLSTMForTokenClassification,
+        TiedLSTMModel,
+    )
 else:
     __getattr__, __dir__ = lazy_names(globals(), _HOME)

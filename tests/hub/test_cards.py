@@ -12,7 +12,7 @@ from hf_tying.hub import make_card
 from hf_tying.hub.code_blocks import blocks_of, run_blocks
 from hf_tying.hub.metadata import metadata_problems
 from hf_tying.hub.sections import merge_sections, without_placeholders
-from hf_tying.models import TiedLSTMConfig, TiedLSTMForCausalLM
+from hf_tying.models import TiedLSTMConfig, TiedLSTMForCausalLM, TiedLSTMForSequenceClassification
 
 from ..tied_lora import tied_lora
 from ..tiny import layer_pair, tiny_model, untied_model
@@ -31,6 +31,7 @@ MODELS = {
     "layers": group_of_layers,
     "projection": lambda: use_projection(tiny_model("gpt2")),
     "lstm": lambda: TiedLSTMForCausalLM(TiedLSTMConfig(vocab_size=64, hidden_size=16, embedding_size=16)),
+    "classifier": lambda: TiedLSTMForSequenceClassification(TiedLSTMConfig(vocab_size=64, hidden_size=16)),
     "stock": lambda: tiny_model("llama", tie_word_embeddings=True),
     "untied": lambda: untied_model("llama"),
 }
@@ -68,6 +69,7 @@ def test_what_a_loader_without_this_package_gets_is_said(folders):
         "layers": ("transformers", "512 parameters more, which are copies", 2),
         "projection": ("hf_tying", "**another function**", 1),
         "lstm": ("hf_tying", "transformers does not know this class", 1),
+        "classifier": ("hf_tying", "transformers does not know this class", 1),
         "stock": ("transformers", "tied by the class itself", 2),
     }
     for name, (library, words, blocks) in says.items():
@@ -81,7 +83,7 @@ def test_exactly_the_papers_behind_the_model_are_cited(folders):
     cited = {name: set(re.findall(r"arXiv:(\d+\.\d+)", card_of(folders, name).text)) for name in MODELS}
     assert cited["two_way"] == cited["projection"] == cited["lstm"] == cited["stock"] == {"1608.05859"}
     assert cited["three_way"] == {"1608.05859", "1706.03762"}
-    assert cited["layers"] == cited["untied"] == set()
+    assert cited["layers"] == cited["untied"] == cited["classifier"] == set()
     assert "arXiv:1611.01462" in card_of(folders, "lstm", features=["augmented"]).text
 
 
@@ -90,6 +92,7 @@ def test_tags_say_what_is_tied(folders):
     assert set(card_of(folders, "layers").data.tags) == {"weight-tying", "tying:groups"}
     assert {"tying:two_way", "tying:projection"} <= set(card_of(folders, "projection").data.tags)
     assert card_of(folders, "untied").data.tags == []
+    assert card_of(folders, "classifier").data.pipeline_tag == "text-classification"
 
 
 def test_results_are_a_table_and_a_model_index_with_the_untied_twin_beside(folders):
