@@ -18,8 +18,10 @@ def _refusal() -> str:
     return ""
 
 
+#: What transformers says of this PEFT; empty where its adapter methods work.
+NATIVE_REFUSAL = _refusal()
 needs_native_adapters = pytest.mark.skipif(
-    bool(_refusal()),
-    reason=f"transformers {transformers.__version__} with peft {peft.__version__}: {_refusal()}",
+    bool(NATIVE_REFUSAL),
+    reason=f"transformers {transformers.__version__} with peft {peft.__version__}: {NATIVE_REFUSAL}",
 )
 ADD_ADAPTER = pytest.param("add_adapter", marks=needs_native_adapters)

@@ -101,14 +101,16 @@ def write_folder(out: str | os.PathLike, fill: Callable[[Path], None]) -> Path:
     if out.is_file():
         raise ValueError(f"{out} is a file: expected a folder, or the name of one to make.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    # Beside `out`, because a move is atomic only within one file system.
-    new = out.parent / f".{out.name}.{uuid4().hex}"
-    new.mkdir()
+    # Beside `out`, because a move is atomic only within one file system; of its name, which is that of the card.
+    name = os.path.basename(os.path.abspath(out))
+    hidden = out.parent / f".{name}.{uuid4().hex}"
+    new = hidden / name
+    new.mkdir(parents=True)
     try:
         fill(new)
         _move(new, out)
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(hidden, ignore_errors=True)
     return out
 
 

@@ -8,6 +8,8 @@ from .records import Finding, GroupReport, TyingReport, group_report, missing_in
 from .stock_table import FLAG, StockClass, generalised
 
 _NO_CLASS = StockClass([], {})
+#: The buffers of torch's norms, which files have beside parameters. A class that transformers lacks may have them.
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def report_on_files(checkpoint: Checkpoint) -> TyingReport:
@@ -60,7 +62,11 @@ def report_on_files(checkpoint: Checkpoint) -> TyingReport:
         elif broken:
             findings.append(_values_differ(checkpoint, rows[-1]))
     buffers = set(stock.buffers)
-    sizes = (prod(shape) for key, (shape, _) in checkpoint.header.items() if generalised(key) not in buffers)
+    sizes = (
+        prod(shape)
+        for key, (shape, _) in checkpoint.header.items()
+        if generalised(key) not in buffers and key.rpartition(".")[2] not in _BUFFERS
+    )
     scheme = entry.scheme if entry else None
     return TyingReport(checkpoint.source.name, checkpoint.architecture, scheme, sum(sizes) - repeated, rows, findings)
 

@@ -25,11 +25,13 @@ import torch  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
+from tests.native_adapters import NATIVE_REFUSAL  # noqa: E402
 from tests.processes import run_cases  # noqa: E402
 from tests.tiny import tiny_inputs  # noqa: E402
 
 MODELS = ("base", "tied", "group", "projection", "tied-trainer")
-ADAPTERS = ("peft", "native", "trainer")
+NATIVE = () if NATIVE_REFUSAL else ("native",)
+ADAPTERS = ("peft", *NATIVE, "trainer")
 
 
 def logits(model) -> list[float]:
@@ -58,9 +60,10 @@ CASES |= {
     "two": lambda: of_adapter("two", subfolder="second"),
     "two, tied": lambda: of_adapter("two", subfolder="second/tied_lora"),
     "sft": lambda: of_adapter("sft", base="tester/base-of-sft"),
-    "sft, by transformers": lambda: of_model("sft"),
     "peft, dev": lambda: of_adapter("peft", revision="dev"),
 }
+if NATIVE:
+    CASES["sft, by transformers"] = lambda: of_model("sft")
 
 if __name__ == "__main__":
     run_cases(CASES)
