@@ -66,12 +66,15 @@ def parallel_plan(
     if free:
         plans.append(place.rest(free))
     parts = [(name, anatomy.slots[group.root]) for group in groups for name in _used(anatomy, group)]
+    # Untied, other modules are FSDP2 units; a carrier stays tied to the embedding that it carries.
+    carrying = [group for group in groups if not anatomy.carriers.isdisjoint(group.names)]
+    apart = Placement(anatomy, carrying, sizes, gather_dtype, reduce_dtype)
     return ParallelPlan(
         architecture=type(model).__name__,
         mesh={axis: size for axis, size in sizes.items() if size > 1},
         groups=plans,
         sent=max(sum(plan.sent for plan in plans if stage in plan.stages) for stage in range(sizes["pp"])),
-        sent_untied=place.sent_by_the_busiest([*parts, *free]),
+        sent_untied=apart.sent_by_the_busiest([*parts, *free]),
         notes=place.notes(plans),
     )
 

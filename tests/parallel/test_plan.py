@@ -44,6 +44,15 @@ def test_an_untied_three_way_model_would_send_two_matrices_more_and_no_carrier()
     assert plan.sent_untied - plan.sent == 2 * MATRIX  # source, target, output; `shared` is no matrix of its own
 
 
+@pytest.mark.parametrize("mesh", [{"dp": 4}, {"fsdp": 4}, {"dp": 2, "fsdp": 2}])
+@pytest.mark.parametrize(("arch", "scheme"), [("llama", "two_way"), ("bart", "three_way"), ("llama", "layers")])
+def test_what_an_untied_model_would_send_is_what_it_sends(arch, scheme, mesh):
+    model = untied_model(arch)
+    untied = parallel_plan(tie(model, "none"), mesh)
+    groups = {"layers": layer_pair(model)} if scheme == "layers" else scheme
+    assert parallel_plan(tie(model, groups, init_from="mean"), mesh).sent_untied == untied.sent
+
+
 def test_stages_and_parts():
     plan = parallel_plan(tied(), {"pp": 2, "dp": 2, "tp": 2})
     group = plan.groups[0]
