@@ -113,7 +113,7 @@ def plan_tiles(tokens: int, vocabulary: int, itemsize: int, device: str, block_b
     """
     values = max((block_bytes or _AT_WORK.get(device, _AT_WORK_ELSEWHERE)) // itemsize, 1)
     rows = max(min(tokens, isqrt(values)), 1)
-    columns = min(max(values // rows, 1), vocabulary)
+    columns = max(min(values // rows, vocabulary), 1)
     return ChunkPlan(even_slices(0, tokens, max(values // columns, 1)), even_slices(0, vocabulary, columns))
 
 
@@ -121,7 +121,7 @@ def targets_by_block(labels: torch.Tensor, blocks: tuple[slice, ...]) -> list[tu
     """Find the targets in each block of a (V, N) matrix.
 
     Args:
-        labels: target of each column, (N,), int64.
+        labels: target of each column, (N,), int64; a negative one is in no block.
         blocks: slices of the rows, one after the other.
 
     Returns:

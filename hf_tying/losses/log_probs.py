@@ -7,10 +7,11 @@ import torch
 
 from .arithmetic import compute_dtypes
 from .compilation import untraced
-from .gradient import is_plain
+from .gradient import is_plain, is_transformed
 from .log_probs_autograd import LogProbsRequest, walked_log_probs
 from .logit_tiles import LogitSettings
-from .options import CrossEntropyOptions, check_operands, check_temperature, with_learned_scale
+from .options import CrossEntropyOptions, check_operands, check_temperature, is_learned, with_learned_scale
+from .vocabulary_part import is_split_vocabulary, own_part, whole
 
 OUTPUTS = ("log_probs", "entropy", "top1", "logsumexp", "mean_logits", "log_sum_sq_probs")
 
@@ -26,7 +27,7 @@ class TokenLogProbs:
         entropy: entropy of the whole distribution, in nats.
         top1: bool, whether the label is the most likely word. Among equal words the first one is, as for `argmax`.
         logsumexp: logarithm of the sum of the exponentials of all logits.
-        mean_logits: mean of all logits; no gradient flows through it.
+        mean_logits: mean of all logits.
         log_sum_sq_probs: logarithm of the sum of the squared probabilities; no gradient flows through it.
     """
 
@@ -62,11 +63,13 @@ def tied_log_probs(
 
     Args:
         hidden: (..., D), floating point; no shift is made: `hidden[i]` predicts `labels[i]`.
-        weight: (V, D), of the dtype of `hidden`, or any under autocast or with `head_dtype`.
+        weight: (V, D), of the dtype of `hidden`, or any under autocast or with `head_dtype`. A DTensor whose rows are
+            split over processes, as transformers' tensor parallelism makes it, is not gathered: the processes, which
+            have the same tokens and call this together, exchange three to seven numbers a token.
         labels: hidden.shape[:-1], int64: words from 0 to V - 1, or `ignore_index`.
         bias: (V,), floating point.
         outputs: names of the fields of `TokenLogProbs` to compute. Default `("log_probs",)`; each further one costs a
-            little at each logit. `log_probs`, `entropy` and `logsumexp` are differentiable.
+            little at each logit. `log_probs`, `entropy`, `logsumexp` and `mean_logits` are differentiable.
         temperature: number above 0 by which the logits are divided. Default 1.
         logit_scale: factor of the products (Cohere; 1 / logits_scaling in Granite). Default 1. It may be learned: a
             tensor of one element gets its gradient.
@@ -84,7 +87,8 @@ def tied_log_probs(
         ValueError: for an unknown output, none at all, a temperature not above 0, labels of another shape, and a soft
             cap or a temperature that requires a gradient.
         RuntimeError: for mixed dtypes or devices, a bias of another length, `hidden` and `weight` of different width,
-            and in the backward pass for `create_graph=True`.
+            in the backward pass for `create_graph=True`, and for a split matrix with other tokens on each process, a
+            trained bias that is not split, or a bias beside a learned scale.
 
     Example (the reference, see `reference_log_probs`):
         >>> log_probs = torch.log_softmax((hidden @ weight.T).float() / temperature, dim=-1)
@@ -105,7 +109,24 @@ def _log_probs(
     request: LogProbsRequest,
 ) -> TokenLogProbs:
     settings, device = request.settings, hidden.device.type
+    split = is_split_vocabulary(weight)
+    if split:
+        hidden, labels = whole("hidden", hidden), whole("labels", labels)
     check_operands(hidden, weight, labels, bias, settings.options, one_dtype=settings.head_dtype is None)
+    if split:
+        if bias is not None and is_learned(settings.options.logit_scale):
+            raise RuntimeError(
+                "The matrix is split over the vocabulary, and a learned logit_scale beside a bias would get another "
+                "gradient on each process: expected logit_scale.detach(), or no bias."
+            )
+        if is_transformed():
+            raise RuntimeError(
+                "The matrix is split over the vocabulary, which no transform (torch.func, forward-mode AD, a trace) "
+                "knows of: expected the whole matrix, weight.full_tensor()."
+            )
+        weight, bias, part = own_part(weight, bias)
+        part.check_same(labels)
+        request = replace(request, part=part)
     hidden, bias, options = with_learned_scale(hidden, bias, settings.options)
     compute = walked_log_probs if is_plain(hidden) and is_plain(weight) else reference_log_probs
     products, _ = compute_dtypes(hidden, weight, settings.head_dtype)
@@ -138,7 +159,7 @@ def log_probs_of_logits(
         "entropy": lambda: -(log_probs.exp() * log_probs.clamp(min=torch.finfo(logits.dtype).min)).sum(-1),
         "top1": lambda: logits.argmax(-1) == places[..., 0],
         "logsumexp": lambda: logits.logsumexp(-1),
-        "mean_logits": lambda: logits.detach().mean(-1),
+        "mean_logits": lambda: logits.mean(-1),
         "log_sum_sq_probs": lambda: (2 * log_probs.detach()).logsumexp(-1),
     }
     return {name: torch.where(counted, found := compute[name](), torch.zeros_like(found)) for name in request.outputs}

@@ -9,14 +9,16 @@ from .arithmetic import exp_of_difference
 from .gradient import refuse_double_backward
 from .logit_tiles import LabelledTiles, LogitSettings
 from .token_statistics import FAR, TokenStatistics
+from .vocabulary_part import VocabularyPart
 
 
 @dataclass(frozen=True)
 class LogProbsRequest:
-    """Names of the outputs (fields of `TokenLogProbs`), and what the logits are."""
+    """Names of the outputs (fields of `TokenLogProbs`), what the logits are, and whose words, where they are split."""
 
     outputs: tuple[str, ...]
     settings: LogitSettings
+    part: VocabularyPart | None = None
 
 
 def walked_log_probs(
@@ -41,7 +43,7 @@ class _TiedLogProbs(torch.autograd.Function):
         request: LogProbsRequest,
     ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
-        tiles = LabelledTiles(hidden, weight, labels, bias, request.settings)
+        tiles = LabelledTiles(hidden, weight, labels, bias, request.settings, request.part)
         statistics = TokenStatistics.of(tiles, request.outputs)
         ctx.request, ctx.weight = request, weight
         ctx.save_for_backward(hidden, weight, bias, labels, *statistics.tensors())
@@ -58,13 +60,13 @@ class _TiedLogProbs(torch.autograd.Function):
         for gradient in given.values():
             refuse_double_backward("tied_log_probs", "torch.log_softmax of whole logits", gradient)
         hidden, weight, bias, labels, *statistics = ctx.saved_tensors
-        tiles = LabelledTiles(hidden, weight, labels, bias, ctx.request.settings)
+        tiles = LabelledTiles(hidden, weight, labels, bias, ctx.request.settings, ctx.request.part)
         given = {name: tiles.gathered(gradient) for name, gradient in given.items()}
         wanted = ctx.needs_input_grad[:3]
         return (*_gradients(tiles, TokenStatistics(*statistics), wanted, ctx.weight, **given), None, None)
 
 
-_DIFFERENTIABLE = ("log_probs", "entropy", "logsumexp")
+_DIFFERENTIABLE = ("log_probs", "entropy", "logsumexp", "mean_logits")
 
 
 def _output(name: str, statistics: TokenStatistics, tiles: LabelledTiles) -> torch.Tensor:
@@ -73,7 +75,7 @@ def _output(name: str, statistics: TokenStatistics, tiles: LabelledTiles) -> tor
         assert statistics.first is not None
         return (label > statistics.largest) | (label == statistics.largest) & (tiles.labels < statistics.first)
     if name == "mean_logits":
-        return statistics.total / len(tiles.weight)
+        return statistics.total / tiles.words
     return getattr(statistics, name)()
 
 
@@ -85,6 +87,7 @@ def _gradients(
     log_probs: torch.Tensor | None = None,
     entropy: torch.Tensor | None = None,
     logsumexp: torch.Tensor | None = None,
+    mean_logits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """The gradients of hidden states, matrix and bias, where they are `wanted` (`LogitTiles.gradients`).
 
@@ -99,6 +102,7 @@ def _gradients(
         log_probs: (N,), upstream gradient of this output; `None` where there is none.
         entropy: the same for the entropy.
         logsumexp: the same for the logarithm of the sum.
+        mean_logits: the same for the mean; each logit gets an equal share of it.
     """
     base, odds, probability = statistics.base, statistics.odds, statistics.log_probs().exp()
     constant, at_label = torch.zeros_like(base), torch.zeros_like(base)
@@ -122,6 +126,6 @@ def _gradients(
             gradient.mul_(differences.mul_(-entropy[rows]).add_(constant[rows]))
         at = tiles.labels_at(number, rows)
         gradient[at] = at_label[rows][at[1]]
-        return gradient
+        return gradient if mean_logits is None else gradient.add_(mean_logits[rows], alpha=1 / tiles.words)
 
     return tiles.gradients(wanted, trained, of_tile)

@@ -11,6 +11,7 @@ from .gradient import accumulate_or_claim
 from .options import CrossEntropyOptions
 from .pending_gradients import counted_positions
 from .reference import whole_logits
+from .vocabulary_part import VocabularyPart
 
 
 @dataclass(frozen=True)
@@ -152,10 +153,14 @@ class LogitTiles:
             if into_weight is not None and into_rows is not None and into_weight.dtype != exact:
                 into_weight[words] = into_rows
         return (
-            None if into_hidden is None else self.spread(into_hidden.to(self._dtypes[0])),
+            None if into_hidden is None else self.spread(self._over_all_words(into_hidden).to(self._dtypes[0])),
             None if into_weight is None else accumulate_or_claim(trained, into_weight),
             None if into_bias is None else into_bias.to(self._dtypes[1]),
         )
+
+    def _over_all_words(self, into_hidden: torch.Tensor) -> torch.Tensor:
+        """The gradient of the hidden states over the whole vocabulary, of that over the words of `weight`."""
+        return into_hidden
 
     def spread(self, values: torch.Tensor) -> torch.Tensor:
         """Values of the tokens that count, (N, ...), at their places among all; 0 elsewhere."""
@@ -179,10 +184,13 @@ class LabelledTiles(LogitTiles):
         labels: labels, of the shape of the tokens.
         bias: bias.
         settings: what the logits are.
+        part: the words that the rows of `weight` are; `None` for all.
 
     Attributes:
         labels: (N,), int64.
-        at_label: (N,), the logit of each label.
+        at_label: (N,), the logit of each label; 0 for a word that another process has.
+        part: as given.
+        words: V, number of all words.
     """
 
     def __init__(
@@ -192,14 +200,29 @@ class LabelledTiles(LogitTiles):
         labels: torch.Tensor,
         bias: torch.Tensor | None,
         settings: LogitSettings,
+        part: VocabularyPart | None = None,
     ) -> None:
         flat = labels.reshape(-1)
         super().__init__(hidden, weight, counted_positions(flat, settings.options.ignore_index), bias, settings)
         self.labels = flat if self.positions is None else flat[self.positions]
-        self._targets = {rows.start: targets_by_block(self.labels[rows], self.blocks) for rows in self.tokens}
-        rows = self.weight[self.labels].to(self.exact)
-        products = torch.bmm(self.hidden.to(self.exact)[:, None, :], rows[:, :, None]).view(-1)
-        self.at_label = self._logits(products if self._bias is None else products.add_(self._bias[self.labels]))
+        self.part, self.words = part, len(weight) if part is None else part.words
+        places = self.labels if part is None else part.places(self.labels, len(weight))
+        self._targets = {rows.start: targets_by_block(places[rows], self.blocks) for rows in self.tokens}
+        if part is None:
+            self.at_label = self._at(self.hidden, places)
+        else:
+            own = (places >= 0).nonzero()[:, 0]
+            self.at_label = self.hidden.new_zeros(len(places), dtype=self.exact)
+            self.at_label[own] = self._at(self.hidden[own], places[own])
+
+    def _at(self, hidden: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """The logit of row `places[i]` of the matrix at `hidden[i]`, (n,)."""
+        rows = self.weight[places].to(self.exact)
+        products = torch.bmm(hidden.to(self.exact)[:, None, :], rows[:, :, None]).view(-1)
+        return self._logits(products if self._bias is None else products.add_(self._bias[places]))
+
+    def _over_all_words(self, into_hidden: torch.Tensor) -> torch.Tensor:
+        return into_hidden if self.part is None else self.part.summed(into_hidden)
 
     def labels_at(self, number: int, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """The places of the labels in a tile: rows and columns."""

@@ -12,6 +12,7 @@ from torch.nn.functional import softplus
 
 from .arithmetic import exp_of_difference
 from .logit_tiles import LabelledTiles
+from .vocabulary_part import VocabularyPart
 
 #: Beyond this difference an exponential is 0 in float64 too; a forbidden word, at minus infinity, counts as this far.
 FAR = -1e4
@@ -53,7 +54,27 @@ class TokenStatistics:
             matrix = tiles.matrix(words)
             for rows in tiles.tokens:
                 statistics._add(tiles.tile(number, rows, matrix), tiles.labels_at(number, rows), words, rows)
-        return statistics
+        return statistics if tiles.part is None else statistics._over(tiles.part)
+
+    def _over(self, part: VocabularyPart) -> "TokenStatistics":
+        """Those over the words of all processes, of those of this one, by one exchange of them."""
+        if self.first is not None:
+            self.first += part.start  # as a float32: exact up to 16,777,216 words
+        names = [name for name, value in vars(self).items() if value is not None]
+        own = torch.stack([vars(self)[name].to(self.sum.dtype) for name in names])
+        found = dict(zip(names, part.gathered(own).unbind(1), strict=True))
+        largest = found["largest"].amax(0)
+        base = largest.masked_fill(largest == -torch.inf, 0.0)
+        change = (found["largest"] - base).clamp_(min=FAR)
+        merged = {name: value.sum(0) for name, value in found.items() if name in ("at_label", "total")}
+        merged |= {"largest": largest, "sum": (change.exp() * found["sum"]).sum(0)}
+        if "weighted" in found:
+            merged["weighted"] = (change.exp() * (found["weighted"] + change * found["sum"])).sum(0)
+        if "squares" in found:
+            merged["squares"] = ((2 * change).exp() * found["squares"]).sum(0)
+        if "first" in found:
+            merged["first"] = found["first"].masked_fill(found["largest"] < largest, torch.inf).amin(0).long()
+        return TokenStatistics(**merged)
 
     def _add(self, tile: torch.Tensor, at: tuple[torch.Tensor, torch.Tensor], words: slice, rows: slice) -> None:
         """Add a tile, whose memory is written over."""

@@ -144,7 +144,7 @@ def _answer(
     settings = (getattr(model, "_tied_loss", None) or LossSettings()).without_training()
     settings = replace(settings, head_dtype=asked.head_dtype or settings.head_dtype)
     name = roles(model)["output"].name
-    whole = why_whole(model, name, name, split=False)
+    whole = why_whole(model, name, name)
     with tied_loss_aside(model), deferring(model, settings, name, name, whole is None) as softmax:
         outputs = forward(use_cache=False)
         logits = outputs["logits"]
@@ -161,6 +161,8 @@ def _answer(
         )
     refuse_narrow_head(model, name, softmax)
     found = {name: getattr(tokens, _OUTPUTS[name]) for name in asked.outputs}
+    if "mean_logits" in found:
+        found["mean_logits"] = found["mean_logits"].detach()  # a metric, as TRL's own
     mask = labels != -100
     loss = -found["log_probs"].sum() / (mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
     aux_loss = outputs.get("aux_loss")

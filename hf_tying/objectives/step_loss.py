@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from transformers.utils import logging
@@ -12,11 +11,9 @@ from ..config import TyingError
 from ..losses.cross_entropy import cross_entropy
 from ..losses.options import CrossEntropyOptions
 from ..losses.split_vocabulary import split_cross_entropy
+from ..losses.vocabulary_part import own_part
 from ..ties.sharding import is_dtensor
 from .objective import Objective
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
 
 logger = logging.get_logger(__name__)
 
@@ -88,7 +85,8 @@ class StepLoss:
         self.was_asked = True
         settings, objective = self.settings, self.settings.objective
         if objective is None and is_dtensor(weight):
-            return _over_split_vocabulary(hidden, weight, target, bias, options, settings.memory_budget)
+            own, bias, part = own_part(weight, bias)
+            return split_cross_entropy(hidden, own, target, bias, options, part, settings.memory_budget)
         if objective is None:
             return cross_entropy(hidden, weight, target, bias, options, settings.memory_budget, settings.backend)
         if not objective.needs_softmax and is_scaled:
@@ -114,22 +112,6 @@ class StepLoss:
         if isinstance(items, torch.Tensor) and items.device.type != "cpu":
             return 1.0 / items.reshape(()).to(device, torch.float32)
         return 1.0 / float(items) if float(items) > 0 else 1.0
-
-
-def _over_split_vocabulary(
-    hidden: torch.Tensor,
-    weight: DTensor,
-    target: torch.Tensor,
-    bias: torch.Tensor | None,
-    options: CrossEntropyOptions,
-    memory_budget: int | None,
-) -> torch.Tensor:
-    """The cross entropy where tensor parallelism has split the rows of the matrix (`ties.sharding.is_row_split`)."""
-    mesh, words, own = weight.device_mesh, len(weight), weight.to_local()
-    start = min(mesh.get_local_rank() * -(-words // mesh.size()), words)
-    if bias is not None:
-        bias = bias.to_local() if is_dtensor(bias) else bias[start : start + len(own)]
-    return split_cross_entropy(hidden, own, target, bias, options, mesh.get_group(), start, words, memory_budget)
 
 
 def needs_deferred(why: str, settings: LossSettings) -> TyingError:

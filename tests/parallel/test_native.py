@@ -32,6 +32,10 @@ def test_an_objective_over_a_split_vocabulary_is_refused(results):
     assert re.search("is a DTensor .*use_tied_loss", results["tp, objective"]["error"])
 
 
+def test_trls_log_probs_over_a_split_vocabulary_gather_no_logits(results):
+    assert results["tp, fused"]["apart"] < 1e-12 and results["tp, fused"]["split"] == [True, False]
+
+
 @pytest.mark.parametrize("kind", ["llama two_way", "llama layers"])
 def test_a_pipeline_evaluates_as_one_process_and_is_not_trained(results, kind):
     found = results[f"pp, {kind}"]

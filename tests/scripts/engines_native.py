@@ -1,16 +1,21 @@
 """Models that transformers itself splits, by `from_pretrained(distributed_config=)`: started by `run_script`."""
 
 import os
+from dataclasses import dataclass
 from functools import partial
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
+from transformers.utils import ModelOutput
 
 from hf_tying import TyingError, assert_tied, use_tied_loss
+from hf_tying.losses import log_probs
 from hf_tying.objectives import AugmentedObjective
+from hf_tying.objectives.fused_head import add_fused_head
 from tests.engines import RATE, beside_one, inputs, own_rows, start, train
 from tests.processes import run_cases
 from tests.tiny import tiny_inputs
@@ -70,6 +75,38 @@ def objective() -> dict:
     return {"error": None}
 
 
+@dataclass
+class FusedCausalLMOutput(ModelOutput):
+    """As TRL's, which is not imported here."""
+
+    loss: torch.Tensor | None = None
+    log_probs: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    log_sum_sq_probs: torch.Tensor | None = None
+    mean_logits: torch.Tensor | None = None
+    is_top1: torch.Tensor | None = None
+    label_mask: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
+
+
+def add_fused_lm_head(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=()):
+    raise AssertionError("the model answers itself")
+
+
+def fused() -> dict:
+    """TRL's question to a split model, beside the same model in one process: each output, and a gradient."""
+    whole, found, split = start("llama tied loss").train(), [], []
+    for model in (loaded("llama tied loss", tp_size=SIZE), whole):
+        add_fused_head(add_fused_lm_head, (model, 0.7, False, ("log_probs", "entropy", "mean_logits")), {})
+        with mock.patch.object(log_probs, "own_part", wraps=log_probs.own_part) as own:
+            answer = model(**inputs(model), fused_lm_head=True)
+        split.append(own.called)
+        (answer.loss - 0.1 * answer.entropy.mean()).backward()
+        found.append([answer.log_probs, answer.entropy, answer.mean_logits, full(model.lm_head.weight.grad)])
+    apart = max((a - b).abs().max().item() for a, b in zip(*found, strict=True))
+    return {"apart": apart, "split": split}
+
+
 def pipelined(kind: str) -> dict:
     model = loaded(kind, pp_size=SIZE).eval()
     batch = {name: value for name, value in tiny_inputs(model).items() if name != "labels"}
@@ -89,6 +126,7 @@ CASES = {
     **{f"tp, {kind}": partial(trained, kind, tp_size=SIZE) for kind in KINDS},
     **{f"fsdp, {kind}": partial(trained, kind, fsdp_size=SIZE) for kind in KINDS[:3]},
     "tp, objective": objective,
+    "tp, fused": fused,
     "pp, llama two_way": partial(pipelined, "llama two_way"),
     "pp, llama layers": partial(pipelined, "llama layers"),
 }  # fmt: skip
