@@ -33,14 +33,14 @@ SAVE_FORMATS = ("dedup", "portable")
 LOSSES = ("stock", "tied")
 
 
-#: The ways in which a member of a group may differ from its root, and their settings. `scale`: a factor for each row.
-#: `lora`: a product of rank `rank` (default 8), from `init` `"zero"` (default) or, of values that differ when they are
-#: tied, `"svd"`. `basis`: `filters` (default 2) further matrices that all members share, with coefficients for each.
-#: `bound`, for every kind: largest norm of the difference as a share of the root's; none by default.
-RELAXATIONS: dict[str, frozenset[str]] = {
-    "scale": frozenset(),
-    "lora": frozenset({"rank", "init"}),
-    "basis": frozenset({"filters"}),
+#: The ways in which a member of a group may differ from its root, and their settings with the defaults. `scale`: a
+#: factor for each row. `lora`: a product of rank `rank`, from `init` `"zero"` or, of values that differ when they are
+#: tied, `"svd"`. `basis`: `filters` further matrices that all members share, with coefficients for each. `bound`, for
+#: every kind: largest norm of the difference as a share of the root's; none by default.
+RELAXATIONS: dict[str, dict[str, Any]] = {
+    "scale": {},
+    "lora": {"rank": 8, "init": "zero"},
+    "basis": {"filters": 2},
 }
 
 
@@ -416,8 +416,8 @@ def _checked_relaxation(group: Any, value: Any) -> dict[str, Any]:
             f"dict with `kind`, one of {', '.join(RELAXATIONS)}."
         )
     for key, setting in value.items():
-        if key not in RELAXATIONS[kind] | {"kind", "bound"}:
-            known = sorted(RELAXATIONS[kind] | {"bound"})
+        if key not in {*RELAXATIONS[kind], "kind", "bound"}:
+            known = sorted([*RELAXATIONS[kind], "bound"])
             raise TyingError(f"Group {_short(group)}: kind {kind!r} has no setting {_short(key)}: expected {known}.")
         if key in ("rank", "filters"):
             fits = isinstance(setting, int) and not isinstance(setting, bool) and 0 < setting <= _LARGEST_RANK

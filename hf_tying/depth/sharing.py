@@ -74,7 +74,7 @@ def share_layers(
     """
     refuse_unfit(model, "share the layers of")
     low_rank = _relaxation(relax, init)
-    if init == "svd" and low_rank is None:
+    if init == "svd" and (low_rank is None or low_rank["kind"] != "lora"):
         raise TyingError(
             "init='svd' puts what visits differ by into a low rank: expected relax={'rank': ...} with it."
         )
@@ -192,9 +192,8 @@ def _relaxation(relax: dict[str, Any] | None, init: str) -> dict[str, Any] | Non
         raise TyingError(f"relax is a {type(relax).__name__}: expected a dict such as {{'rank': 16}}.")
     settings = {"kind": "lora", **relax}
     TyingConfig(depth=[{"path": "layers", "order": [0, 0], "relax": settings}])  # refuses wrong settings
-    if init == "svd" and settings["kind"] == "lora":
+    if init == "svd":
         settings["init"] = "svd"
-    assert settings["kind"] in RELAXATIONS
     return settings
 
 
@@ -310,7 +309,7 @@ def _fits(residual: torch.Tensor, relax: dict[str, Any] | None) -> bool:
     if relax is None or relax.get("kind") != "lora" or residual.ndim < 2:
         return False
     values = torch.linalg.svdvals(residual.reshape(residual.shape[0], -1).double())
-    rest = values[relax.get("rank", 8) :]
+    rest = values[(RELAXATIONS["lora"] | relax)["rank"] :]
     return bool(rest.numel() == 0 or rest.max() <= 100 * torch.finfo(residual.dtype).eps * values.max().clamp(min=1))
 
 

@@ -10,6 +10,7 @@ parameters of the difference. Names of parameters, state dicts and ties stay wha
 
 import functools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, SupportsIndex
@@ -21,7 +22,7 @@ from .depth_groups import SUFFIX
 from .slots import find_slot, parameter_of
 
 
-class Relaxation(nn.Module):
+class Relaxation(nn.Module, ABC):
     """The difference between a relaxed place and its root.
 
     Args:
@@ -40,22 +41,22 @@ class Relaxation(nn.Module):
         #: `False` while a file is read into the model: loaders need the parameter itself.
         self.active = True
 
+    @abstractmethod
     def difference(self, root: torch.Tensor) -> torch.Tensor:
         """The difference before it is bounded, of the shape of `root`."""
-        raise NotImplementedError
 
     @property
     def settings(self) -> dict[str, Any]:
         """What a `relax` entry says of this relaxation."""
         return {"kind": self.kind} | ({} if self.bound is None else {"bound": self.bound})
 
+    @abstractmethod
     def reset_parameters(self) -> None:
         """Make the difference zero."""
-        raise NotImplementedError
 
+    @abstractmethod
     def resize(self, rows: int) -> None:
         """Follow a root with another number of rows. New rows have no difference."""
-        raise NotImplementedError
 
     def forward(self, root: torch.Tensor) -> torch.Tensor:
         """The difference, of the shape of `root`, with its bound."""
@@ -101,7 +102,7 @@ class LowRank(Relaxation):
 
     kind = "lora"
 
-    def __init__(self, root: torch.Tensor, bound: float | None = None, rank: int = 8) -> None:
+    def __init__(self, root: torch.Tensor, rank: int, bound: float | None = None) -> None:
         super().__init__(root, bound)
         columns = math.prod(root.shape[1:])
         self.lora_A = nn.Parameter(torch.empty(rank, columns, dtype=root.dtype, device=root.device))
@@ -150,7 +151,7 @@ class Basis(Relaxation):
     kind = "basis"
     shared = ("filters",)
 
-    def __init__(self, root: torch.Tensor, bound: float | None = None, filters: int = 2) -> None:
+    def __init__(self, root: torch.Tensor, filters: int, bound: float | None = None) -> None:
         super().__init__(root, bound)
         self.filters = nn.Parameter(torch.empty(filters, *root.shape, dtype=root.dtype, device=root.device))
         self.coefficients = nn.Parameter(torch.empty(filters + 1, dtype=root.dtype, device=root.device))
@@ -178,7 +179,8 @@ class Basis(Relaxation):
             self.filters = _with_rows(self.filters, rows, 1)
 
 
-KINDS: dict[str, type[Relaxation]] = {"scale": Scale, "lora": LowRank, "basis": Basis}
+#: The classes of `config.RELAXATIONS`.
+KINDS: dict[str, type[Relaxation]] = {relaxation.kind: relaxation for relaxation in (Scale, LowRank, Basis)}
 
 
 def _with_rows(parameter: nn.Parameter, rows: int, dim: int) -> nn.Parameter:
@@ -280,7 +282,7 @@ def _relaxed(cls: type[nn.Module], attribute: str) -> type[nn.Module]:
 
     def value(self: nn.Module) -> torch.Tensor | None:
         parameter, relaxation = self._parameters.get(attribute), self._modules.get(attribute + SUFFIX)
-        if parameter is None or not isinstance(relaxation, Relaxation) or not relaxation.active:
+        if parameter is None or relaxation is None or not relaxation.active:
             return parameter
         return parameter + relaxation(parameter)
 

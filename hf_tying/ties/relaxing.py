@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import TyingConfig, TyingError
+from ..config import RELAXATIONS, TyingConfig, TyingError
 from .anatomy import Anatomy
 from .depth_groups import depth_groups
 from .groups import explicit_groups
@@ -56,7 +56,8 @@ def relax_declared(model: nn.Module, config: TyingConfig, strict: bool = True, a
         for name in members:
             if relaxation_at(model, name) is not None or settings["kind"] == "lora" and parameter.ndim < 2:
                 continue
-            relaxation = KINDS[settings["kind"]](parameter, **_options(settings))
+            options = _settings(settings)
+            relaxation = KINDS[options.pop("kind")](parameter, **options)
             relaxation.active = active
             first = first or relaxation
             for key in relaxation.shared:
@@ -99,12 +100,7 @@ def _chains(model: nn.Module, config: TyingConfig, strict: bool = True) -> list[
     return chains
 
 
-def _options(settings: dict[str, Any]) -> dict[str, Any]:
-    return {key: setting for key, setting in settings.items() if key not in ("kind", "init")}
-
-
 def _settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings as `Relaxation.settings` gives them: with defaults, without what counts only at the start."""
-    defaults = {"scale": {}, "lora": {"rank": 8}, "basis": {"filters": 2}}[settings["kind"]]
-    given = defaults | {key: value for key, value in settings.items() if key != "init"}
-    return {key: value for key, value in given.items() if value is not None}
+    given = RELAXATIONS[settings["kind"]] | settings
+    return {key: value for key, value in given.items() if key != "init" and value is not None}

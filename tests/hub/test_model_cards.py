@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from hf_tying.hub.words import number
 from ..processes import ROOT
 
 CARDS = ROOT / "model_cards"
+#: A path from the root of a file system, or from somebody's home: not a part of an address, of a marker, of `me/model`.
+PLACE = re.compile(r"(?<![\w.:/>-])/[\w.-]+/|~/|file://|\b[A-Za-z]:\\")
 RECORDS = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted((CARDS / "records").glob("*.json"))}
 
 
@@ -43,7 +46,14 @@ def test_a_card_says_how_the_run_was_made_and_names_no_place_of_a_machine(name):
     text = (CARDS / f"{name}.md").read_text(encoding="utf-8")
     assert record["facts"]["command"] in text and record["facts"]["note"] in text
     for content in (text, json.dumps(record)):
-        assert "/tmp/" not in content and "/root/" not in content and "/home/" not in content
+        assert not (found := PLACE.search(content)), content[found.start() - 40 : found.end() + 40]
+
+
+def test_a_place_of_a_machine_is_seen_and_an_address_is_none():
+    for place in ("--output_dir /srv/run", '"/mnt/data"', "`/x/y`", "~/models", "file:///x", "(C:\\runs)"):
+        assert PLACE.search(place), place
+    for other in ("https://huggingface.co/me/x", "<!-- /hf_tying:ties -->", "</b>", "me/model", "5 / 3", "tokens/s"):
+        assert not PLACE.search(other), other
 
 
 def test_every_card_has_a_record_and_the_templates_are_those_of_the_package():

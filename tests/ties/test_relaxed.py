@@ -23,7 +23,9 @@ from hf_tying import (
     tie,
     untie,
 )
+from hf_tying.config import RELAXATIONS
 from hf_tying.peft import export_to_lora
+from hf_tying.ties.relaxation import KINDS as CLASSES
 from tests.tiny import logits, tiny_inputs, tiny_model
 
 KINDS = {
@@ -177,6 +179,16 @@ def test_dedup_has_the_root_and_the_differences_alone(tmp_path):
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("kind", RELAXATIONS)
+def test_a_setting_that_is_left_out_has_the_default_that_the_config_names(kind):
+    model = relaxed("llama", {"kind": kind})
+    held = model.lm_head.weight_relaxation
+    relax = {"kind": kind, "bound": None, **RELAXATIONS[kind]}
+    tie(model, {"group": {"names": GROUPS["llama"], "relax": relax}})
+    assert type(held) is CLASSES[kind] and model.lm_head.weight_relaxation is held
+    assert held.settings | RELAXATIONS[kind] == {"kind": kind, **RELAXATIONS[kind]}
 
 
 def test_each_kind_is_its_formula():
