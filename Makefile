@@ -53,7 +53,7 @@ test-random: $(INSTALLED)
 # transformers, its roles, its life beside an untouched model's, and what importing the package alone does to it.
 test-upstream: $(INSTALLED)
 	$(RUN) -m tests.upstream
-	ZOO=1 $(PYTEST) tests/test_zoo.py --timeout 1800
+	ZOO=1 $(PYTEST) tests/test_zoo.py tests/depth/test_sharing.py --timeout 1800
 	$(RUN) -m tests.upstream.import_alone
 	$(RUN) -m tests.upstream.sweep
 	ZOO=1 HOSTILE_CASES=2000 $(PYTEST) tests/report/test_stock_table.py tests/doctor/test_hostile_files.py --timeout 1800

@@ -1,10 +1,10 @@
-"""`hf-tying export`: an adapter in a form that is read without this package."""
+"""`hf-tying export`: an adapter, or a model with shared layers, in a form that is read without this package."""
 
 import json
 from enum import StrEnum
 from math import prod
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,42 +15,89 @@ class Format(StrEnum):
     """What `hf-tying export` writes."""
 
     lora = "lora"
+    unrolled = "unrolled"
 
 
 def export(
-    adapter: Annotated[
-        str, typer.Argument(metavar="ADAPTER", help="Folder of a saved Tied-LoRA adapter, or its id on the Hub.")
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="Folder of a saved Tied-LoRA adapter, or of a model with shared layers; or its id on the Hub.",
+        ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write to; it is made if need be.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write to; of a model, a new one.")],
     format: Annotated[
-        Format, typer.Option("--format", help="lora: an ordinary LoRA adapter with exactly the same update.")
+        Format,
+        typer.Option(
+            "--format",
+            help="lora: an ordinary LoRA adapter, of a Tied-LoRA with exactly the same update, of relaxed layers with "
+            "their base model in OUT/base. unrolled: a plain model with every layer.",
+        ),
     ] = Format.lora,
-    subfolder: Annotated[str | None, typer.Option("--subfolder", help="Where in ADAPTER the adapter is.")] = None,
+    replicate: Annotated[
+        bool | None,
+        typer.Option(
+            "--replicate/--no-replicate",
+            help="Of relaxed layers: a base model with each block once, which PEFT repeats, or one with every layer. "
+            "Default: each block once where PEFT can.",
+        ),
+    ] = None,
+    subfolder: Annotated[str | None, typer.Option("--subfolder", help="Where in SOURCE the files are.")] = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs in place of the table.")] = False,
 ) -> None:
-    """Write a Tied-LoRA adapter in a form that is read without this package. The base model is not loaded."""
-    from ..peft import export_to_lora
-    from ..ties.headers import read_header, read_json
+    """Write an adapter, or a model with shared layers, in a form that is read without this package.
 
-    try:
-        export_to_lora(adapter, out, subfolder=subfolder, **({"revision": revision} if revision else {}))
-    except (ValueError, RuntimeError, OSError) as error:
-        raise TyingError(str(error)) from error
-    config, weights = read_json(out / "adapter_config.json"), out / "adapter_model.safetensors"
-    shapes = [shape for name, (shape, _) in read_header(weights).items() if ".lora_" in name]
-    report = {
-        "format": format.value,
-        "folder": str(out),
-        "base_model": config["base_model_name_or_path"],
-        "r": config["r"],
-        "modules": len(config["target_modules"]),
-        "parameters": sum(map(prod, shapes)),
-        "bytes": weights.stat().st_size,
-    }
+    The base model of an adapter is not loaded.
+
+    Example: hf-tying export ./my-model ./plain --format unrolled
+    """
+    if format == Format.unrolled or replicate is not None or _is_model(source, revision, subfolder):
+        from ..doctor import export_layers
+
+        export_layers(source, out, format.value, replicate=replicate, revision=revision, subfolder=subfolder)
+    else:
+        from ..peft import export_to_lora
+
+        try:
+            export_to_lora(source, out, subfolder=subfolder, **({"revision": revision} if revision else {}))
+        except (ValueError, RuntimeError, OSError) as error:
+            raise TyingError(str(error)) from error
+    report = {"format": format.value, "folder": str(out)}
+    report |= _of_model(out) if format == Format.unrolled else _of_adapter(out)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
         return
     for name, value in report.items():
         shown = f"{value:,}" if isinstance(value, int) else value or "-"
         typer.echo(f"{name.replace('_', ' '):<10}  {shown}")
+
+
+def _is_model(source: str, revision: str | None, subfolder: str | None) -> bool:
+    from ..report.opening import open_source
+
+    found = open_source(source, revision, subfolder)
+    return found.has("config.json") and not found.has("adapter_config.json")
+
+
+def _of_model(out: Path) -> dict[str, Any]:
+    from ..ties.headers import read_header
+
+    files = sorted(out.glob("*.safetensors"))
+    shapes = [shape for file in files for shape, _ in read_header(file).values()]
+    return {"parameters": sum(map(prod, shapes)), "bytes": sum(file.stat().st_size for file in files)}
+
+
+def _of_adapter(out: Path) -> dict[str, Any]:
+    from ..ties.headers import read_header, read_json
+
+    config, weights = read_json(out / "adapter_config.json"), out / "adapter_model.safetensors"
+    shapes = [shape for name, (shape, _) in read_header(weights).items() if ".lora_" in name]
+    return {
+        "base_model": config["base_model_name_or_path"],
+        "r": config["r"],
+        "modules": len(config["target_modules"]),
+        "parameters": sum(map(prod, shapes)),
+        "bytes": weights.stat().st_size,
+    }

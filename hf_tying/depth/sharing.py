@@ -53,8 +53,8 @@ def share_layers(
             `"svd"`, the first visit, and the best low rank of what the others differ by, which needs `relax`.
         relax: settings of a low-rank difference of each further visit, such as `{"rank": 16, "init": "svd"}`; see
             `hf_tying.config.RELAXATIONS` for other kinds. Vectors stay tied exactly. Default: none.
-        private: names within a layer that stay apart, with `*` for any characters (`"*norm*"`, `"*bias"`). The config
-            has the names that match now, never the pattern.
+        private: names within a layer that stay apart, with `*` for any characters, in any case (`"*norm*"`,
+            `"*bias"`). The config has the names that match now, never the pattern.
         grow: let the model get deeper: `order` names trained layers. The first visit of a layer is that layer. Each
             further one starts as the identity, by a factor of what it adds (`visit_factor`), which starts at 0 and is
             trained. The logits stay what they were.
@@ -255,9 +255,14 @@ def _private_names(layers: nn.ModuleList, private: Iterable[str]) -> list[str]:
     patterns = [private] if isinstance(private, str) else list(private)
     names = list(dict.fromkeys(name for layer in layers for name, _ in layer.named_parameters()))
     for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+        if not any(_matches(name, pattern) for name in names):
             raise TyingError(f"private={pattern!r} matches nothing in a layer: expected some of {names[:6]}.")
-    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    return [name for name in names if any(_matches(name, pattern) for pattern in patterns)]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Upper and lower case are alike: a norm is `input_layernorm` in one model, and `LayerNorm` in another."""
+    return fnmatch.fnmatchcase(name.lower(), pattern.lower())
 
 
 # --- the changes -----------------------------------------------------------------------------------------------------

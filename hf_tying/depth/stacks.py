@@ -163,6 +163,14 @@ def _follow(config: PreTrainedConfig, fields: list[int], before: int, order: lis
         setattr(holder, name, len(order))
 
 
+def lists_by_layer(config: PreTrainedConfig, fewer: int, layers: int) -> list[str]:
+    """Fields of a config, and of its parts, that have an element for each of `layers`, where there may be `fewer`."""
+    if fewer == layers:
+        return []
+    parts = (vars(each).items() for each in _configs(config))
+    return [name for items in parts for name, value in items if isinstance(value, list) and len(value) == layers]
+
+
 def _configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     """A config and those of its parts."""
     configs = [config]

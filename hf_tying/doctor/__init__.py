@@ -1,6 +1,7 @@
 """What is wrong with a checkpoint's ties, what each loader will do with it, and the folder that is right.
 
-`diagnose` finds the diseases, `inspect` the ties, `forecast` tells what loaders do; `rewriting` writes new folders.
+`diagnose` finds the diseases, `inspect` the ties, `forecast` tells what loaders do; `rewriting` and `layers` write new
+folders.
 """
 
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ _HOME = {
     "Finding": ".report.records",
     "Forecast": "loaders",
     "diagnose": "diagnosis",
+    "export_layers": "layers",
     "forecast": "loaders",
     "inspect": "diagnosis",
     "rewrite": "rewriting",
@@ -20,6 +22,7 @@ __all__ = [
     "Finding",
     "Forecast",
     "diagnose",
+    "export_layers",
     "forecast",
     "inspect",
     "rewrite",
@@ -28,6 +31,7 @@ __all__ = [
 if TYPE_CHECKING:
     from ..report.records import Finding
     from .diagnosis import diagnose, inspect
+    from .layers import export_layers
     from .loaders import Forecast, forecast
     from .rewriting import rewrite
 else:

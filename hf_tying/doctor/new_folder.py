@@ -62,12 +62,7 @@ def new_folder(checkpoint: Checkpoint, out: Path, copied: list[str]) -> Iterator
     """A folder beside `out` that becomes it at the end, with the other files of the source; on an error, nothing."""
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.absolute().parent))
     try:
-        for name in copied:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            with (folder / name).open("wb") as file:
-                size = checkpoint.source.size(name)
-                for at in range(0, size, 2**24):
-                    file.write(checkpoint.source.read(name, at, min(2**24, size - at)))
+        copy_files(checkpoint, folder, copied)
         yield folder
         umask = os.umask(0)
         os.umask(umask)
@@ -78,6 +73,16 @@ def new_folder(checkpoint: Checkpoint, out: Path, copied: list[str]) -> Iterator
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def copy_files(checkpoint: Checkpoint, folder: Path, names: list[str]) -> None:
+    """Copy other files of the source into `folder`."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        with (folder / name).open("wb") as file:
+            size = checkpoint.source.size(name)
+            for at in range(0, size, 2**24):
+                file.write(checkpoint.source.read(name, at, min(2**24, size - at)))
 
 
 def replaced(checkpoint: Checkpoint, plan: Plan) -> set[str]:

@@ -112,7 +112,7 @@ def rewrite(
     if not checkpoint.config or checkpoint.source.only:
         raise TyingError(f"{source} is one file: expected a folder with config.json, whose ties can be written.")
     out = Path(out)
-    _refuse_existing(out)
+    refuse_existing(out)
     _refuse_live(checkpoint)
     if to == "merged":
         return _merged(checkpoint, out, dry_run)
@@ -123,7 +123,8 @@ def rewrite(
     return result
 
 
-def _refuse_existing(out: Path) -> None:
+def refuse_existing(out: Path) -> None:
+    """Refuse a folder that has something in it, and one that cannot be made."""
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise TyingError(f"{out} exists already: give a new folder; nothing is written over.")
     if not out.absolute().parent.is_dir():
@@ -138,6 +139,7 @@ def _refuse_live(checkpoint: Checkpoint) -> None:
         raise TyingError(
             f"{checkpoint.source.name} has {what}, which are written from the model and not from its files: load it, "
             f"{away}(model), or tie(model, TyingConfig(save_format=...)) for another form, and save_pretrained."
+            + ("" if entry.relax else " The plain model: hf-tying export --format unrolled.")
         )
 
 
@@ -304,7 +306,7 @@ def _described(checkpoint: Checkpoint, plan: Plan, out: Path) -> Rewriting:
     files = sorted(set(placed_in(checkpoint, plan).values()))
     return Rewriting(
         checkpoint.source.name, str(out), plan.groups, changes, (before, after), (bytes_before, bytes_after), files,
-        *_others(checkpoint),
+        *other_files(checkpoint),
     )  # fmt: skip
 
 
@@ -313,7 +315,7 @@ def _size(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
     return sum(prod(checkpoint.tensors[k].shape) for k in keys), sum(checkpoint.tensors[k].size for k in keys)
 
 
-def _others(checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
+def other_files(checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
     """The other files that come along, and those that do not."""
     read = {"config.json", *(held.file for held in checkpoint.tensors.values())}
     names = [name for name in checkpoint.source.files() if not name.startswith(".") and name not in read]
@@ -340,7 +342,7 @@ def _merged(checkpoint: Checkpoint, out: Path, dry_run: bool) -> Rewriting:
         )
     model = merge_projection(cls.from_pretrained(source, dtype="auto"))
     old, new = checkpoint.tensors.values(), [*model.parameters()]
-    copied, left_out = _others(checkpoint)
+    copied, left_out = other_files(checkpoint)
     result = Rewriting(
         checkpoint.source.name, str(out), {group.name: list(group.names) for group in groups_of(model)},
         [("tying.projection", entry.projection.to_dict(), None)],

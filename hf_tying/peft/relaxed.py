@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..config import TyingError
 from ..ties.relaxation import LowRank, relaxation_at, relaxed_names
@@ -22,7 +23,7 @@ def export_relaxed(model: nn.Module, out: str | os.PathLike[str]) -> Path:
     the adapter computes the same logits. `lora_alpha` equals the rank, so nothing is scaled.
 
     Args:
-        model: model whose relaxed members are weights of `nn.Linear` or `nn.Embedding`.
+        model: model whose relaxed members are weights of `nn.Linear`, `nn.Embedding` or GPT-2's `Conv1D`.
         out: folder for `adapter_config.json` and `adapter_model.safetensors`. It is made if it does not exist.
 
     Returns:
@@ -32,6 +33,15 @@ def export_relaxed(model: nn.Module, out: str | os.PathLike[str]) -> Path:
         TyingError: a model without relaxed members, one with members of another kind or with a bound, or with members
             that LoRA does not adapt; nothing is written.
     """
+    return write_adapter(*relaxed_adapter(model), out)
+
+
+def relaxed_adapter(model: nn.Module) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """The settings of the adapter of `export_relaxed`, and its tensors by their names in a file.
+
+    Raises:
+        TyingError: see there.
+    """
     part = tied_part(model)
     tensors: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
@@ -39,7 +49,7 @@ def export_relaxed(model: nn.Module, out: str | os.PathLike[str]) -> Path:
         relaxation, module = relaxation_at(part, name), find_slot(part, name)
         assert relaxation is not None and module is not None
         place, _, attribute = name.rpartition(".")
-        fits = isinstance(module[0], nn.Linear | nn.Embedding) and attribute == "weight"
+        fits = isinstance(module[0], nn.Linear | nn.Embedding | Conv1D) and attribute == "weight"
         if not isinstance(relaxation, LowRank) or relaxation.bound is not None or not fits:
             raise TyingError(
                 f"Cannot export {name!r}, of a {type(module[0]).__name__} relaxed by {relaxation.settings}: expected "
@@ -49,6 +59,8 @@ def export_relaxed(model: nn.Module, out: str | os.PathLike[str]) -> Path:
         thin_a, thin_b = relaxation.lora_A.detach(), relaxation.lora_B.detach()
         if isinstance(module[0], nn.Embedding):  # PEFT multiplies these the other way round
             named = {"lora_embedding_A": thin_b.T, "lora_embedding_B": thin_a.T}
+        elif isinstance(module[0], Conv1D):  # which has the transposed weight
+            named = {"lora_A.weight": thin_b.T, "lora_B.weight": thin_a.T}
         else:
             named = {"lora_A.weight": thin_a, "lora_B.weight": thin_b}
         tensors |= {f"{BASE_PREFIX}{place}.{key}": value.contiguous() for key, value in named.items()}
@@ -61,4 +73,5 @@ def export_relaxed(model: nn.Module, out: str | os.PathLike[str]) -> Path:
     rank = max(ranks.values())
     config = LoraConfig(r=rank, lora_alpha=rank, rank_pattern=ranks, alpha_pattern=dict(ranks), inference_mode=True)
     config.target_modules = list(ranks)
-    return write_adapter(config, tensors, out)
+    config.fan_in_fan_out = any(isinstance(part.get_submodule(place), Conv1D) for place in ranks)
+    return config, tensors

@@ -9,12 +9,13 @@ Its root is tied exactly. Each other member is the root's parameter with a small
 of the differences beside them, so that this package reads the tie.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
+from ..config import TyingConfig
 from .anatomy import Anatomy
 from .groups import groups_held, make_groups
 from .modeling import set_groups
@@ -86,8 +87,14 @@ def harden(model: Model) -> Model:
     if names := [name for _, _, name in relaxed_names(part)]:
         for name in names:
             make_exact(part, name)
+        if isinstance(part, PreTrainedModel):  # a stack of shared layers is relaxed no longer, when next it is read
+            write_config(part, depth=[_exact(stack) for stack in TyingConfig.in_config(part.config).depth])
         record_relaxed(part)
     return model
+
+
+def _exact(stack: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in stack.items() if key != "relax" or stack.get("unrolled")}
 
 
 def record_relaxed(model: nn.Module, save_format: str | None = None) -> None:
