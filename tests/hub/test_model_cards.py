@@ -12,7 +12,7 @@ from hf_tying.hub.words import number
 from ..processes import ROOT
 
 CARDS = ROOT / "model_cards"
-#: A path from the root of a file system, or from somebody's home: not a part of an address, of a marker, of `me/model`.
+#: A path from the root of a file system, or from a home: no part of an address, of a marker, of `me/model`.
 PLACE = re.compile(r"(?<![\w.:/>-])/[\w.-]+/|~/|file://|\b[A-Za-z]:\\")
 RECORDS = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted((CARDS / "records").glob("*.json"))}
 
