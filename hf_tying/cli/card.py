@@ -1,15 +1,11 @@
 """`hf-tying card`: the card of a saved model or adapter, made from its files."""
 
-import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ..config import TyingError
-
-#: Exit codes, beside 0.
-FOUND, UNREADABLE, CHOICE = 1, 3, 4
+from .common import FOUND, AsJson, print_json, readable
 
 Folder = Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of a saved model or Tied-LoRA adapter.")]
 BaseModel = Annotated[str | None, typer.Option("--base-model", help="Id of the model that it was trained from.")]
@@ -20,7 +16,6 @@ Result = Annotated[
     list[str] | None,
     typer.Option("--result", help="A measured value; may be given again.", metavar="METRIC=VALUE[@DATASET]"),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
 def card(
@@ -44,7 +39,7 @@ def card(
     """Write or renew the card of a saved model or Tied-LoRA adapter. Loads no weights.
 
     What was written by hand outside of the sections of hf_tying stays.
-    Exit codes: 0 fine, 1 --check: it would change, 2 wrong usage, 3 cannot be read.
+    Exit codes: 0 fine, 1 the Hub would refuse the card, or --check: it would change, 2 wrong usage, 3 cannot be read.
 
     Example: hf-tying card tied-llama --license apache-2.0 --language en
     """
@@ -52,30 +47,18 @@ def card(
     if output not in (None, "-"):
         raise typer.BadParameter(f"{output!r}: expected -, which is standard output.", param_hint="--output")
     path, dry = source / "README.md", check or output == "-"
-    try:
+    with readable("card", str(source), as_json):
         from ..hub import make_card
         from ..hub.facts import facts_of
 
         before = path.read_text(encoding="utf-8") if path.is_file() else None
         made = make_card(source, repo_id=repo_id, save=not dry, **facts)
         missing = [name for name in facts_of(source, **facts).missing if not getattr(made.data, name, None)]
-    except (TyingError, OSError) as error:
-        raise fail("card", str(source), error, as_json, UNREADABLE) from None
     changed = before is None or before.strip() != made.content.strip()
-    findings = [
-        {
-            "code": "card",
-            "severity": "info",
-            "message": f"nothing tells the {name}",
-            "mend": f"--{name.rstrip('s')} ...",
-        }
-        for name in missing
-    ]
+    findings = untold(missing)
     if as_json:
-        typer.echo(json.dumps(
-            {"schema": 1, "command": "card", "source": str(source), "findings": findings, "path": str(path),
-             "changed": changed, "metadata": made.data.to_dict()}, indent=2,
-        ))  # fmt: skip
+        content = {"findings": findings, "path": str(path), "changed": changed, "metadata": made.data.to_dict()}
+        print_json("card", str(source), content)
     elif output == "-":
         typer.echo(made.content)
     else:
@@ -105,14 +88,15 @@ def facts_from(
     return {name: value for name, value in facts.items() if value}
 
 
-def fail(command: str, source: str, error: Exception, as_json: bool, code: int) -> typer.Exit:
-    """Print an error for people and, if asked for, for programs. Returns the end of the command."""
-    from ..report.names import printable_text
-
-    if as_json:
-        finding = {"code": "refused" if code == CHOICE else "unreadable", "severity": "error", "message": str(error),
-                   "mend": None}  # fmt: skip
-        typer.echo(json.dumps({"schema": 1, "command": command, "source": source, "findings": [finding]}, indent=2))
-    typer.secho("error ", fg="red", bold=True, err=True, nl=False)
-    typer.echo(printable_text(str(error)), err=True)
-    return typer.Exit(code)
+def untold(facts: list[str]) -> list[dict[str, Any]]:
+    """A finding for each fact that a reader of the card would ask for, with the flag that tells it."""
+    return [
+        {
+            "code": "card",
+            "severity": "info",
+            "message": f"nothing tells the {name}",
+            "mend": f"--{name.rstrip('s')} ...",
+            "group": None,
+        }
+        for name in facts
+    ]

@@ -31,22 +31,21 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be writt
 
 
 @contextmanager
-def readable(command: str, source: str, as_json: bool, code: int = UNREADABLE) -> Iterator[None]:
-    """End with exit code 3, and one message, where the source cannot be read.
+def readable(command: str, source: str, as_json: bool) -> Iterator[None]:
+    """End with one message, and with the exit code of the error, or with 3: the source cannot be read.
 
     Args:
         command: name of the command, for JSON.
         source: what the user called it.
         as_json: whether JSON is printed, too.
-        code: another exit code, for commands whose refusals are of another kind.
     """
     try:
         yield
-    except (TyingError, RecursionError, MemoryError) as error:
+    except (TyingError, OSError, RecursionError, MemoryError) as error:
         message = str(error) or f"{source!r:.300} is too deep or too large to be read."
-        code = getattr(error, "exit_code", code)
+        code = getattr(error, "exit_code", UNREADABLE)
         if as_json:
-            name = "undecided" if code == UNDECIDED else "unreadable"
+            name = {FOUND: "unfit", UNDECIDED: "undecided"}.get(code, "unreadable")
             finding = {"code": name, "severity": "error", "message": message, "mend": None, "group": None}
             print_json(command, source, {"findings": [finding]})
         print_error(message)

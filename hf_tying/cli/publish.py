@@ -1,24 +1,11 @@
 """`hf-tying publish`: a saved model or adapter on the Hub, after everything that could be wrong was looked at."""
 
-import json
 from typing import Annotated
 
 import typer
 
-from ..config import TyingError
-from .card import (
-    CHOICE,
-    UNREADABLE,
-    AsJson,
-    BaseModel,
-    Datasets,
-    Folder,
-    Language,
-    License,
-    Result,
-    facts_from,
-    fail,
-)
+from .card import BaseModel, Datasets, Folder, Language, License, Result, facts_from, untold
+from .common import AsJson, Token, print_json, readable
 
 
 def publish(
@@ -36,7 +23,7 @@ def publish(
     yes: Annotated[
         bool, typer.Option("--yes", help="Publish also what computes something else without hf_tying.")
     ] = False,
-    token: Annotated[str | None, typer.Option("--token", help="Token of the Hub. Default: the saved one.")] = None,
+    token: Token = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do all but the upload.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -49,38 +36,16 @@ def publish(
     Example: hf-tying publish tied-llama me/tied-llama --dry-run
     """
     facts = facts_from(base_model, license, language, dataset, result)
-    if not source.is_dir():
-        missing = TyingError(f"{str(source)!r} is no folder: expected one that save_pretrained has written.")
-        raise fail("publish", str(source), missing, as_json, UNREADABLE)
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+    with readable("publish", str(source), as_json):
+        from ..hub import publishing
 
-    from ..hub.publishing import MissingChoice, publish
-
-    try:
-        done = publish(
+        done = publishing.publish(
             source, repo_id, private=private, revision=revision, create_pr=create_pr, token=token, yes=yes, run=run,
             dry_run=dry_run, **facts,
         )  # fmt: skip
-    except MissingChoice as error:
-        raise fail("publish", str(source), error, as_json, CHOICE) from None
-    except (TyingError, HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
-        unfit = isinstance(error, TyingError) and str(error).startswith(
-            ("Nothing is uploaded", "A code block", "The Hub")
-        )
-        raise fail("publish", str(source), error, as_json, 1 if unfit else UNREADABLE) from None
-    findings = [
-        {
-            "code": "card",
-            "severity": "info",
-            "message": f"nothing tells the {name}",
-            "mend": f"--{name.rstrip('s')} ...",
-        }
-        for name in done.questions
-    ]
+    findings = untold(done.questions)
     if as_json:
-        typer.echo(json.dumps(
-            {"schema": 1, "command": "publish", "source": str(source), "findings": findings} | done.to_dict(), indent=2
-        ))  # fmt: skip
+        print_json("publish", str(source), {"findings": findings} | done.to_dict())
         return
     width = max(map(len, done.files))
     for path, size in done.files.items():

@@ -8,6 +8,7 @@ from typing import Any, cast
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..config import TyingError
+from .errors import UnfitError
 from .facts import Facts, facts_of, keep_facts
 from .metadata import metadata_problems, update_metadata
 from .repository_names import has_form_of_id
@@ -49,7 +50,8 @@ def make_card(
         The card.
 
     Raises:
-        TyingError: the files cannot be read, a fact is unknown, or the Hub would refuse the metadata.
+        UnfitError: the Hub would refuse the metadata.
+        TyingError: the files cannot be read, or a fact is unknown.
     """
     folder = Path(folder)
     told = facts_of(folder, **facts)
@@ -75,7 +77,7 @@ def make_card(
     data = cast(ModelCardData, card.data)
     _fill_metadata(data, context, told, rows, name, tags or [])
     if problems := metadata_problems(data):
-        raise TyingError(f"The Hub would refuse the card of {name}: {'; '.join(problems)}.")
+        raise UnfitError(f"The Hub would refuse the card of {name}: {'; '.join(problems)}.")
     if save:
         keep_facts(folder, told)
         card.save(path)

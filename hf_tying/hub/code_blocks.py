@@ -8,20 +8,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config import TyingError
+from ..ties.remote_code import WITHOUT_THIS_PACKAGE
+from .errors import UnfitError
 
 _BLOCK = re.compile(r"<!-- run(: plain)? -->\n```python\n(.*?)\n```", re.DOTALL)
 _SECONDS = 600
-#: In front of a plain block: importing this package fails, as where it is not installed.
-_WITHOUT = """
-import sys
-class _Absent:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name.partition(".")[0] == "hf_tying":
-            raise ModuleNotFoundError("No module named 'hf_tying'", name=name)
-sys.meta_path.insert(0, _Absent())
-"""
 
 
 @dataclass(frozen=True)
@@ -58,23 +49,23 @@ def run_blocks(text: str, repo_id: str, source: str | Path) -> int:
         How many blocks ran.
 
     Raises:
-        TyingError: one failed; the message has its last line.
+        UnfitError: one failed; the message has its last line.
     """
     blocks = blocks_of(text)
     for block in blocks:
         code = block.code.replace(f'"{repo_id}"', repr(str(source)))
         with tempfile.TemporaryDirectory() as empty:
-            program = (_WITHOUT if block.plain else "") + code
+            program = (WITHOUT_THIS_PACKAGE if block.plain else "") + code
             try:
                 done = subprocess.run(
                     [sys.executable, "-c", program], capture_output=True, text=True, cwd=empty, timeout=_SECONDS,
                     env=_environment(), check=False,
                 )  # fmt: skip
             except subprocess.TimeoutExpired:
-                raise TyingError(f"{_kind(block)} of the card took more than {_SECONDS} seconds:\n{code}") from None
+                raise UnfitError(f"{_kind(block)} of the card took more than {_SECONDS} seconds:\n{code}") from None
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-            raise TyingError(f"{_kind(block)} of the card does not run ({reason}):\n{code}")
+            raise UnfitError(f"{_kind(block)} of the card does not run ({reason}):\n{code}")
     return len(blocks)
 
 

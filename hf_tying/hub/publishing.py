@@ -16,6 +16,7 @@ from ..report.dispatch import tying_report
 from ..ties.headers import read_json
 from .cards import CARD, make_card
 from .code_blocks import blocks_of, run_blocks
+from .errors import MissingChoice, UnfitError
 from .facts import FACTS, facts_of
 from .folders import write_forms
 from .loading import refuse_other_function
@@ -35,10 +36,6 @@ _LEFT_OUT = (
 )
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
 _TEXT = (".md", ".json", ".py", ".txt", ".jinja", ".yaml", ".yml")
-
-
-class MissingChoice(TyingError):
-    """Something that only a person can decide. The message names the argument that decides it."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +111,10 @@ def publish(
         What was uploaded, or would be.
 
     Raises:
-        MissingChoice: a choice is missing.
-        TyingError: the folder or its card is not fit to be published. Nothing has been created.
+        MissingChoice: a choice is missing. Nothing has been created.
+        UnfitError: the folder or its card is not fit to be published. Nothing has been created, unless a block of the
+            card fails on the repository alone.
+        TyingError: the folder cannot be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -193,7 +192,7 @@ def _refuse_broken(folder: Path, yes: bool) -> None:
         found = "; ".join(
             f"{finding.code} {finding.message} {finding.mend or ''}".strip() for finding in report.findings
         )
-        raise TyingError(f"Nothing is uploaded: {found}")
+        raise UnfitError(f"Nothing is uploaded: {found}")
     if not yes:
         try:
             refuse_other_function(folder, read_json(folder / "config.json"), report.parameters)
@@ -225,9 +224,9 @@ def _refuse_leaks(staged: Path, folder: Path) -> None:
         text = path.read_text(encoding="utf-8", errors="replace")
         name = path.relative_to(staged)
         if _TOKEN.search(text):
-            raise TyingError(f"Nothing is uploaded: {name} holds a token of the Hub. Take it out, and revoke it.")
+            raise UnfitError(f"Nothing is uploaded: {name} holds a token of the Hub. Take it out, and revoke it.")
         if found := next((place for place in places if place in text), None):
-            raise TyingError(f"Nothing is uploaded: {name} names {found!r}, a place on this machine. Take it out.")
+            raise UnfitError(f"Nothing is uploaded: {name} names {found!r}, a place on this machine. Take it out.")
 
 
 def _files(folder: Path) -> list[Path]:

@@ -31,14 +31,17 @@ _RELATIVE_IMPORT = re.compile(r"from (\.+)([\w.]+) import")
 _NOT_CARRIED = re.compile(r"from \.+ import|import_module\(f?[\"']\.|^\s*(?:import|from) hf_tying\b", re.MULTILINE)
 _SECONDS = 300
 
-# Run in a process of its own: the class is imported as `trust_remote_code` would, with this package out of reach.
-_CLEAN_IMPORT = """
+#: First lines of a program in which importing this package fails, as where it is not installed.
+WITHOUT_THIS_PACKAGE = """
 import sys
 class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] == "hf_tying":
             raise ModuleNotFoundError("No module named 'hf_tying'", name=name)
 sys.meta_path.insert(0, Absent())
+"""
+# Run in a process of its own: the class is imported as `trust_remote_code` would.
+_CLEAN_IMPORT = f"""{WITHOUT_THIS_PACKAGE}
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 get_class_from_dynamic_module(sys.argv[1], sys.argv[2])
 """

@@ -52,7 +52,7 @@ def test_a_base_model_in_a_folder_ends_with_4_until_its_id_is_told(hf_tying, mod
     command = ("publish", models / "adapter", "me/x", "--dry-run", "--no-run", "--json")
     status, output, error = hf_tying(*command)
     assert status == 4 and "--base-model owner/name" in error
-    assert json.loads(output)["findings"][0]["code"] == "refused"
+    assert json.loads(output)["findings"][0]["code"] == "undecided"
     status, output, _ = hf_tying(*command, "--base-model", "me/base")
     assert status == 0
     assert {"adapter_config.json", "tied_lora/adapter_config.json"} <= json.loads(output)["files"].keys()

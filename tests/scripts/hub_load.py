@@ -5,21 +5,11 @@
 
 import sys
 
-
-class Absent:
-    """Importing this package fails, as where it is not installed."""
-
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name.partition(".")[0] == "hf_tying":
-            raise ModuleNotFoundError("No module named 'hf_tying'", name=name)
-
-
 WITH = sys.argv.pop(1) == "with"
 if WITH:
     import hf_tying  # noqa: F401
 else:
-    sys.meta_path.insert(0, Absent())
+    sys.modules["hf_tying"] = None
 
 import torch  # noqa: E402
 from peft import PeftModel  # noqa: E402
