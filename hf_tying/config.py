@@ -4,11 +4,13 @@ Nothing here needs torch or model code, so that a declaration can be read and ch
 """
 
 import copy
-import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .entries import RELAXATIONS as RELAXATIONS
+from .entries import checked_depth, checked_groups, group_name, groups_of_pairs, split_relaxed
+from .errors import TyingError as TyingError
+from .errors import nearest, short
 
 # The base of `TyingConfigMixin`: a type checker sees the methods of the config class behind it.
 if TYPE_CHECKING:
@@ -33,17 +35,6 @@ SAVE_FORMATS = ("dedup", "portable")
 LOSSES = ("stock", "tied")
 
 
-#: The ways in which a member of a group may differ from its root, and their settings with the defaults. `scale`: a
-#: factor for each row. `lora`: a product of rank `rank`, from `init` `"zero"` or, of values that differ when they are
-#: tied, `"svd"`. `basis`: `filters` further matrices that all members share, with coefficients for each. `bound`, for
-#: every kind: largest norm of the difference as a share of the root's; none by default.
-RELAXATIONS: dict[str, dict[str, Any]] = {
-    "scale": {},
-    "lora": {"rank": 8, "init": "zero"},
-    "basis": {"filters": 2},
-}
-
-
 class Extension(NamedTuple):
     """The module that honours an entry of `tying` that is not a tie.
 
@@ -63,26 +54,6 @@ EXTENSIONS: dict[str, Extension] = {
     "projection": Extension("projection.model"),
     "loss": Extension("objectives.tied_loss", without="the stock loss is used, of the same value"),
 }
-
-# A declaration may come from a file of unknown origin. Real ones have up to some thousand names of some hundred
-# characters (every parameter of every layer tied). Larger ones are refused before any work.
-_MOST_NAMES = 50_000
-_LONGEST_NAME = 512
-_LARGEST_RANK = 65_536
-_MOST_STACKS = 16
-_MOST_LAYERS = 10_000
-
-
-class TyingError(ValueError):
-    """A tie is wrongly declared, cannot be made, or no longer holds. Messages say what, expected, found, way out."""
-
-
-def nearest(name: str, candidates: Iterable[str], most: int = 3) -> str:
-    """`"; the nearest names are 'a', 'b'"`, or nothing when none resembles `name`: the tail of many messages."""
-    tail = name.rsplit(".", 2)[-2:]  # of ten thousand names, only those with a similar end are compared
-    pool = [c for c in candidates if any(part in c for part in tail)] or list(candidates)
-    matches = difflib.get_close_matches(name, pool[:2000], n=most, cutoff=0.4)
-    return f"; the nearest names are {', '.join(repr(m) for m in matches)}" if matches else ""
 
 
 @dataclass(frozen=True)
@@ -105,12 +76,12 @@ class ProjectionConfig:
 
     def __post_init__(self) -> None:
         if self.norm not in ("fro_squared_half", "fro"):
-            raise TyingError(f"Unknown norm {_short(self.norm)}: expected 'fro_squared_half' or 'fro'.")
+            raise TyingError(f"Unknown norm {short(self.norm)}: expected 'fro_squared_half' or 'fro'.")
         number = isinstance(self.strength, int | float) and not isinstance(self.strength, bool)
         if self.strength is not None and not (number and 0 <= self.strength < float("inf")):
-            raise TyingError(f"The strength of a projection is {_short(self.strength)}: expected 0 or more, or None.")
+            raise TyingError(f"The strength of a projection is {short(self.strength)}: expected 0 or more, or None.")
         if not isinstance(self.bias, bool):
-            raise TyingError(f"The bias of a projection is {_short(self.bias)}: expected True or False.")
+            raise TyingError(f"The bias of a projection is {short(self.bias)}: expected True or False.")
 
     @classmethod
     def of(cls, value: "bool | dict[str, Any] | ProjectionConfig | None") -> "ProjectionConfig | None":
@@ -125,7 +96,7 @@ class ProjectionConfig:
         if not isinstance(value, dict) or not value.keys() <= known:
             found = sorted(value.keys() - known, key=str) if isinstance(value, dict) else value
             raise TyingError(
-                f"`projection` has {_short(found[0] if isinstance(found, list) else found)}: expected a dict with "
+                f"`projection` has {short(found[0] if isinstance(found, list) else found)}: expected a dict with "
                 f"some of {sorted(known)}, or true."
             )
         return cls(**value)
@@ -185,29 +156,27 @@ class TyingConfig:
     def __post_init__(self) -> None:
         if self.scheme is not None and not (isinstance(self.scheme, str) and self.scheme in SCHEMES):
             hint = nearest(self.scheme, SCHEMES) if isinstance(self.scheme, str) else ""
-            raise TyingError(
-                f"Unknown tying scheme {_short(self.scheme)}: expected one of {', '.join(SCHEMES)}{hint}."
-            )
+            raise TyingError(f"Unknown tying scheme {short(self.scheme)}: expected one of {', '.join(SCHEMES)}{hint}.")
         if not isinstance(self.on_conflict, str) or (
             self.on_conflict not in ("error", "keep_untied") and not self.on_conflict.startswith("use:")
         ):
             raise TyingError(
-                f"Unknown on_conflict {_short(self.on_conflict)}: expected 'error', 'keep_untied' or 'use:<parameter "
+                f"Unknown on_conflict {short(self.on_conflict)}: expected 'error', 'keep_untied' or 'use:<parameter "
                 "name>'."
             )
         if self.save_format is not None and self.save_format not in SAVE_FORMATS:
-            raise TyingError(f"Unknown save_format {_short(self.save_format)}: expected 'dedup' or 'portable'.")
+            raise TyingError(f"Unknown save_format {short(self.save_format)}: expected 'dedup' or 'portable'.")
         if not isinstance(self.loss, str) or self.loss not in LOSSES:
-            raise TyingError(f"Unknown loss {_short(self.loss)}: expected 'stock' or 'tied'.")
-        groups, relax = _split_relaxed(self.groups)
-        object.__setattr__(self, "groups", _checked_groups(groups))
+            raise TyingError(f"Unknown loss {short(self.loss)}: expected 'stock' or 'tied'.")
+        groups, relax = split_relaxed(self.groups)
+        object.__setattr__(self, "groups", checked_groups(groups))
         object.__setattr__(self, "relax", {name: dict(self.relax[name]) for name in self.relax} | relax)
-        object.__setattr__(self, "depth", _checked_depth(self.depth))
+        object.__setattr__(self, "depth", checked_depth(self.depth))
         object.__setattr__(self, "projection", ProjectionConfig.of(self.projection))
         for key in self.extensions:
             if key not in EXTENSIONS or key in _FIELDS:
                 raise TyingError(
-                    f"Unknown extension {_short(key)}: expected one of {sorted(EXTENSIONS.keys() - _FIELDS)}."
+                    f"Unknown extension {short(key)}: expected one of {sorted(EXTENSIONS.keys() - _FIELDS)}."
                 )
 
     @classmethod
@@ -223,20 +192,18 @@ class TyingConfig:
             return cls()
         if not isinstance(entry, dict):
             raise TyingError(
-                f"The `tying` entry of the config is {_short(entry)}: expected a dict such as "
+                f"The `tying` entry of the config is {short(entry)}: expected a dict such as "
                 f"{cls(scheme='two_way').to_dict()}. Correct the entry in config.json, or remove it to load untied."
             )
         version = entry.get("version", 1)
         if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-            raise TyingError(
-                f"The `tying` entry has version {_short(version)}: expected a number from 1 to {VERSION}."
-            )
+            raise TyingError(f"The `tying` entry has version {short(version)}: expected a number from 1 to {VERSION}.")
         groups = entry.get("groups")
         relaxed = isinstance(groups, dict) and any(isinstance(names, dict) for names in groups.values())
         second = relaxed or bool(entry.get("depth"))
         if version > (known := VERSION if second else 1):
             raise TyingError(
-                f"The `tying` entry has version {_short(version)}; this hf_tying reads up to version {known} of an "
+                f"The `tying` entry has version {short(version)}; this hf_tying reads up to version {known} of an "
                 f"entry with{'' if second else 'out'} relaxed groups or shared layers. Upgrade with `pip install -U "
                 "hf-tying`."
             )
@@ -244,7 +211,7 @@ class TyingConfig:
             if key not in _keys() | {"version"}:
                 hint = nearest(key, _keys()) if isinstance(key, str) else ""
                 raise TyingError(
-                    f"The `tying` entry has an unknown key {_short(key)}: expected {sorted(_keys())}{hint}."
+                    f"The `tying` entry has an unknown key {short(key)}: expected {sorted(_keys())}{hint}."
                 )
         given = {key: entry[key] for key in _FIELDS & _keys() & entry.keys()}
         for key in ("on_conflict", "loss"):
@@ -284,13 +251,13 @@ class TyingConfig:
             if scheme_or_groups.keys() & {"version", "scheme"}:
                 return cls.from_dict(scheme_or_groups)
             if scheme_or_groups and all(isinstance(value, str) for value in scheme_or_groups.values()):
-                return cls(groups=_groups_of_pairs(scheme_or_groups))
+                return cls(groups=groups_of_pairs(scheme_or_groups))
             return cls(groups=scheme_or_groups)
         if isinstance(scheme_or_groups, list | tuple):
             names = list(scheme_or_groups)
-            return cls(groups={_group_name(names): names})
+            return cls(groups={group_name(names): names})
         raise TyingError(
-            f"Nothing to tie in {_short(scheme_or_groups)}: expected a scheme ({', '.join(SCHEMES)}), a list of "
+            f"Nothing to tie in {short(scheme_or_groups)}: expected a scheme ({', '.join(SCHEMES)}), a list of "
             "parameter names, a dict of such lists, or a TyingConfig."
         )
 
@@ -387,156 +354,3 @@ class TyingConfigMixin(_ConfigBase):
     def tying_config(self) -> TyingConfig:
         """The declaration. It is empty when nothing is declared."""
         return TyingConfig.from_dict(self.tying)
-
-
-def _split_relaxed(groups: Any) -> tuple[Any, dict[str, dict[str, Any]]]:
-    """Groups as lists of names, and the checked settings of those that are relaxed."""
-    if not isinstance(groups, dict) or not any(isinstance(value, dict) for value in groups.values()):
-        return groups, {}
-    names, relax = {}, {}
-    for group, value in groups.items():
-        names[group] = value
-        if isinstance(value, dict):
-            if value.keys() - {"names", "relax"} or "names" not in value:
-                raise TyingError(
-                    f"Group {_short(group)} has the keys {sorted(map(str, value))[:5]}: expected a name and a list of "
-                    'parameter names, or a dict {"names": [...], "relax": {"kind": ...}}.'
-                )
-            names[group] = value["names"]
-            if value.get("relax") is not None:
-                relax[group] = _checked_relaxation(group, value["relax"])
-    return names, relax
-
-
-def _checked_relaxation(group: Any, value: Any) -> dict[str, Any]:
-    kind = value.get("kind") if isinstance(value, dict) else None
-    if not isinstance(kind, str) or kind not in RELAXATIONS:
-        raise TyingError(
-            f"Group {_short(group)} is relaxed by {_short(kind if isinstance(value, dict) else value)}: expected a "
-            f"dict with `kind`, one of {', '.join(RELAXATIONS)}."
-        )
-    for key, setting in value.items():
-        if key not in {*RELAXATIONS[kind], "kind", "bound"}:
-            known = sorted([*RELAXATIONS[kind], "bound"])
-            raise TyingError(f"Group {_short(group)}: kind {kind!r} has no setting {_short(key)}: expected {known}.")
-        if key in ("rank", "filters"):
-            fits = isinstance(setting, int) and not isinstance(setting, bool) and 0 < setting <= _LARGEST_RANK
-            wanted = f"a whole number from 1 to {_LARGEST_RANK}"
-        elif key == "bound":
-            fits = (
-                setting is None or isinstance(setting, int | float) and not isinstance(setting, bool) and setting > 0
-            )
-            fits, wanted = fits and setting != float("inf"), "a positive number, or none"
-        else:
-            fits, wanted = key == "kind" or setting in ("zero", "svd"), "'zero' or 'svd'"
-        if not fits:
-            raise TyingError(f"Group {_short(group)} is relaxed with {key}={_short(setting)}: expected {wanted}.")
-    return dict(value)
-
-
-def _checked_depth(depth: Any) -> list[dict[str, Any]]:
-    if not isinstance(depth, list | tuple) or len(depth) > _MOST_STACKS:
-        raise TyingError(f"`depth` is {_short(depth)}: expected a list of up to {_MOST_STACKS} stacks of layers.")
-    checked = []
-    for stack in depth:
-        known = {"path", "order", "private", "relax", "damped", "unrolled"}
-        if not isinstance(stack, dict) or not {"path", "order"} <= stack.keys() <= known:
-            raise TyingError(
-                f"`depth` has the stack {_short(sorted(map(str, stack)) if isinstance(stack, dict) else stack)}: "
-                f"expected a dict with `path` and `order`, and some of {sorted(known - {'path', 'order'})}."
-            )
-        path, order = stack["path"], stack["order"]
-        if not isinstance(path, str) or not path or len(path) > _LONGEST_NAME:
-            raise TyingError(f"`depth` has the path {_short(path)}: expected the name of a list of layers.")
-        if any(path == other["path"] for other in checked):
-            raise TyingError(f"`depth` has the path {_short(path)} twice: expected each list of layers once.")
-        if not isinstance(order, list | tuple) or not 1 < len(order) <= _MOST_LAYERS:
-            raise TyingError(f"The order of {_short(path)} is {_short(order)}: expected the block of each layer.")
-        for key, wanted in (("order", order), ("damped", stack.get("damped", []))):
-            fits = isinstance(wanted, list | tuple) and all(
-                isinstance(number, int) and not isinstance(number, bool) and 0 <= number < _MOST_LAYERS
-                for number in wanted
-            )
-            if not fits:
-                raise TyingError(f"`{key}` of {_short(path)} is {_short(wanted)}: expected whole numbers from 0.")
-        private = stack.get("private", [])
-        named = isinstance(private, list | tuple) and len(private) <= _MOST_NAMES
-        if not named or not all(isinstance(name, str) and 0 < len(name) <= _LONGEST_NAME for name in private):
-            raise TyingError(f"`private` of {_short(path)} is {_short(private)}: expected names within a layer.")
-        entry = {"path": path, "order": list(order)}
-        if private:
-            entry["private"] = list(private)
-        if stack.get("relax") is not None:
-            entry["relax"] = _checked_relaxation(path, stack["relax"])
-        if stack.get("damped"):
-            entry["damped"] = list(stack["damped"])
-        if stack.get("unrolled"):
-            entry["unrolled"] = True
-        checked.append(entry)
-    return checked
-
-
-def _checked_groups(groups: Any) -> dict[str, list[str]]:
-    if groups is None:
-        return {}
-    if not isinstance(groups, dict):
-        raise TyingError(
-            f"`groups` is {_short(groups)}: expected a dict from a group's name to a list of parameter names."
-        )
-    if sum(len(names) for names in groups.values() if isinstance(names, list | tuple)) > _MOST_NAMES:
-        raise TyingError(f"`groups` has more than {_MOST_NAMES} names: no model ties that many; the entry is refused.")
-    group_of: dict[str, str] = {}
-    for group, names in groups.items():
-        if not isinstance(group, str) or not isinstance(names, list | tuple):
-            raise TyingError(
-                f"Group {_short(group)} is {_short(names)}: expected a name and a list of parameter names."
-            )
-        for name in names:
-            if not isinstance(name, str) or not name or len(name) > _LONGEST_NAME:
-                raise TyingError(f"Group {_short(group)} has the member {_short(name)}: expected a parameter name.")
-            if name in group_of:
-                where = f"twice in {group!r}" if group_of[name] == group else f"in {group_of[name]!r} and {group!r}"
-                raise TyingError(f"{name!r} stands {where}: a name belongs to one group, once. Merge the groups.")
-            group_of[name] = group
-        if len(names) < 2:
-            raise TyingError(
-                f"Group {_short(group)} has {len(names)} name(s) {list(names)}: a tie needs at least two."
-            )
-    return {group: list(names) for group, names in groups.items()}
-
-
-def _groups_of_pairs(source_of: dict[str, str]) -> dict[str, list[str]]:
-    """Groups from `{tied name: source}`. Each source is the root of its group."""
-    groups: dict[str, list[str]] = {}
-    for name in source_of:
-        root, seen = name, {name}
-        while (root := source_of.get(root, root)) in source_of and root not in seen:
-            seen.add(root)
-        group = groups.setdefault(root, [root])
-        if name not in group:
-            group.append(name)
-    named: dict[str, list[str]] = {}
-    for names in groups.values():
-        base = _group_name(names)
-        named[next(n for n in (base, *(f"{base}_{i}" for i in range(2, 10_000))) if n not in named)] = names
-    return named
-
-
-def _group_name(names: list) -> str:
-    """A readable name for a group given as a list: the common end of its names."""
-    if not names or not all(isinstance(name, str) for name in names):
-        return "group"
-    tails = zip(*(name.split(".")[::-1] for name in names), strict=False)
-    common = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, tails)]
-    return ".".join(common[::-1]) or names[0]
-
-
-def _short(value: Any) -> str:
-    """`repr` for messages. It never walks a hostile value deeper or longer than a message can show."""
-    if isinstance(value, str):
-        return repr(value if len(value) <= 80 else value[:77] + "...")
-    if isinstance(value, int) and value.bit_length() > 200:
-        return "a number of more than 60 digits"
-    if isinstance(value, int | float | bool | None):
-        return repr(value)
-    return f"of type {type(value).__name__}"

@@ -10,7 +10,8 @@ PACKAGE = Path(__file__).parents[1] / "hf_tying"
 
 #: From the ground up. A room is a folder of the package, or a file beside the folders.
 ROOMS = (
-    *("_lazy", "_moved", "config", "_extras", "losses", "ties", "depth", "projection", "objectives", "report"),
+    *("_lazy", "_moved", "errors", "entries", "config", "_extras"),
+    *("losses", "ties", "depth", "projection", "objectives", "report"),
     *("diagnostics", "vocabularies", "peft", "models", "data", "metrics", "parallel", "training", "doctor", "hub"),
     *("hook", "demo", "cli"),
 )
