@@ -50,12 +50,14 @@ test-random: $(INSTALLED)
 	$(PYTEST) -p randomly $(SEED:%=--randomly-seed=%)
 
 # Long: transformers' common model tests and PEFT's tests of LoRA, from their source distributions; then every class of
-# transformers, its roles, its life beside an untouched model's, and what importing the package alone does to it.
+# transformers, its roles, its life beside an untouched model's, and what importing the package alone does to it; and what
+# loaders, which pip installs for it, do with files beside the forecast.
 test-upstream: $(INSTALLED)
 	$(RUN) -m tests.upstream
 	ZOO=1 $(PYTEST) tests/test_zoo.py tests/depth/test_sharing.py --timeout 1800
 	$(RUN) -m tests.upstream.import_alone
 	$(RUN) -m tests.upstream.sweep
+	$(RUN) -m tests.upstream.loaders
 	ZOO=1 HOSTILE_CASES=2000 $(PYTEST) tests/report/test_stock_table.py tests/doctor/test_hostile_files.py --timeout 1800
 
 # The cards of the reference runs, from the results in model_cards/records.

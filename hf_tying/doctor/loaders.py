@@ -1,16 +1,20 @@
 """What each loader will do with the softmax matrix of a file: one dated table of rules, and the forecast from it.
 
-The row of transformers is checked by loading, in the tests. The others were read in their sources.
+The rows of transformers and mlx are checked by loading (tests/doctor and tests/upstream). The others were read in
+their sources.
 """
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import TyingError
 from ..report.checkpoint import Checkpoint
-from ..report.stock_table import FLAG
-from ..ties.depth_groups import needs_this_package
+from ..report.stock_table import FLAG, part_of
+from ..ties.depth_groups import SUFFIX, needs_this_package
 from .facts import Facts, ModelFacts
 from .flags import rows_and_vocabulary
 
@@ -26,19 +30,27 @@ class Head(NamedTuple):
 
     Args:
         tied: whether the class ties it under the flags as transformers reads them.
+        one: whether it and the embedding are one parameter once transformers has tied what the file lets it tie.
+        lost: whether transformers finds no values for one of them.
         flag: `tie_word_embeddings` as it stands in the file (of the text part, where that has it); `None`: absent.
         embedding: whether the file has the embedding.
-        head: whether it has the softmax matrix.
+        head: whether it has the softmax matrix, under its own name.
         equal: whether both have the same values.
         sizes_fit: whether the rows are those that the config states.
+        strange: tensors that the class has no place for, such as a projection.
+        config: `config.json`.
     """
 
     tied: bool
+    one: bool
+    lost: bool
     flag: bool | None
     embedding: bool
     head: bool
     equal: bool
     sizes_fit: bool
+    strange: list[str]
+    config: dict[str, Any]
 
 
 class Loader(NamedTuple):
@@ -89,31 +101,65 @@ class Forecast:
 def _transformers(head: Head) -> str:
     if not head.sizes_fit:
         return "refuse"
-    if not head.embedding and not head.head:
+    if head.lost:
         return "random head"
-    if head.tied:
-        return "tie" if not (head.embedding and head.head) or head.equal else "untie"
-    if not head.embedding or not head.head:
-        return "random head"
+    if head.one:
+        return "tie"
     return "duplicate" if head.equal else "untie"
 
 
-def _by_flag(head: Head, missing: str, default: bool) -> str:
+def _by_flag(head: Head, missing: str) -> str:
     if not head.sizes_fit or not head.embedding:
         return "refuse"
-    if default if head.flag is None else head.flag:
+    if head.tied if head.flag is None else head.flag:
         return "head dropped" if head.head and not head.equal else "tie"
     if not head.head:
         return missing
     return "duplicate" if head.equal else "untie"
 
 
+def _vllm(head: Head) -> str:
+    outcome = _by_flag(head, "refuse")
+    skipped = "lm_head." if outcome in ("tie", "head dropped") else ()
+    return outcome if all(name.startswith(skipped) for name in head.strange) else "refuse"
+
+
 def _llama_cpp(head: Head) -> str:
-    if not head.embedding or not head.sizes_fit:
+    if not head.embedding or not head.sizes_fit or head.strange:
         return "refuse"
     if not head.head:
         return "tie"
     return "duplicate" if head.equal else "untie"
+
+
+def _mlx(head: Head) -> str:
+    kind, known = head.config.get("model_type"), mlx_models()
+    row = known["models"].get(known["renamed"].get(kind, kind)) if isinstance(kind, str) else None
+    if row is None or not head.sizes_fit or not head.embedding or head.strange:
+        return "refuse"
+    if any(name not in head.config for name in row["needs"]):
+        return "refuse"
+    tied = {"always": True, "never": False, "by file": not head.head}.get(row["ties"])
+    if tied is None:
+        if row["ties"] == "unknown":
+            return "unknown"
+        tied = row["ties"] == "true" if head.flag is None else head.flag
+    if tied and head.head and not row["drops"]:
+        return "refuse"
+    if tied:
+        return "tie" if head.equal or not head.head else "head dropped"
+    return "refuse" if not head.head else "duplicate" if head.equal else "untie"
+
+
+@cache
+def mlx_models() -> dict[str, Any]:
+    """What mlx-lm does by `model_type`: a table from its classes, made by `python -m tests.upstream.loaders --table`.
+
+    `"models"` has for each type `ties` (`"true"`, `"false"`: the flag, and its default; `"always"`, `"never"`,
+    `"by file"`: tied where the file has no head; `"unknown"`), `drops` (whether a head that is not wanted is passed
+    over, or an error) and `needs` (fields of the config without which it is not made).
+    """
+    return json.loads(Path(__file__).with_name("mlx_models.json").read_text(encoding="utf-8"))
 
 
 LOADERS: dict[str, Loader] = {
@@ -126,11 +172,12 @@ LOADERS: dict[str, Loader] = {
         _transformers,
     ),
     "vllm": Loader(
-        "Ties by the flag alone, and skips the file's lm_head then; without the flag, a missing head is an error.",
+        "Ties by the flag alone, and skips the file's lm_head then; without the flag, a missing head is an error; so "
+        "is a tensor without a place.",
         "00b5ad0",
         "vllm/model_executor/models/llama.py, model_loader/default_loader.py",
         "read",
-        lambda head: _by_flag(head, "refuse", head.tied),
+        _vllm,
     ),
     "sglang": Loader(
         "Ties by the flag alone, and skips the file's lm_head then; without the flag, a missing head stays as it was "
@@ -138,22 +185,24 @@ LOADERS: dict[str, Loader] = {
         "0023954",
         "python/sglang/srt/models/llama.py, load_weights",
         "read",
-        lambda head: _by_flag(head, "random head", head.tied),
+        lambda head: _by_flag(head, "random head"),
     ),
     "llama.cpp": Loader(
-        "Reads no flag: a GGUF file without output.weight has token_embd.weight for its softmax.",
+        "Reads no flag: a GGUF file without output.weight has token_embd.weight for its softmax. A tensor that "
+        "convert_hf_to_gguf.py has no name for is an error.",
         "master of 2026-11",
         "src/models/*.cpp, load_arch_tensors",
         "read",
         _llama_cpp,
     ),
     "mlx": Loader(
-        "Ties by the flag, which is true where the file says nothing (llama), and drops the file's lm_head then; "
-        "without the flag, a missing head is an error.",
-        "17772c0",
-        "mlx_lm/models/llama.py, sanitize",
-        "read",
-        lambda head: _by_flag(head, "refuse", True),
+        "Ties by the flag, whose default is its own for each model type, and drops the file's lm_head then, or "
+        "refuses it; some types are always tied, or never. A missing head, a tensor without a place, a field of the "
+        "config that its class has no default for and a model type that it does not have are errors.",
+        "mlx-lm 0.32.2",
+        "mlx_lm/models/*.py, ModelArgs and sanitize; mlx_lm/utils.py, load_model",
+        "run",
+        _mlx,
     ),
     "onnx": Loader(
         "optimum exports the model that transformers loads, and writes what is one parameter once.",
@@ -173,25 +222,53 @@ def head_of(checkpoint: Checkpoint) -> Head | None:
     """
     if checkpoint.form == "gguf":
         embedding, head = "token_embd.weight", "output.weight"
-        tied, flag, fits = False, None, True
         held = [name in checkpoint.tensors for name in (embedding, head)]
-    else:
-        model = ModelFacts(checkpoint)
-        if (pair := model.pair()) is None:
-            return None
-        held = [any(model.held(name) for name in _same(model, name)) for name in pair]
-        embedding, head = (next(iter([n for n in _same(model, name) if model.held(name)] or [name])) for name in pair)
-        tied = any(set(pair) <= set(chain) for chain in model.declared)
-        flag = _flag(checkpoint.config)
-        fits = not list(rows_and_vocabulary(Facts(checkpoint.source), model))
-    equal = all(held) and checkpoint.values.equal(checkpoint.keys_of(embedding), checkpoint.keys_of(head))
-    return Head(tied, flag, held[0], held[1], equal, fits)
+        equal = all(held) and checkpoint.values.equal([embedding], [head])
+        return Head(False, False, False, None, held[0], held[1], equal, True, [], {})
+    model = ModelFacts(checkpoint)
+    if (pair := model.pair()) is None:
+        return None
+    # The name whose values each of them has, once transformers has tied what it can.
+    places = [_root(model, name) or name for name in pair]
+    keys = [checkpoint.keys_of(place) or _other_keys(model, name) for place, name in zip(places, pair, strict=True)]
+    one, lost = places[0] == places[1], not all(keys)
+    equal = not lost and (one or checkpoint.values.equal(*keys))
+    own = checkpoint.keys_of(pair[1])
+    if one and own and keys[0] and own != keys[0]:
+        equal = checkpoint.values.equal(keys[0], own)
+    return Head(
+        tied=any(set(pair) <= set(chain) for chain in model.declared),
+        one=one,
+        lost=lost,
+        flag=_flag(checkpoint.config),
+        embedding=bool(checkpoint.keys_of(pair[0]) or checkpoint.keys_of(places[0])),
+        head=bool(own),
+        equal=equal,
+        sizes_fit=not list(rows_and_vocabulary(Facts(checkpoint.source), model)),
+        strange=_strange(model),
+        config=checkpoint.config,
+    )
 
 
-def _same(model: ModelFacts, name: str) -> list[str]:
-    """A name, and the carriers of its matrix: BART's file has `model.shared.weight`."""
-    chain = next((chain for chain in model.stock.declared(model.config, flagged=False) if name in chain), [name])
-    return [name, *(other for other in chain if other in model.stock.carriers and other != name)]
+def _root(model: ModelFacts, name: str) -> str | None:
+    """The root to which transformers ties `name`: where the file has both, only if they are equal; else `None`."""
+    chain = next((chain for chain in model.declared if name in chain), None)
+    if chain is None:
+        return None
+    root, own = (model.checkpoint.keys_of(each) for each in (chain[0], name))
+    return chain[0] if not root or not own or model.checkpoint.values.equal(root, own) else None
+
+
+def _other_keys(model: ModelFacts, name: str) -> list[str]:
+    """The tensors of another name of a chain, where the file lacks its root."""
+    chain = next((chain for chain in model.declared if name in chain), [name])
+    return next((keys for other in chain if (keys := model.checkpoint.keys_of(other))), [])
+
+
+def _strange(model: ModelFacts) -> list[str]:
+    """The tensors that the class has no place for, by the parts that its files have."""
+    parts = {*model.stock.parts}
+    return [n for n in model.checkpoint.tensors if parts and (part_of(n) not in parts or f"{SUFFIX}." in n)]
 
 
 def _flag(config: dict[str, Any]) -> bool | None:
@@ -223,6 +300,8 @@ def forecast(checkpoint: Checkpoint, loaders: Iterable[str] = ()) -> list[Foreca
             outcome = "unknown"
         if checkpoint.entry is not None and needs_this_package(checkpoint.entry):
             # transformers does not look for a file of its name, and who reads any name lacks layers.
-            outcome = "refuse" if row.outcome is _transformers else "unknown"
+            outcome = "refuse" if row.outcome in (_transformers, _mlx) else "unknown"
+        if checkpoint.form == "bin" and name == "mlx":  # it looks for safetensors alone
+            outcome = "refuse"
         found.append(Forecast(name, outcome, row.rule, row.version, row.source, row.checked))
     return found

@@ -8,19 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..config import TyingError
 from ..report.checkpoint import Checkpoint, read_checkpoint
-from ..report.dtypes import TORCH_NAMES
 from ..report.sources import Folder
-from ..ties.headers import INDEX, WHOLE
+from ..ties.headers import BITS, INDEX, WHOLE
 
-if TYPE_CHECKING:
-    import torch
-
-# Up to this size the new folder is loaded whole; a larger one is compared with its class by names and shapes.
-_LOADED_WHOLE = 2**30
+# Up to this size the new folder is loaded whole, one of several files up to the second; a larger one is compared with
+# its class by names and shapes, so that no more than a shard is ever in memory.
+_LOADED_WHOLE, _SHARDS_LOADED_WHOLE = 2**30, 2**26
+# Bytes that are read and written at once.
+_PIECE = 2**24
 
 
 @dataclass
@@ -81,8 +80,8 @@ def copy_files(checkpoint: Checkpoint, folder: Path, names: list[str]) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         with (folder / name).open("wb") as file:
             size = checkpoint.source.size(name)
-            for at in range(0, size, 2**24):
-                file.write(checkpoint.source.read(name, at, min(2**24, size - at)))
+            for at in range(0, size, _PIECE):
+                file.write(checkpoint.source.read(name, at, min(_PIECE, size - at)))
 
 
 def replaced(checkpoint: Checkpoint, plan: Plan) -> set[str]:
@@ -113,33 +112,39 @@ def _new_file(checkpoint: Checkpoint, file: str) -> str:
 
 
 def _write_weights(checkpoint: Checkpoint, plan: Plan, folder: Path) -> None:
-    """Write one shard at a time; what is in memory is that shard."""
-    from safetensors.torch import save_file
-
+    """Write one shard after the other; what is in memory is a piece of one tensor."""
     placed = placed_in(checkpoint, plan)
     taken = {_disk_name(checkpoint, name): checkpoint.keys_of(plan.value_of[name])[0] for name in plan.written}
+    source_of = {name: taken.get(name, name) for name in placed}
     for file in sorted(set(placed.values())):
-        tensors = {name: _tensor(checkpoint, taken.get(name, name)) for name, at in placed.items() if at == file}
-        save_file(tensors, folder / file, {"format": "pt"})
-        del tensors
+        _write_file(checkpoint, {name: source_of[name] for name, at in placed.items() if at == file}, folder / file)
     if set(placed.values()) != {WHOLE}:
-        size = sum(checkpoint.tensors[taken.get(name, name)].size for name in placed)
+        size = sum(checkpoint.tensors[source].size for source in source_of.values())
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(placed.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _tensor(checkpoint: Checkpoint, name: str) -> "torch.Tensor":
-    import torch
+def _write_file(checkpoint: Checkpoint, source_of: dict[str, str], path: Path) -> None:
+    """Write a safetensors file, each name with the bytes of a tensor of the old files.
 
-    if checkpoint.pickled is not None:
-        return checkpoint.pickled.tensor(name).contiguous().clone()
-    held = checkpoint.tensors[name]
-    dtype = getattr(torch, TORCH_NAMES.get(held.dtype, ""), None)
-    if dtype is None:
-        raise TyingError(f"{name!r} has the dtype {held.dtype}, which cannot be rewritten here.")
-    data = bytearray(checkpoint.read(name, 0, held.size))
-    flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-    return flat.reshape(held.shape)
+    The same bytes as `safetensors.torch.save_file` writes, which holds the whole file in memory, and twice.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in sorted(source_of, key=lambda name: (-BITS.get(checkpoint.tensors[source_of[name]].dtype, 0), name)):
+        held = checkpoint.tensors[source_of[name]]
+        if held.dtype not in BITS:
+            raise TyingError(f"{source_of[name]!r} has the dtype {held.dtype}, which no safetensors file has.")
+        offsets = [end, end := end + held.size]
+        header[name] = {"dtype": held.dtype, "shape": [*held.shape], "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in [*header][1:]:
+            size = checkpoint.tensors[source_of[name]].size
+            for at in range(0, size, _PIECE):
+                file.write(checkpoint.read(source_of[name], at, min(_PIECE, size - at)))
 
 
 def refuse_unloadable(folder: Path) -> Checkpoint:
@@ -169,7 +174,9 @@ def _load_problems(folder: Path, written: Checkpoint) -> Iterator[str]:
             yield f"{name!r} is {list(written.tensors[name].shape)}, expected {list(shape)}"
         if name not in written.tensors and name not in optional | keys:
             yield f"{name!r} is missing"
-    if sum(held.size for held in written.tensors.values()) <= _LOADED_WHOLE:
+    files = {held.file for held in written.tensors.values()}
+    most = _LOADED_WHOLE if len(files) == 1 else _SHARDS_LOADED_WHOLE
+    if sum(held.size for held in written.tensors.values()) <= most:
         from ..ties.verify import problems
 
         try:

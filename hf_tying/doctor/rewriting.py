@@ -81,8 +81,9 @@ def rewrite(
 ) -> Rewriting:
     """Write a checkpoint anew with other ties, or in another form of file. `source` is left as it is.
 
-    One shard is read and written at a time, in its dtypes and under its name. The tokenizer and all other files come
-    along, but for weights in another form. The folder is made beside `out`, loaded once, and renamed when all is well.
+    One shard is written at a time, in its dtypes and under its name, in pieces of 16 MiB. The tokenizer and all other
+    files come along, but for weights in another form. The folder is made beside `out`, loaded once, and renamed when
+    all is well.
 
     Args:
         source: a folder with safetensors or `.bin` files, or the same on the Hub (whose pieces are read by range).

@@ -83,10 +83,6 @@ class Pickled:
         flat = self._held[name].detach().contiguous().view(-1).view(torch.uint8)
         return flat[start : start + count].numpy().tobytes()
 
-    def tensor(self, name: str) -> "torch.Tensor":
-        """A tensor."""
-        return self._held[name]
-
     def aliases(self) -> list[list[str]]:
         """The names that are one storage in the file."""
         names: dict[tuple[str, int], list[str]] = {}

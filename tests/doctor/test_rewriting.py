@@ -8,10 +8,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaForCausalLM
 
 from hf_tying import TyingError, assert_tied, tying_report
-from hf_tying.doctor import diagnose, rewrite
+from hf_tying.doctor import diagnose, new_folder, rewrite
 from hf_tying.doctor.comparing import compare
 from hf_tying.doctor.rewriting import UndecidedError
 from hf_tying.report import file_values
+from hf_tying.report.checkpoint import read_checkpoint
+from hf_tying.report.opening import open_source
 
 from ..tiny import logits, shared_names, tiny_model, untied_model
 from . import planted
@@ -152,6 +154,32 @@ def test_shards_dtypes_and_other_files_are_kept(tmp_path):
     assert {t.dtype for p in (tmp_path / "new").glob("*.safetensors") for t in load_file(p).values()} == {
         torch.bfloat16
     }
+
+
+def test_a_file_is_the_one_that_safetensors_writes_and_is_written_in_pieces(tmp_path, monkeypatch):
+    planted.tied(tmp_path / "model")
+    planted.rewrite(
+        tmp_path / "model", **{"é": torch.zeros(0, 3), "one": torch.tensor(5), "half": torch.ones(9).half()}
+    )
+    checkpoint, most = read_checkpoint(open_source(tmp_path / "model")), []
+    monkeypatch.setattr(new_folder, "_PIECE", 100)
+    read = checkpoint.read
+    monkeypatch.setattr(checkpoint, "read", lambda name, at, n: most.append(n) or read(name, at, n))
+    new_folder._write_file(checkpoint, {name: name for name in checkpoint.tensors}, tmp_path / "new")
+    assert (tmp_path / "new").read_bytes() == (tmp_path / "model" / "model.safetensors").read_bytes()
+    assert max(most) == 100
+
+
+def test_shards_are_loaded_whole_where_they_are_small(tmp_path, monkeypatch):
+    planted.tied(tmp_path / "one")
+    tiny_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path / "many", max_shard_size="3KB")
+    loads = []
+    monkeypatch.setattr("hf_tying.ties.verify.problems", lambda model: loads.append(model) or [])
+    monkeypatch.setattr(new_folder, "_SHARDS_LOADED_WHOLE", 2**12)
+    for name, loaded_whole in (("one", True), ("many", False)):
+        rewrite(tmp_path / name, tmp_path / f"{name} untied", "none")
+        assert bool(loads) is loaded_whole
+        loads.clear()
 
 
 def test_a_pickle_becomes_safetensors(tmp_path):
