@@ -154,7 +154,7 @@ def augmented_parts(
     if embedding is not None:
         _check_embedding(embedding, weight)
         embedding = embedding.detach() if settings.detach_target else embedding
-    hidden, bias, options = with_learned_scale(hidden, bias, options)
+    hidden, bias, options = with_learned_scale(hidden, weight, bias, options)
     if all(is_plain(tensor) for tensor in (hidden, weight, embedding) if tensor is not None):
         return augmented_path(hidden, weight, labels, bias, embedding, settings, options, memory_budget)
     keywords = options.keywords()

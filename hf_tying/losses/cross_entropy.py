@@ -94,9 +94,10 @@ def cross_entropy(
 ) -> torch.Tensor:
     """`tied_cross_entropy` with its options in one object."""
     check_operands(hidden, weight, labels, bias, options, one_dtype=options.head_dtype is None)
-    hidden, bias, options = with_learned_scale(hidden, bias, options)
+    hidden, bias, options = with_learned_scale(hidden, weight, bias, options, options.head_dtype)
     compute = choose_backend(backend, hidden, weight, bias, options)
     if not (is_plain(hidden) and is_plain(weight)):
+        hidden = hidden.to(torch.promote_types(hidden.dtype, options.head_dtype or hidden.dtype))
         return reference_cross_entropy(hidden, weight, labels, bias=bias, **options.keywords())
     return compute(hidden, weight, labels, bias, options, memory_budget)
 

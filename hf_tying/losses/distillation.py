@@ -238,7 +238,7 @@ def _side(
 ) -> _Side:
     options = replace(settings.options, logit_scale=logit_scale, logit_softcap=logit_softcap)
     check_operands(hidden, weight, labels, bias, options, one_dtype=settings.head_dtype is None)
-    hidden, bias, options = with_learned_scale(hidden, bias, options)
+    hidden, bias, options = with_learned_scale(hidden, weight, bias, options, settings.head_dtype)
     products, _ = compute_dtypes(hidden, weight, settings.head_dtype)
     return _Side(hidden, weight, bias, replace(settings, options=options, head_dtype=products))
 
@@ -314,12 +314,12 @@ def _collapsed_log_probs(side: _Side, labels: torch.Tensor, ids: torch.Tensor) -
         others = logits.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
         return torch.cat([logits.gather(-1, ids), others], -1).log_softmax(-1)
     positions = counted_positions(labels.reshape(-1), side.settings.options.ignore_index)
-    flat = ids.reshape(labels.numel(), -1)
+    flat = ids.reshape(labels.numel(), ids.shape[-1])
     counted = flat if positions is None else flat[positions]
     found = collapsed_logits(side.hidden, side.weight, side.bias, positions, counted, side.settings).log_softmax(-1)
     if positions is not None:
         found = found.new_zeros(len(flat), found.shape[-1]).index_put((positions,), found)
-    return found.view(*labels.shape, -1)
+    return found.view(*labels.shape, found.shape[-1])
 
 
 def _collapsed(

@@ -127,7 +127,7 @@ def _log_probs(
         weight, bias, part = own_part(weight, bias)
         part.check_same(labels)
         request = replace(request, part=part)
-    hidden, bias, options = with_learned_scale(hidden, bias, settings.options)
+    hidden, bias, options = with_learned_scale(hidden, weight, bias, settings.options, settings.head_dtype)
     compute = walked_log_probs if is_plain(hidden) and is_plain(weight) else reference_log_probs
     products, _ = compute_dtypes(hidden, weight, settings.head_dtype)
     request = replace(request, settings=replace(settings, options=options, head_dtype=products))

@@ -32,6 +32,7 @@ class LogitSettings:
 
     def whole(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The logits (..., V) by plain torch, in float32 or float64; for transformed and sharded tensors."""
+        hidden = hidden.to(torch.promote_types(hidden.dtype, self.head_dtype or hidden.dtype))
         logits = whole_logits(hidden, weight, bias, self.options.logit_scale, self.options.logit_softcap)
         return logits / self.temperature
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from .arithmetic import compute_dtypes
 from .gradient import is_transformed
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -111,14 +112,26 @@ def check_temperature(temperature: float) -> float:
 
 
 def with_learned_scale(
-    hidden: torch.Tensor, bias: torch.Tensor | None, options: CrossEntropyOptions
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    options: CrossEntropyOptions,
+    head_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, CrossEntropyOptions]:
-    """Multiply a learned scale into hidden states and bias, so that it gets a gradient. The logits are the same."""
+    """Multiply a learned scale into hidden states and bias, so that it gets a gradient. The logits are the same.
+
+    In half precision that rounds no more than the products will. A word that its bias forbids has no part in the
+    gradient of the scale: 0 times infinity is no number.
+    """
     scale = options.logit_scale
     if not isinstance(scale, torch.Tensor) or not is_learned(scale):
         return hidden, bias, options
-    scale = scale.reshape(())
-    return hidden * scale, None if bias is None else bias * scale, replace(options, logit_scale=None)
+    scale, (products, exact) = scale.reshape(()), compute_dtypes(hidden, weight, head_dtype)
+    if bias is not None:
+        infinite, bias = bias.isinf(), bias.to(exact)
+        bias = torch.where(infinite, bias.detach() * scale.detach(), bias.masked_fill(infinite, 0.0) * scale)
+    hidden = hidden.to(torch.promote_types(hidden.dtype, products)) * scale
+    return hidden, bias, replace(options, logit_scale=None)
 
 
 def check_operands(

@@ -198,6 +198,12 @@ class TestTokens:
             )  # fmt: skip
             assert loss == 0 and not torch.autograd.grad(loss, hidden)[0].any()
 
+    def test_no_tokens_at_all(self, divergence, top_k):
+        *sides, _, _ = problem(7, tokens=4)
+        hidden = leaf(sides[0][:0])
+        loss = tied_distillation(hidden, sides[1], sides[2][:0], sides[3], 1.0, divergence, top_k=top_k)
+        assert loss == 0 and torch.autograd.grad(loss, hidden)[0].shape == (0, 5)
+
     def test_any_leading_shape(self, divergence, top_k):
         *sides, _, _ = problem(7, tokens=12)
         flat = tied_distillation(*sides, 1.0, divergence, top_k=top_k, reduction="none")

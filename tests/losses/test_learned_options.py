@@ -7,10 +7,13 @@ import torch
 from torch.nn import functional as F
 
 from hf_tying.losses import (
+    arithmetic,
     augmented_loss,
     contrastive_weight_tying_loss,
     reference_cross_entropy,
     tied_cross_entropy,
+    tied_distillation,
+    tied_log_probs,
 )
 from hf_tying.losses.augmented import reference_augmented_loss
 
@@ -64,6 +67,49 @@ def test_a_learned_scale_or_temperature_gets_its_gradient(name, trained, shape):
     for found, expected in zip(*results, strict=True):
         assert (found is None) == (expected is None)
         assert found is None or found.shape == expected.shape and error(found, expected) < 1e-10
+
+
+OF_ONE_MATRIX = {
+    "cross entropy": lambda *x, **o: tied_cross_entropy(*x, reduction="none", **o),
+    "log-probabilities": lambda *x, **o: tied_log_probs(*x, **o).log_probs,
+    "distillation": lambda hidden, weight, labels, bias, logit_scale, **o: tied_distillation(
+        hidden,
+        weight,
+        hidden.detach(),
+        weight,
+        labels=labels,
+        student_bias=bias,
+        teacher_bias=bias,
+        student_logit_scale=logit_scale,
+        **o,
+    ),
+}
+
+
+@pytest.mark.parametrize("fast_half, options", [(False, {}), (True, {"head_dtype": torch.float32})], ids=str)
+@pytest.mark.parametrize("name", OF_ONE_MATRIX)
+def test_a_learned_scale_rounds_no_more_than_a_number_does(monkeypatch, name, fast_half, options):
+    """Hidden states of half precision that are multiplied by it are not rounded to that again."""
+    monkeypatch.setattr(arithmetic, "has_fast_half", lambda dtype: fast_half)
+    hidden, weight, labels = problem(torch.bfloat16)
+    options = {"bias": torch.randn(23).bfloat16(), **options}
+    learned = OF_ONE_MATRIX[name](hidden, weight, labels, logit_scale=torch.tensor(0.3).requires_grad_(), **options)
+    number = OF_ONE_MATRIX[name](hidden, weight, labels, logit_scale=0.3, **options)
+    torch.testing.assert_close(learned.detach(), number, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", OF_ONE_MATRIX)
+def test_a_forbidden_word_has_no_part_in_the_gradient_of_a_learned_scale(name):
+    hidden, weight, labels = problem()
+    bias = torch.randn(23, dtype=torch.float64)
+    bias[22] = -torch.inf
+    found = []
+    for words in (23, 22):
+        scale = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+        OF_ONE_MATRIX[name](hidden, weight[:words], labels, bias=bias[:words], logit_scale=scale).sum().backward()
+        found.append(scale.grad)
+    assert found[0].isfinite() and (name == "distillation" or found[1] != 0)
+    torch.testing.assert_close(*found)
 
 
 def test_a_learned_temperature_has_a_gradient_of_zero_where_no_position_counts():
