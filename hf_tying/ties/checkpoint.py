@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from ..config import TyingConfig, TyingError
 from .anatomy import Anatomy
-from .groups import TieGroup, declaration_of, groups_held, locate, make_groups
+from .groups import TieGroup, declaration_of, groups_held, locate, make_groups, names_held
 from .relaxation import Relaxation, relaxation_at
 from .sharding import gathered
 from .slots import (
@@ -260,7 +260,7 @@ def _with_new_ones(anatomy: Anatomy, missing: set[str]) -> list[TieGroup]:
     new = [chain for chain in anatomy.declared if missing.issuperset(chain)]
     if not new or getattr(model, "_is_declared_class", lambda: True)():
         return groups_held(model)
-    named = {group.name: list(group.names) for group in groups_held(model)}
+    named = names_held(model)
     held = {name for names in named.values() for name in names}
     new = [chain for chain in new if not held & set(chain)]
     return make_groups(anatomy, [*named.values(), *new], named)

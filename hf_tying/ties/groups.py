@@ -36,8 +36,13 @@ class TieGroup:
 
 
 def groups_held(model: nn.Module) -> list[TieGroup]:
-    """The groups of a model under `TiedModelMixin`."""
+    """The groups on record: of a model under `TiedModelMixin`, or of a plain module that was tied."""
     return getattr(model, "tie_groups", [])
+
+
+def names_held(model: nn.Module) -> dict[str, list[str]]:
+    """The names of `groups_held`, by the group: names and roots stay as the user chose them."""
+    return {group.name: list(group.names) for group in groups_held(model)}
 
 
 def declaration_of(model: nn.Module) -> TyingConfig:

@@ -8,7 +8,6 @@ class of a live model, so both forms behave alike.
 
 import os
 import re
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -16,7 +15,6 @@ from typing import Any, Self
 import torch
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import logging
 
 from ..config import TyingConfig, TyingError
 from .anatomy import Anatomy
@@ -25,9 +23,11 @@ from .classes import MixinBase, mixins_of, with_mixin, without_mixin
 from .declared import stock_keys
 from .depth_groups import VARIANT, needs_this_package
 from .extensions import honour_extensions
+from .file_state import file_state
 from .groups import TieGroup, resolve, subgroups
+from .making import models_being_made, ties_wait
 from .record import refuse_contradicting_flag, write_config
-from .relaxation import Relaxation, relaxation_at, resized
+from .relaxation import Relaxation, resized
 from .relaxing import relax_declared
 from .resizing import fit_tied, follow_bias, refuse_other_values, replace_tied, resize
 from .roles import ask
@@ -38,17 +38,14 @@ from .slots import (
     find_parameter,
     find_slot,
     is_one,
-    named_slots,
     parameter_of,
     same_values,
     share_parameter,
-    state_key,
     untie_others,
     unwrap,
 )
-from .verify import is_split, offloaded, violations
-
-logger = logging.get_logger(__name__)
+from .training_checks import refuse_untrainable
+from .verify import offloaded, refuse_untied, violations
 
 
 class TiedModelMixin(MixinBase):
@@ -72,7 +69,6 @@ class TiedModelMixin(MixinBase):
 
     tie_groups: list[TieGroup] = []  # on the instance once `post_init` has run
     _ties_made: bool  # `False` while values that differ are only initialised, and may be overwritten
-    _told_frozen: list[TieGroup]  # the groups of the last warning
     _made_in_part: bool  # whether a subclass may still add modules
 
     # --- a model is made ---------------------------------------------------------------------------------------------
@@ -84,11 +80,11 @@ class TiedModelMixin(MixinBase):
     def _post_init_tied(self, stock_post_init: Callable[[], None]) -> None:
         self._ties_made = False
         config = TyingConfig.in_config(self.config)
-        making = _models_being_made()
+        making = models_being_made()
         parts = [model for model in making if model is not self and type(model.config) is type(self.config)]
         strict = not parts and self._is_declared_class()  # a part shares the record of the whole, with its names
         damp_declared(self, config)
-        relax_declared(self, config, strict, active=not _ties_wait())
+        relax_declared(self, config, strict, active=not ties_wait())
         honour_extensions(self, config, strict)
         # A subclass may add modules after `super().__init__()`. Then two `__init__` of this object are running.
         whole = sum(model is self for model in making) < 2
@@ -106,7 +102,7 @@ class TiedModelMixin(MixinBase):
         declare(self, groups)
         stock_post_init()
         declare(self, groups)  # again, since the stock method has added what the models inside declare
-        self._ties_made = not _ties_wait()
+        self._ties_made = not ties_wait()
         if strict:
             write_config(self)
 
@@ -150,7 +146,7 @@ class TiedModelMixin(MixinBase):
         Raises:
             TyingError: when names of a group hold different values.
         """
-        if _ties_wait():
+        if ties_wait():
             return
         if missing_keys is not None:
             self._resolve_when_whole()
@@ -238,7 +234,7 @@ class TiedModelMixin(MixinBase):
         Raises:
             TyingError: when the ties are already broken.
         """
-        self._raise_if_broken("resize")
+        refuse_untied(self, "resize")
         with resized(self):
             return resize(self, super().resize_token_embeddings, new_num_tokens, pad_to_multiple_of, mean_resizing)
 
@@ -258,59 +254,13 @@ class TiedModelMixin(MixinBase):
         So do the copies of a matrix on the stages of a pipeline.
         """
         if self.training and not torch.compiler.is_compiling() and not getattr(self, "_is_replica", False):
-            self._raise_if_split()
-            if hasattr(self, "_pp_stage"):
-                self._refuse_stages()
+            refuse_untrainable(self)
         return super().__call__(*args, **kwargs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy or a pickle, and honour the extensions of its config, which older pickles do not have."""
         super().__setstate__(state)
         honour_extensions(self, TyingConfig.in_config(self.config), strict=False)
-
-    def _raise_if_split(self) -> None:
-        if is_split(self, self.tie_groups):
-            self._raise_if_broken("train")
-        self._tell_frozen()
-
-    def _refuse_stages(self) -> None:
-        """Refuse to train copies of a matrix on several stages: nothing sums their gradients."""
-        for group, names in TyingConfig.in_config(self.config).groups.items():
-            raise TyingError(
-                f"Cannot train {type(self).__name__} in pipeline stages: group {group!r} ({', '.join(names)}) has a "
-                "copy on each stage that uses it, and transformers' pipeline runs no backward pass that would keep "
-                "them one. Train it by DDP, FSDP2, ZeRO or tensor parallelism, or evaluate it: model.eval()."
-            )
-
-    def _tell_frozen(self) -> None:
-        """Warn once that a matrix frozen under one name is frozen under all, if most of the model is trained.
-
-        Where most of the model is frozen (under adapters, or except for its last layers), it is intended.
-        """
-        frozen = self._frozen_groups()
-        if frozen == vars(self).get("_told_frozen", []):
-            return
-        for sub in self.modules():  # the models inside need not warn again
-            if isinstance(sub, TiedModelMixin):
-                sub._told_frozen = sub._frozen_groups()
-        tied = {id(find_parameter(self, group.root)) for group in self.tie_groups}
-        own = {id(p): p for name, p in named_slots(self).items() if find_slot(self, name)}  # without adapters
-        others = [p.requires_grad for key, p in own.items() if key not in tied]
-        if frozen and 2 * sum(others) > len(others):
-            more = f" (and {len(frozen) - 1} more groups)" if len(frozen) > 1 else ""
-            logger.warning(
-                f"Frozen under each of its names, in a model that is trained: {', '.join(frozen[0].names)}{more}. To "
-                f"freeze one name alone: untie(model, [{frozen[0].root!r}]) first."
-            )
-
-    def _frozen_groups(self) -> list[TieGroup]:
-        roots = ((group, find_parameter(self, group.root)) for group in self.tie_groups)
-        return [group for group, root in roots if root is not None and not root.requires_grad]
-
-    def _raise_if_broken(self, action: str) -> None:
-        if problems := list(violations(self, self.tie_groups)):
-            listed = "\n".join(f"  - {problem}" for problem in problems)
-            raise TyingError(f"Cannot {action} {type(self).__name__}, it is not tied as declared:\n{listed}")
 
     # --- state dicts -------------------------------------------------------------------------------------------------
 
@@ -358,12 +308,12 @@ class TiedModelMixin(MixinBase):
             TyingError: when a tie is broken, or weights are offloaded; nothing is written.
         """
         adapters_only = getattr(self, "_hf_peft_config_loaded", False)
-        self._raise_if_broken("save")
+        refuse_untied(self, "save")
         entry = getattr(self.config, "tying", None)
         config = write_config(self)
         try:
             if not adapters_only:
-                state_dict = self._file_state(state_dict, config.save_format)
+                state_dict = file_state(self, state_dict, config.save_format)
                 # A training goes on from its checkpoints in the same program, which looks for the usual name.
                 if needs_this_package(config) and not re.match(r"checkpoint-\d+$", Path(save_directory).name):
                     kwargs.setdefault("variant", VARIANT)
@@ -371,57 +321,6 @@ class TiedModelMixin(MixinBase):
         finally:
             if entry is not None:  # a model inside another one shares its config, whose names are the outer model's
                 self.config.tying = entry
-
-    def _file_state(
-        self, state_dict: dict[str, torch.Tensor] | None, save_format: str | None
-    ) -> dict[str, torch.Tensor]:
-        state = dict(self.state_dict() if state_dict is None else state_dict)
-        check_loaded_state(self, state, "", action="save")
-        for group in self.tie_groups:
-            keys = [key for name in group.names if (key := state_key(self, name)) in state]
-            if not keys:
-                continue
-            kept = state[keys[0]]
-            if kept.is_meta and not hasattr(self, "hf_device_map"):
-                raise TyingError(
-                    f"Cannot save {keys[0]!r}: its value is offloaded (accelerate.cpu_offload or disk_offload). "
-                    "Bring it back by accelerate.hooks.remove_hook_from_submodules(model) and model.tie_weights(), "
-                    "then save."
-                )
-            # A quantised matrix lies under several keys (bitsandbytes: `weight`, `weight.absmax`, ...).
-            parts = {part.removeprefix(keys[0]): state[part] for part in state if part.startswith(f"{keys[0]}.")}
-            for key in [key for key in state if any(key == k or key.startswith(f"{k}.") for k in keys)]:
-                del state[key]
-            for name in group.names if save_format == "portable" else (group.root,):
-                first = name == group.root
-                relaxation = relaxation_at(self, name)
-                for part, value in {"": kept, **parts}.items():
-                    if relaxation is not None and not value.is_meta:
-                        state[state_key(self, name) + part] = value + relaxation(value)
-                        continue
-                    shared = first or not isinstance(value, torch.Tensor) or value.is_meta
-                    state[state_key(self, name) + part] = value if shared else value.clone()
-        return state
-
-
-def _ties_wait() -> bool:
-    """Whether `from_pretrained` is making a model, and needs every name as a parameter of its own.
-
-    It then replaces `PreTrainedModel.tie_weights` by a function of `transformers.initialization`, which does nothing.
-    """
-    return PreTrainedModel.tie_weights.__module__ != PreTrainedModel.__module__
-
-
-def _models_being_made() -> list[PreTrainedModel]:
-    """The models whose `__init__` is running, the innermost first. One is listed once for each running `__init__`."""
-    making, frame = [], sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name == "__init__" and code.co_argcount:
-            owner = frame.f_locals.get(code.co_varnames[0])
-            making += [owner] if isinstance(owner, PreTrainedModel) and hasattr(owner, "config") else []
-        frame = frame.f_back
-    return making
 
 
 def set_groups(model: PreTrainedModel, groups: list[TieGroup]) -> None:

@@ -18,14 +18,14 @@ from torch.nn.parameter import is_lazy
 from ..config import TyingConfig, TyingError, nearest
 from .anatomy import Anatomy
 from .checkpoint import check_loaded_state, parts_by_value, settle
-from .groups import TieGroup, declaration_of, make_groups, resolve
+from .groups import TieGroup, declaration_of, make_groups, names_held, resolve
 from .headers import RECORD, read_header, read_json
 from .plain_modules import hold, refuse_extensions
 from .relaxation import make_exact, relaxation_at, relaxed_names, value_at
 from .relaxing import refuse_unrelaxable, relax_declared
 from .slots import state_key, untie_others
 from .tying import refuse_unfit
-from .verify import tied_part, violations
+from .verify import refuse_untied, tied_part
 
 _WEIGHTS = "model.safetensors"
 Module = TypeVar("Module", bound=nn.Module)
@@ -50,10 +50,9 @@ def save_tied(module: nn.Module, folder: str | os.PathLike[str], save_format: st
     """
     part = _plain(module, "save")
     anatomy = Anatomy(part)
-    known = {group.name: list(group.names) for group in getattr(part, "tie_groups", ())}
-    if "_tying" in vars(part) and (problems := list(violations(part, part.tie_groups))):  # pyright: ignore
-        listed = "\n".join(f"  - {problem}" for problem in problems)
-        raise TyingError(f"Cannot save {type(part).__name__}, it is not tied as declared:\n{listed}")
+    known = names_held(part)
+    if "_tying" in vars(part):
+        refuse_untied(part, "save")
     groups = make_groups(anatomy, anatomy.tied, known)
     record = declaration_of(part) if known or "_tying" in vars(part) else TyingConfig()
     record = record.replace(

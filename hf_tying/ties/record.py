@@ -11,7 +11,7 @@ from ..config import SCHEMES, TyingConfig, TyingError, entry_of
 from .anatomy import Anatomy
 from .declared import join_chains
 from .depth_groups import SUFFIX, depth_groups
-from .groups import TieGroup, groups_held, locate, scheme_of
+from .groups import TieGroup, groups_held, locate, names_held, scheme_of
 from .relaxation import relax_entries
 from .roles import FLAG_SET_BY_THE_CLASS, SCALED_BY_THE_FLAG
 from .shared_layers import located_stacks
@@ -54,7 +54,7 @@ def write_config(model: PreTrainedModel, anatomy: Anatomy | None = None, **chang
     entry = before.replace(
         scheme=_recorded_scheme(anatomy, before.scheme, scheme),
         groups=groups,
-        relax={name: before.relax[name] for name in before.relax if name in groups.keys() - _held(model)}
+        relax={name: before.relax[name] for name in before.relax if name in groups.keys() - names_held(model).keys()}
         | {name: settings for name, settings in relax.items() if name not in in_depth},
         depth=depth,
         save_format=before.save_format or default_save_format(anatomy),
@@ -74,10 +74,6 @@ def _recorded_depth(anatomy: Anatomy, before: TyingConfig) -> tuple[list[dict[st
             kept.append(stack)
             covered |= {held[names] for names in groups}
     return kept, covered
-
-
-def _held(model: PreTrainedModel) -> set[str]:
-    return {group.name for group in groups_held(model)}
 
 
 def _is_relaxed(anatomy: Anatomy, relaxed: Collection[str]) -> bool:
@@ -103,7 +99,7 @@ def _recorded_scheme(anatomy: Anatomy, before: str | None, now: str) -> str | No
 
 def _recorded_groups(anatomy: Anatomy, before: dict[str, list[str]]) -> dict[str, list[str]]:
     """The groups that the model holds, and those of `before` that reach beyond the names that it has."""
-    groups = {group.name: list(group.names) for group in groups_held(anatomy.model)}
+    groups = names_held(anatomy.model)
     group_of: dict[str | None, str] = {name: group for group, names in groups.items() for name in names}
     for group, names in before.items():
         if any(f"{SUFFIX}." in name for name in names):

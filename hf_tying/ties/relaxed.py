@@ -17,7 +17,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from ..config import TyingConfig
 from .anatomy import Anatomy
-from .groups import groups_held, make_groups
+from .groups import make_groups, names_held
 from .modeling import set_groups
 from .plain_modules import hold
 from .record import write_config
@@ -105,7 +105,7 @@ def record_relaxed(model: nn.Module, save_format: str | None = None) -> None:
         save_format: form of its file. Default `None`: the default for the groups as they are now.
     """
     anatomy = Anatomy(model)
-    groups = make_groups(anatomy, anatomy.tied, {group.name: list(group.names) for group in groups_held(model)})
+    groups = make_groups(anatomy, anatomy.tied, names_held(model))
     if isinstance(model, PreTrainedModel):
         set_groups(model, groups)
         write_config(model, save_format=save_format)

@@ -53,8 +53,25 @@ def assert_tied(model: nn.Module, across_ranks: bool = False) -> None:
             assert_tied(model)
     model = tied_part(model)
     if found := differing_copies(model, groups_of(model)) if across_ranks else problems(model):
-        listed = "\n".join(f"  - {problem}" for problem in found)
-        raise TyingError(f"{type(model).__name__} is not tied as declared:\n{listed}")
+        raise TyingError(f"{type(model).__name__} is not tied as declared:\n{_listed(found)}")
+
+
+def refuse_untied(model: nn.Module, action: str) -> None:
+    """Refuse to do something with a model whose ties are broken; nothing that PEFT adds is looked at.
+
+    Args:
+        model: model with `tie_groups`.
+        action: what cannot be done, as a verb for the message.
+
+    Raises:
+        TyingError: lists each broken group: expected, found, way out.
+    """
+    if found := list(violations(model, groups_of(model))):
+        raise TyingError(f"Cannot {action} {type(model).__name__}, it is not tied as declared:\n{_listed(found)}")
+
+
+def _listed(found: list[str]) -> str:
+    return "\n".join(f"  - {problem}" for problem in found)
 
 
 def problems(model: nn.Module) -> list[str]:

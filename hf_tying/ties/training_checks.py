@@ -1,0 +1,64 @@
+"""What is looked at before each forward pass of a training: the ties of the model, and what of them is frozen."""
+
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
+
+from ..config import TyingConfig, TyingError
+from .groups import TieGroup, groups_held
+from .slots import find_parameter, find_slot, named_slots
+from .verify import is_split, refuse_untied
+
+logger = logging.get_logger(__name__)
+
+
+def refuse_untrainable(model: PreTrainedModel) -> None:
+    """Refuse to train a broken tie, or copies of a matrix on several stages; warn of frozen ones.
+
+    Args:
+        model: model with `tie_groups`.
+
+    Raises:
+        TyingError: with the way out.
+    """
+    if is_split(model, groups_held(model)):
+        refuse_untied(model, "train")
+    _tell_frozen(model)
+    if hasattr(model, "_pp_stage"):
+        _refuse_stages(model)
+
+
+def _refuse_stages(model: PreTrainedModel) -> None:
+    """Refuse to train copies of a matrix on several stages: nothing sums their gradients."""
+    for group, names in TyingConfig.in_config(model.config).groups.items():
+        raise TyingError(
+            f"Cannot train {type(model).__name__} in pipeline stages: group {group!r} ({', '.join(names)}) has a copy "
+            "on each stage that uses it, and transformers' pipeline runs no backward pass that would keep them one. "
+            "Train it by DDP, FSDP2, ZeRO or tensor parallelism, or evaluate it: model.eval()."
+        )
+
+
+def _tell_frozen(model: PreTrainedModel) -> None:
+    """Warn once that a matrix frozen under one name is frozen under all, if most of the model is trained.
+
+    Where most of the model is frozen (under adapters, or except for its last layers), it is intended.
+    """
+    frozen = _frozen_groups(model)
+    if frozen == vars(model).get("_told_frozen", []):
+        return
+    for sub in model.modules():  # the models inside need not warn again
+        if "tie_groups" in vars(sub) and isinstance(sub, PreTrainedModel):
+            vars(sub)["_told_frozen"] = _frozen_groups(sub)
+    tied = {id(find_parameter(model, group.root)) for group in groups_held(model)}
+    own = {id(p): p for name, p in named_slots(model).items() if find_slot(model, name)}  # without adapters
+    others = [p.requires_grad for key, p in own.items() if key not in tied]
+    if frozen and 2 * sum(others) > len(others):
+        more = f" (and {len(frozen) - 1} more groups)" if len(frozen) > 1 else ""
+        logger.warning(
+            f"Frozen under each of its names, in a model that is trained: {', '.join(frozen[0].names)}{more}. To "
+            f"freeze one name alone: untie(model, [{frozen[0].root!r}]) first."
+        )
+
+
+def _frozen_groups(model: PreTrainedModel) -> list[TieGroup]:
+    roots = ((group, find_parameter(model, group.root)) for group in groups_held(model))
+    return [group for group, root in roots if root is not None and not root.requires_grad]
