@@ -61,7 +61,10 @@ class TyingCallback(TrainerCallback):
             backward pass before a log. This takes no further matrix product, and the memory of one more matrix for
             each role during the pass. A role is not measured if the loss reads its matrix without calling its module
             (Liger, TRL's fused loss). A warning says so; the role then has no `grad_norm`, and its group no
-            `grad_share`. Default `False`.
+            `grad_share`. Of shared layers (`share_layers`), each log has `grad_norm/<block>/layer_<i>`,
+            `grad_share/...` and `grad_alignment/...`, the cosine of the gradient through this layer to the gradient of
+            its block (`hf_tying.training.visits`). That takes the memory of one gradient of the block for each of its
+            visits, in the steps with a log. Default `False`.
         untie_at: moment at which the model is untied, as by `untie(model)`, with the optimizer's state copied
             (`untie_trained`). From then on the config says that it is untied. **To resume from a checkpoint made after
             that moment, give Trainer an untied model**: `from_pretrained(checkpoint)`, or any `untie(model)`. Default

@@ -11,6 +11,7 @@ from ..config import TyingError
 from ..ties.anatomy import Anatomy, roles
 from ..ties.slots import find_slot
 from ..ties.verify import groups_of, unwrapped
+from .visits import VisitMeter
 
 #: `input` is every embedding of input tokens: that of a language model, or both of an encoder-decoder.
 ROLES = {"input": ("source", "target"), "source": ("source",), "target": ("target",), "output": ("output",)}
@@ -38,13 +39,13 @@ def names_of_role(model: PreTrainedModel, role: str) -> list[str]:
 
 
 class RoleMeter:
-    """A meter of the gradient norm of each use of a tied matrix.
+    """A meter of the gradient norm of each use of a tied matrix, and of each visit of a shared block (`VisitMeter`).
 
     In a forward pass, each use gets a view of the one parameter. Autograd computes the gradient of every use before it
     sums them, so a hook on the view can read it.
 
     Args:
-        model: model with declared groups. Only names with a role are measured.
+        model: model with declared groups. Names with a role are measured, and layers that `share_layers` made.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -52,6 +53,7 @@ class RoleMeter:
         self._handles: list = []
         self._watched: list[tuple[str, str]] = []
         self._norms: dict[tuple[str, str], torch.Tensor] = {}
+        self._visits = VisitMeter(model)
 
     def attach(self) -> None:
         """Measure every forward pass until `detach`."""
@@ -59,6 +61,7 @@ class RoleMeter:
             return
         self._norms.clear()
         self._watched.clear()
+        self._visits.attach()
         role_of = Anatomy(self.model).role_of
         for group in groups_of(self.model):
             for name in group.names:
@@ -71,11 +74,12 @@ class RoleMeter:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._visits.detach()
 
     def norms(self) -> dict[str, float]:
         """Return `grad_norm/<group>/<role>` (L2) and `grad_share/<group>/<role>` (0 to 1) of the last backward pass.
 
-        A group has no shares if one of its roles was not measured.
+        A group has no shares if one of its roles was not measured. With them, `VisitMeter.measurements`.
         """
         norms = {key: float(value) for key, value in self._norms.items()}
         totals: dict[str, float] = {}
@@ -86,7 +90,7 @@ class RoleMeter:
         for (group, role), norm in norms.items():
             if group in whole:
                 logs[f"grad_share/{group}/{role}"] = norm / totals[group] if totals[group] else 0.0
-        return logs
+        return logs | self._visits.measurements()
 
     def unseen(self) -> list[tuple[str, str]]:
         """Return the groups and roles without a gradient in the last backward pass, as pairs of names.
