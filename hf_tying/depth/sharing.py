@@ -1,6 +1,7 @@
 """`share_layers`, `unroll` and `fold`: layers of any transformers model as visits of a few shared blocks."""
 
 import fnmatch
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -34,6 +35,7 @@ def share_layers(
     relax: dict[str, Any] | None = None,
     private: Iterable[str] = (),
     grow: bool = False,
+    residual_factor: float | str | None = None,
     stack: str | None = None,
     save_format: str | None = None,
 ) -> Model:
@@ -58,6 +60,10 @@ def share_layers(
         grow: let the model get deeper: `order` names trained layers. The first visit of a layer is that layer. Each
             further one starts as the identity, by a factor of what it adds (`visit_factor`), which starts at 0 and is
             trained. The logits stay what they were.
+        residual_factor: factor of what each layer adds (`visit_factor`, trained): a number, or `"looped"` for
+            `1 / (N sqrt(L))`, N visits of its block, L blocks in the stack. Visits of one block add much the same, so
+            that N of them need 1/N, where layers of their own need `1 / sqrt(L)` (Wang et al. 2026, On the Residual
+            Scaling of Looped Transformers, with lambda = 1). For a fresh model. Default `None`: no factor.
         stack: which stack of layers: its path, or a part of it (`"encoder"`). Default `None`: all.
         save_format: `"portable"` (default): the file has every layer, for any loader. `"dedup"`: each block once, in a
             file that stock loaders refuse to read, since they would draw the other layers at random.
@@ -78,6 +84,7 @@ def share_layers(
         raise TyingError(
             "init='svd' puts what visits differ by into a low rank: expected relax={'rank': ...} with it."
         )
+    _refuse_factor(residual_factor, grow)
     declared = TyingConfig.in_config(model.config)
     entries, targets = [], chosen_stacks(model, stack)
     if grow and len(targets) > 1:
@@ -101,6 +108,8 @@ def share_layers(
             )
     if grow:
         _grow(model, entries[0])
+    for entry in entries if residual_factor is not None else ():
+        _damp_all(model, entry, residual_factor)
     before = {}
     for entry in entries:
         before |= _initialise(model, entry, init, kept=(low_rank or {}).get("init") == "svd")
@@ -251,6 +260,14 @@ def _fits_pattern(pattern: str, unique: int, kinds: list[int]) -> bool:
     return all(len({kinds[i] for i, each in enumerate(order) if each == block}) == 1 for block in set(order))
 
 
+def _refuse_factor(factor: float | str | None, grow: bool) -> None:
+    number = isinstance(factor, int | float) and not isinstance(factor, bool) and 0 < factor < math.inf
+    if factor is not None and factor != "looped" and not number:
+        raise TyingError(f"residual_factor={factor!r:.80}: expected a number above 0, or 'looped'.")
+    if factor is not None and grow:
+        raise TyingError("grow=True starts further visits at the factor 0: expected no residual_factor with it.")
+
+
 def _private_names(layers: nn.ModuleList, private: Iterable[str]) -> list[str]:
     patterns = [private] if isinstance(private, str) else list(private)
     names = list(dict.fromkeys(name for layer in layers for name, _ in layer.named_parameters()))
@@ -279,6 +296,15 @@ def _grow(model: PreTrainedModel, entry: dict[str, Any]) -> None:
         damp(stack[i])
     if again:
         entry["damped"] = again
+
+
+def _damp_all(model: PreTrainedModel, entry: dict[str, Any], factor: float | str) -> None:
+    """Give each layer a factor of what it adds."""
+    order = entry["order"]
+    for i, block in enumerate(order):
+        looped = 1 / (order.count(block) * math.sqrt(len(set(order))))
+        damp(model.get_submodule(f"{entry['path']}.{i}"), looped if isinstance(factor, str) else float(factor))
+    entry["damped"] = list(range(len(order)))
 
 
 def _initialise(model: PreTrainedModel, entry: dict[str, Any], init: str, kept: bool) -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ _HOME = {
     "average_predictions": "ulmfit",
     "config_with_overrides": "model_config",
     "discriminative_parameters": "layers",
+    "shared_layer_parameters": "layers",
     "distillation_labels": "ulmfit",
     "fit_temperature": "calibration",
     "layer_groups": "layers",
@@ -45,6 +46,7 @@ __all__ = [
     "average_predictions",
     "config_with_overrides",
     "discriminative_parameters",
+    "shared_layer_parameters",
     "distillation_labels",
     "fit_temperature",
     "layer_groups",
@@ -66,7 +68,7 @@ if TYPE_CHECKING:
     from .carried_state import CarriedStateArguments, CarriedStateTrainer
     from .command_line import ScriptParser
     from .headless import HeadlessTrainer, recover_lm_head
-    from .layers import discriminative_parameters, layer_groups
+    from .layers import discriminative_parameters, layer_groups, shared_layer_parameters
     from .model_config import config_with_overrides
     from .recipes import RECIPES
     from .resuming import resume_path, train_from

@@ -10,7 +10,11 @@ import torch
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
-from ..config import TyingError
+from ..config import TyingConfig, TyingError
+from ..ties.anatomy import Anatomy
+from ..ties.depth_groups import depth_groups
+from ..ties.shared_layers import located_stacks
+from ..ties.slots import named_slots
 from ..ties.verify import unwrapped
 
 #: Names of the lowest group and of the highest one.
@@ -87,9 +91,58 @@ def discriminative_parameters(
     """
     if not (learning_rate > 0 and factor > 0):
         raise TyingError(f"learning_rate={learning_rate}, factor={factor}: expected numbers above 0.")
+    rates = [(learning_rate / factor**i, each) for i, each in enumerate(reversed(layer_groups(model).values()))]
+    return _with_decay(model, rates, weight_decay)
+
+
+def shared_layer_parameters(
+    model: nn.Module, learning_rate: float, power: float = 1.0, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Make the parameter groups of an optimizer, with a lower learning rate for a block of more visits.
+
+    A parameter in N layers has the rate `learning_rate / N**power`: its gradient is the sum over N visits, and a step
+    changes the function in N places. Wang et al. 2026 (On the Residual Scaling of Looped Transformers) put the factor
+    1/N into the residual instead (`share_layers(..., residual_factor="looped")`), and find that the best rate then
+    does not depend on N: use one of the two.
+
+    Args:
+        model: any `PreTrainedModel`, also wrapped, whose layers are shared by `share_layers`.
+        learning_rate: rate of parameters of one layer, and outside of layers.
+        power: of the number of visits. Default 1, the mean over the visits under SGD; 0.5 where they are independent;
+            0 gives all the same.
+        weight_decay: weight decay of matrices. Vectors (biases, norms) have none. Default 0.
+
+    Returns:
+        Groups for any `torch.optim` optimizer, fewest visits first. Frozen parameters are left out.
+
+    Raises:
+        TyingError: if the rate is not positive or the power is negative, or no parameter is trained.
+
+    Example:
+        >>> optimizer = torch.optim.AdamW(shared_layer_parameters(model, 1e-3))
+    """
+    if not (learning_rate > 0 and power >= 0):
+        raise TyingError(f"learning_rate={learning_rate}, power={power}: expected a rate above 0, a power from 0.")
+    inner = unwrapped(model)
+    slots = named_slots(inner)
+    visits: dict[int, int] = {}
+    depth = TyingConfig.in_config(inner.config)
+    for stack in located_stacks(Anatomy(inner), depth, strict=False) if depth.depth else ():
+        for root, names in depth_groups(slots, stack).items():
+            visits[id(slots[root])] = len(names)
+    members: dict[int, list[nn.Parameter]] = {}
+    for parameter in inner.parameters():
+        members.setdefault(visits.get(id(parameter), 1), []).append(parameter)
+    rates = [(learning_rate / count**power, members[count]) for count in sorted(members)]
+    return _with_decay(model, rates, weight_decay)
+
+
+def _with_decay(
+    model: nn.Module, rates: list[tuple[float, list[nn.Parameter]]], weight_decay: float
+) -> list[dict[str, Any]]:
+    """Groups of an optimizer: trained matrices with weight decay, trained vectors without."""
     groups = []
-    for depth, members in enumerate(reversed(layer_groups(model).values())):
-        rate = learning_rate / factor**depth
+    for rate, members in rates:
         trained = [p for p in members if p.requires_grad]
         for kind, decay in (
             ([p for p in trained if p.ndim > 1], weight_decay),

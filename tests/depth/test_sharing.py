@@ -22,6 +22,7 @@ from transformers import (
 from hf_tying import TyingConfig, TyingError, assert_tied, fold, gap, share_layers, tie, tying_report, unroll, untie
 from hf_tying.depth.patterns import PATTERNS, order_of
 from hf_tying.depth.stacks import chosen_stacks
+from hf_tying.training import shared_layer_parameters
 from tests.tiny import Sentences, logits, tiny_inputs, tiny_model, untied_model
 
 LENGTHS = {"gpt2": {"n_layer": 4}, "t5": {"num_layers": 4}, "bart": {"encoder_layers": 4, "decoder_layers": 4}}
@@ -278,6 +279,34 @@ def test_the_gradient_of_a_block_is_the_sum_over_its_visits():
         torch.testing.assert_close(layer.mlp.up_proj.weight.grad, expected)
 
 
+@pytest.mark.parametrize(
+    ("factor", "expected"), [(0.25, [0.25] * 4), ("looped", [1 / (n * 2**0.5) for n in (3, 1, 3, 3)])]
+)
+def test_a_residual_factor_is_that_of_what_each_layer_adds(factor, expected, tmp_path):
+    model = share_layers(plain(), order=[0, 1, 0, 0], residual_factor=factor)
+    assert [layer.visit_factor.item() for layer in model.model.layers] == pytest.approx(expected)
+    twin = share_layers(plain(), order=[0, 1, 0, 0])
+    for layer, share in zip(twin.model.layers, expected, strict=True):
+        layer.register_forward_hook(lambda _, args, out, share=share: args[0] + share * (out - args[0]))
+    torch.testing.assert_close(logits(model), logits(twin))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+def test_the_learning_rate_of_a_block_is_that_of_its_visits():
+    model = share_layers(plain(), order=[0, 1, 0, 0], private=["*norm*"])
+    groups = shared_layer_parameters(model, 0.6, power=1.0, weight_decay=0.1)
+    rate = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert len(rate) == sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    layers = model.model.layers
+    found = [rate[id(layer.mlp.up_proj.weight)] for layer in layers]
+    assert found == pytest.approx([0.2, 0.6, 0.2, 0.2])
+    assert rate[id(layers[0].input_layernorm.weight)] == rate[id(model.lm_head.weight)] == 0.6
+    assert {group["lr"] for group in shared_layer_parameters(unroll(model), 0.6)} == {0.6}
+    with pytest.raises(TyingError, match="a power from 0"):
+        shared_layer_parameters(model, 0.6, power=-1)
+
+
 def test_an_albert_is_unshared_and_trains_with_layers_of_its_own(tmp_path):
     model = plain("albert")
     before, few = logits(model), parameters(model)
@@ -373,6 +402,8 @@ class TestRefusals:
             ({"pattern": "all", "init": "svd"}, "relax="),
             ({"pattern": "all", "init": "svd", "relax": {"kind": "scale"}}, "into a low rank"),
             ({"pattern": "all", "relax": {"rank": 0}}, "whole number"),
+            *(({"pattern": "all", "residual_factor": factor}, "above 0, or 'looped'") for factor in (0, "loop", True)),
+            ({"order": [0, 1, 2, 3, 3], "grow": True, "residual_factor": 0.5}, "no residual_factor"),
             ({"pattern": "all", "stack": "encoder"}, "no stack of layers 'encoder'"),
         ],
         ids=str,
