@@ -13,7 +13,7 @@ ROOMS = (
     *("_lazy", "_moved", "errors", "entries", "config", "_extras"),
     *("losses", "ties", "depth", "projection", "objectives", "report"),
     *("diagnostics", "vocabularies", "peft", "models", "data", "metrics", "parallel", "training", "doctor", "hub"),
-    *("hook", "demo", "cli"),
+    *("wrappers", "hook", "demo", "cli"),
 )
 #: What starts the package, and so stands above all rooms.
 ROOF = ("hf_tying", "hf_tying.__main__")
