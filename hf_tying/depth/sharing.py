@@ -108,8 +108,9 @@ def share_layers(
             )
     if grow:
         _grow(model, entries[0])
-    for entry in entries if residual_factor is not None else ():
-        _damp_all(model, entry, residual_factor)
+    if residual_factor is not None:
+        for entry in entries:
+            _damp_all(model, entry, residual_factor)
     before = {}
     for entry in entries:
         before |= _initialise(model, entry, init, kept=(low_rank or {}).get("init") == "svd")
