@@ -17,8 +17,10 @@ from transformers import PreTrainedModel
 
 from hf_tying import TyingConfig, assert_tied, tie, use_projection, use_tied_loss
 from hf_tying.config import ProjectionConfig
+from hf_tying.depth import share_layers
 from hf_tying.models import TiedLSTMConfig, TiedLSTMForCausalLM
 from hf_tying.objectives import AugmentedObjective, ContrastiveObjective
+from hf_tying.ties.depth_groups import FACTOR, SUFFIX
 from hf_tying.ties.slots import canonical
 
 from .objectives.helpers import three_way
@@ -55,6 +57,28 @@ def lstm() -> PreTrainedModel:
     return TiedLSTMForCausalLM(config).double()
 
 
+def grown_layers() -> PreTrainedModel:
+    """Two layers that are four visits, the later ones damped and with low-rank differences; their norms stay apart."""
+    model = untied_model("llama", dtype=torch.float64)
+    relax = {"kind": "lora", "rank": 2}
+    return different(share_layers(model, order=[0, 1, 0, 1], grow=True, private="*norm*", relax=relax))
+
+
+def relaxed(arch: str, names: list[str], **settings) -> PreTrainedModel:
+    model = untied_model(arch, dtype=torch.float64)
+    return different(tie(model, {"relaxed": {"names": names, "relax": settings}}, init_from="mean"))
+
+
+def different(model: PreTrainedModel) -> PreTrainedModel:
+    """`model` with differences and factors that are not at their start, zero."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if SUFFIX in name or FACTOR in name:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    return model
+
+
 def objective(model: PreTrainedModel, of) -> PreTrainedModel:
     return use_tied_loss(model, objective=of)
 
@@ -83,7 +107,12 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "bert CWT": lambda: objective(stock("bert", "two_way"), ContrastiveObjective(gather=True)),
     "gpt2 PR": lambda: projected("gpt2"),
     "lstm PR": lstm,
+    "llama shared layers, relaxed": grown_layers,
+    "gpt2 relaxed": lambda: relaxed("gpt2", ["transformer.wte.weight", "lm_head.weight"], kind="scale"),
+    "llama layers, relaxed": lambda: relaxed("llama", layer_pair(untied_model("llama")), kind="basis", bound=0.5),
 }  # fmt: skip
+#: Kinds with matrices that are made of a shared one and a difference.
+DIFFERENT = tuple(kind for kind in KINDS if kind.endswith("relaxed"))
 #: Kinds whose steps compute no logits.
 BY_BLOCKS = tuple(kind for kind in KINDS if kind.endswith(("tied loss", "AL", "CWT")))
 

@@ -6,7 +6,7 @@ from transformers.modeling_utils import PreTrainedModel
 from ..config import TyingError
 from .checkpoint import check_loaded_state
 from .groups import groups_held
-from .relaxation import relaxation_at
+from .relaxation import relaxation_at, relaxed_value
 from .slots import state_key
 
 
@@ -25,6 +25,7 @@ def file_state(
     """
     state = dict(model.state_dict() if state_dict is None else state_dict)
     check_loaded_state(model, state, "", action="save")
+    given = dict(state)
     for group in groups_held(model):
         keys = [key for name in group.names if (key := state_key(model, name)) in state]
         if not keys:
@@ -42,10 +43,9 @@ def file_state(
             del state[key]
         for name in group.names if save_format == "portable" else (group.root,):
             first = name == group.root
-            relaxation = relaxation_at(model, name)
             for part, value in {"": kept, **parts}.items():
-                if relaxation is not None and not value.is_meta:
-                    state[state_key(model, name) + part] = value + relaxation(value)
+                if relaxation_at(model, name) is not None and not value.is_meta:
+                    state[state_key(model, name) + part] = relaxed_value(model, name, value, given)
                     continue
                 shared = first or not isinstance(value, torch.Tensor) or value.is_meta
                 state[state_key(model, name) + part] = value if shared else value.clone()

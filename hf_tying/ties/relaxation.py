@@ -11,15 +11,17 @@ parameters of the difference. Names of parameters, state dicts and ties stay wha
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, SupportsIndex
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from .depth_groups import SUFFIX
-from .slots import find_slot, parameter_of
+from .sharding import is_dtensor
+from .slots import find_slot, parameter_of, state_key
 
 
 class Relaxation(nn.Module, ABC):
@@ -63,8 +65,9 @@ class Relaxation(nn.Module, ABC):
         difference = self.difference(root)
         if self.bound is None:
             return difference
-        norm = torch.linalg.vector_norm(difference.float())
-        most = self.bound * torch.linalg.vector_norm(root.detach().float())
+        wide = torch.promote_types(difference.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(difference, dtype=wide)
+        most = self.bound * torch.linalg.vector_norm(root.detach(), dtype=wide)
         return difference * (most / norm.clamp(min=most)).to(difference.dtype)
 
 
@@ -159,8 +162,7 @@ class Basis(Relaxation):
 
     def difference(self, root: torch.Tensor) -> torch.Tensor:
         """`c_0 W + sum_k c_k F_k`."""
-        own, *others = self.coefficients
-        return own * root + torch.tensordot(torch.stack(others), self.filters, dims=1)
+        return self.coefficients[0] * root + torch.tensordot(self.coefficients[1:], self.filters, dims=1)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -253,6 +255,17 @@ def value_at(model: nn.Module, name: str) -> torch.Tensor:
     return value if relaxation is None else value + relaxation(value)
 
 
+def relaxed_value(model: nn.Module, name: str, root: torch.Tensor, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The value of the relaxed place `name` in a state dict that has the value `root`: with the differences of it.
+
+    The live ones may be another average of the weights, or the shards of one process.
+    """
+    relaxation, prefix = relaxation_at(model, name), f"{state_key(model, name)}{SUFFIX}."
+    assert relaxation is not None, name
+    held = {key: state[prefix + key] for key in relaxation._parameters if prefix + key in state}
+    return root + functional_call(relaxation, held, (root,))
+
+
 @contextmanager
 def resized(model: nn.Module) -> Iterator[None]:
     """Let members be plain tied parameters inside this context, and follow their root's number of rows after it."""
@@ -284,6 +297,8 @@ def _relaxed(cls: type[nn.Module], attribute: str) -> type[nn.Module]:
         parameter, relaxation = self._parameters.get(attribute), self._modules.get(attribute + SUFFIX)
         if parameter is None or relaxation is None or not relaxation.active:
             return parameter
+        if is_dtensor(parameter) and any(map(is_dtensor, relaxation._parameters.values())):
+            return parameter  # FSDP2 has sharded both, and gathers them for a step: who asks now looks for a name
         return parameter + relaxation(parameter)
 
     def reduce(self: nn.Module, protocol: SupportsIndex) -> tuple[Any, ...]:

@@ -52,7 +52,8 @@ def damp(layer: nn.Module, factor: float = 0.0) -> None:
     if FACTOR in layer._parameters:
         return
     like = next(layer.parameters())
-    layer._parameters[FACTOR] = nn.Parameter(torch.full((), factor, dtype=like.dtype, device=like.device))
+    # Of one element, not a scalar: FSDP2 shards no scalars.
+    layer._parameters[FACTOR] = nn.Parameter(torch.full((1,), factor, dtype=like.dtype, device=like.device))
     layer.__class__ = _damped(type(layer))
 
 

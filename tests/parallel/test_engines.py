@@ -5,14 +5,14 @@ from importlib.util import find_spec
 
 import pytest
 
-from ..engines import BY_BLOCKS, KINDS
+from ..engines import BY_BLOCKS, DIFFERENT, KINDS
 from ..processes import run_script
 
 pytestmark = pytest.mark.timeout(400)
 needs_deepspeed = pytest.mark.skipif(
     find_spec("deepspeed") is None, reason="DeepSpeed is not installed (DS_BUILD_OPS=0 pip install deepspeed==0.19.8)"
 )
-WITH_LAYERS_APART = [kind for kind in KINDS if not kind.startswith(("marian", "llama layers"))]
+WITH_LAYERS_APART = [kind for kind in KINDS if not kind.startswith(("marian", "llama layers", "llama shared layers"))]
 #: With the same numbers, but for one rounding of float64, or to float32 where DeepSpeed keeps that.
 EXACT, SINGLE = 1e-12, 1e-6
 
@@ -61,6 +61,17 @@ def test_fsdp2_really_has_sharded(accelerate, kind):
     assert found["units"] > 2 or kind not in WITH_LAYERS_APART
 
 
+@pytest.mark.parametrize("kind", DIFFERENT)
+def test_one_process_reads_what_fsdp2_has_trained_and_each_loader_the_same_values(accelerate, kind):
+    assert accelerate[f"fsdp2, {kind}"]["reloaded"] == 0.0
+
+
+@pytest.mark.parametrize("kind", DIFFERENT)
+def test_who_asks_for_a_sharded_relaxed_parameter_starts_no_collective(accelerate, kind):
+    asked = accelerate[f"fsdp2, {kind}"]["asked"]
+    assert asked and all(asked)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_plan_has_the_bytes_that_ddp_and_fsdp2_send(accelerate, kind):
     found = accelerate[f"bytes, {kind}"]
@@ -79,6 +90,7 @@ def test_a_plan_has_the_bytes_of_four_processes(four, kind):
         *("checkpointed, llama tied loss", "from meta, llama two_way", "from meta, llama layers"),
         *("from meta, t5 three_way", "from meta, bert two_way", "from meta, encoder-decoder three_way"),
         *("from meta, llama CWT", "compiled, llama two_way", "compiled, llama tied loss"),
+        *("checkpointed, llama shared layers, relaxed", "from meta, llama layers, relaxed"),
     ],
 )
 def test_fsdp2_with_checkpointing_loaded_on_the_meta_device_or_compiled(accelerate, case):

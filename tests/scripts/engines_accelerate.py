@@ -1,20 +1,27 @@
 """Every kind of tests/engines.py under DDP and FSDP2 by `Accelerator.prepare`: started by `run_script`."""
 
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors.torch import load_file
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
 
 from hf_tying import assert_tied, use_tied_loss
 from hf_tying.objectives import ContrastiveObjective
 from hf_tying.parallel import parallel_plan
-from tests.engines import KINDS, RATE, beside_one, inputs, own_rows, start, train
+from hf_tying.ties.relaxation import relaxed_names, value_at
+from hf_tying.ties.slots import find_slot
+from tests.engines import DIFFERENT, KINDS, RATE, beside_one, inputs, own_rows, start, train
 from tests.processes import run_cases
 
 
@@ -63,8 +70,31 @@ def plugin_of(**options) -> FullyShardedDataParallelPlugin:
 
 def fsdp2(kind: str, **options) -> dict:
     accelerator, wrapped, optimizer = prepared(kind, plugin_of(**options))
-    found = sharding(wrapped)
-    return {**beside_one(trained(accelerator, wrapped, optimizer), kind), **found}
+    how = sharding(wrapped)
+    found = trained(accelerator, wrapped, optimizer)
+    if kind in DIFFERENT:
+        places = [find_slot(wrapped, name) for _, _, name in relaxed_names(wrapped)]
+        how["asked"] = [getattr(module, name) is module._parameters[name] for module, name in places]
+        how["reloaded"] = reloaded(accelerator, wrapped, found.weights)
+    return {**beside_one(found, kind), **how}
+
+
+def reloaded(accelerator: Accelerator, wrapped, weights: dict[str, torch.Tensor]) -> float:
+    """The largest difference of what one process, in which nothing is sharded, reads from the model's file."""
+    with TemporaryDirectory() as folder:
+        accelerator.unwrap_model(wrapped).save_pretrained(
+            folder, accelerator.is_main_process, accelerator.get_state_dict(wrapped), save_function=accelerator.save
+        )
+        if not accelerator.is_main_process:
+            return 0.0
+        with mock.patch("torch.distributed.is_initialized", return_value=False):
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+        assert_tied(model)
+        [file] = Path(folder).glob("*.safetensors")
+        values = load_file(file)
+    apart = [p - weights[name] for name, p in model.named_parameters()]
+    apart += [value_at(model, name) - values[name] for name, _ in model.named_parameters(remove_duplicate=False)]
+    return max(each.abs().max().item() for each in apart)
 
 
 def sharding(wrapped) -> dict:
@@ -140,7 +170,7 @@ def sent(kind: str) -> dict:
     return {"counted": {"all_reduce": sum(reduced), **seen.by_kind}, "planned": by_kind}
 
 
-CHECKPOINTED = ("llama two_way", "llama layers", "bart tied loss", "llama tied loss")
+CHECKPOINTED = ("llama two_way", "llama layers", "bart tied loss", "llama tied loss", "llama shared layers, relaxed")
 LOADED_ON_META = (
     "llama two_way",
     "llama layers",
@@ -148,6 +178,7 @@ LOADED_ON_META = (
     "bert two_way",
     "encoder-decoder three_way",
     "llama CWT",
+    "llama layers, relaxed",
 )
 CASES = {
     **{f"ddp, {kind}": partial(ddp, kind) for kind in KINDS},
