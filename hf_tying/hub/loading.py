@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config import TyingConfig, TyingError, entry_of
+from ..report.checkpoint import Checkpoint, read_checkpoint
+from ..report.opening import open_source
+from ..ties.depth_groups import needs_this_package
 
 #: By the mapping of transformers that has the class: the Auto class, and the task on the Hub. `None`: it has several.
 _TASKS = (
@@ -29,9 +32,11 @@ _OURS = {
 _AUTO = re.compile(r"AutoModel\w*")
 
 #: What a loader without this package gets. `same`: the model, tied by its class. `copies`: the right values, with
-#: copies of what was tied. `code`: the model, by the code that comes with it. `other`: another function. `nothing`: an
-#: error. `unknown`: it cannot be told without running code.
-OUTCOMES = ("same", "copies", "code", "other", "nothing", "unknown")
+#: copies of what was tied. `apart`: the right values, of ties with differences. `code`: the model, by the code that comes
+#: with it. `other`: another function. `random`: random numbers under names that the file leaves out. `no file`: an
+#: error, since no file has a name that it looks for. `nothing`: an error. `unknown`: it cannot be told without running
+#: code.
+OUTCOMES = ("same", "copies", "apart", "code", "other", "random", "no file", "nothing", "unknown")
 
 
 @dataclass(frozen=True)
@@ -51,11 +56,12 @@ class Loading:
     parameters: int | None = None
 
 
-def how_loaded(config: Mapping[str, Any], parameters: int) -> Loading:
-    """How others load the model of a config.
+def how_loaded(folder: Path, config: Mapping[str, Any], parameters: int) -> Loading:
+    """How others load a saved model.
 
     Args:
-        config: content of a `config.json`.
+        folder: folder of the model.
+        config: content of its `config.json`.
         parameters: number of elements that this package holds for it.
 
     Returns:
@@ -63,7 +69,7 @@ def how_loaded(config: Mapping[str, Any], parameters: int) -> Loading:
     """
     architecture = architecture_of(config)
     auto_class, task = _task_of(architecture, config)
-    projected = entry_of(config) is not None and TyingConfig.in_config(config).projection is not None
+    entry = TyingConfig.in_config(config) if entry_of(config) is not None else TyingConfig()
     if config.get("auto_map"):
         named = config["auto_map"] if isinstance(config["auto_map"], dict) else {}
         ours = next((name for name in named if _AUTO.fullmatch(name)), auto_class)
@@ -71,8 +77,28 @@ def how_loaded(config: Mapping[str, Any], parameters: int) -> Loading:
     plain = _plain_parameters(config, architecture)
     if plain is None:
         return Loading(auto_class, task, "nothing" if architecture in _OURS else "unknown")
-    outcome = "other" if projected else "same" if plain == parameters else "copies"
+    if needs_this_package(entry):
+        outcome = "no file"
+    elif entry.projection is not None:
+        outcome = "other"
+    elif _left_out(read_checkpoint(open_source(folder))):
+        outcome = "random"
+    elif entry.relax or any("relax" in stack for stack in entry.depth):
+        outcome = "apart"
+    else:
+        outcome = "same" if plain == parameters else "copies"
     return Loading(auto_class, task, outcome, plain)
+
+
+def _left_out(checkpoint: Checkpoint) -> list[str]:
+    """The names of ties that the files leave out and that the stock class does not tie by itself."""
+    chains = checkpoint.stock.declared(checkpoint.config) if checkpoint.stock else []
+    found = []
+    for _, names in checkpoint.groups:
+        held = {name for name in names if checkpoint.keys_of(name)}
+        by_class = {name for chain in chains if held & set(chain) for name in chain}
+        found += [name for name in names if name not in held | by_class]
+    return found
 
 
 def architecture_of(config: Mapping[str, Any]) -> str:
@@ -93,7 +119,14 @@ def refuse_other_function(folder: Path, config: Mapping[str, Any], parameters: i
     Raises:
         TyingError: with the ways out.
     """
-    if how_loaded(config, parameters).outcome == "other":
+    outcome = how_loaded(folder, config, parameters).outcome
+    if outcome == "random":
+        raise TyingError(
+            f"{folder.name} has names of its ties in its files once (dedup) that the stock class does not tie: loaders "
+            'without hf_tying fill the others with random numbers. Save with tie(model, TyingConfig(save_format="portable")), '
+            "or agree to it with yes=True (--yes)."
+        )
+    if outcome == "other":
         raise TyingError(
             f"{folder.name} has a projection (PR) in a stock class: loaders without hf_tying leave it out, and give "
             "other logits. Fold it into the softmax matrix (merge_projection(model)) and save, publish a class of "

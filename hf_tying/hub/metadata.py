@@ -35,7 +35,7 @@ def update_metadata(
     old = [tag for tag in old if not tag.startswith(_ADAPTER_OF) or is_repository_id(tag.removeprefix(_ADAPTER_OF))]
     if adapter_of:
         old = [tag for tag in old if not tag.startswith(_ADAPTER_OF)] + [f"{_ADAPTER_OF}{adapter_of}"]
-    data.tags = sorted({*old, *tags})
+    data.tags = sorted({*old, *tags}) or None
     for name, value in facts.items():
         if value not in (None, [], ""):
             setattr(data, name, value)

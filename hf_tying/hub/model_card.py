@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ..config import TyingConfig, entry_of
+from ..report.checkpoint import read_checkpoint
 from ..report.dispatch import tying_report
 from ..report.dtypes import bytes_of
+from ..report.opening import open_source
 from ..report.records import GroupReport, TyingReport
-from ..ties.headers import read_header, read_json, weight_files
+from ..ties.headers import read_json
 from .facts import Facts
 from .loading import Loading, how_loaded
 from .papers import papers_for
@@ -27,11 +29,17 @@ _SHARED = {
 }
 _OUTCOMES = {
     "same": "right values, tied by the class itself.",
+    "random": "**wrong values**: the file has each matrix of the ties once, and the others are filled with random numbers. "
+    "This model needs `hf_tying`.",
+    "no file": "an error: the file has each shared layer once, under a name that transformers does not look for. This "
+    "model needs `hf_tying`.",
     "code": "the model, tied, by the code in this repository.",
     "other": "**another function**: the projection before the softmax is left out. This model needs `hf_tying`.",
     "nothing": "an error, since transformers does not know this class. This model needs `hf_tying`.",
     "unknown": "what the library gives that has this class; transformers does not know it.",
 }
+#: What is loaded right by this package alone.
+_NEEDS_US = ("other", "random", "no file", "nothing")
 
 
 def model_context(folder: Path, repo_id: str, facts: Facts, results: Results) -> dict[str, Any]:
@@ -48,27 +56,27 @@ def model_context(folder: Path, repo_id: str, facts: Facts, results: Results) ->
     """
     config = read_json(folder / "config.json")
     report = replace(tying_report(folder), source=repo_id)
-    loading = how_loaded(config, report.parameters)
+    loading = how_loaded(folder, config, report.parameters)
     entry = TyingConfig.in_config(config) if entry_of(config) is not None else TyingConfig()
     scheme = report.scheme or _scheme_of(report)
     projected = entry.projection is not None
     groups = report.groups[:_MOST_GROUPS]
     features = (scheme if scheme != "none" else None, "projection" if projected else None, *facts.features)
     return {
-        "summary": _summary(config, report, scheme, facts, projected),
+        "summary": _summary(report, scheme, facts, entry),
         "sizes": _sizes(folder, report),
         "groups": [_row(group) for group in groups],
         "more_groups": len(report.groups) - len(groups),
         "checked": _checked(report, config),
-        "outcome": _outcome(loading, report.parameters),
+        "outcome": _outcome(loading, report),
         "plain_code": _plain_code(folder, repo_id, loading),
-        "tied_code": _tied_code(repo_id, loading),
+        "tied_code": _tied_code(repo_id, loading, bool(report.groups) or loading.outcome in _NEEDS_US),
         "code_files": _code_files(folder) if loading.outcome == "code" else "",
         "papers": papers_for(*features) if report.groups or facts.features else [],
         "tags": [*(tags_of(config) or (["weight-tying"] if report.groups else [])),
                  *(["custom_code"] if loading.outcome == "code" else [])],
         "task": loading.task,
-        "library": "hf_tying" if loading.outcome in ("other", "nothing") else "transformers",
+        "library": "hf_tying" if loading.outcome in _NEEDS_US else "transformers",
         "base_model": facts.base_model,
         "relation": "finetune",
         "shares": results.shares,
@@ -82,31 +90,40 @@ def _scheme_of(report: TyingReport) -> str | None:
     return full.get(frozenset(roles)) if len(report.groups) == 1 else None
 
 
-def _summary(config: dict[str, Any], report: TyingReport, scheme: str | None, facts: Facts, projected: bool) -> str:
+def _summary(report: TyingReport, scheme: str | None, facts: Facts, entry: TyingConfig) -> str:
     kind = code(report.architecture)
     article = "An" if report.architecture[:1] in "AEIOU" else "A"
     sentence = f"{article} {kind} of {report.parameters:,} parameters"
-    layers = [group for group in report.groups if is_of_layers(group.name, group.names)]
+    layers = [group for group in report.groups if not group.roles and is_of_layers(group.name, group.names)]
+    relaxed = [group for group in report.groups if group.name in entry.relax]
+    if any(group.roles for group in relaxed):
+        scheme = None  # one matrix, and a difference
+        sentence += " whose embeddings are **one matrix with differences** (a relaxed tie)"
     if scheme in _SHARED:
         sentence += f" whose {_SHARED[scheme]}"
     if layers:
         count = "a group of matrices is" if len(layers) == 1 else f"{len(layers)} groups of matrices are"
-        sentence += f"{', and ' if scheme in _SHARED else ' '}in whose layers {count} shared"
-    elif scheme not in _SHARED:
+        differ = ", with differences" if any(group in layers for group in relaxed) or _relaxes_layers(entry) else ""
+        sentence += f"{' ' if sentence.endswith('parameters') else ', and '}in whose layers {count} shared{differ}"
+    elif sentence.endswith("parameters"):
         sentence += ", with shared parameters" if report.groups else ", in which nothing is tied"
     sentence += "."
-    if projected:
+    if entry.projection is not None:
         sentence += " A projection (PR) stands before the softmax."
     if facts.base_model:
         sentence += f" Trained from [{facts.base_model}](https://huggingface.co/{facts.base_model})."
     return f"{sentence} {facts.description}" if facts.description else sentence
 
 
+def _relaxes_layers(entry: TyingConfig) -> bool:
+    return any("relax" in stack for stack in entry.depth)
+
+
 def _sizes(folder: Path, report: TyingReport) -> dict[str, int]:
     """Elements and bytes, as the model is and as it would be untied."""
-    files = weight_files(folder)
-    in_file = sum(file.stat().st_size for file in files)
-    held = {dtype for file in files for shape, dtype in read_header(file).values() if prod(shape) > 0}
+    tensors = read_checkpoint(open_source(folder)).tensors.values()
+    in_file = sum((folder / file).stat().st_size for file in {tensor.file for tensor in tensors})
+    held = {tensor.dtype for tensor in tensors if prod(tensor.shape) > 0}
     element = bytes_of(held.pop()) if len(held) == 1 else 0
     saved = sum(group.parameters_saved for group in report.groups)
     return {
@@ -139,15 +156,19 @@ def _checked(report: TyingReport, config: dict[str, Any]) -> str:
     return "\n".join(f"- **{finding.code}** {plain(finding.message)}" for finding in report.findings)
 
 
-def _outcome(loading: Loading, parameters: int) -> str:
-    if loading.outcome != "copies":
+def _outcome(loading: Loading, report: TyingReport) -> str:
+    if loading.outcome == "same" and not report.groups:
+        return "the same model."
+    if loading.outcome not in ("copies", "apart"):
         return _OUTCOMES[loading.outcome]
-    more = (loading.parameters or parameters) - parameters
+    more = (loading.parameters or report.parameters) - report.parameters
+    if loading.outcome == "apart":
+        return f"right values, each name with a matrix of its own: {more:,} parameters more, and no tie."
     return f"right values; {more:,} parameters more, which are copies that further training lets drift apart."
 
 
 def _plain_code(folder: Path, repo_id: str, loading: Loading) -> str:
-    if loading.outcome not in ("same", "copies", "code"):
+    if loading.outcome not in ("same", "copies", "apart", "code"):
         return ""
     trusted = ", trust_remote_code=True" if loading.outcome == "code" else ""
     load = f'model = {loading.auto_class}.from_pretrained("{repo_id}"{trusted})'
@@ -161,8 +182,8 @@ def _plain_code(folder: Path, repo_id: str, loading: Loading) -> str:
     )
 
 
-def _tied_code(repo_id: str, loading: Loading) -> str:
-    if loading.outcome in ("code", "unknown"):
+def _tied_code(repo_id: str, loading: Loading, tied: bool) -> str:
+    if loading.outcome in ("code", "unknown") or not tied:
         return ""
     return (
         f"import hf_tying\nfrom transformers import {loading.auto_class}\n\n"

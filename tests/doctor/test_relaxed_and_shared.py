@@ -8,6 +8,8 @@ from hf_tying import TyingConfig, TyingError, share_layers, tie, tying_report, u
 from hf_tying.depth import unroll
 from hf_tying.doctor import diagnose, forecast, inspect, rewrite
 from hf_tying.doctor.comparing import compare
+from hf_tying.hub import make_card, publish
+from hf_tying.hub.publishing import MissingChoice
 from hf_tying.report.checkpoint import read_checkpoint
 from hf_tying.report.opening import open_source
 
@@ -129,3 +131,33 @@ def test_the_forecast_knows_files_that_stock_loaders_do_not_find(folders, form, 
     checkpoint = read_checkpoint(open_source(folders("shared layers", form)[0]))
     found = {each.loader: each.outcome for each in forecast(checkpoint)}
     assert found["transformers"] == outcome and found["vllm"] == ("tie" if form == "portable" else "unknown")
+
+
+@every_folder
+def test_its_card_says_what_loaders_without_the_package_get(saved, tmp_path):
+    folder, model = saved
+    text = make_card(folder, save=False).content
+    planted.edit(planted.copy_of(folder, tmp_path / "stock"), tying=None)
+    try:
+        found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "stock").eval())
+        said = "right values" if torch.allclose(found, logits(model), atol=1e-5) else "**wrong values**"
+    except OSError:
+        said = "an error: the file has each shared layer once"
+    assert f"What you get without `hf_tying`: {said}" in text
+    assert ("With transformers alone" in text) is (said == "right values")
+    assert f"library_name: {'transformers' if said == 'right values' else 'hf_tying'}" in text
+    entry = TyingConfig.in_config(model.config)
+    relaxed = bool(entry.relax) or any("relax" in stack for stack in entry.depth)
+    assert ("with differences" in text) is relaxed
+    assert ("softmax are **one matrix**" in text) is bool(entry.depth)
+
+
+@pytest.mark.parametrize("way", ["random", "right"])
+def test_a_file_that_others_fill_with_random_numbers_is_published_by_consent_alone(folders, way, tmp_path):
+    folder = folders("relaxed layers", "dedup" if way == "random" else "portable")[0]
+    if way == "right":
+        publish(folder, "me/x", dry_run=True, run=False)
+        return
+    with pytest.raises(MissingChoice, match="fill the others with random numbers"):
+        publish(folder, "me/x", dry_run=True, run=False)
+    publish(folder, "me/x", dry_run=True, run=False, yes=True)
