@@ -1,12 +1,13 @@
 """How others load a saved model: by which class, and what they get without this package."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import TyingConfig, TyingError, entry_of
+from ..config import TyingConfig, TyingError
+from ..ties.depth_groups import needs_this_package
 
 #: By the mapping of transformers that has the class: the Auto class, and the task on the Hub. `None`: it has several.
 _TASKS = (
@@ -29,9 +30,11 @@ _OURS = {
 _AUTO = re.compile(r"AutoModel\w*")
 
 #: What a loader without this package gets. `same`: the model, tied by its class. `copies`: the right values, with
-#: copies of what was tied. `code`: the model, by the code that comes with it. `other`: another function. `nothing`: an
-#: error. `unknown`: it cannot be told without running code.
-OUTCOMES = ("same", "copies", "code", "other", "nothing", "unknown")
+#: copies of what was tied. `code`: the model, by the code that comes with it. `other`: another function, without the
+#: projection. `lacking`: another function, since the files have a matrix under one name alone, and the class draws the
+#: others at random. `hidden`: an error, since the file of shared layers has a name of its own. `nothing`: an error,
+#: since nobody has the class. `unknown`: it cannot be told without running code.
+OUTCOMES = ("same", "copies", "code", "other", "lacking", "hidden", "nothing", "unknown")
 
 
 @dataclass(frozen=True)
@@ -42,37 +45,44 @@ class Loading:
         auto_class: Auto class that loads it.
         task: pipeline tag of the Hub; `None` where the class has no one task.
         outcome: what plain transformers gets, one of `OUTCOMES`.
-        parameters: number of elements that plain transformers holds; `None` where that is not known.
+        copies: number of elements that plain transformers holds more, as copies of what is tied.
     """
 
     auto_class: str
     task: str | None
     outcome: str
-    parameters: int | None = None
+    copies: int = 0
 
 
-def how_loaded(config: Mapping[str, Any], parameters: int) -> Loading:
+def how_loaded(config: Mapping[str, Any], groups: Iterable[list[str]]) -> Loading:
     """How others load the model of a config.
 
     Args:
         config: content of a `config.json`.
-        parameters: number of elements that this package holds for it.
+        groups: the names of each tie group that this package makes of it.
 
     Returns:
         The class, and what plain transformers gets.
     """
     architecture = architecture_of(config)
     auto_class, task = _task_of(architecture, config)
-    projected = entry_of(config) is not None and TyingConfig.in_config(config).projection is not None
+    entry = TyingConfig.in_config(config)
     if config.get("auto_map"):
         named = config["auto_map"] if isinstance(config["auto_map"], dict) else {}
         ours = next((name for name in named if _AUTO.fullmatch(name)), auto_class)
         return Loading(str(ours), task, "code")
-    plain = _plain_parameters(config, architecture)
-    if plain is None:
+    copies = _copies(config, architecture, groups)
+    if copies is None:
         return Loading(auto_class, task, "nothing" if architecture in _OURS else "unknown")
-    outcome = "other" if projected else "same" if plain == parameters else "copies"
-    return Loading(auto_class, task, outcome, plain)
+    if needs_this_package(entry):
+        outcome = "hidden"
+    elif entry.projection is not None:
+        outcome = "other"
+    elif not copies:
+        outcome = "same"
+    else:
+        outcome = "lacking" if entry.save_format == "dedup" else "copies"
+    return Loading(auto_class, task, outcome, copies)
 
 
 def architecture_of(config: Mapping[str, Any]) -> str:
@@ -82,18 +92,25 @@ def architecture_of(config: Mapping[str, Any]) -> str:
     return str(first or config.get("model_type") or "unknown")
 
 
-def refuse_other_function(folder: Path, config: Mapping[str, Any], parameters: int) -> None:
+def refuse_other_function(folder: Path, config: Mapping[str, Any], groups: Iterable[list[str]]) -> None:
     """Refuse a model that computes something else for whoever has not this package.
 
     Args:
         folder: folder of the model, for the message.
         config: content of its `config.json`.
-        parameters: number of elements that this package holds for it.
+        groups: the names of each tie group that this package makes of it.
 
     Raises:
         TyingError: with the ways out.
     """
-    if how_loaded(config, parameters).outcome == "other":
+    outcome = how_loaded(config, groups).outcome
+    if outcome == "lacking":
+        raise TyingError(
+            f"{folder.name} has each tied matrix once, and its class does not tie them by itself: loaders without "
+            "hf_tying draw the others at random. Write every name by tie(model, TyingConfig(save_format='portable')) "
+            "and save_pretrained, or agree to it with yes=True (--yes)."
+        )
+    if outcome == "other":
         raise TyingError(
             f"{folder.name} has a projection (PR) in a stock class: loaders without hf_tying leave it out, and give "
             "other logits. Fold it into the softmax matrix (merge_projection(model)) and save, publish a class of "
@@ -114,8 +131,11 @@ def _task_of(architecture: str, config: Mapping[str, Any]) -> tuple[str, str | N
     return "AutoModel", None
 
 
-def _plain_parameters(config: Mapping[str, Any], architecture: str) -> int | None:
-    """How many elements the stock class holds, built without weights and without the `tying` entry."""
+def _copies(config: Mapping[str, Any], architecture: str, groups: Iterable[list[str]]) -> int | None:
+    """How many elements the stock class holds more than once of `groups`, built without weights and the `tying` entry.
+
+    `None` where transformers does not have the class.
+    """
     import torch
     import transformers
 
@@ -130,4 +150,9 @@ def _plain_parameters(config: Mapping[str, Any], architecture: str) -> int | Non
             model = cls(made)
     except Exception as error:
         raise TyingError(f"config.json does not make a {architecture}: {error}") from error
-    return sum(parameter.numel() for parameter in model.parameters())
+    held = dict(model.named_parameters(remove_duplicate=False))
+    copies = 0
+    for names in groups:
+        apart = {id(held[name]): held[name].numel() for name in names if name in held}
+        copies += sum(apart.values()) - max(apart.values(), default=0)
+    return copies

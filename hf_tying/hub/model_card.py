@@ -6,11 +6,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..config import TyingConfig, entry_of
+from ..config import TyingConfig, TyingError
 from ..report.dispatch import tying_report
 from ..report.dtypes import bytes_of
 from ..report.records import GroupReport, TyingReport
-from ..ties.headers import read_header, read_json, weight_files
+from ..report.sources import Folder
+from ..ties.headers import read_header, read_json
 from .facts import Facts
 from .loading import Loading, how_loaded
 from .papers import papers_for
@@ -29,6 +30,9 @@ _OUTCOMES = {
     "same": "right values, tied by the class itself.",
     "code": "the model, tied, by the code in this repository.",
     "other": "**another function**: the projection before the softmax is left out. This model needs `hf_tying`.",
+    "lacking": "**another function**: a matrix that the file has once is random under its other names. This model "
+    "needs `hf_tying`.",
+    "hidden": "an error, since a file of shared layers has a name of its own. This model needs `hf_tying`.",
     "nothing": "an error, since transformers does not know this class. This model needs `hf_tying`.",
     "unknown": "what the library gives that has this class; transformers does not know it.",
 }
@@ -48,19 +52,19 @@ def model_context(folder: Path, repo_id: str, facts: Facts, results: Results) ->
     """
     config = read_json(folder / "config.json")
     report = replace(tying_report(folder), source=repo_id)
-    loading = how_loaded(config, report.parameters)
-    entry = TyingConfig.in_config(config) if entry_of(config) is not None else TyingConfig()
+    loading = how_loaded(config, [group.names for group in report.groups])
+    entry = TyingConfig.in_config(config)
     scheme = report.scheme or _scheme_of(report)
     projected = entry.projection is not None
     groups = report.groups[:_MOST_GROUPS]
     features = (scheme if scheme != "none" else None, "projection" if projected else None, *facts.features)
     return {
-        "summary": _summary(config, report, scheme, facts, projected),
+        "summary": _summary(entry, report, scheme, facts),
         "sizes": _sizes(folder, report),
         "groups": [_row(group) for group in groups],
         "more_groups": len(report.groups) - len(groups),
         "checked": _checked(report, config),
-        "outcome": _outcome(loading, report.parameters),
+        "outcome": _outcome(loading),
         "plain_code": _plain_code(folder, repo_id, loading),
         "tied_code": _tied_code(repo_id, loading),
         "code_files": _code_files(folder) if loading.outcome == "code" else "",
@@ -68,7 +72,7 @@ def model_context(folder: Path, repo_id: str, facts: Facts, results: Results) ->
         "tags": [*(tags_of(config) or (["weight-tying"] if report.groups else [])),
                  *(["custom_code"] if loading.outcome == "code" else [])],
         "task": loading.task,
-        "library": "hf_tying" if loading.outcome in ("other", "nothing") else "transformers",
+        "library": "hf_tying" if loading.outcome in ("other", "lacking", "hidden", "nothing") else "transformers",
         "base_model": facts.base_model,
         "relation": "finetune",
         "shares": results.shares,
@@ -82,20 +86,22 @@ def _scheme_of(report: TyingReport) -> str | None:
     return full.get(frozenset(roles)) if len(report.groups) == 1 else None
 
 
-def _summary(config: dict[str, Any], report: TyingReport, scheme: str | None, facts: Facts, projected: bool) -> str:
+def _summary(entry: TyingConfig, report: TyingReport, scheme: str | None, facts: Facts) -> str:
     kind = code(report.architecture)
     article = "An" if report.architecture[:1] in "AEIOU" else "A"
     sentence = f"{article} {kind} of {report.parameters:,} parameters"
-    layers = [group for group in report.groups if is_of_layers(group.name, group.names)]
+    layers = [group for group in report.groups if not group.roles and is_of_layers(group.name, group.names)]
     if scheme in _SHARED:
         sentence += f" whose {_SHARED[scheme]}"
+        if any(group.roles and group.name in entry.relax for group in report.groups):
+            sentence += ", but for a small difference of each place (a relaxed tie)"
     if layers:
         count = "a group of matrices is" if len(layers) == 1 else f"{len(layers)} groups of matrices are"
         sentence += f"{', and ' if scheme in _SHARED else ' '}in whose layers {count} shared"
     elif scheme not in _SHARED:
         sentence += ", with shared parameters" if report.groups else ", in which nothing is tied"
     sentence += "."
-    if projected:
+    if entry.projection is not None:
         sentence += " A projection (PR) stands before the softmax."
     if facts.base_model:
         sentence += f" Trained from [{facts.base_model}](https://huggingface.co/{facts.base_model})."
@@ -104,7 +110,9 @@ def _summary(config: dict[str, Any], report: TyingReport, scheme: str | None, fa
 
 def _sizes(folder: Path, report: TyingReport) -> dict[str, int]:
     """Elements and bytes, as the model is and as it would be untied."""
-    files = weight_files(folder)
+    files = [folder / name for name in Folder(folder, str(folder)).weight_files()]
+    if not files:
+        raise TyingError(f"{folder} has no safetensors file: expected a folder written by save_pretrained.")
     in_file = sum(file.stat().st_size for file in files)
     held = {dtype for file in files for shape, dtype in read_header(file).values() if prod(shape) > 0}
     element = bytes_of(held.pop()) if len(held) == 1 else 0
@@ -139,11 +147,12 @@ def _checked(report: TyingReport, config: dict[str, Any]) -> str:
     return "\n".join(f"- **{finding.code}** {plain(finding.message)}" for finding in report.findings)
 
 
-def _outcome(loading: Loading, parameters: int) -> str:
+def _outcome(loading: Loading) -> str:
     if loading.outcome != "copies":
         return _OUTCOMES[loading.outcome]
-    more = (loading.parameters or parameters) - parameters
-    return f"right values; {more:,} parameters more, which are copies that further training lets drift apart."
+    return (
+        f"right values; {loading.copies:,} parameters more, which are copies that further training lets drift apart."
+    )
 
 
 def _plain_code(folder: Path, repo_id: str, loading: Loading) -> str:
