@@ -1,12 +1,12 @@
 """How others load a saved model: by which class, and what they get without this package."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import TyingConfig, TyingError, entry_of
+from ..config import TyingConfig, TyingError
 from ..report.checkpoint import Checkpoint, read_checkpoint
 from ..report.opening import open_source
 from ..ties.depth_groups import needs_this_package
@@ -32,10 +32,10 @@ _OURS = {
 _AUTO = re.compile(r"AutoModel\w*")
 
 #: What a loader without this package gets. `same`: the model, tied by its class. `copies`: the right values, with
-#: copies of what was tied. `apart`: the right values, of ties with differences. `code`: the model, by the code that comes
-#: with it. `other`: another function. `random`: random numbers under names that the file leaves out. `no file`: an
-#: error, since no file has a name that it looks for. `nothing`: an error. `unknown`: it cannot be told without running
-#: code.
+#: copies of what was tied. `apart`: the right values, of ties with differences. `code`: the model, by the code that
+#: comes with it. `other`: another function. `random`: random numbers under names that the file leaves out. `no file`:
+#: an error, since no file has a name that it looks for. `nothing`: an error. `unknown`: it cannot be told without
+#: running code.
 OUTCOMES = ("same", "copies", "apart", "code", "other", "random", "no file", "nothing", "unknown")
 
 
@@ -47,35 +47,35 @@ class Loading:
         auto_class: Auto class that loads it.
         task: pipeline tag of the Hub; `None` where the class has no one task.
         outcome: what plain transformers gets, one of `OUTCOMES`.
-        parameters: number of elements that plain transformers holds; `None` where that is not known.
+        copies: number of elements that plain transformers holds more, as copies of what is tied.
     """
 
     auto_class: str
     task: str | None
     outcome: str
-    parameters: int | None = None
+    copies: int = 0
 
 
-def how_loaded(folder: Path, config: Mapping[str, Any], parameters: int) -> Loading:
+def how_loaded(folder: Path, config: Mapping[str, Any], groups: Iterable[list[str]]) -> Loading:
     """How others load a saved model.
 
     Args:
         folder: folder of the model.
         config: content of its `config.json`.
-        parameters: number of elements that this package holds for it.
+        groups: the names of each tie group that this package makes of it.
 
     Returns:
         The class, and what plain transformers gets.
     """
     architecture = architecture_of(config)
     auto_class, task = _task_of(architecture, config)
-    entry = TyingConfig.in_config(config) if entry_of(config) is not None else TyingConfig()
+    entry = TyingConfig.in_config(config)
     if config.get("auto_map"):
         named = config["auto_map"] if isinstance(config["auto_map"], dict) else {}
         ours = next((name for name in named if _AUTO.fullmatch(name)), auto_class)
         return Loading(str(ours), task, "code")
-    plain = _plain_parameters(config, architecture)
-    if plain is None:
+    copies = _copies(config, architecture, groups)
+    if copies is None:
         return Loading(auto_class, task, "nothing" if architecture in _OURS else "unknown")
     if needs_this_package(entry):
         outcome = "no file"
@@ -86,8 +86,8 @@ def how_loaded(folder: Path, config: Mapping[str, Any], parameters: int) -> Load
     elif entry.relax or any("relax" in stack for stack in entry.depth):
         outcome = "apart"
     else:
-        outcome = "same" if plain == parameters else "copies"
-    return Loading(auto_class, task, outcome, plain)
+        outcome = "copies" if copies else "same"
+    return Loading(auto_class, task, outcome, copies)
 
 
 def _left_out(checkpoint: Checkpoint) -> list[str]:
@@ -108,23 +108,23 @@ def architecture_of(config: Mapping[str, Any]) -> str:
     return str(first or config.get("model_type") or "unknown")
 
 
-def refuse_other_function(folder: Path, config: Mapping[str, Any], parameters: int) -> None:
+def refuse_other_function(folder: Path, config: Mapping[str, Any], groups: Iterable[list[str]]) -> None:
     """Refuse a model that computes something else for whoever has not this package.
 
     Args:
         folder: folder of the model, for the message.
         config: content of its `config.json`.
-        parameters: number of elements that this package holds for it.
+        groups: the names of each tie group that this package makes of it.
 
     Raises:
         TyingError: with the ways out.
     """
-    outcome = how_loaded(folder, config, parameters).outcome
+    outcome = how_loaded(folder, config, groups).outcome
     if outcome == "random":
         raise TyingError(
-            f"{folder.name} has names of its ties in its files once (dedup) that the stock class does not tie: loaders "
-            'without hf_tying fill the others with random numbers. Save with tie(model, TyingConfig(save_format="portable")), '
-            "or agree to it with yes=True (--yes)."
+            f"{folder.name} has each tied matrix once (dedup), and its class does not tie them by itself: loaders "
+            "without hf_tying fill the others with random numbers. Save with "
+            'tie(model, TyingConfig(save_format="portable")), or agree to it with yes=True (--yes).'
         )
     if outcome == "other":
         raise TyingError(
@@ -147,8 +147,11 @@ def _task_of(architecture: str, config: Mapping[str, Any]) -> tuple[str, str | N
     return "AutoModel", None
 
 
-def _plain_parameters(config: Mapping[str, Any], architecture: str) -> int | None:
-    """How many elements the stock class holds, built without weights and without the `tying` entry."""
+def _copies(config: Mapping[str, Any], architecture: str, groups: Iterable[list[str]]) -> int | None:
+    """How many elements the stock class holds more than once of `groups`, built without weights and the `tying` entry.
+
+    `None` where transformers does not have the class.
+    """
     import torch
     import transformers
 
@@ -163,4 +166,9 @@ def _plain_parameters(config: Mapping[str, Any], architecture: str) -> int | Non
             model = cls(made)
     except Exception as error:
         raise TyingError(f"config.json does not make a {architecture}: {error}") from error
-    return sum(parameter.numel() for parameter in model.parameters())
+    held = dict(model.named_parameters(remove_duplicate=False))
+    copies = 0
+    for names in groups:
+        apart = {id(held[name]): held[name].numel() for name in names if name in held}
+        copies += sum(apart.values()) - max(apart.values(), default=0)
+    return copies

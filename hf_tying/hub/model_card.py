@@ -6,7 +6,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..config import TyingConfig, entry_of
+from ..config import TyingConfig
 from ..report.checkpoint import read_checkpoint
 from ..report.dispatch import tying_report
 from ..report.dtypes import bytes_of
@@ -29,8 +29,9 @@ _SHARED = {
 }
 _OUTCOMES = {
     "same": "right values, tied by the class itself.",
-    "random": "**wrong values**: the file has each matrix of the ties once, and the others are filled with random numbers. "
-    "This model needs `hf_tying`.",
+    "apart": "right values, each name with a matrix of its own, and no tie.",
+    "random": "**wrong values**: the file has each matrix of the ties once, and the others are filled with random "
+    "numbers. This model needs `hf_tying`.",
     "no file": "an error: the file has each shared layer once, under a name that transformers does not look for. This "
     "model needs `hf_tying`.",
     "code": "the model, tied, by the code in this repository.",
@@ -56,8 +57,8 @@ def model_context(folder: Path, repo_id: str, facts: Facts, results: Results) ->
     """
     config = read_json(folder / "config.json")
     report = replace(tying_report(folder), source=repo_id)
-    loading = how_loaded(folder, config, report.parameters)
-    entry = TyingConfig.in_config(config) if entry_of(config) is not None else TyingConfig()
+    loading = how_loaded(folder, config, [group.names for group in report.groups])
+    entry = TyingConfig.in_config(config)
     scheme = report.scheme or _scheme_of(report)
     projected = entry.projection is not None
     groups = report.groups[:_MOST_GROUPS]
@@ -159,12 +160,10 @@ def _checked(report: TyingReport, config: dict[str, Any]) -> str:
 def _outcome(loading: Loading, report: TyingReport) -> str:
     if loading.outcome == "same" and not report.groups:
         return "the same model."
-    if loading.outcome not in ("copies", "apart"):
+    if loading.outcome != "copies":
         return _OUTCOMES[loading.outcome]
-    more = (loading.parameters or report.parameters) - report.parameters
-    if loading.outcome == "apart":
-        return f"right values, each name with a matrix of its own: {more:,} parameters more, and no tie."
-    return f"right values; {more:,} parameters more, which are copies that further training lets drift apart."
+    more = f"{loading.copies:,} parameters more"
+    return f"right values; {more}, which are copies that further training lets drift apart."
 
 
 def _plain_code(folder: Path, repo_id: str, loading: Loading) -> str:

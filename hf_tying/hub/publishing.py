@@ -195,7 +195,7 @@ def _refuse_broken(folder: Path, yes: bool) -> None:
         raise UnfitError(f"Nothing is uploaded: {found}")
     if not yes:
         try:
-            refuse_other_function(folder, read_json(folder / "config.json"), report.parameters)
+            refuse_other_function(folder, read_json(folder / "config.json"), [group.names for group in report.groups])
         except TyingError as error:
             raise MissingChoice(f"Nothing is uploaded: {error}") from None
 
@@ -217,7 +217,11 @@ def _name_the_base(staged: Path, told: str | None, token: bool | str | None) -> 
 
 def _refuse_leaks(staged: Path, folder: Path) -> None:
     """Refuse text that holds a token, or the place of the folder on this machine."""
-    places = {str(folder.resolve()), str(staged), str(Path.home()) + os.sep}
+    # Whole paths: not the end of an address, nor the start of a longer name.
+    places = [rf"{re.escape(str(place))}(?![\w-])" for place in (folder.resolve(), staged)]
+    if (home := Path.home()) != Path(home.anchor):
+        places.append(re.escape(str(home) + os.sep))
+    local = re.compile(rf"(?:(?<![\w.:/-])|(?<=file://))(?:{'|'.join(places)})")
     for path in _files(staged):
         if path.suffix not in _TEXT or path.stat().st_size > 20 * 2**20:
             continue
@@ -225,8 +229,8 @@ def _refuse_leaks(staged: Path, folder: Path) -> None:
         name = path.relative_to(staged)
         if _TOKEN.search(text):
             raise UnfitError(f"Nothing is uploaded: {name} holds a token of the Hub. Take it out, and revoke it.")
-        if found := next((place for place in places if place in text), None):
-            raise UnfitError(f"Nothing is uploaded: {name} names {found!r}, a place on this machine. Take it out.")
+        if found := local.search(text):
+            raise UnfitError(f"Nothing is uploaded: {name} names {found[0]!r}, a place on this machine. Take it out.")
 
 
 def _files(folder: Path) -> list[Path]:

@@ -138,25 +138,6 @@ def _counts(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and len(value) < 100 and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 
-def weight_files(folder: str | Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder, sharded or not.
-
-    Raises:
-        TyingError: when there is none, or an index that is malformed, points elsewhere, or names a missing file.
-    """
-    folder = Path(folder)
-    if (index := folder / INDEX).is_file():
-        names = shard_names(index)
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            more = f" and {len(missing) - 20:,} more" if len(missing) > 20 else ""
-            raise TyingError(f"{INDEX} in {folder} names files that are not there: {missing[:20]}{more}.")
-        return [folder / name for name in names]
-    if (whole := folder / WHOLE).is_file():
-        return [whole]
-    raise TyingError(f"{folder} has no {WHOLE} and no {INDEX}: expected a folder written by save_pretrained.")
-
-
 def shard_names(index: str | Path) -> list[str]:
     """The file names in the index of a sharded checkpoint.
 

@@ -1,10 +1,12 @@
 """`hf-tying publish`: what is refused, and what a dry run says. tests/hub publishes to a Hub."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from hf_tying import tie, use_projection
+from hf_tying import TyingConfig, TyingError, tie, use_projection
+from hf_tying.hub import publishing
 
 from ..tied_lora import tied_lora
 from ..tiny import tiny_model, untied_model
@@ -84,6 +86,30 @@ def test_a_token_or_a_place_on_this_machine_in_a_text_ends_with_1(hf_tying, mode
     finally:
         note.unlink()
     assert status == 1 and says in error and "notes.json" in error
+
+
+def test_a_file_that_stock_completes_at_random_ends_with_4_and_its_way_out_with_0(hf_tying, tmp_path):
+    names = ["model.embed_tokens.weight", "lm_head.weight"]
+    declared = TyingConfig(groups={"words": {"names": names, "relax": {"kind": "scale"}}}, save_format="dedup")
+    model = tie(untied_model("llama"), declared, init_from=names[0])
+    model.save_pretrained(tmp_path / "once")
+    status, _, error = hf_tying("publish", tmp_path / "once", "me/x", "--dry-run", "--no-run")
+    assert status == 4 and "random numbers" in error and 'tie(model, TyingConfig(save_format="portable"))' in error
+    tie(model, TyingConfig(save_format="portable")).save_pretrained(tmp_path / "whole")
+    assert hf_tying("publish", tmp_path / "whole", "me/x", "--dry-run", "--no-run")[0] == 0
+
+
+@pytest.mark.parametrize("text, refused", [
+    ("cd /model", True), ("file:///model/x", True), ('"/model"', True), ("https://huggingface.co/me/model", False),
+    ("//x", False), ("/models", False), ("me/model/x", False),
+])  # fmt: skip
+def test_a_place_is_a_whole_path_and_no_end_of_an_address(text, refused, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/")  # as in a container of no user
+    (tmp_path / "README.md").write_text(text)
+    if not refused:
+        return publishing._refuse_leaks(tmp_path, Path("/model"))
+    with pytest.raises(TyingError, match="names '/model'"):
+        publishing._refuse_leaks(tmp_path, Path("/model"))
 
 
 def test_wrong_usage_ends_with_2_and_a_missing_folder_with_3(hf_tying, models):

@@ -4,10 +4,11 @@ import json
 import re
 
 import pytest
+import torch
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import load_file, save_file
 
-from hf_tying import TyingConfig, TyingError, tie, use_projection
+from hf_tying import TyingConfig, TyingError, share_layers, tie, use_projection
 from hf_tying.hub import make_card
 from hf_tying.hub.code_blocks import blocks_of, run_blocks
 from hf_tying.hub.metadata import metadata_problems
@@ -15,7 +16,7 @@ from hf_tying.hub.sections import merge_sections, without_placeholders
 from hf_tying.models import TiedLSTMConfig, TiedLSTMForCausalLM, TiedLSTMForSequenceClassification
 
 from ..tied_lora import tied_lora
-from ..tiny import layer_pair, tiny_model, untied_model
+from ..tiny import layer_pair, logits, tiny_model, untied_model
 
 SECTION = "<!-- hf_tying:ties -->\n## What is tied\n\n{}\n<!-- /hf_tying:ties -->"
 
@@ -47,6 +48,44 @@ def folders(tmp_path_factory):
 
 def card_of(folders, name: str, **facts) -> ModelCard:
     return make_card(folders / name, repo_id=f"me/{name}", save=False, **facts)
+
+
+WORDS = ["model.embed_tokens.weight", "lm_head.weight"]
+
+
+def relaxed(save_format=None):
+    groups = {"words": {"names": WORDS, "relax": {"kind": "scale"}}}
+    model = tie(untied_model("llama"), TyingConfig(groups=groups, save_format=save_format), init_from=WORDS[0])
+    torch.nn.init.normal_(model.lm_head.weight_relaxation.offset)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "summary", "outcome"),
+    [
+        (lambda: tie(untied_model("llama"), {"words": WORDS}, init_from=WORDS[0]),
+         r"are \*\*one matrix\*\* \(two-way weight tying\)\.\n", "right values"),
+        (relaxed, r"\*\*one matrix with differences\*\* \(a relaxed tie\)\.\n", "right values"),
+        (lambda: relaxed("dedup"), "a relaxed tie", "**wrong values**"),
+        (lambda: share_layers(tiny_model("llama"), "all"), "in whose layers 9 groups", "right values"),
+        (lambda: share_layers(tiny_model("llama"), "all", save_format="dedup"), "9 groups of", "an error"),
+    ],
+    ids=["a user's name", "relaxed", "relaxed dedup", "shared layers", "shared layers dedup"],
+)  # fmt: skip
+def test_a_card_says_what_stock_reads(make, summary, outcome, tmp_path):
+    model = make().eval()
+    model.save_pretrained(tmp_path / "model")
+    text = make_card(tmp_path / "model", save=False).text
+    assert re.search(summary, text) and f"What you get without `hf_tying`: {outcome}" in text
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    del config["tying"]  # the hook does nothing for a config without it
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    if outcome == "an error":
+        with pytest.raises(OSError, match="no file named"):
+            type(untied_model("llama")).from_pretrained(tmp_path / "model")
+        return
+    stock = type(untied_model("llama")).from_pretrained(tmp_path / "model")
+    assert torch.allclose(logits(stock), logits(model), atol=1e-5) == (outcome == "right values")
 
 
 @pytest.mark.parametrize("name", MODELS)
