@@ -105,7 +105,7 @@ def test_the_comparison_sees_a_wrong_gradient(accelerate, control):
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in DIFFERENT])
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_trains_as_one_process_does(deepspeed, stage, kind):
     found = deepspeed[f"zero{stage}, {kind}"]
