@@ -32,10 +32,10 @@ _OURS = {
 _AUTO = re.compile(r"AutoModel\w*")
 
 #: What a loader without this package gets. `same`: the model, tied by its class. `copies`: the right values, with
-#: copies of what was tied. `apart`: the right values, of ties with differences. `code`: the model, by the code that comes
-#: with it. `other`: another function. `random`: random numbers under names that the file leaves out. `no file`: an
-#: error, since no file has a name that it looks for. `nothing`: an error. `unknown`: it cannot be told without running
-#: code.
+#: copies of what was tied. `apart`: the right values, of ties with differences. `code`: the model, by the code that
+#: comes with it. `other`: another function. `random`: random numbers under names that the file leaves out. `no file`:
+#: an error, since no file has a name that it looks for. `nothing`: an error. `unknown`: it cannot be told without
+#: running code.
 OUTCOMES = ("same", "copies", "apart", "code", "other", "random", "no file", "nothing", "unknown")
 
 
@@ -122,9 +122,9 @@ def refuse_other_function(folder: Path, config: Mapping[str, Any], parameters: i
     outcome = how_loaded(folder, config, parameters).outcome
     if outcome == "random":
         raise TyingError(
-            f"{folder.name} has names of its ties in its files once (dedup) that the stock class does not tie: loaders "
-            'without hf_tying fill the others with random numbers. Save with tie(model, TyingConfig(save_format="portable")), '
-            "or agree to it with yes=True (--yes)."
+            f"{folder.name} has each matrix of its ties once (dedup), and the stock class does not tie their names: "
+            "loaders without hf_tying fill the others with random numbers. Save with tie(model, "
+            'TyingConfig(save_format="portable")), or agree to it with yes=True (--yes).'
         )
     if outcome == "other":
         raise TyingError(

@@ -29,8 +29,8 @@ _SHARED = {
 }
 _OUTCOMES = {
     "same": "right values, tied by the class itself.",
-    "random": "**wrong values**: the file has each matrix of the ties once, and the others are filled with random numbers. "
-    "This model needs `hf_tying`.",
+    "random": "**wrong values**: the file has each matrix of the ties once, and the others are filled with random "
+    "numbers. This model needs `hf_tying`.",
     "no file": "an error: the file has each shared layer once, under a name that transformers does not look for. This "
     "model needs `hf_tying`.",
     "code": "the model, tied, by the code in this repository.",
