@@ -1,6 +1,5 @@
 """`hf-tying export`: an adapter, or a model with shared layers, in a form that is read without this package."""
 
-import json
 from enum import StrEnum
 from math import prod
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..config import TyingError
+from .common import print_json, readable
 
 
 class Format(StrEnum):
@@ -49,25 +49,26 @@ def export(
 ) -> None:
     """Write an adapter, or a model with shared layers, in a form that is read without this package.
 
-    The base model of an adapter is not loaded.
+    The base model of an adapter is not loaded. Exit codes: 0 written, 2 wrong usage, 3 cannot be read or written.
 
     Example: hf-tying export ./my-model ./plain --format unrolled
     """
-    if format == Format.unrolled or replicate is not None or _is_model(source, revision, subfolder):
-        from ..doctor import export_layers
+    with readable("export", source, as_json):
+        if format == Format.unrolled or replicate is not None or _is_model(source, revision, subfolder):
+            from ..doctor import export_layers
 
-        export_layers(source, out, format.value, replicate=replicate, revision=revision, subfolder=subfolder)
-    else:
-        from ..peft import export_to_lora
+            export_layers(source, out, format.value, replicate=replicate, revision=revision, subfolder=subfolder)
+        else:
+            from ..peft import export_to_lora
 
-        try:
-            export_to_lora(source, out, subfolder=subfolder, **({"revision": revision} if revision else {}))
-        except (ValueError, RuntimeError, OSError) as error:
-            raise TyingError(str(error)) from error
+            try:
+                export_to_lora(source, out, subfolder=subfolder, **({"revision": revision} if revision else {}))
+            except (ValueError, RuntimeError, OSError) as error:
+                raise TyingError(str(error)) from error
     report = {"format": format.value, "folder": str(out)}
     report |= _of_model(out) if format == Format.unrolled else _of_adapter(out)
     if as_json:
-        typer.echo(json.dumps(report, indent=2))
+        print_json("export", source, {"findings": []} | report)
         return
     for name, value in report.items():
         shown = f"{value:,}" if isinstance(value, int) else value or "-"

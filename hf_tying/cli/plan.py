@@ -1,6 +1,5 @@
 """`hf-tying plan`: where tied matrices lie on many processes, and what keeps them one."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +7,7 @@ import typer
 from rich.console import Console
 
 from ..config import TyingError
+from .common import print_json, readable
 
 
 def plan(
@@ -21,16 +21,22 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs in place of the table.")] = False,
     plot: Annotated[Path | None, typer.Option("--plot", help="Also write a picture to this file.")] = None,
 ) -> None:
-    """Show where tied matrices lie on many processes, and what a step sends for them. Reads the config alone."""
-    from ..parallel import parallel_plan
+    """Show where tied matrices lie on many processes, and what a step sends for them. Reads the config alone.
 
+    Exit codes: 0 fine, 2 wrong usage, 3 cannot be read.
+
+    Example: hf-tying plan ./my-model --mesh dp=8,tp=2
+    """
     sizes = _sizes(mesh)
-    try:
-        found = parallel_plan(model, sizes)
-    except (OSError, ValueError) as error:
-        raise error if isinstance(error, TyingError) else TyingError(str(error)) from error
+    with readable("plan", model, as_json):
+        from ..parallel import parallel_plan
+
+        try:
+            found = parallel_plan(model, sizes)
+        except (OSError, ValueError) as error:
+            raise error if isinstance(error, TyingError) else TyingError(str(error)) from error
     if as_json:
-        typer.echo(json.dumps({"schema": 1, "command": "plan", "source": model, "findings": []} | found.to_dict()))
+        print_json("plan", model, {"findings": []} | found.to_dict())
     else:
         console = Console()
         typer.echo(found.to_table(width=console.width if console.is_terminal else 200))

@@ -8,8 +8,10 @@ import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_tying import tie
+from hf_tying.cli.app import app
 
 from ..processes import run_python
+from .examples import example_of
 
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "numpy", "tokenizers", "matplotlib"}
 
@@ -80,3 +82,17 @@ def test_an_unknown_command_is_a_usage_error(hf_tying):
     status, _, error = hf_tying("tye")
     assert status == 2
     assert "No such command 'tye'" in error
+
+
+@pytest.mark.parametrize("command", [command.callback.__name__ for command in app.registered_commands])
+def test_every_help_has_an_example_and_the_exit_codes(hf_tying, command):
+    assert example_of(hf_tying, command)[0] == command
+    assert "Exit codes: 0" in " ".join(hf_tying(command, "--help")[1].replace("│", " ").split())
+
+
+def test_the_example_of_plan_runs_and_what_cannot_be_read_ends_with_3(hf_tying, tied_folder, monkeypatch):
+    (tied_folder.parent / "my-model").symlink_to(tied_folder)
+    monkeypatch.chdir(tied_folder.parent)
+    assert hf_tying(*example_of(hf_tying, "plan"))[0] == 0
+    status, output, error = hf_tying("plan", "away", "--mesh", "dp=2", "--json")
+    assert status == 3 and json.loads(output)["findings"][0]["code"] == "unreadable" and error.startswith("error ")

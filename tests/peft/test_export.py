@@ -276,6 +276,10 @@ class TestTheCommand:
         assert status == 0
         assert equal_updates(lora_updates(lora), dense_updates(model))
         assert json.loads(output) == {
+            "schema": 1,
+            "command": "export",
+            "source": str(tmp_path / "run"),
+            "findings": [],
             "format": "lora",
             "folder": str(lora),
             "base_model": None,
@@ -289,9 +293,9 @@ class TestTheCommand:
         assert status == 0
         assert [line.split()[0] for line in output.splitlines()][:2] == ["format", "folder"]
 
-    def test_an_error_of_the_command_is_a_message_and_status_1(self, hf_tying, tmp_path):
+    def test_an_error_of_the_command_is_a_message_and_status_3(self, hf_tying, tmp_path):
         get_peft_model(base_of("llama"), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
         for source in ("lora", "nothing"):
             status, output, error = hf_tying("export", tmp_path / source, tmp_path / "out")
-            assert (status, output) == (1, "")
+            assert (status, output) == (3, "")
             assert source in error and "Traceback" not in error
