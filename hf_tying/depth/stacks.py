@@ -25,6 +25,8 @@ _LENGTHS = (
     ),
     *("num_encoder_layers", "num_hidden_groups"),
 )
+# Attributes in which a module keeps the number of its layer: its place in the cache.
+_NUMBERS = ("layer_idx", "layer_id", "layer_number")
 #: A list of modules that has less than this share of the parameters of the largest one is no stack of layers.
 _SMALL = 0.1
 
@@ -112,8 +114,7 @@ def grow(model: PreTrainedModel, path: str, order: list[int]) -> None:
         seen.add(source)
         layers.append(layer)
         for module in layer.modules():
-            if isinstance(getattr(module, "layer_idx", None), int):
-                vars(module)["layer_idx"] = i
+            vars(module).update({name: i for name in _NUMBERS if isinstance(vars(module).get(name), int)})
     stack._modules.clear()
     stack._modules.update({str(i): layer for i, layer in enumerate(layers)})
     known = {id(config) for config in _configs(model.config)}
@@ -128,11 +129,11 @@ def grow(model: PreTrainedModel, path: str, order: list[int]) -> None:
 
 def _fields_to_change(model: PreTrainedModel, path: str, order: list[int]) -> list[int]:
     """Which of `_length_fields` give a model with the grown stack. T5 has the same number in two fields."""
-    names, before = set(named_slots(model)), len(model.get_submodule(path)._modules)
-    wanted = {name for name in names if not name.startswith(f"{path}.")}
-    for name in names - wanted:
+    have, before = _shapes(model), len(model.get_submodule(path)._modules)
+    wanted = {each for each in have if not each[0].startswith(f"{path}.")}
+    for name, shape in have - wanted:
         number, _, rest = name.removeprefix(f"{path}.").partition(".")
-        wanted |= {f"{path}.{i}.{rest}" for i, source in enumerate(order) if source == int(number)}
+        wanted |= {(f"{path}.{i}.{rest}", shape) for i, source in enumerate(order) if source == int(number)}
     fields = [i for i, (_, _, value) in enumerate(_length_fields(model.config)) if value == before]
     cls, differing = type(model), set(wanted)
     for mixin in mixins_of(cls):
@@ -141,16 +142,24 @@ def _fields_to_change(model: PreTrainedModel, path: str, order: list[int]) -> li
         config = copy.deepcopy(model.config)
         _follow(config, chosen, before, order)
         vars(config).pop("tying", None)
-        with torch.device("meta"):
-            made = set(named_slots(cls(config)))
+        try:
+            with torch.device("meta"):
+                made = _shapes(cls(config))
+        except (ValueError, IndexError, KeyError):  # numbers that do not fit each other
+            continue
         if made == wanted:
             return chosen
         differing = min(differing, made ^ wanted, key=len)
     raise TyingError(
         f"Cannot grow {path!r}: a {cls.__name__} made from a config with {len(order)} layers has other parameters "
-        f"({', '.join(sorted(differing)[:2])}), and could not read the file. Leave out the layer that is unlike the "
-        "others (the first one, often) from the repeated ones."
+        f"({', '.join(sorted(name for name, _ in differing)[:2])}), and could not read the file. Leave out the layer "
+        "that is unlike the others (the first one, often) from the repeated ones."
     )
+
+
+def _shapes(model: PreTrainedModel) -> set[tuple[str, tuple[int, ...]]]:
+    """Name and shape of each parameter."""
+    return {(name, tuple(parameter.shape)) for name, parameter in named_slots(model).items()}
 
 
 def _follow(config: PreTrainedConfig, fields: list[int], before: int, order: list[int]) -> None:

@@ -11,6 +11,10 @@ from safetensors.torch import load_file
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    SwinConfig,
+    SwinForImageClassification,
     Trainer,
     TrainingArguments,
     ViTConfig,
@@ -249,6 +253,22 @@ class TestGrowing:
         with pytest.raises(TyingError, match="Cannot grow .*Leave out the layer"):
             share_layers(model, order=[0, *range(size)], grow=True, stack=stack)
         assert model.config.to_dict() == before and model.state_dict().keys() == keys
+
+    def test_a_stage_that_the_config_would_make_wider_is_refused(self):
+        model = SwinForImageClassification(
+            SwinConfig(image_size=16, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=2)
+        )
+        with pytest.raises(TyingError, match="Cannot grow 'swin.encoder.layers'"):
+            share_layers(model, order=[0, 0, 1], grow=True)
+        assert model.config.depths == [1, 1]
+
+    def test_each_visit_has_its_place_in_the_cache_under_any_name(self):
+        config = GPTNeoConfig(
+            vocab_size=64, hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]],
+            intermediate_size=32, max_position_embeddings=64,
+        )  # fmt: skip
+        model = share_layers(GPTNeoForCausalLM(config), order=[0, 1, 1], grow=True, stack="transformer.h")
+        assert [layer.attn.attention.layer_id for layer in model.transformer.h] == [0, 1, 2]
 
     def test_the_factor_learns(self):
         model = share_layers(plain(), order=self.ORDER, grow=True)
