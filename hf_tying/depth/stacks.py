@@ -129,22 +129,22 @@ def grow(model: PreTrainedModel, path: str, order: list[int]) -> None:
 
 def _fields_to_change(model: PreTrainedModel, path: str, order: list[int]) -> list[int]:
     """Which of `_length_fields` give a model with the grown stack. T5 has the same number in two fields."""
-    have, before = _shapes(model), len(model.get_submodule(path)._modules)
+    before = len(model.get_submodule(path)._modules)
+    fields = [i for i, (_, _, value) in enumerate(_length_fields(model.config)) if value == before]
+    cls = type(model)
+    for mixin in mixins_of(cls):
+        cls = without_mixin(mixin, cls)
+    have = _shapes_made(cls, copy.deepcopy(model.config))  # without what this package has added to the model
     wanted = {each for each in have if not each[0].startswith(f"{path}.")}
     for name, shape in have - wanted:
         number, _, rest = name.removeprefix(f"{path}.").partition(".")
         wanted |= {(f"{path}.{i}.{rest}", shape) for i, source in enumerate(order) if source == int(number)}
-    fields = [i for i, (_, _, value) in enumerate(_length_fields(model.config)) if value == before]
-    cls, differing = type(model), set(wanted)
-    for mixin in mixins_of(cls):
-        cls = without_mixin(mixin, cls)
+    differing = set(wanted)
     for chosen in [*([field] for field in fields), fields]:
         config = copy.deepcopy(model.config)
         _follow(config, chosen, before, order)
-        vars(config).pop("tying", None)
         try:
-            with torch.device("meta"):
-                made = _shapes(cls(config))
+            made = _shapes_made(cls, config)
         except (ValueError, IndexError, KeyError):  # numbers that do not fit each other
             continue
         if made == wanted:
@@ -157,8 +157,11 @@ def _fields_to_change(model: PreTrainedModel, path: str, order: list[int]) -> li
     )
 
 
-def _shapes(model: PreTrainedModel) -> set[tuple[str, tuple[int, ...]]]:
-    """Name and shape of each parameter."""
+def _shapes_made(cls: type[PreTrainedModel], config: PreTrainedConfig) -> set[tuple[str, tuple[int, ...]]]:
+    """Name and shape of each parameter of the stock model that `config` makes, built without values."""
+    vars(config).pop("tying", None)
+    with torch.device("meta"):
+        model = cls(config)
     return {(name, tuple(parameter.shape)) for name, parameter in named_slots(model).items()}
 
 

@@ -23,7 +23,19 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from hf_tying import TyingConfig, TyingError, assert_tied, fold, gap, share_layers, tie, tying_report, unroll, untie
+from hf_tying import (
+    TyingConfig,
+    TyingError,
+    assert_tied,
+    fold,
+    gap,
+    share_layers,
+    tie,
+    tying_report,
+    unroll,
+    untie,
+    use_projection,
+)
 from hf_tying.depth.patterns import PATTERNS, order_of
 from hf_tying.depth.stacks import chosen_stacks
 from hf_tying.training import shared_layer_parameters
@@ -241,6 +253,16 @@ class TestGrowing:
         assert_tied(loaded)
         assert torch.equal(logits(loaded), logits(model))
         assert loaded.state_dict().keys() == model.state_dict().keys()
+
+    def test_one_stack_grows_after_the_other_and_beside_a_projection(self, tmp_path):
+        model = use_projection(tiny_model("bart", encoder_layers=2, decoder_layers=2))
+        before = logits(model)
+        share_layers(model, order=[0, 1, 1], grow=True, stack="encoder")
+        share_layers(model, order=[0, 0, 1, 1], grow=True, stack="decoder")
+        assert (model.config.encoder_layers, model.config.decoder_layers) == (3, 4)
+        assert torch.equal(logits(model), before)
+        model.save_pretrained(tmp_path)
+        assert torch.equal(logits(type(model).from_pretrained(tmp_path).eval()), before)
 
     @pytest.mark.parametrize(
         ("name", "stack", "sizes"), [("t5", "encoder", {"num_layers": 3}), ("modernbert", None, {})]
