@@ -59,7 +59,7 @@ test-upstream: $(INSTALLED)
 	$(RUN) -m tests.upstream.sweep
 	$(RUN) -m tests.upstream.loaders
 	ZOO=1 HOSTILE_CASES=2000 SWEEPS=3000 $(PYTEST) tests/report/test_stock_table.py tests/doctor/test_hostile_files.py \
-		tests/losses/test_random_options.py --timeout 1800
+		tests/losses/test_random_options.py tests/ties/test_properties.py --timeout 1800
 
 # The cards of the reference runs, from the results in model_cards/records.
 cards: $(INSTALLED)

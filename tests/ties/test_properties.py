@@ -1,6 +1,7 @@
 """The invariants hold whatever is tied, in any order, and whatever then happens to the model, or an error says so."""
 
 import copy
+import os
 import pickle
 import tempfile
 
@@ -246,7 +247,7 @@ EVENTS = [save_and_load, deepcopy, pickled, to_dtype, to_empty, to_meta, load_st
           tie_more, tie_by_scheme, tie_weights_again, train_step]  # fmt: skip
 
 
-@settings(max_examples=300)
+@settings(max_examples=int(os.environ.get("SWEEPS", "150")))
 @given(st.data())
 def test_the_invariants_outlive_whatever_happens_to_a_model(data):
     arch, dtype, config = data.draw(declared_ties())
