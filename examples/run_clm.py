@@ -25,7 +25,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
-import torch
 from datasets import Dataset, IterableDataset
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -57,7 +56,7 @@ from hf_tying.training import ObjectiveArguments, ScriptParser, TyingArguments, 
 from hf_tying.training.command_line import naming
 from hf_tying.training.model_config import config_with_overrides, maker_from, refuse_positions, type_config
 from hf_tying.training.resuming import train_from, untie_as_saved
-from hf_tying.training.size_estimate import estimate_size
+from hf_tying.training.size_estimate import estimate_size, without_values
 
 
 @dataclass
@@ -203,10 +202,8 @@ def from_scratch(
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
     config = make_config(vocab_size=len(tokenizer), pad_token_id=None, **special)
     with naming(f"--model_type {config.model_type}"):
-        with torch.device("meta"):
-            size = estimate_size(
-                AutoModelForCausalLM.from_config(config), training.per_device_train_batch_size, block_size
-            )
+        model = without_values(MODEL_FOR_CAUSAL_LM_MAPPING, config)
+        size = estimate_size(model, training.per_device_train_batch_size, block_size)
         size.refuse_beyond(psutil.virtual_memory().available)
         return AutoModelForCausalLM.from_config(config), tokenizer
 

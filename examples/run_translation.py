@@ -30,9 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 from datasets import Dataset
 from transformers import (
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -58,7 +58,7 @@ from hf_tying.training import (
 from hf_tying.training.command_line import naming
 from hf_tying.training.model_config import maker_from
 from hf_tying.training.resuming import train_from, untie_as_saved
-from hf_tying.training.size_estimate import estimate_size
+from hf_tying.training.size_estimate import estimate_size, without_values
 from hf_tying.training.translation import (
     TwoTokenizersCallback,
     check_fit,
@@ -215,8 +215,7 @@ def from_scratch(
         config = config_of(args, tokenizer, target)
         if declared:
             config.tying = declared.to_dict()  # nothing is trained yet, so there is no choice of values to make
-        with torch.device("meta"):
-            model = AutoModelForSeq2SeqLM.from_config(config)
+        model = without_values(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, config)
         estimate_size(model, training.per_device_train_batch_size, max(lengths)).refuse_beyond(
             psutil.virtual_memory().available
         )

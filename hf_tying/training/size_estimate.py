@@ -1,7 +1,11 @@
 """What a training run will need, in one line and before a weight is made: parameters, what ties save, memory."""
 
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..config import TyingError
@@ -53,6 +57,21 @@ class SizeEstimate:
                 f"{self}: its weights alone are {self.weight_bytes / 1e9:.1f} GB, and {available / 1e9:.1f} GB of "
                 "memory are free. Give smaller sizes in --config_overrides: hidden_size, num_hidden_layers."
             )
+
+
+def without_values(
+    models: Mapping[type[PreTrainedConfig], type[PreTrainedModel]], config: PreTrainedConfig
+) -> PreTrainedModel:
+    """The model of a config on the `meta` device. `from_config` would split it over processes under ZeRO-3.
+
+    Args:
+        models: classes by their config's, such as `transformers.MODEL_FOR_CAUSAL_LM_MAPPING`.
+        config: config of one of them; it is left as it is.
+    """
+    found: Any = models[type(config)]
+    with torch.device("meta"):
+        model: PreTrainedModel = (found[0] if isinstance(found, tuple) else found)(copy.deepcopy(config))
+    return model if config.dtype is None else model.to(config.dtype)
 
 
 def estimate_size(model: PreTrainedModel, sequences: int, tokens: int) -> SizeEstimate:
