@@ -31,9 +31,8 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from rich.console import Console
 from rich.table import Table
-from tied_softmax import machine
+from tied_softmax import machine, show
 from tied_softmax_worker import memory_of
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import FSDPModule
@@ -285,10 +284,7 @@ def main() -> None:
     report = {"machine": machine("cpu"), "rows": measured(arguments), "papers": by_arithmetic()}
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    console = Console(soft_wrap=True)
-    for table in tables(report["rows"], report["papers"]):
-        Console(width=max(console.width, 150)).print(table)
-    console.print(f"Machine: {report['machine']}")
+    show(tables(report["rows"], report["papers"]), [f"Machine: {report['machine']}"])
 
 
 if __name__ == "__main__":

@@ -25,9 +25,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
-from tied_softmax import machine
+from tied_softmax import machine, show
 from tied_softmax_worker import Layer, memory_of
 from torch.nn import functional as F
 
@@ -157,9 +156,7 @@ def main() -> None:
                 )  # fmt: skip
             if options.json:
                 Path(options.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    console = Console(soft_wrap=True)
-    Console(width=max(console.width, 150)).print(table)
-    console.print(f"Machine: {report['machine']}")
+    show([table], [f"Machine: {report['machine']}"])
 
 
 if __name__ == "__main__":

@@ -27,9 +27,8 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from rich.table import Table
-from tied_softmax import machine
+from tied_softmax import machine, show
 from tied_softmax_worker import memory_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -179,9 +178,7 @@ def work(rank: int, store: str, options: argparse.Namespace) -> None:
         if options.json and rank == 0:
             Path(options.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if rank == 0:
-        console = Console(soft_wrap=True)
-        Console(width=max(console.width, 130)).print(table)
-        console.print(f"{options.processes} processes. Machine: {report['machine']}")
+        show([table], [f"{options.processes} processes. Machine: {report['machine']}"])
     dist.barrier()
     dist.destroy_process_group()
 

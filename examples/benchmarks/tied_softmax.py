@@ -32,6 +32,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -207,6 +208,17 @@ def _met(ratio: float | None, below: float | None, goal: float) -> str:
     return "met" if below is not None and below <= goal else "not known"
 
 
+def show(tables: Iterable, notes: Iterable[str]) -> None:
+    """Print tables of `rich` in full width, also where the output is no terminal, and lines below them."""
+    from rich.console import Console
+
+    console = Console(soft_wrap=True)
+    for table in tables:
+        Console(width=max(console.width, 160)).print(table)
+    for note in notes:
+        console.print(note)
+
+
 def machine(device: str) -> dict:
     """What the numbers depend on."""
     info = Path("/proc/cpuinfo")
@@ -224,7 +236,6 @@ def machine(device: str) -> dict:
 
 
 def main():
-    from rich.console import Console
     from tied_softmax_report import draw, notes, tables
     from transformers import HfArgumentParser
 
@@ -256,11 +267,7 @@ def main():
             Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
     measure(problems_of(arguments), arguments, device, after_round)
-    console = Console(soft_wrap=True)
-    for table in tables(report):
-        Console(width=max(console.width, 160)).print(table)
-    for note in notes(report):
-        console.print(note)
+    show(tables(report), notes(report))
     if arguments.picture:
         draw(report, Path(arguments.picture))
 

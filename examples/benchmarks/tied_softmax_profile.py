@@ -17,9 +17,8 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from rich.console import Console
 from rich.table import Table
-from tied_softmax import GOALS, machine
+from tied_softmax import GOALS, machine, show
 from tied_softmax_worker import floor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -103,9 +102,7 @@ def main() -> None:
         table.add_row(shape, f"{whole:.2f}", f"{whole / alone:.2f}", f"{own / alone:.2f}", shares)
         if options.json:
             Path(options.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    console = Console(soft_wrap=True)
-    Console(width=max(console.width, 150)).print(table)
-    console.print(f"Machine: {report['machine']}")
+    show([table], [f"Machine: {report['machine']}"])
 
 
 if __name__ == "__main__":

@@ -2,10 +2,16 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+)
 
 from hf_tying.training.memory import saved_activations
-from hf_tying.training.size_estimate import estimate_size
+from hf_tying.training.size_estimate import estimate_size, without_values
 
 WORDS, SEQUENCES, TOKENS = 2000, 2, 64
 SIDES = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 256, "decoder_ffn_dim": 256}
@@ -33,3 +39,14 @@ def test_a_step_needs_about_what_is_said(model_type):
     beside_weights = saved.bytes + 3 * logits.nbytes
     found = estimate_size(model, SEQUENCES, TOKENS)
     assert found.training_bytes - 4 * found.weight_bytes == pytest.approx(beside_weights, rel=0.3)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_model_without_values_is_made_by_its_class_alone(dtype, monkeypatch):
+    """`from_config` makes a model of no size under ZeRO-3, and fails on the `meta` device."""
+    config = AutoConfig.for_model("llama", vocab_size=WORDS, dtype=dtype, tie_word_embeddings=True, **LLAMA)
+    expected = AutoModelForCausalLM.from_config(config)
+    monkeypatch.delattr(PreTrainedModel, "_from_config")
+    model = without_values(MODEL_FOR_CAUSAL_LM_MAPPING, config)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert estimate_size(model, 1, 8) == estimate_size(expected, 1, 8)
