@@ -6,13 +6,15 @@
 
 A record has what a card is made from, and no weights: the JSON files of the model's folder, the names, shapes and
 dtypes of its tensors, the results as the script of the run has written them, and what only a person can tell.
-A card is made from a folder with these files and with zeros for weights, which have the same names, shapes and size.
+A card is made from a folder with these files and with stand-ins for weights, which have the same names, shapes and
+size, and equal values where they are tied.
 """
 
 import argparse
 import json
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +42,21 @@ def make(record: dict[str, Any]) -> str:
         for name, content in record["files"].items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(json.dumps(content), encoding="utf-8")
+        groups = record["files"].get("config.json", {}).get("tying", {}).get("groups", {}).values()
         for name, tensors in record["tensors"].items():
-            zeros = {key: torch.zeros(shape, dtype=getattr(torch, dtype)) for key, (dtype, shape) in tensors.items()}
-            save_file(zeros, folder / name, {"format": "pt"})
+            save_file(_stand_ins(tensors, groups), folder / name, {"format": "pt"})
         facts = record["facts"] | {"results": measured(record, "this")}
         others = {name: measured(record, name) for name in record["results"] if name != "this"}
         return make_card(folder, repo_id=record["repo_id"], save=False, **facts, others=others).content
+
+
+def _stand_ins(tensors: dict[str, list], groups: Iterable[list[str]]) -> dict[str, torch.Tensor]:
+    """A tensor of one number for each name: the same number for the names of a group."""
+    number = {name: i for i, name in enumerate(tensors)}
+    number |= {name: -1 - i for i, names in enumerate(groups) for name in names}
+    return {
+        name: torch.full(shape, number[name], dtype=getattr(torch, dtype)) for name, (dtype, shape) in tensors.items()
+    }
 
 
 def measured(record: dict[str, Any], run: str) -> dict[str, float]:

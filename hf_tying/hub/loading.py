@@ -1,15 +1,17 @@
 """How others load a saved model: by which class, and what they get without this package."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..config import TyingConfig, TyingError
-from ..report.checkpoint import Checkpoint, read_checkpoint
+from ..report.checkpoint import read_checkpoint
 from ..report.opening import open_source
+from ..report.records import TyingReport
 from ..ties.depth_groups import needs_this_package
+from .stock_ties import stock_ties
 
 #: By the mapping of transformers that has the class: the Auto class, and the task on the Hub. `None`: it has several.
 _TASKS = (
@@ -32,11 +34,15 @@ _OURS = {
 _AUTO = re.compile(r"AutoModel\w*")
 
 #: What a loader without this package gets. `same`: the model, tied by its class. `copies`: the right values, with
-#: copies of what was tied. `apart`: the right values, of ties with differences. `code`: the model, by the code that
-#: comes with it. `other`: another function. `random`: random numbers under names that the file leaves out. `no file`:
-#: an error, since no file has a name that it looks for. `nothing`: an error. `unknown`: it cannot be told without
-#: running code.
-OUTCOMES = ("same", "copies", "apart", "code", "other", "random", "no file", "nothing", "unknown")
+#: copies of what was tied. `merged`: the right values, in fewer matrices, since the class ties equal ones that were
+#: apart. `regrouped`: both. `apart`: the right values, of ties with differences. `code`: the model, by the code that
+#: comes with it. `other`: another function. `random`: random numbers under names that the file leaves out. `wrong`:
+#: another matrix under them. `no file`: an error, since no file has a name that it looks for. `nothing`: an error.
+#: `unknown`: it cannot be told without running code.
+OUTCOMES = (
+    "same", "copies", "merged", "regrouped", "apart", "code", "other", "random", "wrong", "no file", "nothing",
+    "unknown",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,21 +54,23 @@ class Loading:
         task: pipeline tag of the Hub; `None` where the class has no one task.
         outcome: what plain transformers gets, one of `OUTCOMES`.
         copies: number of elements that plain transformers holds more, as copies of what is tied.
+        merged: number of elements that it holds less, of equal matrices that are apart with this package.
     """
 
     auto_class: str
     task: str | None
     outcome: str
     copies: int = 0
+    merged: int = 0
 
 
-def how_loaded(folder: Path, config: Mapping[str, Any], groups: Iterable[list[str]]) -> Loading:
+def how_loaded(folder: Path, config: Mapping[str, Any], report: TyingReport) -> Loading:
     """How others load a saved model.
 
     Args:
         folder: folder of the model.
         config: content of its `config.json`.
-        groups: the names of each tie group that this package makes of it.
+        report: what `tying_report` says of it.
 
     Returns:
         The class, and what plain transformers gets.
@@ -74,31 +82,27 @@ def how_loaded(folder: Path, config: Mapping[str, Any], groups: Iterable[list[st
         named = config["auto_map"] if isinstance(config["auto_map"], dict) else {}
         ours = next((name for name in named if _AUTO.fullmatch(name)), auto_class)
         return Loading(str(ours), task, "code")
-    copies = _copies(config, architecture, groups)
-    if copies is None:
+    model = _built(config, architecture)
+    if model is None:
         return Loading(auto_class, task, "nothing" if architecture in _OURS else "unknown")
     if needs_this_package(entry):
-        outcome = "no file"
-    elif entry.projection is not None:
+        return Loading(auto_class, task, "no file")
+    checkpoint = read_checkpoint(open_source(folder))
+    groups = [[name for name in group.names if name not in group.apart] for group in report.groups]
+    found = stock_ties(model, checkpoint, groups, checkpoint.relaxed)
+    if entry.projection is not None:
         outcome = "other"
-    elif _left_out(read_checkpoint(open_source(folder))):
+    elif found.random:
         outcome = "random"
+    elif found.wrong:
+        outcome = "wrong"
     elif entry.relax or any("relax" in stack for stack in entry.depth):
         outcome = "apart"
+    elif found.copies and found.merged:
+        outcome = "regrouped"
     else:
-        outcome = "copies" if copies else "same"
-    return Loading(auto_class, task, outcome, copies)
-
-
-def _left_out(checkpoint: Checkpoint) -> list[str]:
-    """The names of ties that the files leave out and that the stock class does not tie by itself."""
-    chains = checkpoint.stock.declared(checkpoint.config) if checkpoint.stock else []
-    found = []
-    for _, names in checkpoint.groups:
-        held = {name for name in names if checkpoint.keys_of(name)}
-        by_class = {name for chain in chains if held & set(chain) for name in chain}
-        found += [name for name in names if name not in held | by_class]
-    return found
+        outcome = "copies" if found.copies else "merged" if found.merged else "same"
+    return Loading(auto_class, task, outcome, found.copies, found.merged)
 
 
 def architecture_of(config: Mapping[str, Any]) -> str:
@@ -108,22 +112,23 @@ def architecture_of(config: Mapping[str, Any]) -> str:
     return str(first or config.get("model_type") or "unknown")
 
 
-def refuse_other_function(folder: Path, config: Mapping[str, Any], groups: Iterable[list[str]]) -> None:
+def refuse_other_function(folder: Path, config: Mapping[str, Any], report: TyingReport) -> None:
     """Refuse a model that computes something else for whoever has not this package.
 
     Args:
         folder: folder of the model, for the message.
         config: content of its `config.json`.
-        groups: the names of each tie group that this package makes of it.
+        report: what `tying_report` says of it.
 
     Raises:
         TyingError: with the ways out.
     """
-    outcome = how_loaded(folder, config, groups).outcome
-    if outcome == "random":
+    outcome = how_loaded(folder, config, report).outcome
+    if outcome in ("random", "wrong"):
+        filled = "fill the others with random numbers" if outcome == "random" else "take other matrices for the rest"
         raise TyingError(
             f"{folder.name} has each tied matrix once (dedup), and its class does not tie them by itself: loaders "
-            "without hf_tying fill the others with random numbers. Save with "
+            f"without hf_tying {filled}. Save with "
             'tie(model, TyingConfig(save_format="portable")), or agree to it with yes=True (--yes).'
         )
     if outcome == "other":
@@ -147,11 +152,8 @@ def _task_of(architecture: str, config: Mapping[str, Any]) -> tuple[str, str | N
     return "AutoModel", None
 
 
-def _copies(config: Mapping[str, Any], architecture: str, groups: Iterable[list[str]]) -> int | None:
-    """How many elements the stock class holds more than once of `groups`, built without weights and the `tying` entry.
-
-    `None` where transformers does not have the class.
-    """
+def _built(config: Mapping[str, Any], architecture: str) -> Any:
+    """The stock class, built without weights and without the `tying` entry; `None` where transformers has none."""
     import torch
     import transformers
 
@@ -163,12 +165,6 @@ def _copies(config: Mapping[str, Any], architecture: str, groups: Iterable[list[
     try:
         made = transformers.AutoConfig.for_model(model_type, **{k: v for k, v in config.items() if k not in dropped})
         with torch.device("meta"):
-            model = cls(made)
+            return cls(made)
     except Exception as error:
         raise TyingError(f"config.json does not make a {architecture}: {error}") from error
-    held = dict(model.named_parameters(remove_duplicate=False))
-    copies = 0
-    for names in groups:
-        apart = {id(held[name]): held[name].numel() for name in names if name in held}
-        copies += sum(apart.values()) - max(apart.values(), default=0)
-    return copies

@@ -32,6 +32,8 @@ _OUTCOMES = {
     "apart": "right values, each name with a matrix of its own, and no tie.",
     "random": "**wrong values**: the file has each matrix of the ties once, and the others are filled with random "
     "numbers. This model needs `hf_tying`.",
+    "wrong": "**wrong values**: the file has each matrix of the ties once, and the class takes other matrices for the "
+    "rest. This model needs `hf_tying`.",
     "no file": "an error: the file has each shared layer once, under a name that transformers does not look for. This "
     "model needs `hf_tying`.",
     "code": "the model, tied, by the code in this repository.",
@@ -39,8 +41,10 @@ _OUTCOMES = {
     "nothing": "an error, since transformers does not know this class. This model needs `hf_tying`.",
     "unknown": "what the library gives that has this class; transformers does not know it.",
 }
+#: What plain transformers loads with the right values, in as many matrices or in other numbers of them.
+_RIGHT = ("same", "copies", "merged", "regrouped")
 #: What is loaded right by this package alone.
-_NEEDS_US = ("other", "random", "no file", "nothing")
+_NEEDS_US = ("other", "random", "wrong", "no file", "nothing")
 
 
 def model_context(folder: Path, repo_id: str, facts: Facts, results: Results) -> dict[str, Any]:
@@ -57,7 +61,7 @@ def model_context(folder: Path, repo_id: str, facts: Facts, results: Results) ->
     """
     config = read_json(folder / "config.json")
     report = replace(tying_report(folder), source=repo_id)
-    loading = how_loaded(folder, config, [group.names for group in report.groups])
+    loading = how_loaded(folder, config, report)
     entry = TyingConfig.in_config(config)
     scheme = report.scheme or _scheme_of(report)
     projected = entry.projection is not None
@@ -158,16 +162,21 @@ def _checked(report: TyingReport, config: dict[str, Any]) -> str:
 
 
 def _outcome(loading: Loading, report: TyingReport) -> str:
-    if loading.outcome == "same" and not report.groups:
+    if loading.outcome == "same" and all(group.apart for group in report.groups):
         return "the same model."
-    if loading.outcome != "copies":
+    if loading.outcome not in _RIGHT[1:]:
         return _OUTCOMES[loading.outcome]
-    more = f"{loading.copies:,} parameters more"
-    return f"right values; {more}, which are copies that further training lets drift apart."
+    copies = f"{loading.copies:,} parameters more, which are copies that further training lets drift apart"
+    merged = (
+        f"{loading.merged:,} parameters fewer, since the class ties matrices that are equal in this file and that "
+        "`hf_tying` keeps apart"
+    )
+    said = [text for count, text in ((loading.copies, copies), (loading.merged, merged)) if count]
+    return f"right values; {'; '.join(said)}."
 
 
 def _plain_code(folder: Path, repo_id: str, loading: Loading) -> str:
-    if loading.outcome not in ("same", "copies", "apart", "code"):
+    if loading.outcome not in (*_RIGHT, "apart", "code"):
         return ""
     trusted = ", trust_remote_code=True" if loading.outcome == "code" else ""
     load = f'model = {loading.auto_class}.from_pretrained("{repo_id}"{trusted})'

@@ -195,7 +195,7 @@ def _refuse_broken(folder: Path, yes: bool) -> None:
         raise UnfitError(f"Nothing is uploaded: {found}")
     if not yes:
         try:
-            refuse_other_function(folder, read_json(folder / "config.json"), [group.names for group in report.groups])
+            refuse_other_function(folder, read_json(folder / "config.json"), report)
         except TyingError as error:
             raise MissingChoice(f"Nothing is uploaded: {error}") from None
 

@@ -1,6 +1,7 @@
 """Cards of models, made from their files: every number is that of a file, and what is written by hand stays."""
 
 import json
+import os
 import re
 
 import pytest
@@ -15,8 +16,9 @@ from hf_tying.hub.metadata import metadata_problems
 from hf_tying.hub.sections import merge_sections, without_placeholders
 from hf_tying.models import TiedLSTMConfig, TiedLSTMForCausalLM, TiedLSTMForSequenceClassification
 
+from ..processes import run_script
 from ..tied_lora import tied_lora
-from ..tiny import layer_pair, logits, tiny_model, untied_model
+from ..tiny import ALL, COMPOSITE, SEQ2SEQ, layer_pair, logits, tiny_model, untied_model
 
 SECTION = "<!-- hf_tying:ties -->\n## What is tied\n\n{}\n<!-- /hf_tying:ties -->"
 
@@ -77,15 +79,59 @@ def test_a_card_says_what_stock_reads(make, summary, outcome, tmp_path):
     model.save_pretrained(tmp_path / "model")
     text = make_card(tmp_path / "model", save=False).text
     assert re.search(summary, text) and f"What you get without `hf_tying`: {outcome}" in text
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
-    del config["tying"]  # the hook does nothing for a config without it
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     if outcome == "an error":
         with pytest.raises(OSError, match="no file named"):
-            type(untied_model("llama")).from_pretrained(tmp_path / "model")
+            stock_of(tmp_path / "model", untied_model("llama"))
         return
-    stock = type(untied_model("llama")).from_pretrained(tmp_path / "model")
+    stock, _ = stock_of(tmp_path / "model", untied_model("llama"))
     assert torch.allclose(logits(stock), logits(model), atol=1e-5) == (outcome == "right values")
+
+
+def stock_of(folder, model):
+    """What plain transformers loads: the hook does nothing for a config whose `tying` entry is none."""
+    config = json.loads((folder / "config.json").read_text()) | {"tying": None}
+    (folder / "config.json").write_text(json.dumps(config))
+    return type(model).from_pretrained(folder, output_loading_info=True)
+
+
+#: Architectures, whether the matrices have equal values before they are tied, schemes and forms of the file.
+TIES = {
+    f"{arch}-{values}-{scheme}-{save_format or 'default'}": (arch, values, scheme, save_format)
+    for arch in (ALL if os.environ.get("ZOO") else ("t5", "bart", "bert"))
+    for values in ("equal", "different")
+    for scheme in ("two_way", "none", *(("source_target",) if arch in SEQ2SEQ else ()))
+    for save_format in (None, "dedup")
+}
+
+
+@pytest.fixture(scope="module")
+def told_and_loaded(tmp_path_factory):
+    """Of each model of `TIES`: its parameters and logits, its card, and what a process without hf_tying loads."""
+    root, told = tmp_path_factory.mktemp("ties"), {}
+    for name, (arch, values, scheme, save_format) in TIES.items():
+        model = (tiny_model if values == "equal" else untied_model)(arch)
+        init_from = "source" if scheme == "source_target" else "target"
+        model = tie(model, TyingConfig(scheme, save_format=save_format), init_from=init_from)
+        model.save_pretrained(root / name)
+        held = sum(parameter.numel() for parameter in model.parameters())
+        numbers = [] if arch in COMPOSITE else logits(model).flatten().tolist()
+        told[name] = held, numbers, make_card(root / name, save=False).text
+    loaded = run_script("stock_load.py", root)[str(root)]
+    return {name: (*told[name], loaded[name]) for name in TIES}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TIES)
+def test_what_a_card_says_of_plain_transformers_is_what_it_does(name, told_and_loaded):
+    held, numbers, text, stock = told_and_loaded[name]
+    says = re.search(r"What you get without `hf_tying`: (.*)", text)[1]
+    right = max((abs(a - b) for a, b in zip(numbers, stock["logits"], strict=True)), default=0) < 1e-6
+    assert right == ("wrong values" not in says) == ("run: plain" in text), says
+    assert bool(stock["missing"]) == ("random" in says), says
+    if right:
+        more = {word: int(n.replace(",", "")) for n, word in re.findall(r"([\d,]+) parameters (more|fewer)", says)}
+        assert stock["parameters"] - held == more.get("more", 0) - more.get("fewer", 0), says
+    assert ("tied by the class itself" in says) <= (stock["parameters"] == held)
 
 
 @pytest.mark.parametrize("name", MODELS)
