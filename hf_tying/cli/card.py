@@ -7,7 +7,7 @@ import typer
 
 from .common import FOUND, AsJson, print_json, readable
 
-Folder = Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of a saved model or Tied-LoRA adapter.")]
+Folder = Annotated[str, typer.Argument(metavar="SOURCE", help="Folder of a saved model or Tied-LoRA adapter.")]
 BaseModel = Annotated[str | None, typer.Option("--base-model", help="Id of the model that it was trained from.")]
 License = Annotated[str | None, typer.Option("--license", help="Licence, by its word on the Hub.")]
 Language = Annotated[list[str] | None, typer.Option("--language", help="Code of a language; may be given again.")]
@@ -46,19 +46,21 @@ def card(
     facts = facts_from(base_model, license, language, dataset, result)
     if output not in (None, "-"):
         raise typer.BadParameter(f"{output!r}: expected -, which is standard output.", param_hint="--output")
-    path, dry = source / "README.md", check or output == "-"
-    with readable("card", str(source), as_json):
+    path, dry = Path(source) / "README.md", check or output == "-"
+    with readable("card", source, as_json):
         from ..hub import make_card
+        from ..hub.cards import refuse_strange
         from ..hub.facts import facts_of
 
+        folder = refuse_strange(source)
         before = path.read_text(encoding="utf-8") if path.is_file() else None
-        made = make_card(source, repo_id=repo_id, save=not dry, **facts)
-        missing = [name for name in facts_of(source, **facts).missing if not getattr(made.data, name, None)]
+        made = make_card(folder, repo_id=repo_id, save=not dry, **facts)
+        missing = [name for name in facts_of(folder, **facts).missing if not getattr(made.data, name, None)]
     changed = before is None or before.strip() != made.content.strip()
     findings = untold(missing)
     if as_json:
         content = {"findings": findings, "path": str(path), "changed": changed, "metadata": made.data.to_dict()}
-        print_json("card", str(source), content)
+        print_json("card", source, content)
     elif output == "-":
         typer.echo(made.content)
     else:

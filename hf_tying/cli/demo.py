@@ -1,5 +1,8 @@
 """`hf-tying demo`: train small models that differ in their ties alone."""
 
+import json
+import sys
+from contextlib import nullcontext, redirect_stdout
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -7,8 +10,8 @@ from typing import Annotated
 import typer
 
 from .._extras import require
-from ..config import TyingError
-from ..demo.settings import DemoSettings, TranslationSettings
+from ..demo.settings import REPORT, DemoSettings, TranslationSettings
+from .common import FOUND, AsJson, print_json, readable
 
 
 class Task(StrEnum):
@@ -80,13 +83,15 @@ def demo(
         int | None,
         typer.Option("--vocab_size", help=f"Entries of the byte-level BPE, at most. {_default('vocab_size')}"),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Train small models that differ in their ties alone, on real text; compare, save, reload and prove.
 
     A language model, untied and tied; or a translation model, untied, two_way and three_way. Ends with 0 only if
-    everything that it claims holds. Exit codes: 0 it holds, 1 it does not, 2 wrong usage.
+    everything that it claims holds. With --json the table goes to standard error. Exit codes: 0 it holds, 1 it does
+    not, 2 wrong usage, 3 the text cannot be read, or the model cannot be trained.
 
-    Example: hf-tying demo --task translation --max_steps 20
+    Example: hf-tying demo --train_file train.txt --output_dir runs/mine
     """
     given = {
         "train_file": tuple(train_file or ()),
@@ -100,20 +105,36 @@ def demo(
         "vocab_size": vocab_size,
     }
     given = {name: value for name, value in given.items() if value is not None}
+    if task is Task.translation:
+        _refuse(given, ("scheme",), "the translation demo trains untied, two_way and three_way")
+    else:
+        _refuse(given, ("source_language", "target_language"), "a language model has one. Add --task translation")
+    folder = output_dir or (TranslationSettings if task is Task.translation else DemoSettings).output_dir
+    with readable("demo", str(folder), as_json), redirect_stdout(sys.stderr) if as_json else nullcontext():
+        holds = _run(task, given)
+    if as_json:
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        failed = [check for check in report["checks"] if not check["holds"]]
+        print_json("demo", str(folder), {"findings": [_finding(check) for check in failed], "report": report})
+    if not holds:
+        raise typer.Exit(FOUND)
+
+
+def _run(task: Task, given: dict) -> bool:
     for library in ("accelerate", "datasets"):  # absent only after `pip install --no-deps`
         require(library, "The demo", "demo")
     if task is Task.translation:
-        _refuse(given, ("scheme",), "the translation demo trains untied, two_way and three_way")
         from ..demo.translation.job import run_translation_demo
 
-        holds = run_translation_demo(TranslationSettings(**given))
-    else:
-        _refuse(given, ("source_language", "target_language"), "a language model has one. Add --task translation")
-        from ..demo.job import run_demo
+        return run_translation_demo(TranslationSettings(**given))
+    from ..demo.job import run_demo
 
-        holds = run_demo(DemoSettings(**given))
-    if not holds:
-        raise typer.Exit(1)
+    return run_demo(DemoSettings(**given))
+
+
+def _finding(check: dict) -> dict:
+    message = f"{check['claim']}: it does not hold ({check['evidence']})"
+    return {"code": "claim", "severity": "error", "message": message, "mend": None, "group": None}
 
 
 def _refuse(given: dict, names: tuple[str, ...], reason: str) -> None:
@@ -121,4 +142,4 @@ def _refuse(given: dict, names: tuple[str, ...], reason: str) -> None:
     for name in names:
         if name in given:
             flag = name.replace("language", "lang")
-            raise TyingError(f"--{flag} {given[name]} does not go with this task: {reason}.")
+            raise typer.BadParameter(f"--{flag} {given[name]} does not go with this task: {reason}.")

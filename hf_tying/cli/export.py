@@ -54,7 +54,8 @@ def export(
     Example: hf-tying export ./my-model ./plain --format unrolled
     """
     with readable("export", source, as_json):
-        if format == Format.unrolled or replicate is not None or _is_model(source, revision, subfolder):
+        is_model = _is_model(source, revision, subfolder)
+        if format == Format.unrolled or replicate is not None or is_model:
             from ..doctor import export_layers
 
             export_layers(source, out, format.value, replicate=replicate, revision=revision, subfolder=subfolder)
@@ -79,7 +80,14 @@ def _is_model(source: str, revision: str | None, subfolder: str | None) -> bool:
     from ..report.opening import open_source
 
     found = open_source(source, revision, subfolder)
-    return found.has("config.json") and not found.has("adapter_config.json")
+    if found.has("adapter_config.json"):
+        return False
+    if not found.has("config.json"):
+        raise TyingError(
+            f"{source!r} has no adapter_config.json and no config.json: expected a folder of a saved Tied-LoRA "
+            "adapter, or of a model with shared layers."
+        )
+    return True
 
 
 def _of_model(out: Path) -> dict[str, Any]:

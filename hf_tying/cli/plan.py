@@ -6,19 +6,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ..config import TyingError
-from .common import print_json, readable
+from .common import AsJson, Source, print_json, readable
 
 
 def plan(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL_OR_PATH", help="Folder of a saved model, or its id on the Hub.")
-    ],
+    source: Source,
     mesh: Annotated[
         str,
         typer.Option("--mesh", help="Sizes by axis: pp, dp, fsdp, tp. Example: dp=8,tp=2.", metavar="AXIS=SIZE,..."),
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs in place of the table.")] = False,
+    as_json: AsJson = False,
     plot: Annotated[Path | None, typer.Option("--plot", help="Also write a picture to this file.")] = None,
 ) -> None:
     """Show where tied matrices lie on many processes, and what a step sends for them. Reads the config alone.
@@ -28,15 +25,12 @@ def plan(
     Example: hf-tying plan ./my-model --mesh dp=8,tp=2
     """
     sizes = _sizes(mesh)
-    with readable("plan", model, as_json):
+    with readable("plan", source, as_json):
         from ..parallel import parallel_plan
 
-        try:
-            found = parallel_plan(model, sizes)
-        except (OSError, ValueError) as error:
-            raise error if isinstance(error, TyingError) else TyingError(str(error)) from error
+        found = parallel_plan(source, sizes)
     if as_json:
-        print_json("plan", model, {"findings": []} | found.to_dict())
+        print_json("plan", source, {"findings": []} | found.to_dict())
     else:
         console = Console()
         typer.echo(found.to_table(width=console.width if console.is_terminal else 200))

@@ -36,7 +36,7 @@ def publish(
     Example: hf-tying publish tied-llama me/tied-llama --dry-run
     """
     facts = facts_from(base_model, license, language, dataset, result)
-    with readable("publish", str(source), as_json):
+    with readable("publish", source, as_json):
         from ..hub import publishing
 
         done = publishing.publish(
@@ -45,7 +45,7 @@ def publish(
         )  # fmt: skip
     findings = untold(done.questions)
     if as_json:
-        print_json("publish", str(source), {"findings": findings} | done.to_dict())
+        print_json("publish", source, {"findings": findings} | done.to_dict())
         return
     width = max(map(len, done.files))
     for path, size in done.files.items():

@@ -53,7 +53,7 @@ def make_card(
         UnfitError: the Hub would refuse the metadata.
         TyingError: the files cannot be read, or a fact is unknown.
     """
-    folder = Path(folder)
+    folder = refuse_strange(folder)
     told = facts_of(folder, **facts)
     found = read_results(folder)
     name = repo_id or re.sub(r"[^\w.-]+", "-", folder.resolve().name).strip("-.") or "model"
@@ -89,11 +89,25 @@ def _context(folder: Path, repo_id: str, told: Facts, found: Results) -> tuple[d
         from .model_card import model_context
 
         return model_context(folder, repo_id, told, found), "tied_model.md"
-    if any(folder.glob("**/adapter_config.json")):
-        from .adapter_card import adapter_context
+    from .adapter_card import adapter_context
 
-        return adapter_context(folder, repo_id, told), "tied_lora.md"
-    raise TyingError(f"{folder} has no {_CONFIG} and no adapter_config.json: expected a folder of save_pretrained.")
+    return adapter_context(folder, repo_id, told), "tied_lora.md"
+
+
+def refuse_strange(place: str | Path) -> Path:
+    """The folder of a model or an adapter that a user has named; an empty name is not the folder of the process.
+
+    Raises:
+        TyingError: there is no such folder, or it has no `config.json`, and no `adapter_config.json` anywhere.
+    """
+    folder = Path(place)
+    if place == "" or not folder.is_dir():
+        raise TyingError(f"{str(place)!r:.300} is no folder: expected a folder of save_pretrained.")
+    if not (folder / _CONFIG).is_file() and not any(folder.glob("**/adapter_config.json")):
+        raise TyingError(
+            f"{folder} has no {_CONFIG} and no adapter_config.json: expected a folder of save_pretrained."
+        )
+    return folder
 
 
 def _rows(told: Facts, found: Results) -> list[dict[str, Any]]:

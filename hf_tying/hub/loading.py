@@ -11,6 +11,7 @@ from ..report.checkpoint import read_checkpoint
 from ..report.opening import open_source
 from ..report.records import TyingReport
 from ..ties.depth_groups import needs_this_package
+from .errors import MissingChoice
 from .stock_ties import stock_ties
 
 #: By the mapping of transformers that has the class: the Auto class, and the task on the Hub. `None`: it has several.
@@ -121,21 +122,23 @@ def refuse_other_function(folder: Path, config: Mapping[str, Any], report: Tying
         report: what `tying_report` says of it.
 
     Raises:
-        TyingError: with the ways out.
+        MissingChoice: with the ways out.
+        TyingError: the config makes no model.
     """
     outcome = how_loaded(folder, config, report).outcome
     if outcome in ("random", "wrong"):
         filled = "fill the others with random numbers" if outcome == "random" else "take other matrices for the rest"
-        raise TyingError(
-            f"{folder.name} has each tied matrix once (dedup), and its class does not tie them by itself: loaders "
-            f"without hf_tying {filled}. Save with "
+        raise MissingChoice(
+            f"Nothing is uploaded: {folder.name} has each tied matrix once (dedup), and its class does not tie them "
+            f"by itself: loaders without hf_tying {filled}. Save with "
             'tie(model, TyingConfig(save_format="portable")), or agree to it with yes=True (--yes).'
         )
     if outcome == "other":
-        raise TyingError(
-            f"{folder.name} has a projection (PR) in a stock class: loaders without hf_tying leave it out, and give "
-            "other logits. Fold it into the softmax matrix (merge_projection(model)) and save, publish a class of "
-            "your own with its code (register_for_auto_class), or agree to it with yes=True (--yes)."
+        raise MissingChoice(
+            f"Nothing is uploaded: {folder.name} has a projection (PR) in a stock class: loaders without hf_tying "
+            "leave it out, and give other logits. Fold it into the softmax matrix (merge_projection(model)) and save, "
+            "publish a class of your own with its code (register_for_auto_class), or agree to it with yes=True "
+            "(--yes)."
         )
 
 

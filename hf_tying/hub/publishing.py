@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from huggingface_hub import HfApi
 from ..config import TyingError
 from ..report.dispatch import tying_report
 from ..ties.headers import read_json
-from .cards import CARD, make_card
+from .cards import CARD, make_card, refuse_strange
 from .code_blocks import blocks_of, run_blocks
 from .errors import MissingChoice, UnfitError
 from .facts import FACTS, facts_of
@@ -116,15 +118,13 @@ def publish(
             card fails on the repository alone.
         TyingError: the folder cannot be read.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise TyingError(f"{str(folder)!r} is no folder: expected one that save_pretrained has written.")
+    folder = refuse_strange(folder)
     if not has_form_of_id(repo_id):
         raise TyingError(f"{repo_id!r} is no name of a repository: expected owner/name.")
     api = HfApi(token=token)
     if "/" not in repo_id and not dry_run:
         repo_id = f"{api.whoami()['name']}/{repo_id}"
-    with tempfile.TemporaryDirectory(prefix="hf-tying-") as work:
+    with tempfile.TemporaryDirectory(prefix="hf-tying-") as work, _named(Path(work) / "upload", folder):
         staged = Path(work) / "upload"
         left_out = _stage(folder, staged)
         _refuse_broken(folder, yes)
@@ -161,6 +161,16 @@ def publish(
         )
 
 
+@contextmanager
+def _named(staged: Path, folder: Path) -> Iterator[None]:
+    """Errors name the folder of the user, and not the one that is uploaded, which is gone then."""
+    try:
+        yield
+    except ValueError as error:  # a TyingError is one, and so is what PEFT finds
+        kind = type(error) if isinstance(error, TyingError) else TyingError
+        raise kind(str(error).replace(str(staged), str(folder))) from error
+
+
 def _stage(folder: Path, staged: Path) -> list[str]:
     """Put what is uploaded into a folder of its own, by hard links where possible. Returns what is left out."""
     left_out: list[str] = []
@@ -179,7 +189,11 @@ def _stage(folder: Path, staged: Path) -> list[str]:
                 pass  # another file system
         return shutil.copy2(source, target)
 
-    shutil.copytree(folder, staged, ignore=ignore, copy_function=place)
+    try:
+        shutil.copytree(folder, staged, ignore=ignore, copy_function=place)
+    except shutil.Error as error:
+        path, _, reason = error.args[0][0]
+        raise TyingError(f"{path} cannot be read: {reason}") from None
     return left_out
 
 
@@ -194,10 +208,7 @@ def _refuse_broken(folder: Path, yes: bool) -> None:
         )
         raise UnfitError(f"Nothing is uploaded: {found}")
     if not yes:
-        try:
-            refuse_other_function(folder, read_json(folder / "config.json"), report)
-        except TyingError as error:
-            raise MissingChoice(f"Nothing is uploaded: {error}") from None
+        refuse_other_function(folder, read_json(folder / "config.json"), report)
 
 
 def _name_the_base(staged: Path, told: str | None, token: bool | str | None) -> None:

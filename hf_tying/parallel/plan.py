@@ -13,10 +13,12 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
 from ..config import TyingError, nearest
+from ..report.opening import open_source
 from ..ties.anatomy import Anatomy
 from ..ties.groups import TieGroup
 from ..ties.verify import groups_of, unwrapped
@@ -42,15 +44,16 @@ def parallel_plan(
     the meta device is enough.
 
     Args:
-        model: a `PreTrainedModel`, also wrapped; or the folder of a saved one, or its id on the Hub, of which the
-            config alone is read.
+        model: a `PreTrainedModel`, also wrapped; or the folder of a saved one, or
+            `owner/name[@revision][/subfolder]` on the Hub, of which the config alone is read.
         mesh: sizes by axis: `pp` pipeline stages, `dp` copies (DDP; with `fsdp`, replicas), `fsdp` shards, `tp` parts
             of a matrix. Ranks count through `tp` first, then `fsdp`, `dp`, `pp`. An axis that is left out has size 1.
         gather_dtype: in which FSDP2 gathers parameters. Default `None`: their own.
         reduce_dtype: in which gradients are summed. Default `None`: the parameters' own.
 
     Raises:
-        TyingError: for an unknown axis, a size below 1, more stages than layers, or an encoder-decoder with stages.
+        TyingError: the config cannot be read or makes no model; an unknown axis, a size below 1, more stages than
+            layers, or an encoder-decoder with stages.
 
     Example:
         >>> print(parallel_plan("meta-llama/Llama-3.2-1B", {"dp": 64}))
@@ -81,7 +84,23 @@ def parallel_plan(
 
 def _empty_model(source: str | os.PathLike[str]) -> PreTrainedModel:
     """The model of a config, on the meta device: of the class that it names, or of an Auto class that has one."""
-    config = AutoConfig.from_pretrained(source)
+    opened = open_source(source)
+    if not opened.has("config.json"):
+        raise TyingError(f"{str(source)!r} has no config.json: expected a folder that save_pretrained wrote.")
+    fields = opened.json("config.json")
+    kind = fields.pop("model_type", None)
+    if kind not in transformers.CONFIG_MAPPING:
+        raise TyingError(f"config.json in {source} has model_type {kind!r:.80}, which transformers does not have.")
+    try:
+        return _of_config(AutoConfig.for_model(kind, **fields), source)
+    except TyingError:
+        raise
+    except Exception as error:  # what classes of configs and models raise of fields that are not theirs
+        reason = " ".join(str(error).split())
+        raise TyingError(f"config.json in {source} makes no model: {reason:.300}") from error
+
+
+def _of_config(config: PreTrainedConfig, source: str | os.PathLike[str]) -> PreTrainedModel:
     named = (getattr(transformers, name, None) for name in getattr(config, "architectures", None) or ())
     with torch.device("meta"):
         if (architecture := next(filter(None, named), None)) is not None:

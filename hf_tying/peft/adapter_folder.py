@@ -44,7 +44,7 @@ def read_adapter(path: str | os.PathLike, subfolder: str | None = None, **hub: A
         os.path.isfile(os.path.join(place, name)) for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
     ):
         raise ValueError(
-            f"{place} has a {CONFIG_NAME} and no {SAFETENSORS_WEIGHTS_NAME}. Expected a folder written by "
+            f"{place} has an {CONFIG_NAME} and no {SAFETENSORS_WEIGHTS_NAME}. Expected a folder written by "
             "save_pretrained."
         )
     if subfolder:

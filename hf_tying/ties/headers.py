@@ -68,7 +68,9 @@ def read_places(path: str | Path) -> dict[str, TensorPlace]:
         with path.open("rb") as file:
             length = header_length(file.read(8), size)
             return parse_header(file.read(length), size)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise TyingError(f"{path.name} in {path.parent} cannot be read: {error.strerror or error}.") from error
+    except ValueError as error:
         raise TyingError(
             f"{path.name} in {path.parent} cannot be read as safetensors ({error}): it is truncated, "
             "corrupted or of another format. Download or save it again."

@@ -85,9 +85,10 @@ def test_an_unknown_command_is_a_usage_error(hf_tying):
 
 
 @pytest.mark.parametrize("command", [command.callback.__name__ for command in app.registered_commands])
-def test_every_help_has_an_example_and_the_exit_codes(hf_tying, command):
+def test_every_help_has_an_example_the_exit_codes_and_json(hf_tying, command):
     assert example_of(hf_tying, command)[0] == command
-    assert "Exit codes: 0" in " ".join(hf_tying(command, "--help")[1].replace("│", " ").split())
+    text = " ".join(hf_tying(command, "--help")[1].replace("│", " ").split())
+    assert "Exit codes: 0" in text and " --json " in text
 
 
 def test_the_example_of_plan_runs_and_what_cannot_be_read_ends_with_3(hf_tying, tied_folder, monkeypatch):

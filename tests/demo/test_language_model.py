@@ -1,6 +1,8 @@
 """The demo's parts, and the demo from the command line on a small text."""
 
 import json
+import re
+import shlex
 import shutil
 import sys
 
@@ -11,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_tying import TyingError, assert_tied, cli, untie
+from hf_tying.cli.demo import demo
 from hf_tying.demo import job
 from hf_tying.demo.fresh_process import score
 from hf_tying.demo.job import _fairness, _outcome
@@ -23,8 +26,8 @@ from hf_tying.demo.training import Run, _RecordingCollator
 from ..processes import run_python
 
 
-def hf_tying(*arguments):
-    return run_python("-m", "hf_tying", *arguments, check=False)
+def hf_tying(*arguments, cwd):
+    return run_python("-m", "hf_tying", *arguments, check=False, cwd=cwd)
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +46,13 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(text, tmp_path_factory):
-    """The demo, run once as a user runs it."""
-    folder = tmp_path_factory.mktemp("runs") / "demo"
-    flags = ["--train_file", text, "--vocab_size", 400, "--max_steps", 12, "--seed", 3, "--output_dir", folder]
-    return hf_tying("demo", *flags), folder
+    """The example of the help, run once as a user runs it, with a smaller vocabulary and fewer steps."""
+    here = tmp_path_factory.mktemp("example")
+    (here / "train.txt").symlink_to(text)
+    command = shlex.split(re.search(r"Example: hf-tying (.+)", demo.__doc__)[1])
+    assert command[0] == "demo" and command[-2] == "--output_dir"
+    flags = ["--vocab_size", 400, "--max_steps", 12, "--seed", 3]
+    return hf_tying(*command, *flags, cwd=here), here / command[-1]
 
 
 @pytest.mark.slow
@@ -156,12 +162,18 @@ def test_a_claim_that_fails_ends_the_command_with_one_and_is_reported(text, tmp_
         "--output_dir",
         str(tmp_path / "out"),
     ]
-    monkeypatch.setattr(sys, "argv", ["hf-tying", "demo", *flags])
+    monkeypatch.setattr(sys, "argv", ["hf-tying", "demo", "--json", *flags])
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert end.value.code == 1
-    assert "FAILS  its perplexity is at most 0 of the untied model's" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "FAILS  its perplexity is at most 0 of the untied model's" in printed.err
+    told = json.loads(printed.out)
+    assert (told["schema"], told["command"], told["source"]) == (1, "demo", str(tmp_path / "out"))
+    assert [finding["code"] for finding in told["findings"]] == ["claim"]
+    assert told["findings"][0]["message"].startswith("its perplexity is at most 0 of the untied model's: it does not")
     report = json.loads((tmp_path / "out/report.json").read_text())
+    assert told["report"] == report
     assert [check["claim"] for check in report["checks"] if not check["holds"]] == [
         "its perplexity is at most 0 of the untied model's"
     ]
@@ -203,7 +215,7 @@ def test_a_dependency_that_was_left_out_is_named(library, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, library, None)
     monkeypatch.setattr(job, "run_demo", lambda settings: pytest.fail("the demo was started"))
     monkeypatch.setattr(sys, "argv", ["hf-tying", "demo"])
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match="3"):
         cli.main()
     assert f"The demo needs {library}, which is missing: pip install 'hf-tying[demo]'." in capsys.readouterr().err
 
@@ -230,11 +242,12 @@ def test_bad_input_is_a_message_and_nothing_is_written(flags, message, text, tmp
     (tmp_path / "latin.txt").write_bytes("déjà vu".encode("latin-1") * 100)
     before = sorted(tmp_path.iterdir())
     flags = [flag.format(tmp=tmp_path, text=text) for flag in flags]
-    monkeypatch.setattr(sys, "argv", ["hf-tying", "demo", *flags, "--output_dir", str(tmp_path / "out")])
+    monkeypatch.setattr(sys, "argv", ["hf-tying", "demo", *flags, "--json", "--output_dir", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as end:
         cli.main()
-    assert end.value.code == 1
-    assert message in capsys.readouterr().err
+    assert end.value.code == 3
+    printed = capsys.readouterr()
+    assert message in printed.err and message in json.loads(printed.out)["findings"][0]["message"]
     assert sorted(tmp_path.iterdir()) == before
 
 
