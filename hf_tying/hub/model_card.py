@@ -17,7 +17,7 @@ from .facts import Facts
 from .loading import Loading, how_loaded
 from .papers import papers_for
 from .results import Results
-from .tags import is_of_layers, tags_of
+from .tags import is_of_layers, scheme_of, tags_of
 from .words import code, megabytes, plain
 
 _MOST_GROUPS = 20
@@ -63,7 +63,7 @@ def model_context(folder: Path, repo_id: str, facts: Facts, results: Results) ->
     report = replace(tying_report(folder), source=repo_id)
     loading = how_loaded(folder, config, report)
     entry = TyingConfig.in_config(config)
-    scheme = report.scheme or _scheme_of(report)
+    scheme = report.scheme or scheme_of(group.roles.values() for group in report.groups)
     projected = entry.projection is not None
     groups = report.groups[:_MOST_GROUPS]
     features = (scheme if scheme != "none" else None, "projection" if projected else None, *facts.features)
@@ -88,18 +88,11 @@ def model_context(folder: Path, repo_id: str, facts: Facts, results: Results) ->
     }  # fmt: skip
 
 
-def _scheme_of(report: TyingReport) -> str | None:
-    """The scheme of ties that the class itself makes, by the roles of the one group that it has."""
-    roles = {role for group in report.groups for role in group.roles.values()}
-    full = {frozenset({"target", "output"}): "two_way", frozenset({"source", "target", "output"}): "three_way"}
-    return full.get(frozenset(roles)) if len(report.groups) == 1 else None
-
-
 def _summary(report: TyingReport, scheme: str | None, facts: Facts, entry: TyingConfig) -> str:
     kind = code(report.architecture)
     article = "An" if report.architecture[:1] in "AEIOU" else "A"
     sentence = f"{article} {kind} of {report.parameters:,} parameters"
-    layers = [group for group in report.groups if not group.roles and is_of_layers(group.name, group.names)]
+    layers = [group for group in report.groups if is_of_layers(group.name, group.names, group.roles)]
     relaxed = [group for group in report.groups if group.name in entry.relax]
     if any(group.roles for group in relaxed):
         scheme = None  # one matrix, and a difference

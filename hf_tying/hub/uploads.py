@@ -7,6 +7,8 @@ a folder as they have written it. `hf_tying.hook` lists where this is called fro
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..config import entry_of
+from ..ties.anatomy import Anatomy
 from .folders import finish_folder, is_tied
 from .renewing import renew_card
 from .tags import OURS, tags_of
@@ -31,7 +33,8 @@ def prepare_upload(model: Any, token: bool | str | None = None) -> None:
         refuse_local_bases(model, token)
         return  # its tags are those of the base model
     if hasattr(model, "add_model_tags"):
-        tags = tags_of(getattr(model, "config", None))
+        config = getattr(model, "config", None)
+        tags = tags_of(config, Anatomy(model).role_of) if entry_of(config) is not None else []
         if model.model_tags or tags:
             model.model_tags = [tag for tag in model.model_tags or [] if not tag.startswith(OURS)]
             model.add_model_tags(tags)

@@ -120,6 +120,14 @@ class HubFolder(Source):
         return HubFolder(self.repo, self.revision, self.subfolder + folder, f"{self.name}/{folder}", self.token)
 
 
+#: What the errors of huggingface_hub mean.
+_ANSWERS = {
+    "GatedRepoError": "it is gated. Ask for access on its page, and give a token (--token, or `hf auth login`).",
+    "RepositoryNotFoundError": "there is none of that name, or it is private and the token does not open it.",
+    "RevisionNotFoundError": "it has no branch, tag or commit of that name.",
+}
+
+
 def _asked(name: str, call: Callable[[], Any]) -> Any:
     """The answer of the Hub.
 
@@ -131,7 +139,7 @@ def _asked(name: str, call: Callable[[], Any]) -> Any:
     except TyingError:
         raise
     except Exception as error:  # of the client, of its HTTP library, of sockets
-        text = " ".join(str(error).split())
-        raise ReadError(
-            f"{name!r} is neither a folder nor a repository that can be read: {type(error).__name__}: {text:.500}"
-        ) from error
+        kinds = [kind.__name__ for kind in type(error).__mro__]
+        text = next((_ANSWERS[kind] for kind in kinds if kind in _ANSWERS), None)
+        text = text or f"{kinds[0]}: {' '.join(str(error).split()):.500}"
+        raise ReadError(f"{name!r} is neither a folder nor a repository that can be read: {text}") from error

@@ -5,7 +5,7 @@ from math import prod
 from .checkpoint import Checkpoint
 from .dtypes import bytes_of, torch_dtype
 from .records import Finding, GroupReport, TyingReport, group_report, missing_in_file
-from .stock_table import FLAG, StockClass, generalised
+from .stock_table import FLAG, StockClass, generalised, roles_in
 
 _NO_CLASS = StockClass([], {})
 #: The buffers of torch's norms, which files have beside parameters. A class that transformers lacks may have them.
@@ -44,7 +44,7 @@ def report_on_files(checkpoint: Checkpoint) -> TyingReport:
             group_report(
                 name,
                 names,
-                stock.role_of,
+                stock.role_of or roles_in(checkpoint.architecture),
                 list(shape),
                 torch_dtype(dtype),
                 bytes_of(dtype),

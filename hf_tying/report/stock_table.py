@@ -99,6 +99,10 @@ def generalised(name: str) -> str:
     return re.sub(r"(?<![^.])[0-9]+(?![^.])", "*", name)
 
 
+#: The classes of this package with two roles, which transformers lacks: it ties nothing in them.
+_OURS = {"TiedLSTMForCausalLM": StockClass([], {"target": ["lstm.embed_tokens.weight"], "output": ["lm_head.weight"]})}
+
+
 def part_of(name: str) -> str:
     """The first two parts of the path of the module that holds a tensor."""
     return ".".join(generalised(name).split(".")[:-1][:2]) or name
@@ -128,6 +132,12 @@ def stock_class(architecture: str) -> StockClass | None:
         if _numbers(installed()) >= _numbers(other):
             row = changed
     return StockClass.from_dict({key: value for key, value in row.items() if key != "since"})
+
+
+def roles_in(architecture: str) -> dict[str, str]:
+    """The role of each name of a class that has one; `{}` of a class that neither the table nor this package has."""
+    row = stock_class(architecture) or _OURS.get(architecture)
+    return row.role_of if row else {}
 
 
 @cache

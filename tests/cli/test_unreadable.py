@@ -5,8 +5,11 @@ import os
 import shutil
 
 import pytest
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
+from hf_tying import TyingError
 from hf_tying.cli.app import app
+from hf_tying.report.hub_folder import _asked
 
 from ..doctor import planted
 
@@ -107,3 +110,15 @@ def test_what_cannot_be_read_is_one_sentence_and_exit_code_3(hf_tying, here, mon
 def test_every_command_is_among_them():
     known = {command.callback.__name__ for command in app.registered_commands}
     assert known == {words[0] for words in COMMANDS.values()} | {"demo"}  # tests/demo
+
+
+@pytest.mark.parametrize("error, says", [
+    (GatedRepoError, "it is gated"), (RepositoryNotFoundError, "none of that name"),
+    (RevisionNotFoundError, "no branch"), (ValueError, "ValueError: a reason"),
+])  # fmt: skip
+def test_what_the_hub_answers_is_said_in_words_of_ours(error, says):
+    def call():
+        raise error.__new__(error, "a reason")  # which asks for the answer of a server
+
+    with pytest.raises(TyingError, match=f"'me/x' is neither a folder nor a repository that can be read: .*{says}"):
+        _asked("me/x", call)

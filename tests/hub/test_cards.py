@@ -14,7 +14,9 @@ from hf_tying.hub import make_card
 from hf_tying.hub.code_blocks import blocks_of, run_blocks
 from hf_tying.hub.metadata import metadata_problems
 from hf_tying.hub.sections import merge_sections, without_placeholders
+from hf_tying.hub.tags import tags_of
 from hf_tying.models import TiedLSTMConfig, TiedLSTMForCausalLM, TiedLSTMForSequenceClassification
+from hf_tying.ties.anatomy import Anatomy
 
 from ..processes import run_script
 from ..tied_lora import tied_lora
@@ -63,21 +65,23 @@ def relaxed(save_format=None):
 
 
 @pytest.mark.parametrize(
-    ("make", "summary", "outcome"),
+    ("make", "summary", "outcome", "tag"),
     [
         (lambda: tie(untied_model("llama"), {"words": WORDS}, init_from=WORDS[0]),
-         r"are \*\*one matrix\*\* \(two-way weight tying\)\.\n", "right values"),
-        (relaxed, r"\*\*one matrix with differences\*\* \(a relaxed tie\)\.\n", "right values"),
-        (lambda: relaxed("dedup"), "a relaxed tie", "**wrong values**"),
-        (lambda: share_layers(tiny_model("llama"), "all"), "in whose layers 9 groups", "right values"),
-        (lambda: share_layers(tiny_model("llama"), "all", save_format="dedup"), "9 groups of", "an error"),
+         r"are \*\*one matrix\*\* \(two-way weight tying\)\.\n", "right values", "two_way"),
+        (relaxed, r"\*\*one matrix with differences\*\* \(a relaxed tie\)\.\n", "right values", "relaxed"),
+        (lambda: relaxed("dedup"), "a relaxed tie", "**wrong values**", "relaxed"),
+        (lambda: share_layers(tiny_model("llama"), "all"), "in whose layers 9 groups", "right values", "groups"),
+        (lambda: share_layers(tiny_model("llama"), "all", save_format="dedup"), "9 groups of", "an error", "groups"),
     ],
     ids=["a user's name", "relaxed", "relaxed dedup", "shared layers", "shared layers dedup"],
 )  # fmt: skip
-def test_a_card_says_what_stock_reads(make, summary, outcome, tmp_path):
+def test_a_card_says_what_stock_reads(make, summary, outcome, tag, tmp_path):
     model = make().eval()
     model.save_pretrained(tmp_path / "model")
-    text = make_card(tmp_path / "model", save=False).text
+    card = make_card(tmp_path / "model", save=False)
+    text = card.text
+    assert set(card.data.tags) == {"weight-tying", f"tying:{tag}"} == {*tags_of(model.config, Anatomy(model).role_of)}
     assert re.search(summary, text) and f"What you get without `hf_tying`: {outcome}" in text
     if outcome == "an error":
         with pytest.raises(OSError, match="no file named"):
@@ -164,6 +168,11 @@ def test_what_a_loader_without_this_package_gets_is_said(folders):
         assert len(found) == blocks and any(block.plain for block in found) == (library == "transformers"), name
 
 
+def test_the_roles_of_a_group_are_named(folders):
+    for name in ("two_way", "stock", "lstm"):
+        assert "`lm_head.weight` | target <br> output | 64 x 16" in card_of(folders, name).text
+
+
 def test_exactly_the_papers_behind_the_model_are_cited(folders):
     cited = {name: set(re.findall(r"arXiv:(\d+\.\d+)", card_of(folders, name).text)) for name in MODELS}
     assert cited["two_way"] == cited["projection"] == cited["lstm"] == cited["stock"] == {"1608.05859"}
@@ -177,6 +186,7 @@ def test_tags_say_what_is_tied(folders):
     assert set(card_of(folders, "layers").data.tags) == {"weight-tying", "tying:groups"}
     assert {"tying:two_way", "tying:projection"} <= set(card_of(folders, "projection").data.tags)
     assert card_of(folders, "untied").data.tags is None
+    assert set(card_of(folders, "lstm").data.tags) == {"weight-tying", "tying:two_way"}
     assert card_of(folders, "classifier").data.pipeline_tag == "text-classification"
 
 
