@@ -148,7 +148,7 @@ def _plan(checkpoint: Checkpoint, to: str, init_from: str | None, untied: list[s
     model = ModelFacts(checkpoint)
     if to not in SCHEMES and to not in FORMS:
         raise TyingError(f"Unknown form {to!r:.80}: expected one of {', '.join([*SCHEMES, *FORMS])}.")
-    if to in SCHEMES and checkpoint.stock is None and checkpoint.entry is None:
+    if to in SCHEMES and checkpoint.stock is None and (checkpoint.entry is None or to != "none"):
         raise TyingError(
             f"transformers has no {checkpoint.architecture}, so that its ties are not known here: load the model, "
             "tie(model, ...) or untie(model), and save_pretrained."
@@ -156,18 +156,15 @@ def _plan(checkpoint: Checkpoint, to: str, init_from: str | None, untied: list[s
     now = dict(checkpoint.groups)
     groups = now if to in FORMS else _groups_of_scheme(model, to, now, untied)
     _refuse_unknown_choice(model, groups, init_from)
+    has = _values_now(model, now)
     value_of: dict[str, str] = {}
     for names in groups.values():
-        kept = _chosen(checkpoint, model, names, init_from)
+        kept = _chosen(checkpoint, model, names, has, init_from)
         value_of |= dict.fromkeys(names, kept)
     entry = checkpoint.entry
     names_of = {name: names for names in groups.values() for name in names}
     # A tie that is taken away leaves each name the values that it had.
-    for names in now.values():
-        present = next((name for name in names if model.held(name)), None)
-        for name in names:
-            if name not in names_of and present is not None:
-                value_of[name] = name if model.held(name) else present
+    value_of |= {name: has[name] for names in now.values() for name in names if name in has and name not in names_of}
     by_class = {frozenset(chain) for chain in _declared_with(model, groups)}
     dedup = to == "dedup" or (to in SCHEMES and all(frozenset(names) in by_class for names in groups.values()))
     if to == "dedup" and any(frozenset(names) not in by_class for names in groups.values()) and entry is None:
@@ -216,12 +213,25 @@ def _refuse_unknown_choice(model: ModelFacts, groups: dict[str, list[str]], init
         )
 
 
-def _chosen(checkpoint: Checkpoint, model: ModelFacts, names: list[str], init_from: str | None) -> str:
-    """The name whose values a group keeps."""
-    held = [name for name in names if model.held(name)]
+def _values_now(model: ModelFacts, now: dict[str, list[str]]) -> dict[str, str]:
+    """The name under which the files have the values of each name: its own, or another one of its tie."""
+    has = {}
+    for names in now.values():
+        present = next((name for name in names if model.held(name)), None)
+        has |= {name: name if model.held(name) else present for name in names if present is not None}
+    return has
+
+
+def _chosen(
+    checkpoint: Checkpoint, model: ModelFacts, names: list[str], has: dict[str, str], init_from: str | None
+) -> str:
+    """The name whose values a group keeps; `has` tells where a name that the files leave out has its own."""
+    has = {name: has.get(name, name) for name in names}
+    held = [name for name in dict.fromkeys(has.values()) if model.held(name)]
     if not held:
         raise TyingError(f"The files have no name of {', '.join(map(repr, names))}: there are no values to keep.")
-    used = [name for name in held if name not in model.stock.carriers] or held
+    used = [has[name] for name in names if name not in model.stock.carriers]
+    used = [name for name in dict.fromkeys(used) if name in held] or held
     shapes = {checkpoint.matrix(name)[0] for name in held}
     if len(shapes) > 1:
         raise TyingError(f"{', '.join(map(repr, held))} have different shapes, {sorted(shapes)}: they cannot be one.")
@@ -230,9 +240,9 @@ def _chosen(checkpoint: Checkpoint, model: ModelFacts, names: list[str], init_fr
         return used[0]
     by_role = model.stock.roles.get(init_from or "", [])
     for name in [*by_role[::-1], init_from]:
-        if name in held:
-            return str(name)
-    roles = [role for role, of_role in model.stock.roles.items() if set(of_role) & set(held)]
+        if has.get(name) in held:
+            return has[name]
+    roles = [role for role, of_role in model.stock.roles.items() if set(of_role) & has.keys()]
     found = checkpoint.values.difference(checkpoint.keys_of(used[0])[0], checkpoint.keys_of(other)[0])
     raise UndecidedError(
         f"{' and '.join(map(repr, used))} differ ({found}), and one of them is kept: choose it with "

@@ -258,6 +258,8 @@ def _config_of(source: Source) -> dict[str, Any]:
         return {"architectures": ["nn.Module"], "tying": source.json(RECORD)}
     if source.only is not None:
         return {}
+    if source.has("adapter_config.json"):
+        raise TyingError(f"{source.name!r} is an adapter: expected a model. Name its base model.")
     raise TyingError(
         f"{source.name!r} has no config.json: expected a folder that save_pretrained wrote, or save_tied, whose "
         f"record is {RECORD}."

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaForCausalLM
 
-from hf_tying import TyingError, assert_tied, tying_report
+from hf_tying import TyingConfig, TyingError, assert_tied, tie, tying_report
 from hf_tying.doctor import diagnose, new_folder, rewrite
 from hf_tying.doctor.comparing import compare
 from hf_tying.doctor.rewriting import UndecidedError
@@ -110,6 +110,21 @@ def test_bart_under_each_scheme(scheme, tmp_path):
     model = loaded(tmp_path / "tied", AutoModelForSeq2SeqLM)
     assert tying_report(model).scheme == scheme
     assert_tied(model)
+
+
+@pytest.mark.parametrize("to", ["two_way", "source_target", "three_way"])
+@pytest.mark.parametrize("held", ["two_way", "source_target", "three_way"])
+@pytest.mark.parametrize("arch", ["bart", "t5"])
+def test_a_tie_that_a_file_has_once_becomes_another_one_as_by_tie(arch, held, to, tmp_path):
+    """The file leaves out names of the old tie, whose values the new one may keep."""
+    made, keep = ("source" if scheme == "source_target" else "target" for scheme in (held, to))
+    tie(untied_model(arch), TyingConfig(held, save_format="dedup"), init_from=made).save_pretrained(tmp_path / "held")
+    rewrite(tmp_path / "held", tmp_path / "out", to, init_from=keep)
+    expected = tie(loaded(tmp_path / "held", AutoModelForSeq2SeqLM), to, init_from=keep)
+    model = loaded(tmp_path / "out", AutoModelForSeq2SeqLM)
+    assert shared_names(model) == shared_names(expected)
+    values = dict(model.named_parameters())
+    assert all(torch.equal(values[name], value) for name, value in expected.named_parameters())
 
 
 @pytest.mark.parametrize("plant", ["tied", "held"])
