@@ -25,6 +25,8 @@ td { overflow-wrap: anywhere; } .grid { width: auto; }
 td.n, th.n { text-align: right; white-space: nowrap; } code { font-size: .9em; overflow-wrap: anywhere; }
 .bar { display: flex; height: 1.1rem; border-radius: 3px; overflow: hidden; background: var(--soft); }
 .cell { display: inline-block; width: 1.1rem; height: 1.1rem; margin: 1px; border-radius: 2px; }
+@media (max-width: 30rem) { body { font-size: 15px; } th, td { padding-right: .4rem; font-size: .85rem; }
+  td:first-child { min-width: 5.5rem; } td:nth-child(3) { overflow-wrap: normal; } }
 @media (prefers-color-scheme: dark) { :root { --bad: #ff8a80; } body { background: #16181d; color: #e8e8e8; } }
 """
 
