@@ -24,6 +24,7 @@ IN_MODELS: tuple[Callable[[Facts, ModelFacts], Iterator[Finding]], ...] = (
     weights.written_twice_for_llama_cpp,
     weights.equal_and_untied,
     weights.order_decides,
+    weights.otherwise_without_the_entry,
     flags.flag_of_a_wrapper,
     flags.flag_of_a_part,
     weights.merged_into_one_side,
@@ -61,6 +62,7 @@ CODES = {
     "T020": "the weights are a pickle",
     "T021": "a tensor that the class has no place for",
     "T022": "counts in the config and in the files contradict each other",
+    "T023": "each matrix is written once, and plain transformers fills in others",
 }
 
 

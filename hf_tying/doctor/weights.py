@@ -9,9 +9,12 @@ from ..config import TyingError
 from ..report.checkpoint import Checkpoint, counts_in
 from ..report.dtypes import bytes_of
 from ..report.records import Finding
+from ..report.stock_building import build
 from ..report.stock_table import generalised, part_of
+from ..report.stock_ties import stock_ties
 from ..report.text import size
 from .facts import Facts, ModelFacts
+from .flags import entry_and_flag
 
 _LAYERS = re.compile(r"\w*(num_hidden_layers|n_layers?|num_layers|\w+_layers)")
 _SHOWN = 5
@@ -29,6 +32,33 @@ def order_decides(facts: Facts, model: ModelFacts) -> Iterator[Finding]:
             f"{len(group.in_file or [])} others that differ: which of them counts depends on the order of loading.",
             f"hf-tying untie {facts.name} OUT, or hf-tying tie {facts.name} SCHEME OUT --init-from ROLE.",
             group.name,
+        )
+
+
+def otherwise_without_the_entry(facts: Facts, model: ModelFacts) -> Iterator[Finding]:
+    """T023: the file leaves out names of the entry, and the class fills them with something else."""
+    checkpoint = model.checkpoint
+    reports = facts.report.groups if facts.report else []
+    groups = [[name for name in group.names if name not in group.apart] for group in reports]
+    by_class = {frozenset(chain) for chain in model.declared}
+    missing = any(not model.held(name) for names in groups for name in names if frozenset(names) not in by_class)
+    entry = checkpoint.entry
+    if not facts.thorough or entry is None or entry.depth or entry.relax or not missing:
+        return
+    if any(entry_and_flag(facts, model)):  # T004 says it, and hf_tying refuses the file
+        return
+    built = build({key: value for key, value in model.config.items() if key != "tying"}, checkpoint.architecture)
+    if built is None:
+        return
+    found = stock_ties(built, checkpoint, groups)
+    if names := found.random or found.wrong:
+        filled = "random numbers" if found.random else "the values of another matrix"
+        yield Finding(
+            "T023",
+            "warning",
+            f"the `tying` entry fills names that the file leaves out, and plain transformers fills {names[0]!r} with "
+            f"{filled}.",
+            f"hf-tying convert {facts.name} OUT --to portable.",
         )
 
 

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import TyingConfig, TyingError
+from ..config import TyingConfig
 from ..report.checkpoint import read_checkpoint
 from ..report.opening import open_source
 from ..report.records import TyingReport
+from ..report.stock_building import build
+from ..report.stock_ties import stock_ties
 from ..ties.depth_groups import needs_this_package
 from .errors import MissingChoice
-from .stock_ties import stock_ties
 
 #: By the mapping of transformers that has the class: the Auto class, and the task on the Hub. `None`: it has several.
 _TASKS = (
@@ -83,7 +84,7 @@ def how_loaded(folder: Path, config: Mapping[str, Any], report: TyingReport) -> 
         named = config["auto_map"] if isinstance(config["auto_map"], dict) else {}
         ours = next((name for name in named if _AUTO.fullmatch(name)), auto_class)
         return Loading(str(ours), task, "code")
-    model = _built(config, architecture)
+    model = build({key: value for key, value in config.items() if key != "tying"}, architecture)
     if model is None:
         return Loading(auto_class, task, "nothing" if architecture in _OURS else "unknown")
     if needs_this_package(entry):
@@ -153,21 +154,3 @@ def _task_of(architecture: str, config: Mapping[str, Any]) -> tuple[str, str | N
             translates = config.get("model_type") in ("marian", "fsmt")
             return auto_class, "translation" if translates and task is None else task
     return "AutoModel", None
-
-
-def _built(config: Mapping[str, Any], architecture: str) -> Any:
-    """The stock class, built without weights and without the `tying` entry; `None` where transformers has none."""
-    import torch
-    import transformers
-
-    cls = getattr(transformers, architecture, None)
-    model_type = config.get("model_type")
-    if not hasattr(cls, "post_init") or not isinstance(model_type, str):
-        return None
-    dropped = ("model_type", "auto_map", "tying")
-    try:
-        made = transformers.AutoConfig.for_model(model_type, **{k: v for k, v in config.items() if k not in dropped})
-        with torch.device("meta"):
-            return cls(made)
-    except Exception as error:
-        raise TyingError(f"config.json does not make a {architecture}: {error}") from error

@@ -84,7 +84,7 @@ def parallel_plan(
 
 def _empty_model(source: str | os.PathLike[str]) -> PreTrainedModel:
     """The model of a config, on the meta device: of the class that it names, or of an Auto class that has one."""
-    opened = open_source(source)
+    opened = open_source(os.fspath(source))
     if not opened.has("config.json"):
         raise TyingError(f"{str(source)!r} has no config.json: expected a folder that save_pretrained wrote.")
     fields = opened.json("config.json")

@@ -338,6 +338,15 @@ def forms_differ(folder):
     rewrite(folder, file, **{name: load_file(folder / file)[name] + 1})
 
 
+def bart_tied_once(folder):
+    held(folder, "two_way", "bart", save_format="dedup")
+
+
+def source_and_target_once(folder):
+    entry = TyingConfig("source_target", save_format="dedup")
+    tie(untied_model("bart"), entry, init_from="source").save_pretrained(folder)
+
+
 #: Each disease: (the code, what plants it in a new folder).
 PLANTED: list[tuple[str, Callable[[Path], None]]] = [
     *(("T001", plant) for plant in (two_matrices, one_row, one_row_of_bart, entry_over_two_matrices)),
@@ -366,6 +375,7 @@ PLANTED: list[tuple[str, Callable[[Path], None]]] = [
     ("T020", pickle),
     *(("T021", plant) for plant in (dead_tensor, dead_tensor_in_a_layer)),
     *(("T022", plant) for plant in (too_many_layers, layers_without_end, wrong_width)),
+    *(("T023", plant) for plant in (bart_tied_once, source_and_target_once)),
 ]
 
 

@@ -17,7 +17,7 @@ from ..tiny import ALL, FULL_SCHEME, layer_pair, tiny_model, untied_model
 from .planted import PLANTED
 
 #: They need the class, which only `diagnose` builds where nothing looks odd; or values of the whole adapter.
-THOROUGH_ALONE = {"dead_tensor_in_a_layer", "wrong_width", "forms_differ"}
+THOROUGH_ALONE = {"dead_tensor_in_a_layer", "wrong_width", "forms_differ", "bart_tied_once", "source_and_target_once"}
 # What `inspect` refuses with the reason, as a load would.
 UNREADABLE = {"entry_with_a_layer_that_is_not_there", "entry_of_no_scheme"}
 

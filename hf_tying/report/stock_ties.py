@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..report.checkpoint import Checkpoint
+from .checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
