@@ -10,12 +10,14 @@ from transformers.utils import logging
 
 from ..config import TyingConfig, TyingError
 from .anatomy import Anatomy
+from .depth_groups import SUFFIX
 from .groups import TieGroup, declaration_of, groups_held, locate, make_groups, names_held
-from .relaxation import Relaxation, relaxation_at
+from .relaxation import Relaxation, agrees, make_exact, relaxation_at
 from .sharding import gathered
 from .slots import (
     difference,
     find_parameter,
+    find_slot,
     parameter_of,
     same_values,
     set_parameter,
@@ -51,12 +53,17 @@ def tie_loaded(model: PreTrainedModel, missing: set[str]) -> list[TieGroup]:
 def _tie_filled(anatomy: Anatomy, config: TyingConfig, missing: set[str]) -> list[TieGroup]:
     model = anatomy.model
     kept: list[TieGroup] = []
+    freed: list[str] = []
+    for name in missing:
+        if isinstance(module := slot_of(model, name)[0], Relaxation):
+            module.reset_parameters()  # the file has no difference: the member is its root
     for group in _with_new_ones(anatomy, missing):
         # Names of another shape in the file (ignore_mismatched_sizes) are still on the meta device, alone.
         blank = [name for name in group.names if parameter_of(model, name).is_meta]
         unfilled = missing | set(blank if len(blank) < len(group.names) else [])
         # The file has the whole values of relaxed names, and their differences from the root beside them.
-        unfilled = unfilled | _refuse_rootless(model, group, [name for name in group.names if name not in unfilled])
+        relaxed = _refuse_rootless(model, group, [name for name in group.names if name not in unfilled])
+        whole, unfilled = relaxed - unfilled, unfilled | relaxed
         present = [name for name in group.names if name not in unfilled]
         if not present:
             logger.warning(
@@ -67,7 +74,12 @@ def _tie_filled(anatomy: Anatomy, config: TyingConfig, missing: set[str]) -> lis
             parts = parts_by_value(present, lambda name: parameter_of(model, name))
             if len(parts) > 1:
                 parts = settle(config, group, parts, lambda name: parameter_of(model, name))
-            filled = [name for name in group.names if name in unfilled]
+            root = parameter_of(model, parts[0][0])
+            apart = [name for name in group.names if name in whole and not _agrees(model, name, root)]
+            if apart and _chosen(config, group, apart, present) == "keep_untied":
+                freed += apart
+                parts += [[name] for name in apart]
+            filled = [name for name in group.names if name in unfilled and [name] not in parts]
         for i, part in enumerate(parts):
             names = [name for name in group.names if name in part or i == 0 and name in filled]
             source = parameter_of(model, part[0])
@@ -76,11 +88,35 @@ def _tie_filled(anatomy: Anatomy, config: TyingConfig, missing: set[str]) -> lis
             if len(names) > 1:
                 kept.append(TieGroup(group.name if i == 0 else f"{group.name}_{i + 1}", tuple(names)))
         missing.difference_update(filled)
-    for name in missing:
-        if isinstance(module := slot_of(model, name)[0], Relaxation):
-            module.reset_parameters()  # the file has no difference: the member starts at its root
+    for name in freed:
+        make_exact(model, name)
+        missing.difference_update([each for each in missing if each.startswith(f"{name}{SUFFIX}.")])
+    kept = [TieGroup(group.name, tuple(n for n in group.names if find_slot(model, n))) for group in kept]
     _fill_untied(anatomy, missing)
-    return kept
+    return [group for group in kept if len(group.names) > 1]
+
+
+def _agrees(model: nn.Module, name: str, root: torch.Tensor) -> bool:
+    return agrees(model, name, root, parameter_of(model, name), {})
+
+
+def _chosen(config: TyingConfig, group: TieGroup, apart: list[str], exact: list[str]) -> str:
+    """The `on_conflict` for relaxed names that have another value than their root and their difference make.
+
+    Raises:
+        TyingError: when nothing was chosen.
+    """
+    if config.on_conflict == "keep_untied":
+        logger.warning(f"Group {group.name!r}: {', '.join(apart)} kept untied, the config is corrected.")
+    elif config.on_conflict.removeprefix("use:") not in exact:
+        raise TyingError(
+            f"The file has a value of {apart[0]!r} that is not what its difference makes of {exact[0]!r} (relaxed "
+            f"group {group.name!r}): another program has trained it, perhaps. No weights are dropped unasked. Choose "
+            "by the `tying` entry of config.json, or from_pretrained(..., tying={**entry, 'on_conflict': ...}): "
+            f"'use:{exact[0]}' takes the root and the differences that the file has, 'keep_untied' keeps the value as "
+            "a matrix of its own and corrects the config."
+        )
+    return config.on_conflict
 
 
 def initial_parameter(model: PreTrainedModel, group: TieGroup) -> nn.Parameter:
@@ -129,6 +165,7 @@ def check_loaded_state(model: nn.Module, state: dict, prefix: str, action: str =
             relaxed = _refuse_rootless(model, group, keys)
             exact = [key for name, key in keys.items() if name not in relaxed]
             for name in relaxed & keys.keys():
+                refuse_other_value(model, config, group, name, state, exact[0], prefix)
                 state[keys[name]] = state[exact[0]]  # it has the whole value there, and the root's in the model
             live = find_parameter(model, group.root)
             keys = {name: key for name, key in keys.items() if not _is_memory_of(live, state[key])} or keys
@@ -149,6 +186,42 @@ def check_loaded_state(model: nn.Module, state: dict, prefix: str, action: str =
         if keys:
             brought[group.root] = next(iter(keys))
     return brought
+
+
+def refuse_other_value(
+    model: nn.Module,
+    config: TyingConfig,
+    group: TieGroup,
+    name: str,
+    state: Mapping[str, torch.Tensor],
+    root: str,
+    prefix: str,
+) -> None:
+    """Refuse a state dict that has neither the root's value nor the whole one for the relaxed `name`.
+
+    Args:
+        model: the model, with the difference of `name`.
+        config: its declaration.
+        group: the group of `name`.
+        name: the relaxed name.
+        state: the state dict; it may lack `name`.
+        root: key of the root's value in it.
+        prefix: prefix of the model's names in it.
+
+    Raises:
+        TyingError: unless `on_conflict` chooses the root.
+    """
+    value = state.get(prefix + state_key(model, name))
+    live = find_parameter(model, group.root)
+    if value is None or config.on_conflict.startswith("use:") or _is_memory_of(live, value):
+        return
+    own = {key.removeprefix(prefix): each for key, each in state.items() if f"{SUFFIX}." in key}
+    if not agrees(model, name, state[root], value, own):
+        raise TyingError(
+            f"Cannot load this state dict: it has a value of {name!r} that is not what its difference makes of "
+            f"{group.root!r} (relaxed group {group.name!r}). Remove it from the state dict, or untie(model) first to "
+            "keep both."
+        )
 
 
 def _refuse_rootless(model: nn.Module, group: TieGroup, present: Iterable[str]) -> set[str]:

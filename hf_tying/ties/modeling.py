@@ -29,7 +29,7 @@ from .making import models_being_made, ties_wait
 from .record import refuse_contradicting_flag, write_config
 from .relaxation import Relaxation, resized
 from .relaxing import relax_declared
-from .resizing import fit_tied, follow_bias, refuse_other_values, replace_tied, resize
+from .resizing import fit_tied, follow_bias, refuse_other_values, refuse_relaxed, replace_tied, resize
 from .roles import ask
 from .sharding import gathered
 from .shared_layers import damp_declared
@@ -206,11 +206,13 @@ class TiedModelMixin(MixinBase):
         """Replace the input embedding; every name tied to it follows, since they are one matrix.
 
         Raises:
-            TyingError: when `value` has no matrix to tie.
+            TyingError: when `value` has no matrix to tie, and where the input embedding is relaxed.
         """
         old = self.get_input_embeddings()
-        if value is not old and not replace_tied(self, old, value):
-            super().set_input_embeddings(value)
+        refuse_relaxed(old, value)
+        with resized(self):
+            if value is not old and not replace_tied(self, old, value):
+                super().set_input_embeddings(value)
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replace the output embedding. A tied one is replaced by another module over the same values only.

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from ..config import TyingConfig, TyingError, nearest
 from .anatomy import Anatomy
-from .checkpoint import check_loaded_state, parts_by_value, settle
+from .checkpoint import check_loaded_state, parts_by_value, refuse_other_value, settle
 from .groups import TieGroup, declaration_of, make_groups, names_held, resolve
 from .headers import RECORD, read_header, read_json
 from .plain_modules import hold, refuse_extensions
@@ -191,6 +191,8 @@ def _settled(
     if len(parts) > 1:
         choose = f"load_tied(module, folder, on_conflict=...) or in {RECORD}"
         parts = settle(config, group, parts, lambda name: tensors[keys[name]], choose)
+    for name in relaxed:
+        refuse_other_value(module, config, group, name, tensors, keys[parts[0][0]], "")
     parts[0] = [name for name in group.names if name in parts[0] or name not in present]
     kept = []
     for i, part in enumerate(parts):

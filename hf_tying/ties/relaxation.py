@@ -21,7 +21,7 @@ from torch.func import functional_call
 
 from .depth_groups import SUFFIX
 from .sharding import is_dtensor
-from .slots import find_slot, parameter_of, state_key
+from .slots import find_slot, parameter_of, same_values, state_key
 
 
 class Relaxation(nn.Module, ABC):
@@ -217,8 +217,13 @@ def relaxed_names(model: nn.Module) -> list[tuple[str, str, str]]:
 
 def relax_entries(model: nn.Module) -> dict[str, dict[str, Any]]:
     """The `relax` entries of the groups of `model`, by the groups' names."""
-    found = {group: relaxation_at(model, name) for group, _, name in relaxed_names(model)}
-    return {group: relaxation.settings for group, relaxation in found.items() if relaxation is not None}
+    entries = {}
+    for group in getattr(model, "tie_groups", ()):
+        found = {name: relaxation_at(model, name) for name in group.aliases}
+        exact = [name for name, relaxation in found.items() if relaxation is None]
+        if relaxation := next((each for each in found.values() if each is not None), None):
+            entries[group.name] = relaxation.settings | ({"exact": exact} if exact else {})
+    return entries
 
 
 def relax(model: nn.Module, name: str, relaxation: Relaxation) -> None:
@@ -266,10 +271,40 @@ def relaxed_value(model: nn.Module, name: str, root: torch.Tensor, state: Mappin
     return root + functional_call(relaxation, held, (root,))
 
 
+def agrees(
+    model: nn.Module, name: str, root: torch.Tensor, value: torch.Tensor, state: Mapping[str, torch.Tensor]
+) -> bool:
+    """Whether `value` is what the relaxed place `name` makes of `root`: with its difference, or `root` itself.
+
+    A file has whole values, and a live state dict the root under each name. Whole values may be rounded as the file
+    is; where there is no difference, nothing is. Values that are not here count as right.
+    """
+    if value.is_meta or root.is_meta or is_dtensor(value) or is_dtensor(root) or same_values(value, root):
+        return True
+    with torch.no_grad():
+        change = relaxed_value(model, name, root, state) - root
+        apart = (value - root - change).nan_to_num(posinf=0, neginf=0)  # one broken matrix is so in both
+        size = sum(torch.linalg.vector_norm(each.nan_to_num().double()) for each in (root, change))
+        rounding = max(_rounding(root), _rounding(value)) if change.count_nonzero() else 0.0
+        return bool(torch.linalg.vector_norm(apart.double()) <= 4 * rounding * size)
+
+
+def _rounding(tensor: torch.Tensor) -> float:
+    """Relative step of the coarsest usual dtype that holds each element: the one in which it was stored."""
+    whole = tensor.nan_to_num()
+    stored = (
+        dtype
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+        if torch.equal(whole.to(dtype).to(whole), whole)
+    )
+    return torch.finfo(next(stored, tensor.dtype)).eps
+
+
 @contextmanager
 def resized(model: nn.Module) -> Iterator[None]:
     """Let members be plain tied parameters inside this context, and follow their root's number of rows after it."""
-    held = [(root, name, relaxation_at(model, name)) for _, root, name in relaxed_names(model)]
+    places = [(root, name, relaxation_at(model, name)) for _, root, name in relaxed_names(model)]
+    held = [place for place in places if place[2] is not None and place[2].active]  # not again inside this context
     for _, _, relaxation in held:
         assert relaxation is not None
         relaxation.active = False
@@ -295,8 +330,8 @@ def _relaxed(cls: type[nn.Module], attribute: str) -> type[nn.Module]:
 
     def value(self: nn.Module) -> torch.Tensor | None:
         parameter, relaxation = self._parameters.get(attribute), self._modules.get(attribute + SUFFIX)
-        if parameter is None or relaxation is None or not relaxation.active:
-            return parameter
+        if parameter is None or relaxation is None or not relaxation.active or parameter.is_meta:
+            return parameter  # without a value yet, or offloaded: who asks now fills the place
         if is_dtensor(parameter) and any(map(is_dtensor, relaxation._parameters.values())):
             return parameter  # FSDP2 has sharded both, and gathers them for a step: who asks now looks for a name
         return parameter + relaxation(parameter)

@@ -370,17 +370,6 @@ def test_a_trainer_keeps_it_and_resumes(tmp_path):
     assert gap(resumed.model)["group"]["lm_head.weight"] > 0
 
 
-def test_a_difference_that_a_file_lacks_is_zero_and_reported(tmp_path, caplog):
-    trained("llama", KINDS["lora"]).save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    save_file(
-        {name: value for name, value in tensors.items() if "relaxation" not in name},
-        tmp_path / "model.safetensors",
-        metadata={"format": "pt"},
-    )
-    assert gap(AutoModelForCausalLM.from_pretrained(tmp_path))["group"] == {"lm_head.weight": 0.0}
-
-
 class TestRefusals:
     def test_a_file_without_the_root(self, tmp_path):
         trained("llama", KINDS["lora"]).save_pretrained(tmp_path)
