@@ -21,6 +21,7 @@ from .anatomy import Anatomy
 from .checkpoint import check_loaded_state, initial_parameter, tie_assigned, tie_loaded, with_all_names
 from .classes import MixinBase, mixins_of, with_mixin, without_mixin
 from .declared import stock_keys
+from .declaring import shared_variant
 from .depth_groups import VARIANT, needs_this_package
 from .extensions import honour_extensions
 from .file_state import file_state
@@ -295,6 +296,16 @@ class TiedModelMixin(MixinBase):
         )
 
     # --- files -------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load as transformers does, also a file that other loaders would misread: they do not look for its name."""
+        try:
+            return super().from_pretrained(*args, **kwargs)
+        except OSError:
+            if (variant := shared_variant(args, kwargs)) is None:
+                raise
+        return super().from_pretrained(*args, **kwargs, variant=variant)
 
     def save_pretrained(
         self,
