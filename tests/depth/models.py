@@ -8,7 +8,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from tests.tiny import logits, tiny_model
+from tests.tiny import tiny_inputs, tiny_model
 
 LENGTHS = {"gpt2": {"n_layer": 4}, "t5": {"num_layers": 4}, "bart": {"encoder_layers": 4, "decoder_layers": 4}}
 
@@ -43,14 +43,19 @@ def plain(name="llama", **changes):
     return tiny_model(name, **LENGTHS.get(name, {"num_hidden_layers": 4}), **changes)
 
 
-def output(model):
+def inputs(model):
+    generator = torch.Generator().manual_seed(1)
     if isinstance(model, ViTForImageClassification):
-        image = torch.randn(1, 3, 8, 8, generator=torch.manual_seed(1))
-        return model(image).logits.detach()
+        return {"pixel_values": torch.randn(1, 3, 8, 8, generator=generator)}
     if isinstance(model, WhisperForConditionalGeneration):
-        sound = torch.randn(1, 8, 20, generator=torch.manual_seed(1))
-        return model(sound, decoder_input_ids=torch.tensor([[1, 3, 4]])).logits.detach()
-    return logits(model)
+        sound = torch.randn(1, 8, 20, generator=generator)
+        return {"input_features": sound, "decoder_input_ids": torch.tensor([[1, 3, 4]])}
+    return tiny_inputs(model)
+
+
+def output(model):
+    with torch.no_grad():
+        return model(**inputs(model)).logits
 
 
 def parameters(model):
