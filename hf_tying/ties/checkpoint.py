@@ -1,7 +1,7 @@
 """Reconcile tie groups with a checkpoint or state dict: fill in missing names, refuse conflicting values."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -12,7 +12,8 @@ from ..config import TyingConfig, TyingError
 from .anatomy import Anatomy
 from .depth_groups import SUFFIX
 from .groups import TieGroup, declaration_of, groups_held, locate, make_groups, names_held
-from .relaxation import Relaxation, agrees, make_exact, relaxation_at
+from .relaxation import Relaxation, make_exact, relaxation_at
+from .relaxed_values import agrees, chosen_for, is_memory_of, refuse_other_value, refuse_rootless
 from .sharding import gathered
 from .slots import (
     difference,
@@ -62,7 +63,7 @@ def _tie_filled(anatomy: Anatomy, config: TyingConfig, missing: set[str]) -> lis
         blank = [name for name in group.names if parameter_of(model, name).is_meta]
         unfilled = missing | set(blank if len(blank) < len(group.names) else [])
         # The file has the whole values of relaxed names, and their differences from the root beside them.
-        relaxed = _refuse_rootless(model, group, [name for name in group.names if name not in unfilled])
+        relaxed = refuse_rootless(model, group, [name for name in group.names if name not in unfilled])
         whole, unfilled = relaxed - unfilled, unfilled | relaxed
         present = [name for name in group.names if name not in unfilled]
         if not present:
@@ -75,8 +76,9 @@ def _tie_filled(anatomy: Anatomy, config: TyingConfig, missing: set[str]) -> lis
             if len(parts) > 1:
                 parts = settle(config, group, parts, lambda name: parameter_of(model, name))
             root = parameter_of(model, parts[0][0])
-            apart = [name for name in group.names if name in whole and not _agrees(model, name, root)]
-            if apart and _chosen(config, group, apart, present) == "keep_untied":
+            given = {name: parameter_of(model, name) for name in group.names if name in whole}
+            apart = [name for name, value in given.items() if not agrees(model, name, root, value, {})]
+            if apart and chosen_for(config, group, apart, present) == "keep_untied":
                 freed += apart
                 parts += [[name] for name in apart]
             filled = [name for name in group.names if name in unfilled and [name] not in parts]
@@ -94,29 +96,6 @@ def _tie_filled(anatomy: Anatomy, config: TyingConfig, missing: set[str]) -> lis
     kept = [TieGroup(group.name, tuple(n for n in group.names if find_slot(model, n))) for group in kept]
     _fill_untied(anatomy, missing)
     return [group for group in kept if len(group.names) > 1]
-
-
-def _agrees(model: nn.Module, name: str, root: torch.Tensor) -> bool:
-    return agrees(model, name, root, parameter_of(model, name), {})
-
-
-def _chosen(config: TyingConfig, group: TieGroup, apart: list[str], exact: list[str]) -> str:
-    """The `on_conflict` for relaxed names that have another value than their root and their difference make.
-
-    Raises:
-        TyingError: when nothing was chosen.
-    """
-    if config.on_conflict == "keep_untied":
-        logger.warning(f"Group {group.name!r}: {', '.join(apart)} kept untied, the config is corrected.")
-    elif config.on_conflict.removeprefix("use:") not in exact:
-        raise TyingError(
-            f"The file has a value of {apart[0]!r} that is not what its difference makes of {exact[0]!r} (relaxed "
-            f"group {group.name!r}): another program has trained it, perhaps. No weights are dropped unasked. Choose "
-            "by the `tying` entry of config.json, or from_pretrained(..., tying={**entry, 'on_conflict': ...}): "
-            f"'use:{exact[0]}' takes the root and the differences that the file has, 'keep_untied' keeps the value as "
-            "a matrix of its own and corrects the config."
-        )
-    return config.on_conflict
 
 
 def initial_parameter(model: PreTrainedModel, group: TieGroup) -> nn.Parameter:
@@ -162,13 +141,13 @@ def check_loaded_state(model: nn.Module, state: dict, prefix: str, action: str =
     for group in groups_held(model):
         keys = {name: key for name in group.names if (key := prefix + state_key(model, name)) in state}
         if action == "load":
-            relaxed = _refuse_rootless(model, group, keys)
+            relaxed = refuse_rootless(model, group, keys)
             exact = [key for name, key in keys.items() if name not in relaxed]
             for name in relaxed & keys.keys():
                 refuse_other_value(model, config, group, name, state, exact[0], prefix)
                 state[keys[name]] = state[exact[0]]  # it has the whole value there, and the root's in the model
             live = find_parameter(model, group.root)
-            keys = {name: key for name, key in keys.items() if not _is_memory_of(live, state[key])} or keys
+            keys = {name: key for name, key in keys.items() if not is_memory_of(live, state[key])} or keys
         parts = parts_by_value(list(keys), lambda name: state[keys[name]])  # noqa: B023
         if len(parts) > 1:
             if action == "load" and config.on_conflict.startswith("use:"):
@@ -186,59 +165,6 @@ def check_loaded_state(model: nn.Module, state: dict, prefix: str, action: str =
         if keys:
             brought[group.root] = next(iter(keys))
     return brought
-
-
-def refuse_other_value(
-    model: nn.Module,
-    config: TyingConfig,
-    group: TieGroup,
-    name: str,
-    state: Mapping[str, torch.Tensor],
-    root: str,
-    prefix: str,
-) -> None:
-    """Refuse a state dict that has neither the root's value nor the whole one for the relaxed `name`.
-
-    Args:
-        model: the model, with the difference of `name`.
-        config: its declaration.
-        group: the group of `name`.
-        name: the relaxed name.
-        state: the state dict; it may lack `name`.
-        root: key of the root's value in it.
-        prefix: prefix of the model's names in it.
-
-    Raises:
-        TyingError: unless `on_conflict` chooses the root.
-    """
-    value = state.get(prefix + state_key(model, name))
-    live = find_parameter(model, group.root)
-    if value is None or config.on_conflict.startswith("use:") or _is_memory_of(live, value):
-        return
-    own = {key.removeprefix(prefix): each for key, each in state.items() if f"{SUFFIX}." in key}
-    if not agrees(model, name, state[root], value, own):
-        raise TyingError(
-            f"Cannot load this state dict: it has a value of {name!r} that is not what its difference makes of "
-            f"{group.root!r} (relaxed group {group.name!r}). Remove it from the state dict, or untie(model) first to "
-            "keep both."
-        )
-
-
-def _refuse_rootless(model: nn.Module, group: TieGroup, present: Iterable[str]) -> set[str]:
-    """The relaxed names of `group`.
-
-    Raises:
-        TyingError: `present`, the names that a file or a state dict has, are relaxed ones alone: the value of the
-            root cannot be known from them.
-    """
-    relaxed = {name for name in group.names if relaxation_at(model, name) is not None}
-    present = list(present)
-    if present and relaxed.issuperset(present):
-        raise TyingError(
-            f"Cannot load group {group.name!r}: {present[0]!r} is relaxed, and its root {group.root!r} is not there. "
-            "Load weights that have the root."
-        )
-    return relaxed
 
 
 def with_all_names(model: PreTrainedModel, state: Mapping) -> dict:
@@ -261,16 +187,6 @@ def tie_assigned(model: nn.Module, incompatible_keys: object) -> None:
     for group in getattr(model, "tie_groups", ()):  # a model inside that was untied still has the hook
         if group.root in names:
             share_parameter(model, group.names, parameter_of(model, names[group.root]))
-
-
-def _is_memory_of(parameter: nn.Parameter | None, value: object) -> bool:
-    """Whether `value` lies in the memory of a plain parameter."""
-    if parameter is None or not isinstance(value, torch.Tensor) or parameter.is_meta or value.is_meta:
-        return False
-    try:
-        return value.data_ptr() == parameter.data_ptr() != 0 and value.shape == parameter.shape
-    except RuntimeError:  # a wrapper around other tensors has no memory of its own
-        return False
 
 
 def parts_by_value(names: list[str], value_of: Callable[[str], torch.Tensor]) -> list[list[str]]:

@@ -17,11 +17,12 @@ from torch.nn.parameter import is_lazy
 
 from ..config import TyingConfig, TyingError, nearest
 from .anatomy import Anatomy
-from .checkpoint import check_loaded_state, parts_by_value, refuse_other_value, settle
+from .checkpoint import check_loaded_state, parts_by_value, settle
 from .groups import TieGroup, declaration_of, make_groups, names_held, resolve
 from .headers import RECORD, read_header, read_json
 from .plain_modules import hold, refuse_extensions
 from .relaxation import make_exact, relaxation_at, relaxed_names, value_at
+from .relaxed_values import refuse_other_value
 from .relaxing import refuse_unrelaxable, relax_declared
 from .slots import state_key, untie_others
 from .tying import refuse_unfit

@@ -11,17 +11,16 @@ parameters of the difference. Names of parameters, state dicts and ties stay wha
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, SupportsIndex
 
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from .depth_groups import SUFFIX
 from .sharding import is_dtensor
-from .slots import find_slot, parameter_of, same_values, state_key
+from .slots import find_slot, parameter_of
 
 
 class Relaxation(nn.Module, ABC):
@@ -258,46 +257,6 @@ def value_at(model: nn.Module, name: str) -> torch.Tensor:
     assert value is not None, name
     relaxation = relaxation_at(model, name)
     return value if relaxation is None else value + relaxation(value)
-
-
-def relaxed_value(model: nn.Module, name: str, root: torch.Tensor, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The value of the relaxed place `name` in a state dict that has the value `root`: with the differences of it.
-
-    The live ones may be another average of the weights, or the shards of one process.
-    """
-    relaxation, prefix = relaxation_at(model, name), f"{state_key(model, name)}{SUFFIX}."
-    assert relaxation is not None, name
-    held = {key: state[prefix + key] for key in relaxation._parameters if prefix + key in state}
-    return root + functional_call(relaxation, held, (root,))
-
-
-def agrees(
-    model: nn.Module, name: str, root: torch.Tensor, value: torch.Tensor, state: Mapping[str, torch.Tensor]
-) -> bool:
-    """Whether `value` is what the relaxed place `name` makes of `root`: with its difference, or `root` itself.
-
-    A file has whole values, and a live state dict the root under each name. Whole values may be rounded as the file
-    is; where there is no difference, nothing is. Values that are not here count as right.
-    """
-    if value.is_meta or root.is_meta or is_dtensor(value) or is_dtensor(root) or same_values(value, root):
-        return True
-    with torch.no_grad():
-        change = relaxed_value(model, name, root, state) - root
-        apart = (value - root - change).nan_to_num(posinf=0, neginf=0)  # one broken matrix is so in both
-        size = sum(torch.linalg.vector_norm(each.nan_to_num().double()) for each in (root, change))
-        rounding = max(_rounding(root), _rounding(value)) if change.count_nonzero() else 0.0
-        return bool(torch.linalg.vector_norm(apart.double()) <= 4 * rounding * size)
-
-
-def _rounding(tensor: torch.Tensor) -> float:
-    """Relative step of the coarsest usual dtype that holds each element: the one in which it was stored."""
-    whole = tensor.nan_to_num()
-    stored = (
-        dtype
-        for dtype in (torch.bfloat16, torch.float16, torch.float32)
-        if torch.equal(whole.to(dtype).to(whole), whole)
-    )
-    return torch.finfo(next(stored, tensor.dtype)).eps
 
 
 @contextmanager
