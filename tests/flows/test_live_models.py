@@ -190,7 +190,7 @@ class TestGraphs:
 
     @pytest.fixture
     def whole(self):
-        model = share_layers(plain(), order=[0, 1, 0, 0], relax=LOW_RANK, residual_factor=0.5)
+        model = share_layers(plain(num_hidden_layers=2), order=[0, 0], relax=LOW_RANK, residual_factor=0.5)
         pair = [*PAIRS["llama"]]
         return without_dropout(
             different(tie(model, {"pair": {"names": pair, "relax": {"kind": "scale"}}}, init_from=pair[0]))

@@ -12,10 +12,9 @@ from hf_tying import TyingError, assert_tied, gap, unroll, untie
 from ..tiny import Sentences, logits, tiny_inputs
 from .kinds import KINDS, made, names_in, plain
 
-FORMS = {"shared layers": "dedup", "relaxed pair": "dedup"}  # a form each, of the two
 
-
-def test_a_trainer_resumes_bit_for_bit(kind, tmp_path):
+@pytest.mark.parametrize(("kind", "save_format"), [("shared layers, relaxed", "dedup"), ("relaxed pair", "portable")])
+def test_a_trainer_resumes_bit_for_bit(kind, save_format, tmp_path):
     """f10."""
 
     def trainer():
@@ -24,7 +23,7 @@ def test_a_trainer_resumes_bit_for_bit(kind, tmp_path):
             tmp_path, max_steps=2, save_steps=1, per_device_train_batch_size=2, report_to=[], use_cpu=True,
             disable_tqdm=True, learning_rate=1e-2, lr_scheduler_type="constant",
         )  # fmt: skip
-        return Trainer(made(kind, save_format=FORMS.get(kind)), arguments, train_dataset=Sentences())
+        return Trainer(made(kind, save_format=save_format), arguments, train_dataset=Sentences())
 
     whole, resumed = trainer(), trainer()
     whole.train()
