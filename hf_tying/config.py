@@ -282,6 +282,14 @@ class TyingConfig:
         names = list(self.groups[name])
         return {"names": names, "relax": dict(self.relax[name])} if name in self.relax else names
 
+    def relaxed_names(self, group: str) -> set[str]:
+        """The names of a group that may differ from its root."""
+        return (
+            set(self.groups[group][1:]).difference(self.relax[group].get("exact", ()))
+            if group in self.relax
+            else set()
+        )
+
     def declared_extensions(self) -> dict[str, Any]:
         """The entries beside the ties that are declared, in the order of `EXTENSIONS`, as the file has them."""
         entry = self.to_dict()

@@ -1,6 +1,7 @@
 """The groups and the stacks of layers of a `tying` entry, read and checked before any model exists."""
 
-from itertools import takewhile
+from collections.abc import Container
+from itertools import chain, count, takewhile
 from typing import Any
 
 from .errors import TyingError, short
@@ -8,7 +9,8 @@ from .errors import TyingError, short
 #: The ways in which a member of a group may differ from its root, and their settings with the defaults. `scale`: a
 #: factor for each row. `lora`: a product of rank `rank`, from `init` `"zero"` or, of values that differ when they are
 #: tied, `"svd"`. `basis`: `filters` further matrices that all members share, with coefficients for each. `bound`, for
-#: every kind: largest norm of the difference as a share of the root's; none by default.
+#: every kind: largest norm of the difference as a share of the root's; none by default. `exact`, for every kind: names
+#: of the group that are the root all the same, as those that a class ties by itself.
 RELAXATIONS: dict[str, dict[str, Any]] = {
     "scale": {},
     "lora": {"rank": 8, "init": "zero"},
@@ -44,6 +46,12 @@ def split_relaxed(groups: Any) -> tuple[Any, dict[str, dict[str, Any]]]:
             names[group] = value["names"]
             if value.get("relax") is not None:
                 relax[group] = _checked_relaxation(group, value["relax"])
+                members = value["names"][1:] if isinstance(value["names"], list | tuple) else ()
+                if others := [name for name in relax[group].get("exact", ()) if name not in members]:
+                    raise TyingError(
+                        f"Group {short(group)} is relaxed with exact={short(others[0])}: expected some of its names, "
+                        "without the first, the root."
+                    )
     return names, relax
 
 
@@ -55,8 +63,8 @@ def _checked_relaxation(group: Any, value: Any) -> dict[str, Any]:
             f"dict with `kind`, one of {', '.join(RELAXATIONS)}."
         )
     for key, setting in value.items():
-        if key not in {*RELAXATIONS[kind], "kind", "bound"}:
-            known = sorted([*RELAXATIONS[kind], "bound"])
+        if key not in {*RELAXATIONS[kind], "kind", "bound", "exact"}:
+            known = sorted([*RELAXATIONS[kind], "bound", "exact"])
             raise TyingError(f"Group {short(group)}: kind {kind!r} has no setting {short(key)}: expected {known}.")
         if key in ("rank", "filters"):
             fits = isinstance(setting, int) and not isinstance(setting, bool) and 0 < setting <= _LARGEST_RANK
@@ -66,6 +74,9 @@ def _checked_relaxation(group: Any, value: Any) -> dict[str, Any]:
                 setting is None or isinstance(setting, int | float) and not isinstance(setting, bool) and setting > 0
             )
             fits, wanted = fits and setting != float("inf"), "a positive number, or none"
+        elif key == "exact":
+            fits = isinstance(setting, list | tuple) and all(isinstance(name, str) for name in setting)
+            wanted = "a list of names"
         else:
             fits, wanted = key == "kind" or setting in ("zero", "svd"), "'zero' or 'svd'"
         if not fits:
@@ -96,13 +107,14 @@ def checked_depth(depth: Any) -> list[dict[str, Any]]:
             raise TyingError(f"`depth` has the path {short(path)} twice: expected each list of layers once.")
         if not isinstance(order, list | tuple) or not 1 < len(order) <= _MOST_LAYERS:
             raise TyingError(f"The order of {short(path)} is {short(order)}: expected the block of each layer.")
-        for key, wanted in (("order", order), ("damped", stack.get("damped", []))):
+        for key, wanted, most in (("order", order, _MOST_LAYERS), ("damped", stack.get("damped", []), len(order))):
             fits = isinstance(wanted, list | tuple) and all(
-                isinstance(number, int) and not isinstance(number, bool) and 0 <= number < _MOST_LAYERS
-                for number in wanted
+                isinstance(number, int) and not isinstance(number, bool) and 0 <= number < most for number in wanted
             )
             if not fits:
-                raise TyingError(f"`{key}` of {short(path)} is {short(wanted)}: expected whole numbers from 0.")
+                raise TyingError(
+                    f"`{key}` of {short(path)} is {short(wanted)}: expected whole numbers from 0 to {most - 1}."
+                )
         private = stack.get("private", [])
         named = isinstance(private, list | tuple) and len(private) <= _MOST_NAMES
         if not named or not all(isinstance(name, str) and 0 < len(name) <= _LONGEST_NAME for name in private):
@@ -163,7 +175,7 @@ def groups_of_pairs(source_of: dict[str, str]) -> dict[str, list[str]]:
     named: dict[str, list[str]] = {}
     for names in groups.values():
         base = group_name(names)
-        named[next(n for n in (base, *(f"{base}_{i}" for i in range(2, 10_000))) if n not in named)] = names
+        named[free_name(base, named)] = names
     return named
 
 
@@ -174,3 +186,8 @@ def group_name(names: list) -> str:
     tails = zip(*(name.split(".")[::-1] for name in names), strict=False)
     common = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, tails)]
     return ".".join(common[::-1]) or names[0]
+
+
+def free_name(base: str, taken: Container[str]) -> str:
+    """`base`, or `base_2`, `base_3` and so on: the first that is not taken."""
+    return next(name for name in chain([base], (f"{base}_{i}" for i in count(2))) if name not in taken)

@@ -155,7 +155,12 @@ def check_checkpoint(
 
         refuse_split(groups, getattr(given["load_config"], "device_map", None))
         refuse_broken(given["checkpoint_files"])
-    return wrapped(*args, **kwargs)
+    loaded = wrapped(*args, **kwargs)
+    if groups is not None and isinstance(loaded[-1], dict):
+        from .ties.relaxing import offload_roots
+
+        offload_roots(given["model"], loaded[-1])
+    return loaded
 
 
 def load_adapter(

@@ -367,5 +367,4 @@ def _unshare_groups(model: PreTrainedModel) -> bool:
         return False
     layers = config.num_hidden_layers
     grow(model, path, [int(i / (layers / groups)) for i in range(layers)])
-    config.num_hidden_groups = layers
     return True

@@ -32,7 +32,7 @@ def entry_and_flag(facts: Facts, model: ModelFacts) -> Iterator[Finding]:
     entry, pair = model.checkpoint.entry, model.pair()
     if entry is None or pair is None or model.stock.forced is not None:
         return
-    if any(set(pair) <= set(entry.groups[name]) for name in entry.relax):
+    if any(set(pair) & entry.relaxed_names(name) for name in entry.relax if set(pair) <= set(entry.groups[name])):
         return  # to others it is no tie, and the flag says so
     ties = any(set(pair) <= group for group in model.recorded)
     by_class = any(set(pair) <= set(chain) for chain in model.declared)

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from ..config import TyingConfig, TyingError, entry_of
+from ..entries import free_name
 from ..ties.depth_groups import SUFFIX, depth_groups, with_all_visits
 from ..ties.headers import RECORD
 from .file_values import ValuesOnDisk
@@ -214,7 +215,7 @@ def named_groups(stock: StockClass, chains: list[list[str]]) -> list[tuple[str, 
         ordered = [name for name in dict.fromkeys([*roots, *stock.role_of, *chain]) if name in chain]
         held = [role for role, names in stock.roles.items() if set(names) & set(chain)]
         base = "embeddings" if len(held) > 1 else held[0] if held else ordered[0].rsplit(".", 1)[-1]
-        name = next(n for n in (base, *(f"{base}_{i}" for i in range(2, 10_000))) if n not in groups)
+        name = free_name(base, groups)
         groups[name] = ordered
     return list(groups.items())
 

@@ -8,7 +8,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .declared import declared_pairs, join_chains
 from .roles import Role, find_roles
-from .slots import named_slots, places_of, shared_names
+from .slots import find_slot, named_slots, places_of, shared_names
 
 
 class Anatomy:
@@ -38,6 +38,11 @@ class Anatomy:
     def slots(self) -> dict[str, nn.Parameter]:
         """Every name of every parameter, tied ones under each of their names."""
         return named_slots(self.model, self.places)
+
+    @cached_property
+    def own_slots(self) -> list[str]:
+        """The names of `slots` without what adapters have added."""
+        return [name for name in self.slots if find_slot(self.model, name) is not None]
 
     @cached_property
     def modules(self) -> set[str]:

@@ -1,7 +1,7 @@
 """Reconcile tie groups with a checkpoint or state dict: fill in missing names, refuse conflicting values."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -10,12 +10,15 @@ from transformers.utils import logging
 
 from ..config import TyingConfig, TyingError
 from .anatomy import Anatomy
+from .depth_groups import SUFFIX
 from .groups import TieGroup, declaration_of, groups_held, locate, make_groups, names_held
-from .relaxation import Relaxation, relaxation_at
+from .relaxation import Relaxation, make_exact, relaxation_at
+from .relaxed_values import agrees, chosen_for, is_memory_of, refuse_other_value, refuse_rootless
 from .sharding import gathered
 from .slots import (
     difference,
     find_parameter,
+    find_slot,
     parameter_of,
     same_values,
     set_parameter,
@@ -51,12 +54,17 @@ def tie_loaded(model: PreTrainedModel, missing: set[str]) -> list[TieGroup]:
 def _tie_filled(anatomy: Anatomy, config: TyingConfig, missing: set[str]) -> list[TieGroup]:
     model = anatomy.model
     kept: list[TieGroup] = []
+    freed: list[str] = []
+    for name in missing:
+        if isinstance(module := slot_of(model, name)[0], Relaxation):
+            module.reset_parameters()  # the file has no difference: the member is its root
     for group in _with_new_ones(anatomy, missing):
         # Names of another shape in the file (ignore_mismatched_sizes) are still on the meta device, alone.
         blank = [name for name in group.names if parameter_of(model, name).is_meta]
         unfilled = missing | set(blank if len(blank) < len(group.names) else [])
         # The file has the whole values of relaxed names, and their differences from the root beside them.
-        unfilled = unfilled | _refuse_rootless(model, group, [name for name in group.names if name not in unfilled])
+        relaxed = refuse_rootless(model, group, [name for name in group.names if name not in unfilled])
+        whole, unfilled = relaxed - unfilled, unfilled | relaxed
         present = [name for name in group.names if name not in unfilled]
         if not present:
             logger.warning(
@@ -67,7 +75,13 @@ def _tie_filled(anatomy: Anatomy, config: TyingConfig, missing: set[str]) -> lis
             parts = parts_by_value(present, lambda name: parameter_of(model, name))
             if len(parts) > 1:
                 parts = settle(config, group, parts, lambda name: parameter_of(model, name))
-            filled = [name for name in group.names if name in unfilled]
+            root = parameter_of(model, parts[0][0])
+            given = {name: parameter_of(model, name) for name in group.names if name in whole}
+            apart = [name for name, value in given.items() if not agrees(model, name, root, value, {})]
+            if apart and chosen_for(config, group, apart, present) == "keep_untied":
+                freed += apart
+                parts += [[name] for name in apart]
+            filled = [name for name in group.names if name in unfilled and [name] not in parts]
         for i, part in enumerate(parts):
             names = [name for name in group.names if name in part or i == 0 and name in filled]
             source = parameter_of(model, part[0])
@@ -76,11 +90,12 @@ def _tie_filled(anatomy: Anatomy, config: TyingConfig, missing: set[str]) -> lis
             if len(names) > 1:
                 kept.append(TieGroup(group.name if i == 0 else f"{group.name}_{i + 1}", tuple(names)))
         missing.difference_update(filled)
-    for name in missing:
-        if isinstance(module := slot_of(model, name)[0], Relaxation):
-            module.reset_parameters()  # the file has no difference: the member starts at its root
+    for name in freed:
+        make_exact(model, name)
+        missing.difference_update([each for each in missing if each.startswith(f"{name}{SUFFIX}.")])
+    kept = [TieGroup(group.name, tuple(n for n in group.names if find_slot(model, n))) for group in kept]
     _fill_untied(anatomy, missing)
-    return kept
+    return [group for group in kept if len(group.names) > 1]
 
 
 def initial_parameter(model: PreTrainedModel, group: TieGroup) -> nn.Parameter:
@@ -126,12 +141,13 @@ def check_loaded_state(model: nn.Module, state: dict, prefix: str, action: str =
     for group in groups_held(model):
         keys = {name: key for name in group.names if (key := prefix + state_key(model, name)) in state}
         if action == "load":
-            relaxed = _refuse_rootless(model, group, keys)
+            relaxed = refuse_rootless(model, group, keys)
             exact = [key for name, key in keys.items() if name not in relaxed]
             for name in relaxed & keys.keys():
+                refuse_other_value(model, config, group, name, state, exact[0], prefix)
                 state[keys[name]] = state[exact[0]]  # it has the whole value there, and the root's in the model
             live = find_parameter(model, group.root)
-            keys = {name: key for name, key in keys.items() if not _is_memory_of(live, state[key])} or keys
+            keys = {name: key for name, key in keys.items() if not is_memory_of(live, state[key])} or keys
         parts = parts_by_value(list(keys), lambda name: state[keys[name]])  # noqa: B023
         if len(parts) > 1:
             if action == "load" and config.on_conflict.startswith("use:"):
@@ -149,23 +165,6 @@ def check_loaded_state(model: nn.Module, state: dict, prefix: str, action: str =
         if keys:
             brought[group.root] = next(iter(keys))
     return brought
-
-
-def _refuse_rootless(model: nn.Module, group: TieGroup, present: Iterable[str]) -> set[str]:
-    """The relaxed names of `group`.
-
-    Raises:
-        TyingError: `present`, the names that a file or a state dict has, are relaxed ones alone: the value of the
-            root cannot be known from them.
-    """
-    relaxed = {name for name in group.names if relaxation_at(model, name) is not None}
-    present = list(present)
-    if present and relaxed.issuperset(present):
-        raise TyingError(
-            f"Cannot load group {group.name!r}: {present[0]!r} is relaxed, and its root {group.root!r} is not there. "
-            "Load weights that have the root."
-        )
-    return relaxed
 
 
 def with_all_names(model: PreTrainedModel, state: Mapping) -> dict:
@@ -188,16 +187,6 @@ def tie_assigned(model: nn.Module, incompatible_keys: object) -> None:
     for group in getattr(model, "tie_groups", ()):  # a model inside that was untied still has the hook
         if group.root in names:
             share_parameter(model, group.names, parameter_of(model, names[group.root]))
-
-
-def _is_memory_of(parameter: nn.Parameter | None, value: object) -> bool:
-    """Whether `value` lies in the memory of a plain parameter."""
-    if parameter is None or not isinstance(value, torch.Tensor) or parameter.is_meta or value.is_meta:
-        return False
-    try:
-        return value.data_ptr() == parameter.data_ptr() != 0 and value.shape == parameter.shape
-    except RuntimeError:  # a wrapper around other tensors has no memory of its own
-        return False
 
 
 def parts_by_value(names: list[str], value_of: Callable[[str], torch.Tensor]) -> list[list[str]]:

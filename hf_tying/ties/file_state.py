@@ -6,7 +6,8 @@ from transformers.modeling_utils import PreTrainedModel
 from ..config import TyingError
 from .checkpoint import check_loaded_state
 from .groups import groups_held
-from .relaxation import relaxation_at, relaxed_value
+from .relaxation import relaxation_at
+from .relaxed_values import relaxed_value
 from .slots import state_key
 
 

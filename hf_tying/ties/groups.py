@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..config import SCHEMES, TyingConfig, TyingError
+from ..entries import free_name
 from .anatomy import Anatomy, locate
 from .declared import join_chains
 from .depth_groups import SUFFIX, depth_groups
@@ -160,7 +161,7 @@ def make_groups(anatomy: Anatomy, chains: list[list[str]], named: dict[str, list
         first = [n for n in (named[given] if given else [*anatomy.root_declared(names), *with_role]) if n in names]
         ordered = list(dict.fromkeys([*first, *names]))
         base = given or ("embeddings" if len(held) > 1 else held[0] if held else ordered[0].rsplit(".", 1)[-1])
-        name = next(n for n in [base, *(f"{base}_{i}" for i in range(2, 10_000))] if n not in taken)
+        name = free_name(base, taken)
         taken.add(name)
         group = TieGroup(name, tuple(ordered))
         check_group(anatomy, group)
@@ -209,7 +210,7 @@ def explicit_groups(anatomy: Anatomy, config: TyingConfig, strict: bool = True) 
     slots = anatomy.slots
     groups: dict[str, list[str]] = {}
     for stack in located_stacks(anatomy, config, strict):
-        groups |= depth_groups(slots, stack)
+        groups |= depth_groups(anatomy.own_slots, stack)
     for group, names in config.groups.items():
         located = []
         for name in names:

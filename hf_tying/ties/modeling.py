@@ -21,6 +21,7 @@ from .anatomy import Anatomy
 from .checkpoint import check_loaded_state, initial_parameter, tie_assigned, tie_loaded, with_all_names
 from .classes import MixinBase, mixins_of, with_mixin, without_mixin
 from .declared import stock_keys
+from .declaring import shared_variant
 from .depth_groups import VARIANT, needs_this_package
 from .extensions import honour_extensions
 from .file_state import file_state
@@ -29,7 +30,7 @@ from .making import models_being_made, ties_wait
 from .record import refuse_contradicting_flag, write_config
 from .relaxation import Relaxation, resized
 from .relaxing import relax_declared
-from .resizing import fit_tied, follow_bias, refuse_other_values, replace_tied, resize
+from .resizing import fit_tied, follow_bias, refuse_other_values, refuse_relaxed, replace_tied, resize
 from .roles import ask
 from .sharding import gathered
 from .shared_layers import damp_declared
@@ -206,11 +207,13 @@ class TiedModelMixin(MixinBase):
         """Replace the input embedding; every name tied to it follows, since they are one matrix.
 
         Raises:
-            TyingError: when `value` has no matrix to tie.
+            TyingError: when `value` has no matrix to tie, and where the input embedding is relaxed.
         """
         old = self.get_input_embeddings()
-        if value is not old and not replace_tied(self, old, value):
-            super().set_input_embeddings(value)
+        refuse_relaxed(old, value)
+        with resized(self):
+            if value is not old and not replace_tied(self, old, value):
+                super().set_input_embeddings(value)
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replace the output embedding. A tied one is replaced by another module over the same values only.
@@ -293,6 +296,16 @@ class TiedModelMixin(MixinBase):
         )
 
     # --- files -------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load as transformers does, also a file that other loaders would misread: they do not look for its name."""
+        try:
+            return super().from_pretrained(*args, **kwargs)
+        except OSError:
+            if (variant := shared_variant(args, kwargs)) is None:
+                raise
+        return super().from_pretrained(*args, **kwargs, variant=variant)
 
     def save_pretrained(
         self,

@@ -22,6 +22,7 @@ from .groups import TieGroup, declaration_of, make_groups, names_held, resolve
 from .headers import RECORD, read_header, read_json
 from .plain_modules import hold, refuse_extensions
 from .relaxation import make_exact, relaxation_at, relaxed_names, value_at
+from .relaxed_values import refuse_other_value
 from .relaxing import refuse_unrelaxable, relax_declared
 from .slots import state_key, untie_others
 from .tying import refuse_unfit
@@ -191,6 +192,8 @@ def _settled(
     if len(parts) > 1:
         choose = f"load_tied(module, folder, on_conflict=...) or in {RECORD}"
         parts = settle(config, group, parts, lambda name: tensors[keys[name]], choose)
+    for name in relaxed:
+        refuse_other_value(module, config, group, name, tensors, keys[parts[0][0]], "")
     parts[0] = [name for name in group.names if name in parts[0] or name not in present]
     kept = []
     for i, part in enumerate(parts):

@@ -1,7 +1,6 @@
 """Record the ties of a model in its config: the `tying` entry and `tie_word_embeddings`."""
 
 import functools
-from collections.abc import Collection
 from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
@@ -12,7 +11,7 @@ from .anatomy import Anatomy
 from .declared import join_chains
 from .depth_groups import SUFFIX, depth_groups
 from .groups import TieGroup, groups_held, locate, names_held, scheme_of
-from .relaxation import relax_entries
+from .relaxation import relax_entries, relaxed_names
 from .roles import FLAG_SET_BY_THE_CLASS, SCALED_BY_THE_FLAG
 from .shared_layers import located_stacks
 
@@ -50,7 +49,7 @@ def write_config(model: PreTrainedModel, anatomy: Anatomy | None = None, **chang
     relax = relax_entries(model)
     depth, in_depth = _recorded_depth(anatomy, before)
     groups = {name: names for name, names in groups.items() if name not in in_depth}
-    write_flags(anatomy, tied=scheme in ("two_way", "three_way") and not _is_relaxed(anatomy, relax))
+    write_flags(anatomy, tied=scheme in ("two_way", "three_way") and not _is_relaxed(anatomy))
     entry = before.replace(
         scheme=_recorded_scheme(anatomy, before.scheme, scheme),
         groups=groups,
@@ -69,17 +68,19 @@ def _recorded_depth(anatomy: Anatomy, before: TyingConfig) -> tuple[list[dict[st
     kept, covered = [], set()
     for stack in before.depth:
         here = located_stacks(anatomy, TyingConfig(depth=[stack]), strict=False)
-        groups = [frozenset(names) for each in here for names in depth_groups(anatomy.slots, each).values()]
+        groups = [frozenset(names) for each in here for names in depth_groups(anatomy.own_slots, each).values()]
         if all(names in held for names in groups):
             kept.append(stack)
             covered |= {held[names] for names in groups}
+        elif stack.get("damped"):  # the layers keep their factors, whatever is tied
+            kept.append({"path": stack["path"], "order": [*range(len(stack["order"]))], "damped": stack["damped"]})
     return kept, covered
 
 
-def _is_relaxed(anatomy: Anatomy, relaxed: Collection[str]) -> bool:
-    """Whether target and output are tied by one of the groups named in `relaxed`."""
+def _is_relaxed(anatomy: Anatomy) -> bool:
+    """Whether target or output differs from the matrix by which they are tied."""
     pair = {anatomy.roles[role].name for role in ("target", "output") if role in anatomy.roles}
-    return any(pair <= set(group.names) and group.name in relaxed for group in groups_held(anatomy.model))
+    return any(name in pair for _, _, name in relaxed_names(anatomy.model))
 
 
 def _recorded_scheme(anatomy: Anatomy, before: str | None, now: str) -> str | None:
@@ -181,7 +182,7 @@ def refuse_contradicting_flag(anatomy: Anatomy, config: TyingConfig, groups: lis
     if not config.groups or scheme_of(anatomy, groups) not in ("two_way", "three_way"):
         return
     target, output = (anatomy.roles[role].name for role in ("target", "output"))
-    if any({target, output} <= set(group.names) and group.name in config.relax for group in groups):
+    if any({target, output} & config.relaxed_names(group.name) for group in groups if group.name in config.groups):
         return  # a relaxed tie is none to a stock loader
     recorded = {name for names in config.groups.values() for name in names}
     if {target, output} <= recorded and not any({target, output} <= set(chain) for chain in anatomy.declared):

@@ -11,17 +11,16 @@ parameters of the difference. Names of parameters, state dicts and ties stay wha
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, SupportsIndex
 
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from .depth_groups import SUFFIX
 from .sharding import is_dtensor
-from .slots import find_slot, parameter_of, state_key
+from .slots import find_slot, parameter_of
 
 
 class Relaxation(nn.Module, ABC):
@@ -217,8 +216,13 @@ def relaxed_names(model: nn.Module) -> list[tuple[str, str, str]]:
 
 def relax_entries(model: nn.Module) -> dict[str, dict[str, Any]]:
     """The `relax` entries of the groups of `model`, by the groups' names."""
-    found = {group: relaxation_at(model, name) for group, _, name in relaxed_names(model)}
-    return {group: relaxation.settings for group, relaxation in found.items() if relaxation is not None}
+    entries = {}
+    for group in getattr(model, "tie_groups", ()):
+        found = {name: relaxation_at(model, name) for name in group.aliases}
+        exact = [name for name, relaxation in found.items() if relaxation is None]
+        if relaxation := next((each for each in found.values() if each is not None), None):
+            entries[group.name] = relaxation.settings | ({"exact": exact} if exact else {})
+    return entries
 
 
 def relax(model: nn.Module, name: str, relaxation: Relaxation) -> None:
@@ -255,21 +259,11 @@ def value_at(model: nn.Module, name: str) -> torch.Tensor:
     return value if relaxation is None else value + relaxation(value)
 
 
-def relaxed_value(model: nn.Module, name: str, root: torch.Tensor, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The value of the relaxed place `name` in a state dict that has the value `root`: with the differences of it.
-
-    The live ones may be another average of the weights, or the shards of one process.
-    """
-    relaxation, prefix = relaxation_at(model, name), f"{state_key(model, name)}{SUFFIX}."
-    assert relaxation is not None, name
-    held = {key: state[prefix + key] for key in relaxation._parameters if prefix + key in state}
-    return root + functional_call(relaxation, held, (root,))
-
-
 @contextmanager
 def resized(model: nn.Module) -> Iterator[None]:
     """Let members be plain tied parameters inside this context, and follow their root's number of rows after it."""
-    held = [(root, name, relaxation_at(model, name)) for _, root, name in relaxed_names(model)]
+    places = [(root, name, relaxation_at(model, name)) for _, root, name in relaxed_names(model)]
+    held = [place for place in places if place[2] is not None and place[2].active]  # not again inside this context
     for _, _, relaxation in held:
         assert relaxation is not None
         relaxation.active = False
@@ -295,8 +289,8 @@ def _relaxed(cls: type[nn.Module], attribute: str) -> type[nn.Module]:
 
     def value(self: nn.Module) -> torch.Tensor | None:
         parameter, relaxation = self._parameters.get(attribute), self._modules.get(attribute + SUFFIX)
-        if parameter is None or relaxation is None or not relaxation.active:
-            return parameter
+        if parameter is None or relaxation is None or not relaxation.active or parameter.is_meta:
+            return parameter  # without a value yet, or offloaded: who asks now fills the place
         if is_dtensor(parameter) and any(map(is_dtensor, relaxation._parameters.values())):
             return parameter  # FSDP2 has sharded both, and gathers them for a step: who asks now looks for a name
         return parameter + relaxation(parameter)

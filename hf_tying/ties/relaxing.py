@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from ..config import RELAXATIONS, TyingConfig, TyingError
-from .anatomy import Anatomy
+from .anatomy import Anatomy, locate
 from .depth_groups import depth_groups
 from .groups import explicit_groups
-from .relaxation import KINDS, LowRank, relax, relaxation_at
+from .relaxation import KINDS, LowRank, relax, relaxation_at, relaxed_names
 from .shared_layers import located_stacks
 from .slots import parameter_of
 
@@ -65,6 +65,13 @@ def relax_declared(model: nn.Module, config: TyingConfig, strict: bool = True, a
             relax(model, name, relaxation)
 
 
+def offload_roots(model: nn.Module, index: dict[str, Any]) -> None:
+    """Let a disk offload of relaxed places read their root: a portable file has whole values under their names."""
+    for _, root, name in relaxed_names(model):
+        if root in index and name in index:
+            index[name] = index[root]
+
+
 def values_before(model: nn.Module, config: TyingConfig) -> dict[str, torch.Tensor]:
     """The values of members that start from their own (`init="svd"`), before they are tied."""
     return {
@@ -90,17 +97,18 @@ def _chains(model: nn.Module, config: TyingConfig, strict: bool = True) -> list[
     anatomy = Anatomy(model)
     chains = []
     for stack in located_stacks(anatomy, TyingConfig(depth=stacks), strict):
-        chains += [(stack["path"], chain, stack["relax"]) for chain in depth_groups(anatomy.slots, stack).values()]
+        chains += [(stack["path"], chain, stack["relax"]) for chain in depth_groups(anatomy.own_slots, stack).values()]
     declared = TyingConfig(groups={group: config.groups[group] for group in config.relax})
     found = explicit_groups(anatomy, declared, strict)
     for key, chain in found.items():
         group = next(g for g in config.relax if key == g or key.startswith(f"{g}."))
-        if len(chain) > 1:
-            chains.append((group, chain, config.relax[group]))
+        exact = {locate(anatomy, name) for name in config.relax[group].get("exact", ())}
+        if len(relaxed := [name for name in chain if name == chain[0] or name not in exact]) > 1:
+            chains.append((group, relaxed, config.relax[group]))
     return chains
 
 
 def _settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings as `Relaxation.settings` gives them: with defaults, without what counts only at the start."""
     given = RELAXATIONS[settings["kind"]] | settings
-    return {key: value for key, value in given.items() if key != "init" and value is not None}
+    return {key: value for key, value in given.items() if key not in ("init", "exact") and value is not None}

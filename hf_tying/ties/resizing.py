@@ -63,17 +63,28 @@ def replace_tied(model: PreTrainedModel, old: nn.Module | None, new: nn.Module) 
     return True
 
 
+def refuse_relaxed(old: nn.Module | None, new: nn.Module | None) -> None:
+    """Refuse to replace a relaxed embedding.
+
+    Raises:
+        TyingError: the new module would drop the difference.
+    """
+    if old is None or new is old:
+        return
+    if any(isinstance(child, Relaxation) and child.active for child in old.children()):
+        raise TyingError(
+            "The embedding is relaxed, and a new module would drop its difference: harden(model) or untie(model) "
+            "first."
+        )
+
+
 def refuse_other_values(model: PreTrainedModel, old: nn.Module | None, new: nn.Module | None) -> None:
     """Refuse to replace `old`, a tied output embedding, by a module with other values.
 
     Raises:
         TyingError: when `old` is tied and `new` has another matrix, or is relaxed.
     """
-    if old is not None and any(isinstance(child, Relaxation) and child.active for child in old.children()):
-        raise TyingError(
-            "The output embedding is relaxed, and a new module would drop its difference: harden(model) or "
-            "untie(model) first."
-        )
+    refuse_relaxed(old, new)
     matrix, weight = getattr(old, "weight", None), getattr(new, "weight", None)
     group = next((g for g in groups_held(model) if any(find_parameter(model, n) is matrix for n in g.names)), None)
     if matrix is None or group is None or weight is matrix or vars(model).get("_is_resized", False):

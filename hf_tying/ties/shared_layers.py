@@ -10,7 +10,7 @@ from typing import Any, SupportsIndex
 import torch
 from torch import nn
 
-from ..config import TyingConfig, TyingError
+from ..config import TyingConfig, TyingError, nearest
 from .anatomy import Anatomy, locate
 from .depth_groups import FACTOR
 
@@ -31,6 +31,14 @@ def located_stacks(anatomy: Anatomy, config: TyingConfig, strict: bool = True) -
     for stack in config.depth:
         if (path := locate(anatomy, stack["path"])) is not None:
             found.append({**stack, "path": path})
+            layer = dict.fromkeys(
+                n.removeprefix(f"{path}.").partition(".")[2] for n in anatomy.slots if n.startswith(f"{path}.")
+            )
+            if strict and (unknown := [name for name in stack.get("private", ()) if name not in layer]):
+                raise TyingError(
+                    f"The config has {unknown[0]!r} as a private part of the layers of {path!r}, which no layer has"
+                    f"{nearest(unknown[0], layer)}."
+                )
         elif strict:
             model = type(anatomy.model).__name__
             raise TyingError(f"The config shares the layers of {stack['path']!r}, which {model} does not have.")

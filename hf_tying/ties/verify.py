@@ -261,7 +261,7 @@ def _config_differs(anatomy: Anatomy, groups: list[TieGroup]) -> Iterator[str]:
         {place for name in names if (place := locate(anatomy, name)) is not None} for names in record.groups.values()
     ]
     for stack in located_stacks(anatomy, record, strict=False):
-        located += depth_groups(anatomy.slots, stack).values()
+        located += depth_groups(anatomy.own_slots, stack).values()
     if record.scheme is None:  # the embeddings are left to what the class declares
         located = [*join_chains([*located, *anatomy.declared])]
     declared = sorted({tuple(sorted(names)) for names in located if len(names) > 1})

@@ -127,8 +127,9 @@ def shared_layer_parameters(
     slots = named_slots(inner)
     visits: dict[int, int] = {}
     depth = TyingConfig.in_config(inner.config)
-    for stack in located_stacks(Anatomy(inner), depth, strict=False) if depth.depth else ():
-        for root, names in depth_groups(slots, stack).items():
+    anatomy = Anatomy(inner)
+    for stack in located_stacks(anatomy, depth, strict=False) if depth.depth else ():
+        for root, names in depth_groups(anatomy.own_slots, stack).items():
             visits[id(slots[root])] = len(names)
     members: dict[int, list[nn.Parameter]] = {}
     for parameter in inner.parameters():

@@ -39,7 +39,7 @@ class VisitMeter:
         anatomy = Anatomy(self.model)
         for stack in located_stacks(anatomy, config, strict=False) if config.depth else ():
             path, order = stack["path"], stack["order"]
-            groups = depth_groups(anatomy.slots, stack)
+            groups = depth_groups(anatomy.own_slots, stack)
             for block in dict.fromkeys(order):
                 visits = [i for i, each in enumerate(order) if each == block]
                 name = f"{path}.{visits[0]}"

@@ -116,8 +116,11 @@ def test_every_flow_is_in_the_table_and_cited_by_the_test_that_it_names():
     rows = re.findall(r"^\| (f\d\d) \|(.*)\|$", page("concepts/flows.md"), re.MULTILINE)
     assert [number for number, _ in rows] == [f"f{i:02}" for i in range(1, 26)]
     for number, row in rows:
-        test = ROOT / "tests" / row.split("|")[-1].strip().strip("`")
-        assert re.search(rf"\b{number}b?\b", spans(test.read_text(encoding="utf-8"))), (number, test)
+        tests = [ROOT / "tests" / cell.strip().strip("`") for cell in row.split("|")[-2:]]
+        texts = [test.read_text(encoding="utf-8") for test in tests]
+        for test, text in zip(tests, texts, strict=True):
+            assert re.search(rf"\b{number}b?\b", spans(text)), (number, test)
+        assert re.search(r"shared.layers|\bkind\b", texts[1]) and "relax" in texts[1].lower(), (number, tests[1])
 
 
 def spans(text: str) -> str:

@@ -1,4 +1,7 @@
-"""Several processes reach what one reaches: every engine with every tie and objective of tests/engines.py."""
+"""f16: several processes reach what one reaches: every engine with every tie and objective of tests/engines.py.
+
+Shared layers and relaxed ties are among them.
+"""
 
 import re
 from importlib.util import find_spec

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from hf_tying import assert_tied, tie, tying_report
 from hf_tying.ties.remote_code import carried_modules
 
+from ..engines import different
 from ..processes import run_python
 from ..tiny import shared_names
 
@@ -124,7 +125,22 @@ ENTRIES = {
     "dedup": {"version": 1, "scheme": "two_way", "save_format": "dedup"},
     "portable": {"version": 1, "scheme": "two_way", "save_format": "portable"},
     "layers": {"version": 1, "scheme": "two_way", "groups": LAYERS},
+    "shared layers": {
+        "version": 2,
+        "scheme": "two_way",
+        "depth": [{"path": "model.layers", "order": [0, 0], "damped": [1], "relax": {"kind": "lora", "rank": 2}}],
+        "save_format": "portable",
+    },
+    "relaxed": {
+        "version": 2,
+        "scheme": "two_way",
+        "groups": {"layers": {"names": LAYERS["layers"], "relax": {"kind": "scale"}}},
+    },
 }
+
+
+#: How many groups each holds: the embeddings, and layers, one by one.
+GROUPS = {"dedup": 1, "portable": 1, "layers": 2, "shared layers": 10, "relaxed": 2}
 
 
 def build(house, entry):
@@ -135,7 +151,7 @@ def build(house, entry):
         vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
         tie_word_embeddings=False, tying=entry,
     )  # fmt: skip
-    return house.HouseForCausalLM(config).eval()
+    return different(house.HouseForCausalLM(config)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +176,7 @@ def test_without_the_package_the_class_loads_tied_and_computes_the_same(publishe
     assert "error" not in there, there["error"]
     assert there["class"] == "HouseForCausalLM" and there["module"].startswith("transformers_modules")
     assert there["greet"] == ["house", True] and there["missing"] == []
-    assert there["shared"] == shared_names(model) and len(there["shared"]) == (2 if name == "layers" else 1)
+    assert there["shared"] == shared_names(model) and len(there["shared"]) == GROUPS[name]
     assert there["entry"] == model.config.tying
     with torch.no_grad():
         assert torch.equal(values[name], model(torch.arange(8)[None]).logits)

@@ -27,6 +27,14 @@ class LlamaLayers(Llama):
     pass
 
 
+class LlamaSharedLayers(Llama):
+    pass
+
+
+class LlamaRelaxed(Llama):
+    model_tester = LlamaTester(LlamaConfig, tie_word_embeddings=False)
+
+
 class GPT2(CommonTests, unittest.TestCase):
     all_model_classes = (GPT2LMHeadModel,)
     model_tester = GPT2Tester(GPT2Config)

@@ -33,6 +33,19 @@ LAYERS = {
     },
 }
 
+SHARED_LAYERS = {
+    "version": 2,
+    "scheme": "two_way",
+    "depth": [{"path": "model.layers", "order": [0, 0], "relax": {"kind": "scale"}}],
+}
+RELAXED = {
+    "version": 2,
+    "groups": {
+        "mlp": ["model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"],
+        "embeddings": {"names": ["model.embed_tokens.weight", "lm_head.weight"], "relax": {"kind": "scale"}},
+    },
+}
+
 
 class TiedLlamaConfig(TyingConfigMixin, LlamaConfig):
     # A model type of its own, as one may have or not: the other configs keep that of the stock class.
@@ -112,6 +125,18 @@ class Llama(TiedTests, unittest.TestCase):
 class LlamaLayers(TiedTests, unittest.TestCase):
     all_model_classes = (TiedLlama,)
     model_tester = LlamaTester(TiedLlamaConfig, tying=LAYERS)
+    one_parameter = ("model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight")
+
+
+class LlamaSharedLayers(TiedTests, unittest.TestCase):
+    all_model_classes = (TiedLlama,)
+    model_tester = LlamaTester(TiedLlamaConfig, tying=SHARED_LAYERS)
+    one_parameter = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+class LlamaRelaxed(TiedTests, unittest.TestCase):
+    all_model_classes = (TiedLlama,)
+    model_tester = LlamaTester(TiedLlamaConfig, tying=RELAXED)
     one_parameter = ("model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight")
 
 
