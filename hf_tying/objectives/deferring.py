@@ -15,7 +15,7 @@ from ..config import TyingError
 from ..losses.gradient import is_plain, is_transformed
 from ..ties.relaxation import relaxation_at
 from ..ties.sharding import is_dtensor, is_partitioned, is_row_split, keep_whole, linear_replaced_by, unit_of
-from ..ties.slots import parameter_of, slot_of
+from ..ties.slots import adapter_at, matrix_at_work, slot_of
 from .step_loss import LossSettings
 from .tied_softmax import TiedSoftmax
 
@@ -36,7 +36,9 @@ def why_whole(model: nn.Module, softmax: str, embedding: str, split: bool = True
     for name in dict.fromkeys((softmax, embedding)):
         if relaxation_at(model, name) is not None:
             return f"{name!r} is relaxed: its module adds a difference of its own to the shared matrix"
-        parameter = parameter_of(model, name)
+        if name != softmax and (adapter := adapter_at(model, name)) is not None:
+            return f"an adapter ({adapter}) is on {name!r}, and the rows that it gives are not those of the matrix"
+        parameter = matrix_at_work(model, name)
         if is_partitioned(parameter):
             return f"DeepSpeed ZeRO-3 has partitioned {name!r}: call use_tied_loss after deepspeed.initialize"
         if is_plain(parameter):
@@ -75,7 +77,7 @@ def deferring(
     """
 
     def now() -> tuple[nn.Parameter, nn.Parameter]:
-        return parameter_of(model, softmax), parameter_of(model, embedding)
+        return matrix_at_work(model, softmax), matrix_at_work(model, embedding)
 
     matrix, read = now()
     moves = any(map(is_dtensor, (matrix, read)))
