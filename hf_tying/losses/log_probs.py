@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .arithmetic import compute_dtypes
+from .arithmetic import compute_dtypes, without_autocast
 from .compilation import untraced
 from .gradient import is_plain, is_transformed
 from .log_probs_autograd import LogProbsRequest, walked_log_probs
@@ -131,7 +131,7 @@ def _log_probs(
     compute = walked_log_probs if is_plain(hidden) and is_plain(weight) else reference_log_probs
     products, _ = compute_dtypes(hidden, weight, settings.head_dtype)
     request = replace(request, settings=replace(settings, options=options, head_dtype=products))
-    with torch.autocast(device, enabled=False):  # what is exact stays so
+    with without_autocast(device):  # what is exact stays so
         return TokenLogProbs(**compute(hidden, weight, labels, bias, request))
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules import module as module_hooks
 
 from ..config import TyingError
+from ..losses.compilation import break_graph
 from ..losses.gradient import is_plain, is_transformed
 from ..ties.relaxation import relaxation_at
 from ..ties.sharding import is_dtensor, is_partitioned, is_row_split, keep_whole, linear_replaced_by, unit_of
@@ -31,6 +32,7 @@ def why_whole(model: nn.Module, softmax: str, embedding: str, split: bool = True
         embedding: name of the embedding that the loss reads; the same, unless there is an objective.
         split: whether the loss is computed over a vocabulary that is split over processes too. Default `True`.
     """
+    break_graph()
     if (replaced := linear_replaced_by()) is not None:
         return replaced
     for name in dict.fromkeys((softmax, embedding)):
@@ -43,8 +45,8 @@ def why_whole(model: nn.Module, softmax: str, embedding: str, split: bool = True
             return f"DeepSpeed ZeRO-3 has partitioned {name!r}: call use_tied_loss after deepspeed.initialize"
         if is_plain(parameter):
             continue
-        if is_transformed():
-            return "the step is transformed (by torch.func, forward-mode AD or a trace)"
+        if is_transformed(parameter):
+            return "the step is transformed (by torch.func, forward-mode AD or a trace), or has no values (meta, fake)"
         unit = unit_of(model, name) if is_dtensor(parameter) else None
         if unit is None and is_row_split(parameter) and split:
             continue
