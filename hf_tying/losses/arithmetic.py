@@ -1,11 +1,23 @@
 """Arithmetic that the losses share: the dtypes of products and sums; sums, products and exponentials in place."""
 
+from contextlib import AbstractContextManager, nullcontext
 from math import log
 
 import torch
 
 #: On a CPU torch's exp2 is two to twenty times as fast as its exp (2.13, AVX2), of the same accuracy.
 LOG2_E = 1 / log(2)
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype of autocast on this type of device; `None` where it is off, or unknown there (`"meta"`)."""
+    known = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if known else None
+
+
+def without_autocast(device: str) -> AbstractContextManager:
+    """Context manager in which autocast is off on this type of device."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def compute_dtypes(
@@ -19,8 +31,8 @@ def compute_dtypes(
     if head_dtype is not None:
         return head_dtype, torch.promote_types(torch.float32, head_dtype)
     products, device = hidden.dtype, hidden.device.type
-    if torch.is_autocast_enabled(device) and torch.float64 not in (hidden.dtype, weight.dtype):
-        products = torch.get_autocast_dtype(device)
+    if torch.float64 not in (hidden.dtype, weight.dtype):
+        products = autocast_dtype(device) or products
     if products == torch.float64:
         return products, products
     if products != torch.float32 and device == "cpu" and not has_fast_half(products):

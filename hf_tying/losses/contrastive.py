@@ -9,7 +9,7 @@ import torch.distributed as dist
 from .cross_entropy import cross_entropy
 from .embedding import tied_embedding
 from .modules import LossModule
-from .options import CrossEntropyOptions, check_operands
+from .options import CrossEntropyOptions, check_operands, refuse_several
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +154,7 @@ def check_options(negatives: str, num_sampled: int | None, temperature: float | 
         )
     if num_sampled is not None and (not isinstance(num_sampled, int) or num_sampled < 1):
         raise ValueError(f"num_sampled={num_sampled!r}: expected an integer of 1 or more.")
+    refuse_several(temperature=temperature)
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature={temperature}: expected a number above 0.")
 

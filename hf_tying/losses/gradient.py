@@ -25,11 +25,11 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.weak import WeakIdKeyDictionary
 
-# Private names of torch (2.6 to 2.13, at least), the only ones used here. Without them each use has its own gradient,
-# as in torch.
+# Private names of torch (2.6 to 2.13, at least). Without these three each use has its own gradient, as in torch.
 _PASS = getattr(torch._C, "_current_graph_task_id", None)
 _HOLDERS = getattr(torch.Tensor, "_use_count", None)
 _STORAGE_HOLDERS = getattr(torch._C, "_storage_Use_Count", None)
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
 
 
 @dataclass
@@ -43,18 +43,21 @@ _claims: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether `tensor` is torch's own kind, not sharded over processes, quantised, traced or transformed."""
-    return type(tensor) in (torch.Tensor, nn.Parameter) and not is_transformed()
+    """Whether `tensor` is of torch's own kind and has values: not sharded, quantised, traced or transformed."""
+    return type(tensor) in (torch.Tensor, nn.Parameter) and not is_transformed(tensor)
 
 
-def is_transformed() -> bool:
-    """Whether a transform is active for which the backward functions of this package have no rule.
+def is_transformed(tensor: torch.Tensor | None = None) -> bool:
+    """Whether a transform is active for which the functions of this package have no rule, or `tensor` has no values.
 
-    These are `vmap`, `grad`, `jvp` and the others of `torch.func`, forward-mode AD, and `torch.jit.trace`. Plain torch
-    operations have rules for all of them.
+    These are `vmap`, `grad`, `jvp` and the others of `torch.func`, forward-mode AD, `torch.jit.trace`, `torch.export`
+    and `FakeTensorMode`. Plain torch operations have rules for all of them.
     """
     functional = torch._C._are_functorch_transforms_active()
-    return functional or forward_ad._current_level >= 0 or torch.jit.is_tracing()
+    traced = torch.jit.is_tracing()
+    if not torch.compiler.is_dynamo_compiling():  # it has a fake mode of its own at work
+        traced = traced or torch._C._get_dispatch_mode(_FAKE) is not None
+    return functional or forward_ad._current_level >= 0 or traced or tensor is not None and tensor.is_meta
 
 
 def claim(weight: torch.Tensor, gradient: torch.Tensor) -> None:

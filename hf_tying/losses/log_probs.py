@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .arithmetic import compute_dtypes
+from .arithmetic import compute_dtypes, without_autocast
 from .compilation import untraced
 from .gradient import is_plain, is_transformed
 from .log_probs_autograd import LogProbsRequest, walked_log_probs
@@ -44,7 +44,7 @@ def tied_log_probs(
     weight: torch.Tensor,
     labels: torch.Tensor,
     bias: torch.Tensor | None = None,
-    outputs: Collection[str] = ("log_probs",),
+    outputs: Collection[str] = ("log_probs", "entropy", "top1", "logsumexp"),
     *,
     temperature: float = 1.0,
     logit_scale: float | torch.Tensor | None = None,
@@ -68,8 +68,9 @@ def tied_log_probs(
             have the same tokens and call this together, exchange three to seven numbers a token.
         labels: hidden.shape[:-1], int64: words from 0 to V - 1, or `ignore_index`.
         bias: (V,), floating point.
-        outputs: names of the fields of `TokenLogProbs` to compute. Default `("log_probs",)`; each further one costs a
-            little at each logit. `log_probs`, `entropy`, `logsumexp` and `mean_logits` are differentiable.
+        outputs: names of the fields of `TokenLogProbs` to compute. Default: the first four. Each costs a little at
+            each logit: `("log_probs",)` where nothing else is read. `log_probs`, `entropy`, `logsumexp` and
+            `mean_logits` are differentiable.
         temperature: number above 0 by which the logits are divided. Default 1.
         logit_scale: factor of the products (Cohere; 1 / logits_scaling in Granite). Default 1. It may be learned: a
             tensor of one element gets its gradient.
@@ -131,7 +132,7 @@ def _log_probs(
     compute = walked_log_probs if is_plain(hidden) and is_plain(weight) else reference_log_probs
     products, _ = compute_dtypes(hidden, weight, settings.head_dtype)
     request = replace(request, settings=replace(settings, options=options, head_dtype=products))
-    with torch.autocast(device, enabled=False):  # what is exact stays so
+    with without_autocast(device):  # what is exact stays so
         return TokenLogProbs(**compute(hidden, weight, labels, bias, request))
 
 

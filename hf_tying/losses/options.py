@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .arithmetic import compute_dtypes
+from .arithmetic import autocast_dtype, compute_dtypes
 from .gradient import is_transformed
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -52,6 +52,7 @@ class AugmentedSettings:
     cross_entropy_weight: float = 1.0
 
     def __post_init__(self) -> None:
+        refuse_several(**vars(self))
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature}: expected a number above 0.")
         if self.alpha is not None and self.gamma is not None:
@@ -95,6 +96,22 @@ def refuse_learned(otherwise: str, **options: object) -> None:
             )
 
 
+def refuse_several(**options: object) -> None:
+    """Refuse options with a number for each token or word: the loss has one for all.
+
+    Args:
+        **options: values of the options.
+
+    Raises:
+        ValueError: for a tensor of several elements, or of none.
+    """
+    for name, value in options.items():
+        if isinstance(value, torch.Tensor) and value.numel() != 1:
+            raise ValueError(
+                f"{name} has the shape {tuple(value.shape)}: expected one number for all tokens and words."
+            )
+
+
 def check_temperature(temperature: float) -> float:
     """The temperature as a number.
 
@@ -106,6 +123,7 @@ def check_temperature(temperature: float) -> float:
             "temperature is a tensor that requires a gradient, and would get none: expected a number. Without a soft "
             "cap logit_scale=1 / temperature is the same, and may be learned."
         )
+    refuse_several(temperature=temperature)
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: expected a number above 0.")
     return float(temperature)
@@ -178,11 +196,19 @@ def check_operands(
             raise RuntimeError(f"Expected {name} in a floating-point dtype, got {tensor.dtype}.")
         if tensor is not None and tensor.device != labels.device:
             raise RuntimeError(f"Expected {name} on the device of labels, {labels.device}; it is on {tensor.device}.")
-    if one_dtype and hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+    if one_dtype and hidden.dtype != weight.dtype and autocast_dtype(hidden.device.type) is None:
         raise RuntimeError(
             f"Expected hidden and weight of one dtype, got {hidden.dtype} and {weight.dtype}. Convert one, or use "
             "torch.autocast."
         )
+    refuse_several(
+        label_smoothing=options.label_smoothing,
+        logit_scale=options.logit_scale,
+        logit_softcap=options.logit_softcap,
+        num_items_in_batch=options.num_items_in_batch,
+    )
+    if options.head_dtype is not None and not options.head_dtype.is_floating_point:
+        raise ValueError(f"head_dtype={options.head_dtype}: expected a floating-point dtype.")
     if options.reduction not in REDUCTIONS:
         raise ValueError(f"{options.reduction!r} is not a valid value for reduction: expected one of {REDUCTIONS}.")
     if options.num_items_in_batch is not None and options.reduction != "mean":
@@ -203,7 +229,7 @@ def check_operands(
         ". hf_tying.losses.reference_cross_entropy gives it one, with all logits at once",
         logit_softcap=options.logit_softcap,
     )
-    if labels.numel() and not labels.is_meta and not is_transformed():
+    if labels.numel() and not is_transformed(labels):
         wrong = labels[(labels != options.ignore_index) & ((labels < 0) | (labels >= len(weight)))]
         if len(wrong):
             raise IndexError(

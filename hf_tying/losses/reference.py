@@ -3,6 +3,8 @@
 import torch
 from torch.nn import functional as F
 
+from .arithmetic import without_autocast
+
 
 def reference_cross_entropy(
     hidden: torch.Tensor,
@@ -54,7 +56,7 @@ def whole_logits(
 ) -> torch.Tensor:
     """`softcap(logit_scale * (hidden @ weight.T + bias))`, (..., V), in float32, or in float64 for float64 tensors."""
     exact = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden.device.type):
         logits = F.linear(hidden.to(exact), weight.to(exact), None if bias is None else bias.to(exact))
     if logit_scale is not None:
         logits = logits * logit_scale

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from .arithmetic import add_product
+from .arithmetic import add_product, without_autocast
 from .chunks import MIB, even_slices
 from .compilation import untraced
 from .gradient import accumulate_or_claim, is_plain, refuse_double_backward
@@ -29,7 +29,7 @@ def wide_linear(
     Returns:
         (..., V) in `dtype`.
     """
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden.device.type):
         wide, added = hidden.to(dtype), None if bias is None else bias.to(dtype)
         if not (is_plain(wide) and is_plain(weight)):
             return F.linear(wide, weight.to(dtype), added)

@@ -265,14 +265,18 @@ class DeferredLogits(LazyTensor):
         reduction: str = "mean",
         label_smoothing: builtins.float = 0.0,
     ) -> torch.Tensor:
-        """Compute `torch.nn.functional.cross_entropy` of these logits, or the objective in its place."""
-        label_smoothing = label_smoothing or self._loss.settings.label_smoothing
+        """Compute `torch.nn.functional.cross_entropy` of these logits, or the objective in its place.
+
+        With gradients switched off it is a metric of the model's own, and no loss of the step.
+        """
+        step = self._loss if torch.is_grad_enabled() == self._context.grad else self._loss.of_a_metric()
+        label_smoothing = label_smoothing or step.settings.label_smoothing
         scale, cap = self._scale_and_cap()
         by_word = target.ndim == self.ndim - 1 and self.ndim <= 2 and target.dtype == torch.int64
         fits = by_word and size_average is None and reduce is None and scale is not None
         fits = fits and not (weight is not None and is_dtensor(self.weight))  # class weights, of a split vocabulary
         if not fits or self._siblings.materialized:
-            self._loss.was_asked = True
+            step.was_asked = True
             return F.cross_entropy(
                 self.materialize("this kind of loss"), target, weight, size_average, ignore_index, reduce, reduction,
                 label_smoothing,
@@ -284,14 +288,12 @@ class DeferredLogits(LazyTensor):
             logit_scale=scale,
             logit_softcap=cap,
             class_weight=weight,
-            upstream=self._loss.expected_upstream(reduction, self.device),
-            head_dtype=self.settings.head_dtype,
+            upstream=step.expected_upstream(reduction, self.device),
+            head_dtype=step.settings.head_dtype,
         )
         self._check_operands()
         with self._context.restored(grad=False):
-            return self._loss.compute(
-                self.hidden, self.weight, target, self.bias, options, is_scaled=bool(self.pending_ops)
-            )
+            return step.compute(self.hidden, self.weight, target, self.bias, options, is_scaled=bool(self.pending_ops))
 
     @property
     def settings(self) -> LossSettings:

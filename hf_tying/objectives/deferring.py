@@ -12,10 +12,11 @@ from torch import nn
 from torch.nn.modules import module as module_hooks
 
 from ..config import TyingError
+from ..losses.compilation import break_graph
 from ..losses.gradient import is_plain, is_transformed
 from ..ties.relaxation import relaxation_at
 from ..ties.sharding import is_dtensor, is_partitioned, is_row_split, keep_whole, linear_replaced_by, unit_of
-from ..ties.slots import parameter_of, slot_of
+from ..ties.slots import adapter_at, matrix_at_work, slot_of
 from .step_loss import LossSettings
 from .tied_softmax import TiedSoftmax
 
@@ -31,18 +32,21 @@ def why_whole(model: nn.Module, softmax: str, embedding: str, split: bool = True
         embedding: name of the embedding that the loss reads; the same, unless there is an objective.
         split: whether the loss is computed over a vocabulary that is split over processes too. Default `True`.
     """
+    break_graph()
     if (replaced := linear_replaced_by()) is not None:
         return replaced
     for name in dict.fromkeys((softmax, embedding)):
         if relaxation_at(model, name) is not None:
             return f"{name!r} is relaxed: its module adds a difference of its own to the shared matrix"
-        parameter = parameter_of(model, name)
+        if name != softmax and (adapter := adapter_at(model, name)) is not None:
+            return f"an adapter ({adapter}) is on {name!r}, and the rows that it gives are not those of the matrix"
+        parameter = matrix_at_work(model, name)
         if is_partitioned(parameter):
             return f"DeepSpeed ZeRO-3 has partitioned {name!r}: call use_tied_loss after deepspeed.initialize"
         if is_plain(parameter):
             continue
-        if is_transformed():
-            return "the step is transformed (by torch.func, forward-mode AD or a trace)"
+        if is_transformed(parameter):
+            return "the step is transformed (by torch.func, forward-mode AD or a trace), or has no values (meta, fake)"
         unit = unit_of(model, name) if is_dtensor(parameter) else None
         if unit is None and is_row_split(parameter) and split:
             continue
@@ -75,7 +79,7 @@ def deferring(
     """
 
     def now() -> tuple[nn.Parameter, nn.Parameter]:
-        return parameter_of(model, softmax), parameter_of(model, embedding)
+        return matrix_at_work(model, softmax), matrix_at_work(model, embedding)
 
     matrix, read = now()
     moves = any(map(is_dtensor, (matrix, read)))

@@ -57,6 +57,10 @@ class StepLoss:
         self.parts: dict[str, torch.Tensor] = {}
         self.was_asked = False
 
+    def of_a_metric(self) -> StepLoss:
+        """The loss of a metric that the model computes in its step, under `no_grad`: the cross entropy asked for."""
+        return StepLoss(self.settings.without_training())
+
     def compute(
         self,
         hidden: torch.Tensor,

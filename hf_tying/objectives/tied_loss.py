@@ -15,7 +15,7 @@ from ..losses.backends import BACKENDS
 from ..ties.anatomy import roles
 from ..ties.classes import mixins_of, with_mixin, without_mixin
 from ..ties.participation import Participation, module_of
-from ..ties.slots import find_parameter, why_no_parameter
+from ..ties.slots import find_parameter, parameter_of, why_no_parameter
 from ..ties.verify import unwrapped
 from .objective import Objective, freeze_unused, refuse_unfit_objective, unfreeze_unused, unused_parameters
 from .own_loss import set_accepts_loss_kwargs
@@ -119,6 +119,8 @@ def use_tied_loss(
         raise ValueError(f"label_smoothing={label_smoothing}: expected a number in [0, 1).")
     wide = _head_dtype(head_dtype, objective, backend)
     refuse_misfit(inner, "tied")
+    if wide is not None:
+        _refuse_other_head(inner)
     unused = []
     if objective is not None:
         refuse_unfit_objective(inner, objective, label_smoothing, backend)
@@ -169,6 +171,19 @@ def _head_dtype(given: str | torch.dtype | None, objective: Objective | None, ba
             f"{what} is computed in the dtype of the model: expected no head_dtype beside it, got {given!r}."
         )
     return found
+
+
+def _refuse_other_head(model: PreTrainedModel) -> None:
+    """Refuse a `head_dtype` where `get_output_embeddings()` is not the softmax (DeBERTa's newer head)."""
+    found = roles(model)
+    output, target = found["output"], found.get("target")
+    rows = len(parameter_of(model, output.name))
+    if target is not None and rows != (words := len(parameter_of(model, target.name))):
+        raise TyingError(
+            f"The head of {type(model).__name__} cannot have a dtype of its own: get_output_embeddings() gives "
+            f"{output.name!r}, of {rows} rows, and the vocabulary has {words} words. Leave it in the dtype of the "
+            "model: use_tied_loss(model) without head_dtype."
+        )
 
 
 def _stop_watching(model: PreTrainedModel) -> None:

@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput, logging
 from ..ties.classes import MixinBase
 from ..ties.participation import Participation
 from ..ties.sharding import gather_for
-from ..ties.slots import parameter_of
+from ..ties.slots import matrix_at_work
 from .deferred_logits import DeferredLogits
 from .deferring import deferring, refuse_narrow_head, untraced_where_sharded, why_not_seen, why_whole
 from .step_loss import LossSettings, needs_deferred
@@ -88,7 +88,7 @@ class TiedLossMixin(MixinBase):
 
     def hold_matrices(self) -> None:
         """Let ZeRO-3 gather the matrices of the loss for the whole of a step, not only while they are used."""
-        gather_for(self, (parameter_of(self, name) for name in dict.fromkeys(self._matrices())))
+        gather_for(self, (matrix_at_work(self, name) for name in dict.fromkeys(self._matrices())))
 
 
 @cache

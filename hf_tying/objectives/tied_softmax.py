@@ -80,7 +80,7 @@ class TiedSoftmax(TorchFunctionMode):
                 return _wide_linear(*args, **kwargs, dtype=head_dtype)
         if function is F.embedding and self._is_plain_embedding(_argument(args, kwargs, 1, "weight")):
             return _embedding(*args, **kwargs)
-        if function is F.cross_entropy and self._are_logits(args[0]):
+        if function is F.cross_entropy and torch.is_grad_enabled() == self.grad and self._are_logits(args[0]):
             settings = self.loss.settings
             if settings.objective is not None:
                 raise needs_deferred("an adapter on the head adds to them, or they are of another matrix", settings)

@@ -91,6 +91,37 @@ def parameter_at_work(model: nn.Module, name: str) -> nn.Parameter | None:
     return module._parameters.get(attribute)
 
 
+def matrix_at_work(model: nn.Module, name: str) -> nn.Parameter:
+    """`parameter_at_work` of a name that must be there.
+
+    Raises:
+        TyingError: when `name` is not a parameter.
+    """
+    found = parameter_at_work(model, name)
+    return parameter_of(model, name) if found is None else found
+
+
+def adapter_at(model: nn.Module, name: str) -> str | None:
+    """The kind of the adapter of PEFT at work on the module of `name`, which adds something to what the module gives.
+
+    A merged adapter, one that is switched off, and a copy (`parameter_at_work`) are none.
+    """
+    path, _, _ = name.rpartition(".")
+    module = model
+    for part in path.split("."):
+        module = unwrap(module)._modules.get(part)
+        if module is None:
+            return None
+    while (inner := next((m for key in _WRAPPERS if (m := module._modules.get(key)) is not None), None)) is not None:
+        layer: Any = module
+        if hasattr(type(layer), "merged") and not layer.disable_adapters and not layer.merged:
+            held = {adapter for part in layer.adapter_layer_names for adapter in getattr(layer, part, {})}
+            if held.intersection(layer.active_adapters):
+                return type(layer).__name__
+        module = inner
+    return None
+
+
 def is_one(model: nn.Module, names: Iterable[str]) -> bool:
     """Whether `names` are one and the same parameter in `model`."""
     held = [find_parameter(model, name) for name in names]

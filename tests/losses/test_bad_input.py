@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hf_tying.losses import tied_cross_entropy, tied_embedding
+from hf_tying.losses import (
+    augmented_loss,
+    contrastive_weight_tying_loss,
+    tied_cross_entropy,
+    tied_embedding,
+    tied_log_probs,
+)
 
 from .helpers import leaf, watched
 
@@ -108,6 +114,10 @@ BAD_HERE = {
         {"logit_softcap": math.nan},
         "logit_softcap must be above 0, got nan",
     ),
+    "a scale for each word": (ValueError, {"logit_scale": torch.ones(5)}, r"logit_scale has the shape \(5,\): .* one"),
+    "a soft cap for each word": (ValueError, {"logit_softcap": torch.ones(5)}, r"logit_softcap has the shape \(5,\)"),
+    "a count for each token": (ValueError, {"num_items_in_batch": torch.ones(4)}, r"num_items.* has the shape \(4,\)"),
+    "a head of whole numbers": (ValueError, {"head_dtype": torch.int32}, "head_dtype=torch.int32: .*floating-point"),
     "an unknown backend": (ValueError, {"backend": "fast"}, "'fast'.*auto.*torch"),
 }
 
@@ -140,6 +150,12 @@ def test_bad_input_is_refused_by_the_exception_that_torch_raises(case):
 @pytest.mark.parametrize("case", BAD_HERE)
 def test_what_torch_takes_or_does_not_know_is_refused(case):
     refused(*BAD_HERE[case])
+
+
+@pytest.mark.parametrize("loss", [tied_log_probs, augmented_loss, contrastive_weight_tying_loss])
+def test_a_temperature_for_each_token_is_refused(loss):
+    with pytest.raises(ValueError, match=r"temperature has the shape \(4, 1\): expected one number"):
+        loss(**changed(), temperature=torch.ones(4, 1))
 
 
 def test_an_id_outside_the_vocabulary_is_refused_by_the_embedding():

@@ -104,7 +104,11 @@ def test_any_leading_shape(shape):
 
 def test_what_is_not_asked_for_is_none():
     hidden, weight, labels, _ = problem(0)
-    assert tied_log_probs(hidden, weight, labels).entropy is None
+    usual = tied_log_probs(hidden, weight, labels)
+    assert [name for name in OUTPUTS if getattr(usual, name) is not None] == [
+        *("log_probs", "entropy", "top1", "logsumexp"),
+    ]
+    assert tied_log_probs(hidden, weight, labels, outputs=["log_probs"]).entropy is None
     only = tied_log_probs(hidden, weight, labels, outputs="logsumexp")
     assert only.log_probs is None and only.logsumexp is not None
     assert TokenLogProbs() == TokenLogProbs(None, None, None, None, None, None)

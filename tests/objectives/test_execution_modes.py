@@ -77,6 +77,26 @@ def test_a_model_compiled_before_or_after_use_tied_loss_trains_by_blocks(seen):
     torch._dynamo.reset()
 
 
+def test_a_step_without_values_has_the_shapes_of_the_stock_step():
+    shapes = []
+    for model in pair(tiny_model("llama").to("meta")):
+        inputs = {name: batch(model)[name].to("meta") for name in ("input_ids", "labels")}
+        model(**inputs).loss.backward()
+        shapes.append([None if g is None else g.shape for g in gradients(model).values()])
+    assert shapes[0] == shapes[1] and any(shapes[0])
+
+
+def test_where_one_graph_of_a_step_is_asked_for_the_way_out_is_told(monkeypatch):
+    told = []
+    monkeypatch.setattr(torch.compiler, "is_dynamo_compiling", lambda: True)
+    monkeypatch.setattr(torch._dynamo, "graph_break", lambda msg: told.append(msg))
+    model = use_tied_loss(tiny_model("llama")).train()
+    step(model, batch(model))
+    assert len(told) == 2 and all(
+        "compile without fullgraph=True" in each for each in told
+    )  # of the step, and its loss
+
+
 def test_functional_call_gives_its_gradients_to_the_tensors_that_are_given(seen):
     stock, tied = pair(tiny_model("gpt2"))
     assert_same_step(tied, stock, batch(stock))

@@ -195,6 +195,15 @@ class TestTheRest:
                 use_tied_loss(model, head_dtype="float32").train(training)(**step)
         assert use_tied_loss(model)(**step).loss.isfinite()  # the way out
 
+    def test_a_head_that_is_not_the_softmax_matrix_is_refused_and_nothing_is_changed(self):
+        """DeBERTa's newer head multiplies by the embedding, and names a square layer before it as its output."""
+        model = tiny_model("deberta-v2", legacy=False)
+        kind = type(model)
+        with pytest.raises(TyingError, match=r"lm_predictions.lm_head.dense.weight', of \d+ rows, and the vocabulary"):
+            use_tied_loss(model, head_dtype="float32")
+        assert type(model) is kind
+        assert use_tied_loss(model).train()(**tiny_inputs(model)).loss.isfinite()  # the way out
+
     @pytest.mark.parametrize("given", ["bfloat16", "half", "int64", torch.float16, 32])
     def test_an_unknown_dtype_is_refused(self, given):
         with pytest.raises(ValueError, match="expected 'float32', 'float64' or None"):

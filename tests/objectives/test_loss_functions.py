@@ -38,15 +38,16 @@ def test_label_smoothing_is_of_training_steps_alone():
     assert torch.equal(tied(**batch(tied)).loss, stock(**batch(stock)).loss)
 
 
-def test_label_smoothing_holds_where_the_logits_are_needed_whole(seen):
+def test_label_smoothing_holds_under_an_adapter_of_the_head_and_in_a_copy_of_it(seen):
     model = use_tied_loss(gpt2(), label_smoothing=0.1)
     inputs = batch(model)
     by_blocks = step(model, inputs).loss
     assert seen.taken() == BY_BLOCKS
-    for config, whole in ((dict(target_modules=["lm_head"]), ["a sum"]), (dict(modules_to_save=["lm_head"]), [])):
+    adapter, a_copy = dict(target_modules=["lm_head"]), dict(modules_to_save=["lm_head"])
+    for config, expected in ((adapter, Seen(0, ["a sum"])), (a_copy, BY_BLOCKS)):
         head = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, **{"target_modules": ["c_attn"]} | config))
         assert step(head, inputs).loss.item() == pytest.approx(by_blocks.item(), rel=1e-5)  # nothing added so far
-        assert seen.taken() == Seen(0, whole)
+        assert seen.taken() == expected
 
 
 # --- loss functions of the user --------------------------------------------------------------------------------------
