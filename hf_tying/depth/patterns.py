@@ -42,7 +42,8 @@ def order_of(pattern: str, layers: int, unique: int | None = None) -> list[int]:
     if pattern in ("sequence", "immediate"):
         return [i * unique // layers for i in range(layers)]
     if pattern == "cycle_rev":
-        return [i % unique if i < layers - unique else layers - 1 - i for i in range(layers)]
+        turn = max(unique, layers - unique)  # as in the authors' code: first every block once, then back
+        return [i % unique if i < turn else unique - 1 - (i - turn) for i in range(layers)]
     if pattern in ("sandwich", "middle_cycle"):
         return [0, *(1 + i % (unique - 2) for i in range(layers - 2)), unique - 1]
     return [i % unique for i in range(layers)]

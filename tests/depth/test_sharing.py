@@ -13,6 +13,10 @@ from transformers import (
     AutoModelForCausalLM,
     GPTNeoConfig,
     GPTNeoForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+    RwkvConfig,
+    RwkvForCausalLM,
     SwinConfig,
     SwinForImageClassification,
     Trainer,
@@ -21,6 +25,8 @@ from transformers import (
     ViTForImageClassification,
     WhisperConfig,
     WhisperForConditionalGeneration,
+    XLNetConfig,
+    XLNetLMHeadModel,
 )
 
 from hf_tying import (
@@ -126,6 +132,8 @@ def test_the_orders_are_those_of_the_papers():
         "all": [0, 0, 0, 0, 0, 0],
     }  # fmt: skip
     assert order_of("middle_cycle", 8, 4) == [0, 1, 2, 1, 2, 1, 2, 3]
+    # As in the authors' code: every block once, before the way back.
+    assert order_of("cycle_rev", 6, 4) == [0, 1, 2, 3, 3, 2] and order_of("cycle_rev", 7, 3) == [0, 1, 2, 0, 2, 1, 0]
 
 
 def test_the_entry_is_short_and_stock_reads_the_file(tmp_path):
@@ -292,6 +300,21 @@ class TestGrowing:
         model = share_layers(GPTNeoForCausalLM(config), order=[0, 1, 1], grow=True, stack="transformer.h")
         assert [layer.attn.attention.layer_id for layer in model.transformer.h] == [0, 1, 2]
 
+    def test_layers_of_other_forms_start_as_the_identity(self):
+        """OpenAI's GPT has layers that return lists."""
+        model = OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=16))
+        ids = torch.randint(64, (2, 5))
+        before = model.eval()(ids).logits
+        assert torch.equal(share_layers(model, order=[0, 1, 1], grow=True).eval()(ids).logits, before)
+
+    def test_layers_of_two_states_are_refused(self):
+        """XLNet's second stream would not start as the identity."""
+        model = XLNetLMHeadModel(XLNetConfig(vocab_size=64, d_model=16, n_layer=2, n_head=2, d_inner=32))
+        for further in ({"order": [0, 1, 1], "grow": True}, {"pattern": "all", "residual_factor": 0.5}):
+            with pytest.raises(TyingError, match="two states, output_h and output_g"):
+                share_layers(model, **further)
+        assert len(model.transformer.layer) == 2
+
     def test_the_factor_learns(self):
         model = share_layers(plain(), order=self.ORDER, grow=True)
         model(**tiny_inputs(model)).loss.backward()
@@ -309,6 +332,24 @@ class TestGrowing:
         ids = torch.tensor([[3, 4, 5]])
         runs = [model.generate(ids, max_new_tokens=8, do_sample=False, use_cache=cache) for cache in (True, False)]
         assert torch.equal(*runs)
+
+
+def test_matrices_that_a_model_divides_by_their_layer_are_not_shared():
+    """RWKV does so in evaluation, in place: two visits would divide one matrix twice."""
+    sizes = {"vocab_size": 64, "hidden_size": 16, "attention_hidden_size": 16, "num_hidden_layers": 4}
+    with pytest.raises(TyingError, match="rescale_every=0"):
+        share_layers(RwkvForCausalLM(RwkvConfig(**sizes, rescale_every=2)), pattern="sequence", unique=2)
+    model = share_layers(RwkvForCausalLM(RwkvConfig(**sizes, rescale_every=0)), pattern="sequence", unique=2)
+    ids = torch.randint(64, (2, 5))
+    assert torch.equal(model.eval()(ids).logits, unroll(copy.deepcopy(model))(ids).logits)
+
+
+def test_a_private_part_may_be_in_one_stack_alone():
+    model = share_layers(tiny_model("bart", **LENGTHS["bart"]), pattern="all", private=["encoder_attn*"])
+    layers = model.model.decoder.layers
+    assert layers[0].encoder_attn.k_proj.weight is not layers[1].encoder_attn.k_proj.weight
+    assert layers[0].fc1.weight is layers[1].fc1.weight
+    assert "private" not in TyingConfig.in_config(model.config).depth[0]
 
 
 def test_the_gradient_of_a_block_is_the_sum_over_its_visits():

@@ -154,8 +154,7 @@ def test_a_resize_keeps_the_difference_of_each_word(place, relax):
         model.resize_token_embeddings(size)
         assert_tied(model)
         assert logits(model).shape[-1] == size
-        if "bound" not in relax:  # a bound is a share of a norm, which has other rows now
-            torch.testing.assert_close(logits(model)[..., :rows], before, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(logits(model)[..., :rows], before, atol=1e-6, rtol=1e-5)
     assert gap(model)["group"] == pytest.approx(distance["group"], rel=1e-4)
 
 
@@ -215,6 +214,20 @@ def test_a_bound_is_never_passed():
     for value, expected in ((0.05, 0.05), (0.1, 0.1), (7.0, 0.1)):
         offset.data.fill_(value)
         assert gap(model)["group"]["lm_head.weight"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_bounded_difference_of_a_zero_matrix_is_zero():
+    model = untouched("llama")
+    for name in GROUPS["llama"]:
+        model.get_parameter(name).data.zero_()
+    tie(model, {"group": {"names": GROUPS["llama"], "relax": KINDS["bounded"]}})
+    assert not model.lm_head.weight.any()
+
+
+def test_a_group_has_the_name_that_was_given_last():
+    model = tie(untouched("llama"), "two_way", init_from="target")
+    tie(model, {"mine": {"names": GROUPS["llama"], "relax": KINDS["scale"]}})
+    assert list(gap(model)) == ["mine"]
 
 
 def test_the_penalty_is_the_squared_gap_and_leaves_the_root_alone():
