@@ -29,7 +29,7 @@ def order_of(pattern: str, layers: int, unique: int | None = None) -> list[int]:
         >>> order_of("cycle_rev", 6, 3)
         [0, 1, 2, 2, 1, 0]
     """
-    if pattern not in PATTERNS:
+    if not isinstance(pattern, str) or pattern not in PATTERNS:
         hint = nearest(str(pattern), PATTERNS)
         raise TyingError(f"Unknown pattern {pattern!r}: expected one of {', '.join(PATTERNS)}{hint}.")
     fixed = {"all": 1, "sandwich": 3}.get(pattern)

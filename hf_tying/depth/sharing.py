@@ -293,7 +293,7 @@ def _private_names(stacks: Mapping[str, nn.ModuleList], private: Iterable[str]) 
     }
     known = [name for found in names.values() for name in found]
     for pattern in patterns:
-        if not any(_matches(name, pattern) for name in known):
+        if not isinstance(pattern, str) or not any(_matches(name, pattern) for name in known):
             raise TyingError(f"private={pattern!r} matches nothing in a layer: expected some of {known[:6]}.")
     return {
         path: [name for name in found if any(_matches(name, pattern) for pattern in patterns)]

@@ -481,6 +481,8 @@ class TestRefusals:
             ({"order": [0, 1, 2, 3, 2]}, "grow=True"), ({"order": [0, 1, -1, 0]}, "numbers from 0"),
             ({"order": [0, 1, 1, 0], "grow": True}, "at least once"), ({"pattern": "all", "grow": True}, "needs"),
             ({"pattern": "all", "private": ["*nrom*"]}, "matches nothing"),
+            ({"pattern": "all", "private": [3]}, "matches nothing"),
+            ({"pattern": ["cycle"], "unique": 2}, "Unknown pattern"),
             ({"pattern": "all", "init": "mean"}, "expected one of first"),
             ({"pattern": "all", "init": "svd"}, "relax="),
             ({"pattern": "all", "init": "svd", "relax": {"kind": "scale"}}, "into a low rank"),
