@@ -152,5 +152,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except TyingError as error:
+    except (TyingError, OSError) as error:  # also an output that cannot be written
         sys.exit(f"error: {error}")

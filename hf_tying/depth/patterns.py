@@ -29,7 +29,7 @@ def order_of(pattern: str, layers: int, unique: int | None = None) -> list[int]:
         >>> order_of("cycle_rev", 6, 3)
         [0, 1, 2, 2, 1, 0]
     """
-    if pattern not in PATTERNS:
+    if not isinstance(pattern, str) or pattern not in PATTERNS:
         hint = nearest(str(pattern), PATTERNS)
         raise TyingError(f"Unknown pattern {pattern!r}: expected one of {', '.join(PATTERNS)}{hint}.")
     fixed = {"all": 1, "sandwich": 3}.get(pattern)
@@ -42,7 +42,8 @@ def order_of(pattern: str, layers: int, unique: int | None = None) -> list[int]:
     if pattern in ("sequence", "immediate"):
         return [i * unique // layers for i in range(layers)]
     if pattern == "cycle_rev":
-        return [i % unique if i < layers - unique else layers - 1 - i for i in range(layers)]
+        turn = max(unique, layers - unique)  # as in the authors' code: first every block once, then back
+        return [i % unique if i < turn else unique - 1 - (i - turn) for i in range(layers)]
     if pattern in ("sandwich", "middle_cycle"):
         return [0, *(1 + i % (unique - 2) for i in range(layers - 2)), unique - 1]
     return [i % unique for i in range(layers)]

@@ -2,7 +2,7 @@
 
 import fnmatch
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +14,7 @@ from ..ties.anatomy import Anatomy
 from ..ties.depth_groups import FACTOR, depth_groups
 from ..ties.record import write_config
 from ..ties.relaxation import LowRank, relaxation_at
-from ..ties.shared_layers import damp
+from ..ties.shared_layers import damp, refuse_streams
 from ..ties.slots import named_slots, parameter_of, same_values
 from ..ties.tying import refuse_unfit, tie, untie
 from .patterns import PATTERNS, order_of
@@ -89,14 +89,18 @@ def share_layers(
     entries, targets = [], chosen_stacks(model, stack)
     if grow and len(targets) > 1:
         raise TyingError(f"grow=True with {len(targets)} stacks: name one by stack=, of {list(targets)}.")
+    private_of = _private_names(targets, private)
     for path, layers in targets.items():
         blocks = _order(path, len(layers), pattern, unique, order, grow)
         if any(entry["path"] == path and not entry.get("unrolled") for entry in declared.depth):
             raise TyingError(f"The layers of {path!r} are shared already: unroll(model) first.")
         for block in dict.fromkeys(blocks):
             _refuse_unlike(path, layers, blocks, block, grow)
+        _refuse_rescaled(model, path, blocks)
+        if grow or residual_factor is not None:
+            refuse_streams(path, layers[0])
         entry: dict[str, Any] = {"path": path, "order": blocks}
-        if names := _private_names(layers, private):
+        if names := private_of[path]:
             entry["private"] = names
         if low_rank is not None:
             entry["relax"] = {key: value for key, value in low_rank.items() if key != "init"}
@@ -269,13 +273,32 @@ def _refuse_factor(factor: float | str | None, grow: bool) -> None:
         raise TyingError("grow=True starts further visits at the factor 0: expected no residual_factor with it.")
 
 
-def _private_names(layers: nn.ModuleList, private: Iterable[str]) -> list[str]:
+def _refuse_rescaled(model: PreTrainedModel, path: str, order: list[int]) -> None:
+    """Refuse RWKV's scaling for inference, which divides the matrices of a layer by its number, in place."""
+    every = getattr(model.config, "rescale_every", 0)
+    if every and len(order) > max(every, len(set(order))):
+        raise TyingError(
+            f"Layers of {path!r} cannot be one block: in evaluation the model divides their matrices in place, by a "
+            f"power of two for each {every} layers (rescale_every in its config), and visits of a block would divide "
+            "one matrix twice. Load the model with rescale_every=0."
+        )
+
+
+def _private_names(stacks: Mapping[str, nn.ModuleList], private: Iterable[str]) -> dict[str, list[str]]:
+    """The names that match in each stack. A pattern may be for one of them alone, such as cross-attention."""
     patterns = [private] if isinstance(private, str) else list(private)
-    names = list(dict.fromkeys(name for layer in layers for name, _ in layer.named_parameters()))
+    names = {
+        path: list(dict.fromkeys(name for layer in layers for name, _ in layer.named_parameters()))
+        for path, layers in stacks.items()
+    }
+    known = [name for found in names.values() for name in found]
     for pattern in patterns:
-        if not any(_matches(name, pattern) for name in names):
-            raise TyingError(f"private={pattern!r} matches nothing in a layer: expected some of {names[:6]}.")
-    return [name for name in names if any(_matches(name, pattern) for pattern in patterns)]
+        if not isinstance(pattern, str) or not any(_matches(name, pattern) for name in known):
+            raise TyingError(f"private={pattern!r} matches nothing in a layer: expected some of {known[:6]}.")
+    return {
+        path: [name for name in found if any(_matches(name, pattern) for pattern in patterns)]
+        for path, found in names.items()
+    }
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -60,6 +60,8 @@ class MacroF1(evaluate.Metric):
 
     def _compute(self, predictions: Sequence, references: Sequence) -> dict[str, float]:
         predicted, true = np.asarray(predictions), np.asarray(references)
+        if not len(predicted):
+            raise ValueError("Macro F1 needs one prediction at least, found none.")
         if self.config_name != "multilabel":
             classes = np.union1d(predicted, true)
             predicted, true = predicted[:, None] == classes, true[:, None] == classes
@@ -118,7 +120,8 @@ def calibration(probabilities: ArrayLike, labels: ArrayLike, bins: int = 15) -> 
         bins: number of bins of equal width from 0 to 1. Default 15. A probability on a bound is in the lower bin.
 
     Raises:
-        ValueError: if there are no texts, the shapes do not fit, or a probability is not in [0, 1].
+        ValueError: if there are no texts or bins, the shapes do not fit, a probability is not in [0, 1], or a label is
+            none of the classes.
 
     Source: Guo et al. 2017 section 2.
     """
@@ -130,6 +133,10 @@ def calibration(probabilities: ArrayLike, labels: ArrayLike, bins: int = 15) -> 
         )
     if not ((values >= 0) & (values <= 1 + 1e-6)).all():
         raise ValueError("Expected probabilities from 0 to 1: give the softmax of the logits.")
+    if bins < 1:
+        raise ValueError(f"bins={bins}: expected 1 or more.")
+    if not ((true >= 0) & (true < (2 if true.ndim == 2 else values.shape[1]))).all():
+        raise ValueError(f"The labels go from {true.min()} to {true.max()}, and there are {values.shape[1]} classes.")
     if true.ndim == 2:
         confidence, right = np.maximum(values, 1 - values).ravel(), ((values > 0.5) == (true > 0.5)).ravel()
     else:

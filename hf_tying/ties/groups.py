@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..config import SCHEMES, TyingConfig, TyingError
 from ..entries import free_name
@@ -189,6 +190,11 @@ def check_group(anatomy: Anatomy, group: TieGroup) -> None:
             raise TyingError(
                 f"Cannot tie group {group.name!r}: {name!r} is quantised or not floating point ({parameter.dtype}, "
                 f"{type(module).__name__}). Tie before quantising, or leave the name out."
+            )
+        if is_lazy(parameter):
+            raise TyingError(
+                f"Cannot tie group {group.name!r}: {name!r} has no shape yet ({type(module).__name__}). Call the "
+                "module once on a batch first."
             )
         # Names that the architecture declares as tied may differ in dtype, and in a model that is being made in rows:
         # the stock class makes them one.

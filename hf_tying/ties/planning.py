@@ -29,7 +29,8 @@ def at_stake(anatomy: Anatomy, explicit: Iterable[list[str]] = ()) -> list[nn.Pa
 def plan_tie(anatomy: Anatomy, config: TyingConfig, explicit: dict[str, list[str]]) -> list[TieGroup]:
     """The groups after `tie`: the present ones, with roles regrouped by the scheme, and the explicit groups added."""
     chains = list(explicit.values())
-    named = {**names_held(anatomy.model), **explicit}
+    chosen = {group: names for group, names in explicit.items() if group != names[0]}  # a list has no name of its own
+    named = {**chosen, **names_held(anatomy.model), **explicit}
     if config.scheme is None:
         chains += anatomy.tied
     else:

@@ -33,6 +33,8 @@ class Relaxation(nn.Module, ABC):
     """
 
     kind: str
+    #: The parameter of this place in which the difference is linear.
+    linear: str
     #: Names of parameters that all relaxed places of a group share.
     shared: tuple[str, ...] = ()
 
@@ -62,12 +64,20 @@ class Relaxation(nn.Module, ABC):
     def forward(self, root: torch.Tensor) -> torch.Tensor:
         """The difference, of the shape of `root`, with its bound."""
         difference = self.difference(root)
-        if self.bound is None:
-            return difference
+        return difference if self.bound is None else difference * self._share_left(root, difference)
+
+    def _share_left(self, root: torch.Tensor, difference: torch.Tensor) -> torch.Tensor:
+        """The factor by which the bound scales the difference down."""
         wide = torch.promote_types(difference.dtype, torch.float32)
         norm = torch.linalg.vector_norm(difference, dtype=wide)
         most = self.bound * torch.linalg.vector_norm(root.detach(), dtype=wide)
-        return difference * (most / norm.clamp(min=most)).to(difference.dtype)
+        return (most / norm.clamp(min=most).clamp(min=torch.finfo(wide).tiny)).to(difference.dtype)
+
+    @torch.no_grad()
+    def apply_bound(self, root: torch.Tensor) -> None:
+        """Scale the parameters as the bound does, so that the difference stays when the root gets a larger norm."""
+        if self.bound is not None:
+            self._parameters[self.linear].mul_(self._share_left(root, self.difference(root)))
 
 
 class Scale(Relaxation):
@@ -77,6 +87,7 @@ class Scale(Relaxation):
     """
 
     kind = "scale"
+    linear = "offset"
 
     def __init__(self, root: torch.Tensor, bound: float | None = None) -> None:
         super().__init__(root, bound)
@@ -103,6 +114,7 @@ class LowRank(Relaxation):
     """
 
     kind = "lora"
+    linear = "lora_B"
 
     def __init__(self, root: torch.Tensor, rank: int, bound: float | None = None) -> None:
         super().__init__(root, bound)
@@ -151,6 +163,7 @@ class Basis(Relaxation):
     """
 
     kind = "basis"
+    linear = "coefficients"
     shared = ("filters",)
 
     def __init__(self, root: torch.Tensor, filters: int, bound: float | None = None) -> None:
@@ -264,8 +277,9 @@ def resized(model: nn.Module) -> Iterator[None]:
     """Let members be plain tied parameters inside this context, and follow their root's number of rows after it."""
     places = [(root, name, relaxation_at(model, name)) for _, root, name in relaxed_names(model)]
     held = [place for place in places if place[2] is not None and place[2].active]  # not again inside this context
-    for _, _, relaxation in held:
+    for root, _, relaxation in held:
         assert relaxation is not None
+        relaxation.apply_bound(parameter_of(model, root))
         relaxation.active = False
     try:
         yield

@@ -5,6 +5,7 @@ visits of the block have. The entry says which block each visit has, in place of
 """
 
 import functools
+import inspect
 from typing import Any, SupportsIndex
 
 import torch
@@ -55,6 +56,20 @@ def damp_declared(model: nn.Module, config: TyingConfig) -> None:
             damp(model.get_submodule(f"{stack['path']}.{i}"))
 
 
+def refuse_streams(path: str, layer: nn.Module) -> None:
+    """Refuse layers that map two states, such as XLNet's and Reformer's: a factor would reach one of them alone.
+
+    Raises:
+        TyingError: naming both.
+    """
+    names = list(inspect.signature(layer.forward).parameters)
+    if names[:2] in (["output_h", "output_g"], ["prev_attn_output", "hidden_states"]):
+        raise TyingError(
+            f"Layers of {path!r} cannot have a factor of what they add ({FACTOR!r}): each maps two states, {names[0]} "
+            f"and {names[1]}. Share them without grow= and residual_factor=."
+        )
+
+
 def damp(layer: nn.Module, factor: float = 0.0) -> None:
     """Let `layer` add only a share of what it does: `x + factor * (layer(x) - x)`. The factor is a parameter."""
     if FACTOR in layer._parameters:
@@ -67,11 +82,15 @@ def damp(layer: nn.Module, factor: float = 0.0) -> None:
 
 @functools.cache
 def _damped(cls: type[nn.Module]) -> type[nn.Module]:
-    def forward(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        outputs = cls.forward(self, hidden_states, *args, **kwargs)
-        first = outputs[0] if isinstance(outputs, tuple) else outputs
+    first_name = list(inspect.signature(cls.forward).parameters)[1]  # after self: hidden_states, in most layers
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        hidden_states = args[0] if args else kwargs[first_name]
+        outputs = cls.forward(self, *args, **kwargs)
+        several = isinstance(outputs, tuple | list)
+        first = outputs[0] if several else outputs
         first = hidden_states + self._parameters[FACTOR] * (first - hidden_states)
-        return (first, *outputs[1:]) if isinstance(outputs, tuple) else first
+        return type(outputs)((first, *outputs[1:])) if several else first
 
     def reduce(self: nn.Module, protocol: SupportsIndex) -> tuple[Any, ...]:
         # Pickle finds classes by name, and under this name it would find the stock class.

@@ -6,6 +6,19 @@ from torch.nn import functional as F
 from ..config import TyingError
 
 
+def check_classes(labels: torch.Tensor, classes: int) -> None:
+    """Refuse labels that are none of `classes`.
+
+    Raises:
+        TyingError: with the smallest and the largest one.
+    """
+    if labels.numel() and not ((labels >= 0) & (labels < classes)).all():
+        raise TyingError(
+            f"The labels go from {int(labels.min())} to {int(labels.max())}: expected 0 to {classes - 1}, one of "
+            f"{classes} classes for each text. Leave texts without a class out."
+        )
+
+
 def fit_temperature(logits: torch.Tensor, labels: torch.Tensor, multi_label: bool = False) -> float:
     """Find the divisor of the logits with the smallest cross entropy on texts that were not trained on.
 
@@ -21,7 +34,7 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor, multi_label: boo
         than chance the upper one.
 
     Raises:
-        TyingError: if there are no texts, or a logit is not finite.
+        TyingError: if there are no texts, a logit is not finite, or a label is no class.
 
     Source: Guo et al. 2017 section 4.2. The cross entropy is convex in the inverse of the temperature, so its one
         minimum is found by halving the interval of its slope.
@@ -29,6 +42,9 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor, multi_label: boo
     logits, labels = logits.detach().double().cpu(), labels.cpu()
     if not logits.numel() or not torch.isfinite(logits).all():
         raise TyingError("The temperature needs finite logits of one text at least.")
+
+    if not multi_label:
+        check_classes(labels, logits.shape[-1])
 
     def slope(inverse: float) -> float:
         factor = torch.tensor(inverse, dtype=torch.float64, requires_grad=True)

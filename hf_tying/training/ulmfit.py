@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from ..config import TyingError
+from .calibration import check_classes
 from .layers import layer_groups
 from .schedules import check_when, step_of
 
@@ -228,14 +229,14 @@ def pseudo_labels(probabilities: torch.Tensor, threshold: float = 0.9) -> tuple[
         The rows that are chosen, (n,), int64, and their labels, (n,), int64.
 
     Raises:
-        TyingError: if the threshold is out of range, or a prediction is NaN.
+        TyingError: if the threshold is out of range, or a prediction is no probability.
 
     Source: Lee 2013, "Pseudo-Label".
     """
     if not 0 <= threshold <= 1:
         raise TyingError(f"threshold={threshold}: expected a probability from 0 to 1.")
-    if torch.isnan(probabilities).any():
-        raise TyingError("The predictions have a NaN: expected probabilities.")
+    if not ((probabilities >= 0) & (probabilities <= 1 + 1e-3)).all():
+        raise TyingError("The predictions are not from 0 to 1, or NaN: expected probabilities, the softmax of logits.")
     largest, labels = probabilities.max(dim=1)
     rows = (largest >= threshold).nonzero().flatten()
     return rows, labels[rows]
@@ -256,7 +257,7 @@ def distillation_labels(
         (texts, classes), distributions: `labels` of a classifier with `problem_type="single_label_classification"`.
 
     Raises:
-        TyingError: if a value is out of range.
+        TyingError: if a value is out of range, or a logit is not finite.
 
     Source: Hinton et al. 2015 section 2; Furlanello et al. 2018, "Born-Again Neural Networks".
     """
@@ -264,8 +265,11 @@ def distillation_labels(
         raise TyingError(
             f"weight={weight}, temperature={temperature}: expected a share from 0 to 1, and a temperature above 0."
         )
+    if not torch.isfinite(teacher_logits).all():
+        raise TyingError("The teacher's logits have a NaN or an infinity: expected numbers. Leave these texts out.")
     predicted = (teacher_logits / temperature).softmax(dim=-1)
     if labels is None:
         return predicted
+    check_classes(labels, predicted.shape[-1])
     true = nn.functional.one_hot(labels, predicted.shape[-1]).to(predicted)
     return weight * predicted + (1 - weight) * true

@@ -8,8 +8,12 @@ from transformers import (
     AutoModelForCausalLM,
     GPTNeoConfig,
     GPTNeoForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
     SwinConfig,
     SwinForImageClassification,
+    XLNetConfig,
+    XLNetLMHeadModel,
 )
 
 from hf_tying import (
@@ -107,6 +111,21 @@ class TestGrowing:
         )  # fmt: skip
         model = share_layers(GPTNeoForCausalLM(config), order=[0, 1, 1], grow=True, stack="transformer.h")
         assert [layer.attn.attention.layer_id for layer in model.transformer.h] == [0, 1, 2]
+
+    def test_layers_of_other_forms_start_as_the_identity(self):
+        """OpenAI's GPT has layers that return lists."""
+        model = OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=16))
+        ids = torch.randint(64, (2, 5))
+        before = model.eval()(ids).logits
+        assert torch.equal(share_layers(model, order=[0, 1, 1], grow=True).eval()(ids).logits, before)
+
+    def test_layers_of_two_states_are_refused(self):
+        """XLNet's second stream would not start as the identity."""
+        model = XLNetLMHeadModel(XLNetConfig(vocab_size=64, d_model=16, n_layer=2, n_head=2, d_inner=32))
+        for further in ({"order": [0, 1, 1], "grow": True}, {"pattern": "all", "residual_factor": 0.5}):
+            with pytest.raises(TyingError, match="two states, output_h and output_g"):
+                share_layers(model, **further)
+        assert len(model.transformer.layer) == 2
 
     def test_the_factor_learns(self):
         model = share_layers(plain(), order=self.ORDER, grow=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hf_tying import TyingError, assert_tied, share_layers, tie, untie
+from hf_tying import TyingConfig, TyingError, assert_tied, share_layers, tie, untie
 
 from .models import parameters, plain
 
@@ -37,3 +37,11 @@ def test_a_broken_tie_is_told(model):
     model.get_submodule(UP.removesuffix(".weight")).weight = torch.nn.Parameter(torch.zeros(32, 16))
     with pytest.raises(TyingError, match=UP):
         assert_tied(model)
+
+
+def test_a_private_part_may_be_in_one_stack_alone():
+    model = share_layers(plain("bart"), pattern="all", private=["encoder_attn*"])
+    layers = model.model.decoder.layers
+    assert layers[0].encoder_attn.k_proj.weight is not layers[1].encoder_attn.k_proj.weight
+    assert layers[0].fc1.weight is layers[1].fc1.weight
+    assert "private" not in TyingConfig.in_config(model.config).depth[0]

@@ -53,6 +53,8 @@ def test_the_orders_are_those_of_the_papers():
         "all": [0, 0, 0, 0, 0, 0],
     }  # fmt: skip
     assert order_of("middle_cycle", 8, 4) == [0, 1, 2, 1, 2, 1, 2, 3]
+    # As in the authors' code: every block once, before the way back.
+    assert order_of("cycle_rev", 6, 4) == [0, 1, 2, 3, 3, 2] and order_of("cycle_rev", 7, 3) == [0, 1, 2, 0, 2, 1, 0]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

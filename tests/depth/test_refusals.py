@@ -1,10 +1,10 @@
 """Settings and models that cannot be shared are refused before anything is changed."""
 
+import copy
+
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-)
+from transformers import AutoModelForCausalLM, RwkvConfig, RwkvForCausalLM
 
 from hf_tying import (
     TyingConfig,
@@ -29,6 +29,8 @@ class TestRefusals:
             ({"order": [0, 1, 2, 3, 2]}, "grow=True"), ({"order": [0, 1, -1, 0]}, "numbers from 0"),
             ({"order": [0, 1, 1, 0], "grow": True}, "at least once"), ({"pattern": "all", "grow": True}, "needs"),
             ({"pattern": "all", "private": ["*nrom*"]}, "matches nothing"),
+            ({"pattern": "all", "private": [3]}, "matches nothing"),
+            ({"pattern": ["cycle"], "unique": 2}, "Unknown pattern"),
             ({"pattern": "all", "init": "mean"}, "expected one of first"),
             ({"pattern": "all", "init": "svd"}, "relax="),
             ({"pattern": "all", "init": "svd", "relax": {"kind": "scale"}}, "into a low rank"),
@@ -90,3 +92,13 @@ class TestRefusals:
         share_layers(plain(), "cycle", 2).save_pretrained(tmp_path)
         with pytest.raises(TyingError, match="4 layers of '.*layers', and the model has 3"):
             AutoModelForCausalLM.from_pretrained(tmp_path, num_hidden_layers=3)
+
+
+def test_matrices_that_a_model_divides_by_their_layer_are_not_shared():
+    """RWKV does so in evaluation, in place: two visits would divide one matrix twice."""
+    sizes = {"vocab_size": 64, "hidden_size": 16, "attention_hidden_size": 16, "num_hidden_layers": 4}
+    with pytest.raises(TyingError, match="rescale_every=0"):
+        share_layers(RwkvForCausalLM(RwkvConfig(**sizes, rescale_every=2)), pattern="sequence", unique=2)
+    model = share_layers(RwkvForCausalLM(RwkvConfig(**sizes, rescale_every=0)), pattern="sequence", unique=2)
+    ids = torch.randint(64, (2, 5))
+    assert torch.equal(model.eval()(ids).logits, unroll(copy.deepcopy(model))(ids).logits)

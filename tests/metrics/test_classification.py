@@ -53,7 +53,13 @@ def test_the_calibration_error_of_several_classes_takes_each_as_a_prediction():
 
 @pytest.mark.parametrize(
     ("probabilities", "labels", "message"),
-    [([[0.5, 0.5]], [0, 1], "shape"), ([[1.5, -0.5]], [0], "from 0 to 1"), ([[float("nan"), 1]], [0], "from 0 to 1")],
+    [
+        ([[0.5, 0.5]], [0, 1], "shape"),
+        ([[1.5, -0.5]], [0], "from 0 to 1"),
+        ([[float("nan"), 1]], [0], "from 0 to 1"),
+        ([[0.5, 0.5]], [2], "there are 2 classes"),
+        ([[0.5, 0.5]], [-1], "there are 2 classes"),
+    ],
 )
 def test_what_is_no_prediction_is_refused(probabilities, labels, message):
     with pytest.raises(ValueError, match=message):
@@ -68,3 +74,10 @@ def test_a_probability_on_a_bound_is_in_the_lower_bin():
 def test_a_confusion_matrix_has_true_classes_in_rows():
     found = confusion_matrix([0, 1, 1, 2], [0, 0, 1, 1], 3)
     assert found.tolist() == [[1, 1, 0], [0, 1, 1], [0, 0, 0]]
+
+
+def test_nothing_to_measure_is_refused():
+    with pytest.raises(ValueError, match="one prediction at least"):
+        MacroF1().compute(predictions=[], references=[])
+    with pytest.raises(ValueError, match="bins=0"):
+        calibration([[0.5, 0.5]], [0], bins=0)

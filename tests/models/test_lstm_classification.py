@@ -211,6 +211,15 @@ def test_what_does_not_fit_is_refused(inputs, message):
         model(padded("right")[0], **inputs)
 
 
+def test_whole_numbers_are_labels_of_several_classes_too():
+    model = tiny_classifier(problem_type="multi_label_classification").eval()
+    words, labels = torch.randint(1, 20, (4, 5)), torch.tensor([[0, 1, 1], [0, 0, 0], [1, 0, 1], [1, 1, 1]])
+    assert torch.equal(model(words, labels=labels).loss, model(words, labels=labels.double()).loss)
+    for bad in (labels[:, :2], labels + 1):
+        with pytest.raises(TyingError, match="expected 0 or 1 for each class"):
+            model(words, labels=bad)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

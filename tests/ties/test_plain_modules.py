@@ -142,3 +142,9 @@ def test_the_losses_take_the_tensors_of_any_module():
     loss = tied_cross_entropy(hidden, module.embedding.weight, ids)
     expected = nn.functional.cross_entropy((hidden @ module.embedding.weight.T).flatten(0, 1), ids.flatten())
     assert torch.allclose(loss, expected)
+
+
+def test_a_parameter_without_a_shape_is_refused():
+    module = nn.Sequential(nn.LazyLinear(4), nn.LazyLinear(4))
+    with pytest.raises(TyingError, match="has no shape yet .*Call the module once"):
+        tie(module, ["0.weight", "1.weight"])

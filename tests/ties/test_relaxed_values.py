@@ -58,6 +58,20 @@ def test_a_bound_is_never_passed():
         assert gap(model)["group"]["lm_head.weight"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_bounded_difference_of_a_zero_matrix_is_zero():
+    model = untouched("llama")
+    for name in GROUPS["llama"]:
+        model.get_parameter(name).data.zero_()
+    tie(model, {"group": {"names": GROUPS["llama"], "relax": KINDS["bounded"]}})
+    assert not model.lm_head.weight.any()
+
+
+def test_a_group_has_the_name_that_was_given_last():
+    model = tie(untouched("llama"), "two_way", init_from="target")
+    tie(model, {"mine": {"names": GROUPS["llama"], "relax": KINDS["scale"]}})
+    assert list(gap(model)) == ["mine"]
+
+
 def test_the_penalty_is_the_squared_gap_and_leaves_the_root_alone():
     model = trained("llama", KINDS["lora"])
     penalty = relaxation_penalty(model)

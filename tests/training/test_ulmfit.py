@@ -408,6 +408,10 @@ def test_labels_that_a_model_makes():
     [
         lambda: pseudo_labels(torch.ones(1, 2), threshold=2),
         lambda: pseudo_labels(torch.full((1, 2), float("nan"))),
+        lambda: pseudo_labels(torch.tensor([[4.0, -2.0]])),
+        lambda: distillation_labels(torch.full((1, 2), float("nan"))),
+        lambda: distillation_labels(torch.ones(1, 2), torch.tensor([2])),
+        lambda: fit_temperature(torch.ones(1, 2), torch.tensor([-100])),
         lambda: distillation_labels(torch.ones(1, 2), weight=2),
         lambda: distillation_labels(torch.ones(1, 2), temperature=0),
         lambda: average_predictions([]),

@@ -135,7 +135,8 @@ class TiedLSTMForSequenceClassification(TiedLSTMClassifier):
             labels: one of these. (texts,), int64: the classes, -100 for a text that is left out of the loss. (texts,
                 classes), floating point, with `problem_type="single_label_classification"`: the distribution over the
                 classes of each text (soft labels). (texts, classes), floating point, otherwise: 1 for each class that
-                a text has. (texts,) or (texts, 1), floating point, for `num_labels=1`: numbers (regression).
+                a text has (int64 too, with `problem_type="multi_label_classification"`). (texts,) or (texts, 1),
+                floating point, for `num_labels=1`: numbers (regression).
             return_dict: whether to return a `ModelOutput` in place of a tuple. Default: `config.return_dict`.
             **kwargs: arguments of other models, which are ignored.
 
@@ -183,6 +184,14 @@ class TiedLSTMForSequenceClassification(TiedLSTMClassifier):
                 raise TyingError("The labels have a NaN or an infinity: expected numbers. Leave these texts out.")
             if self.config.problem_type == "single_label_classification":
                 return F.cross_entropy(logits, labels.to(logits.dtype))
+        elif self.config.problem_type == "multi_label_classification":
+            if labels.shape != logits.shape or not ((labels == 0) | (labels == 1)).all():
+                raise TyingError(
+                    f"The labels of texts of several classes have the shape {tuple(labels.shape)}, from "
+                    f"{int(labels.min())} to {int(labels.max())}: expected 0 or 1 for each class, "
+                    f"{tuple(logits.shape)}."
+                )
+            labels = labels.to(logits.dtype)
         else:
             self._refuse_other_classes(labels)
         return self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
