@@ -76,9 +76,9 @@ def _tie_filled(anatomy: Anatomy, config: TyingConfig, missing: set[str]) -> lis
             if len(names) > 1:
                 kept.append(TieGroup(group.name if i == 0 else f"{group.name}_{i + 1}", tuple(names)))
         missing.difference_update(filled)
-    for name in missing:
+    for name in sorted(missing):  # all processes in one order, since ZeRO-3 gathers here
         if isinstance(module := slot_of(model, name)[0], Relaxation):
-            module.reset_parameters()  # the file has no difference: the member starts at its root
+            module.start()  # the file has no difference: the member starts at its root
     _fill_untied(anatomy, missing)
     return kept
 

@@ -8,6 +8,7 @@ The module gets a subclass with a property in front of the attribute, and a chil
 parameters of the difference. Names of parameters, state dicts and ties stay what they were.
 """
 
+import copy
 import functools
 import math
 from abc import ABC, abstractmethod
@@ -17,10 +18,9 @@ from typing import Any, SupportsIndex
 
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from .depth_groups import SUFFIX
-from .sharding import is_dtensor
+from .sharding import gathered, is_dtensor, is_partitioned, shape_of
 from .slots import find_slot, parameter_of, state_key
 
 
@@ -56,6 +56,12 @@ class Relaxation(nn.Module, ABC):
     def reset_parameters(self) -> None:
         """Make the difference zero."""
 
+    def start(self) -> None:
+        """Make the difference zero, also where ZeRO-3 has partitioned its parameters; from now on it acts."""
+        with gathered(self._parameters.values(), write=True):
+            self.reset_parameters()
+        self.active = True
+
     @abstractmethod
     def resize(self, rows: int) -> None:
         """Follow a root with another number of rows. New rows have no difference."""
@@ -81,7 +87,7 @@ class Scale(Relaxation):
 
     def __init__(self, root: torch.Tensor, bound: float | None = None) -> None:
         super().__init__(root, bound)
-        self.offset = nn.Parameter(torch.empty(root.shape[0], dtype=root.dtype, device=root.device))
+        self.offset = nn.Parameter(torch.empty(shape_of(root)[0], dtype=root.dtype, device=root.device))
         self.reset_parameters()
 
     def difference(self, root: torch.Tensor) -> torch.Tensor:
@@ -107,9 +113,9 @@ class LowRank(Relaxation):
 
     def __init__(self, root: torch.Tensor, rank: int, bound: float | None = None) -> None:
         super().__init__(root, bound)
-        columns = math.prod(root.shape[1:])
-        self.lora_A = nn.Parameter(torch.empty(rank, columns, dtype=root.dtype, device=root.device))
-        self.lora_B = nn.Parameter(torch.empty(root.shape[0], rank, dtype=root.dtype, device=root.device))
+        rows, *columns = shape_of(root)
+        self.lora_A = nn.Parameter(torch.empty(rank, math.prod(columns), dtype=root.dtype, device=root.device))
+        self.lora_B = nn.Parameter(torch.empty(rows, rank, dtype=root.dtype, device=root.device))
         self.reset_parameters()
 
     def difference(self, root: torch.Tensor) -> torch.Tensor:
@@ -119,7 +125,7 @@ class LowRank(Relaxation):
     @property
     def settings(self) -> dict[str, Any]:
         """What a `relax` entry says of this relaxation."""
-        return super().settings | {"rank": self.lora_A.shape[0]}
+        return super().settings | {"rank": shape_of(self.lora_A)[0]}
 
     def reset_parameters(self) -> None:
         """Make the difference zero."""
@@ -156,7 +162,7 @@ class Basis(Relaxation):
 
     def __init__(self, root: torch.Tensor, filters: int, bound: float | None = None) -> None:
         super().__init__(root, bound)
-        self.filters = nn.Parameter(torch.empty(filters, *root.shape, dtype=root.dtype, device=root.device))
+        self.filters = nn.Parameter(torch.empty(filters, *shape_of(root), dtype=root.dtype, device=root.device))
         self.coefficients = nn.Parameter(torch.empty(filters + 1, dtype=root.dtype, device=root.device))
         self.reset_parameters()
 
@@ -167,7 +173,7 @@ class Basis(Relaxation):
     @property
     def settings(self) -> dict[str, Any]:
         """What a `relax` entry says of this relaxation."""
-        return super().settings | {"filters": self.filters.shape[0]}
+        return super().settings | {"filters": shape_of(self.filters)[0]}
 
     def reset_parameters(self) -> None:
         """Make the difference zero."""
@@ -252,7 +258,10 @@ def value_at(model: nn.Module, name: str) -> torch.Tensor:
     value = module._parameters[attribute]
     assert value is not None, name
     relaxation = relaxation_at(model, name)
-    return value if relaxation is None else value + relaxation(value)
+    if relaxation is None:
+        return value
+    with gathered((value, *relaxation._parameters.values())):
+        return value + relaxation.forward(value)
 
 
 def relaxed_value(model: nn.Module, name: str, root: torch.Tensor, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -263,7 +272,9 @@ def relaxed_value(model: nn.Module, name: str, root: torch.Tensor, state: Mappin
     relaxation, prefix = relaxation_at(model, name), f"{state_key(model, name)}{SUFFIX}."
     assert relaxation is not None, name
     held = {key: state[prefix + key] for key in relaxation._parameters if prefix + key in state}
-    return root + functional_call(relaxation, held, (root,))
+    saved = copy.copy(relaxation)
+    vars(saved)["_parameters"] = {**relaxation._parameters, **held}
+    return root + saved.forward(root)  # without the hooks of DeepSpeed, which gathers live parameters
 
 
 @contextmanager
@@ -297,8 +308,9 @@ def _relaxed(cls: type[nn.Module], attribute: str) -> type[nn.Module]:
         parameter, relaxation = self._parameters.get(attribute), self._modules.get(attribute + SUFFIX)
         if parameter is None or relaxation is None or not relaxation.active:
             return parameter
-        if is_dtensor(parameter) and any(map(is_dtensor, relaxation._parameters.values())):
-            return parameter  # FSDP2 has sharded both, and gathers them for a step: who asks now looks for a name
+        sharded = is_dtensor(parameter) and any(map(is_dtensor, relaxation._parameters.values()))
+        if sharded or is_partitioned(parameter):
+            return parameter  # both are in parts, and gathered for a step: who asks now looks for a name
         return parameter + relaxation(parameter)
 
     def reduce(self: nn.Module, protocol: SupportsIndex) -> tuple[Any, ...]:
