@@ -210,7 +210,7 @@ def _is_one_vocabulary(model: PreTrainedModel) -> bool:
         return True
     if model.config.model_type != "fsmt":
         return getattr(model.config, "share_encoder_decoder_embeddings", True)
-    if len({shape_of(find_parameter(model, name))[0] for name in pair}) > 1:
+    if len({shape_of(parameter_of(model, name))[0] for name in pair}) > 1:
         raise TyingError(
             f"Cannot resize {type(model).__name__}: it has two vocabularies, of {model.config.src_vocab_size} and "
             f"{model.config.tgt_vocab_size} words, and one resize. Join them first: "
@@ -267,7 +267,7 @@ def _fit_two_sizes(model: PreTrainedModel) -> None:
         return
     for role, key in zip(("source", "target"), TWO_SIZES[model.config.model_type], strict=True):
         if role in found:  # a decoder alone has no source
-            setattr(model.config, key, shape_of(find_parameter(model, found[role].name))[0])
+            setattr(model.config, key, shape_of(parameter_of(model, found[role].name))[0])
 
 
 def _embeddings_out_of_reach(model: PreTrainedModel, rows: int) -> list[nn.Embedding]:
