@@ -150,10 +150,11 @@ def start(kind: str) -> nn.Module:
 def alone(kind: str) -> Trained:
     """One process, the whole batch, no engine: as if there were no group of processes."""
     with mock.patch("torch.distributed.is_initialized", return_value=False):
-        return _alone(start(kind))
+        return trained_alone(start(kind))
 
 
-def _alone(model: nn.Module) -> Trained:
+def trained_alone(model: nn.Module) -> Trained:
+    """Two steps of `model` on the whole batch, without an engine."""
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=RATE)
     return train(
         model, lambda: model(**inputs(model)), lambda loss: loss.backward(), optimizer.step, optimizer.zero_grad,
@@ -184,13 +185,12 @@ def plain(name: str) -> str:
 
 
 def beside_one(found: Trained, kind: str) -> dict:
-    """The largest differences to one process, relative to the largest value; names that one of the two has not.
+    """`beside` of one process. Process 0 compares: the results of the others are not read."""
+    return {} if dist.get_rank() else beside(found, alone(kind))
 
-    Process 0 compares: the results of the others are not read.
-    """
-    if dist.get_rank():
-        return {}
-    expected = alone(kind)
+
+def beside(found: Trained, expected: Trained) -> dict:
+    """The largest differences, relative to the largest value; names that one of the two has not."""
 
     def largest(a: dict, b: dict) -> float:
         scale = max(value.abs().max().item() for value in b.values())

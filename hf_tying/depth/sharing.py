@@ -14,6 +14,7 @@ from ..ties.anatomy import Anatomy
 from ..ties.depth_groups import FACTOR, depth_groups
 from ..ties.record import write_config
 from ..ties.relaxation import LowRank, relaxation_at
+from ..ties.sharding import is_partitioned
 from ..ties.shared_layers import damp, refuse_streams
 from ..ties.slots import named_slots, parameter_of, same_values
 from ..ties.tying import refuse_unfit, tie, untie
@@ -106,9 +107,16 @@ def share_layers(
             entry["relax"] = {key: value for key, value in low_rank.items() if key != "init"}
         entries.append(entry)
     for name, parameter in named_slots(model).items():
-        if parameter.is_meta and any(name.startswith(f"{path}.") for path in targets):
+        if not any(name.startswith(f"{path}.") for path in targets):
+            continue
+        if parameter.is_meta:
             raise TyingError(
                 f"Cannot share {name!r}: it is on the meta device and has no value. Load the weights first."
+            )
+        if is_partitioned(parameter):
+            raise TyingError(
+                f"Cannot share {name!r}: DeepSpeed ZeRO-3 has partitioned it. Share the layers in one process and "
+                "save the model; ZeRO-3 trains it from that folder, or from its config."
             )
     if grow:
         _grow(model, entries[0])

@@ -124,8 +124,10 @@ def refuse_other_engine(folder: str | os.PathLike[str], args: TrainingArguments)
     """Whether `Trainer` can load the optimizer in `folder` with the engine of this run.
 
     Raises:
-        TyingError: for a checkpoint of another engine, with the way to go on from its weights.
+        TyingError: for a checkpoint of another engine, or of DeepSpeed with another number of processes, with the way
+            to go on from its weights.
     """
+    alone = f"--model_name_or_path {folder}, another --output_dir, no --resume_from_checkpoint."
     wrote, runs = _engine_that_wrote(Path(folder)), _engine_of(args)
     if wrote != runs:
         merge = ""
@@ -133,8 +135,15 @@ def refuse_other_engine(folder: str | os.PathLike[str], args: TrainingArguments)
             merge = " (of shards: `accelerate merge-weights` and a config.json first)"
         raise TyingError(
             f"{folder} was written by {wrote}, and this run is {runs}: Trainer cannot load the state of that "
-            f"optimizer. Resume with the engine that wrote it; or go on from its weights alone{merge}: "
-            f"--model_name_or_path {folder}, another --output_dir, no --resume_from_checkpoint."
+            f"optimizer. Resume with the engine that wrote it; or go on from its weights alone{merge}: {alone}"
+        )
+    states = Path(folder).glob("global_step*/*zero_pp_rank_*_optim_states.pt")
+    ranks = {match[1] for path in states if (match := re.search(r"zero_pp_rank_(\d+)_", path.name))}
+    if ranks and len(ranks) != args.world_size:
+        raise TyingError(
+            f"{folder} was written by {len(ranks)} processes of DeepSpeed, and this run has {args.world_size}: "
+            f"DeepSpeed cannot load the state of an optimizer that was split for another number. Start {len(ranks)} "
+            f"processes; or go on from its weights alone: {alone}"
         )
 
 

@@ -27,7 +27,10 @@ class ProjectedLinear(nn.Linear):
         cls, head: nn.Linear, projection: nn.Linear, participation: Participation | None = None
     ) -> "ProjectedLinear":
         """Make a head with the parameters of `head` and the projection before it."""
-        new = cls(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
+        # Not by its constructor: DeepSpeed's zero.Init would split every module that is made on the meta device.
+        new = cls.__new__(cls)
+        nn.Module.__init__(new)
+        new.in_features, new.out_features = head.in_features, head.out_features
         new.weight, new.bias = head.weight, head.bias
         new.projection, new.participation = projection, participation
         return new.train(head.training)

@@ -18,7 +18,7 @@ from ..config import ProjectionConfig, TyingConfig, TyingError
 from ..ties.anatomy import roles
 from ..ties.classes import MixinBase, mixins_of, with_mixin, without_mixin
 from ..ties.participation import Participation
-from ..ties.sharding import data_parallel_size
+from ..ties.sharding import data_parallel_size, gathered
 from ..ties.slots import replace_module
 from ..ties.tying import tie, untie
 from .head import ProjectedLinear, linear_head, project
@@ -71,7 +71,9 @@ def merge_projection(model: Model) -> Model:
     if not isinstance(head, ProjectedLinear):
         raise TyingError(f"{type(model).__name__} has no projection: there is nothing to merge.")
     inner = head.projection
-    if inner.bias is not None and head.bias is None and bool(inner.bias.detach().any()):
+    with gathered((inner.bias,)):
+        without_place = inner.bias is not None and head.bias is None and bool(inner.bias.detach().any())
+    if without_place:
         raise TyingError(
             f"The projection of {type(model).__name__} has a bias and its softmax has none to add it to: expected "
             "output_bias=True, or a projection without bias."
@@ -80,7 +82,7 @@ def merge_projection(model: Model) -> Model:
     tied = [name for name, p in model.named_parameters(remove_duplicate=False) if p is matrix]
     if len(tied) > 1:
         untie(model, list(roles(model)["output"].names))
-    with torch.no_grad():
+    with torch.no_grad(), gathered((head.weight, head.bias, inner.weight, inner.bias), write=True):
         exact = torch.float64 if head.weight.device.type == "cpu" else torch.float32
         weight = head.weight.to(exact)
         if inner.bias is not None and head.bias is not None:

@@ -47,7 +47,8 @@ def tie_loaded(model: PreTrainedModel, missing: set[str]) -> list[TieGroup]:
     anatomy = Anatomy(model)
     _refuse_out_of_reach(anatomy, config, missing)
     names = {name for chain in (*(group.names for group in groups_held(model)), *anatomy.declarable) for name in chain}
-    with gathered((find_parameter(model, name) for name in names), write=True):
+    of_differences = (p for part in model.modules() if isinstance(part, Relaxation) for p in part._parameters.values())
+    with gathered((*(find_parameter(model, name) for name in names), *of_differences), write=True):
         return _tie_filled(anatomy, config, missing)
 
 
@@ -55,9 +56,9 @@ def _tie_filled(anatomy: Anatomy, config: TyingConfig, missing: set[str]) -> lis
     model = anatomy.model
     kept: list[TieGroup] = []
     freed: list[str] = []
-    for name in missing:
+    for name in sorted(missing):  # all processes in one order, since ZeRO-3 gathers here
         if isinstance(module := slot_of(model, name)[0], Relaxation):
-            module.reset_parameters()  # the file has no difference: the member is its root
+            module.start()  # the file has no difference: the member starts at its root
     for group in _with_new_ones(anatomy, missing):
         # Names of another shape in the file (ignore_mismatched_sizes) are still on the meta device, alone.
         blank = [name for name in group.names if parameter_of(model, name).is_meta]

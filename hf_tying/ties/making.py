@@ -13,6 +13,14 @@ def ties_wait() -> bool:
     return PreTrainedModel.tie_weights.__module__ != PreTrainedModel.__module__
 
 
+def values_wait() -> bool:
+    """Whether transformers makes a model whose values come later: from a file, or, under ZeRO-3, once it is in parts.
+
+    It then replaces `PreTrainedModel.init_weights`, which ties too, and torch's functions of initialisation.
+    """
+    return PreTrainedModel.init_weights.__module__ != PreTrainedModel.__module__
+
+
 def models_being_made() -> list[PreTrainedModel]:
     """The models whose `__init__` is running, the innermost first. One is listed once for each running `__init__`."""
     making, frame = [], sys._getframe(1)

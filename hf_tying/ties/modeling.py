@@ -26,7 +26,7 @@ from .depth_groups import VARIANT, needs_this_package
 from .extensions import honour_extensions
 from .file_state import file_state
 from .groups import TieGroup, resolve, subgroups
-from .making import models_being_made, ties_wait
+from .making import models_being_made, ties_wait, values_wait
 from .record import refuse_contradicting_flag, write_config
 from .relaxation import Relaxation, resized
 from .relaxing import relax_declared
@@ -85,7 +85,7 @@ class TiedModelMixin(MixinBase):
         parts = [model for model in making if model is not self and type(model.config) is type(self.config)]
         strict = not parts and self._is_declared_class()  # a part shares the record of the whole, with its names
         damp_declared(self, config)
-        relax_declared(self, config, strict, active=not ties_wait())
+        relax_declared(self, config, strict, active=not (ties_wait() or values_wait()))
         honour_extensions(self, config, strict)
         # A subclass may add modules after `super().__init__()`. Then two `__init__` of this object are running.
         whole = sum(model is self for model in making) < 2
@@ -103,7 +103,6 @@ class TiedModelMixin(MixinBase):
         declare(self, groups)
         stock_post_init()
         declare(self, groups)  # again, since the stock method has added what the models inside declare
-        self._ties_made = not ties_wait()
         if strict:
             write_config(self)
 
@@ -163,6 +162,9 @@ class TiedModelMixin(MixinBase):
         else:
             for group in self.tie_groups:
                 share_parameter(self, group.names, initial_parameter(self, group))
+            for module in self.modules():
+                if isinstance(module, Relaxation) and not module.active:
+                    module.start()
         self._ties_made = True
         fit_tied(self)
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from .depth_groups import SUFFIX
-from .sharding import is_dtensor
+from .sharding import gathered, is_dtensor, is_partitioned, shape_of
 from .slots import find_slot, parameter_of
 
 
@@ -57,6 +57,12 @@ class Relaxation(nn.Module, ABC):
     def reset_parameters(self) -> None:
         """Make the difference zero."""
 
+    def start(self) -> None:
+        """Make the difference zero, also where ZeRO-3 has partitioned its parameters; from now on it acts."""
+        with gathered(self._parameters.values(), write=True):
+            self.reset_parameters()
+        self.active = True
+
     @abstractmethod
     def resize(self, rows: int) -> None:
         """Follow a root with another number of rows. New rows have no difference."""
@@ -91,7 +97,7 @@ class Scale(Relaxation):
 
     def __init__(self, root: torch.Tensor, bound: float | None = None) -> None:
         super().__init__(root, bound)
-        self.offset = nn.Parameter(torch.empty(root.shape[0], dtype=root.dtype, device=root.device))
+        self.offset = nn.Parameter(torch.empty(shape_of(root)[0], dtype=root.dtype, device=root.device))
         self.reset_parameters()
 
     def difference(self, root: torch.Tensor) -> torch.Tensor:
@@ -118,9 +124,9 @@ class LowRank(Relaxation):
 
     def __init__(self, root: torch.Tensor, rank: int, bound: float | None = None) -> None:
         super().__init__(root, bound)
-        columns = math.prod(root.shape[1:])
-        self.lora_A = nn.Parameter(torch.empty(rank, columns, dtype=root.dtype, device=root.device))
-        self.lora_B = nn.Parameter(torch.empty(root.shape[0], rank, dtype=root.dtype, device=root.device))
+        rows, *columns = shape_of(root)
+        self.lora_A = nn.Parameter(torch.empty(rank, math.prod(columns), dtype=root.dtype, device=root.device))
+        self.lora_B = nn.Parameter(torch.empty(rows, rank, dtype=root.dtype, device=root.device))
         self.reset_parameters()
 
     def difference(self, root: torch.Tensor) -> torch.Tensor:
@@ -130,7 +136,7 @@ class LowRank(Relaxation):
     @property
     def settings(self) -> dict[str, Any]:
         """What a `relax` entry says of this relaxation."""
-        return super().settings | {"rank": self.lora_A.shape[0]}
+        return super().settings | {"rank": shape_of(self.lora_A)[0]}
 
     def reset_parameters(self) -> None:
         """Make the difference zero."""
@@ -168,7 +174,7 @@ class Basis(Relaxation):
 
     def __init__(self, root: torch.Tensor, filters: int, bound: float | None = None) -> None:
         super().__init__(root, bound)
-        self.filters = nn.Parameter(torch.empty(filters, *root.shape, dtype=root.dtype, device=root.device))
+        self.filters = nn.Parameter(torch.empty(filters, *shape_of(root), dtype=root.dtype, device=root.device))
         self.coefficients = nn.Parameter(torch.empty(filters + 1, dtype=root.dtype, device=root.device))
         self.reset_parameters()
 
@@ -179,7 +185,7 @@ class Basis(Relaxation):
     @property
     def settings(self) -> dict[str, Any]:
         """What a `relax` entry says of this relaxation."""
-        return super().settings | {"filters": self.filters.shape[0]}
+        return super().settings | {"filters": shape_of(self.filters)[0]}
 
     def reset_parameters(self) -> None:
         """Make the difference zero."""
@@ -269,7 +275,10 @@ def value_at(model: nn.Module, name: str) -> torch.Tensor:
     value = module._parameters[attribute]
     assert value is not None, name
     relaxation = relaxation_at(model, name)
-    return value if relaxation is None else value + relaxation(value)
+    if relaxation is None:
+        return value
+    with gathered((value, *relaxation._parameters.values())):
+        return value + relaxation.forward(value)
 
 
 @contextmanager
@@ -279,7 +288,9 @@ def resized(model: nn.Module) -> Iterator[None]:
     held = [place for place in places if place[2] is not None and place[2].active]  # not again inside this context
     for root, _, relaxation in held:
         assert relaxation is not None
-        relaxation.apply_bound(parameter_of(model, root))
+        of_root = parameter_of(model, root)
+        with gathered((of_root, *relaxation._parameters.values()), write=True):
+            relaxation.apply_bound(of_root)
         relaxation.active = False
     try:
         yield
@@ -305,8 +316,9 @@ def _relaxed(cls: type[nn.Module], attribute: str) -> type[nn.Module]:
         parameter, relaxation = self._parameters.get(attribute), self._modules.get(attribute + SUFFIX)
         if parameter is None or relaxation is None or not relaxation.active or parameter.is_meta:
             return parameter  # without a value yet, or offloaded: who asks now fills the place
-        if is_dtensor(parameter) and any(map(is_dtensor, relaxation._parameters.values())):
-            return parameter  # FSDP2 has sharded both, and gathers them for a step: who asks now looks for a name
+        sharded = is_dtensor(parameter) and any(map(is_dtensor, relaxation._parameters.values()))
+        if sharded or is_partitioned(parameter):
+            return parameter  # both are in parts, and gathered for a step: who asks now looks for a name
         return parameter + relaxation(parameter)
 
     def reduce(self: nn.Module, protocol: SupportsIndex) -> tuple[Any, ...]:

@@ -1,10 +1,10 @@
 """The values of relaxed members in a file or a state dict: whole ones, beside the numbers of their differences."""
 
+import copy
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
-from torch.func import functional_call
 from transformers.utils import logging
 
 from ..config import TyingConfig, TyingError
@@ -25,7 +25,9 @@ def relaxed_value(model: nn.Module, name: str, root: torch.Tensor, state: Mappin
     relaxation, prefix = relaxation_at(model, name), f"{state_key(model, name)}{SUFFIX}."
     assert relaxation is not None, name
     held = {key: state[prefix + key] for key in relaxation._parameters if prefix + key in state}
-    return root + functional_call(relaxation, held, (root,))
+    saved = copy.copy(relaxation)
+    vars(saved)["_parameters"] = {**relaxation._parameters, **held}
+    return root + saved.forward(root)  # without the hooks of DeepSpeed, which gathers live parameters
 
 
 def agrees(

@@ -10,6 +10,7 @@ from .anatomy import Anatomy, locate
 from .depth_groups import depth_groups
 from .groups import explicit_groups
 from .relaxation import KINDS, LowRank, relax, relaxation_at, relaxed_names
+from .sharding import gathered, shape_of
 from .shared_layers import located_stacks
 from .slots import parameter_of
 
@@ -27,9 +28,10 @@ def refuse_unrelaxable(model: nn.Module, config: TyingConfig) -> None:
                 f"Group {group!r} has the root {chain[0]!r}, which is relaxed in another group: expected a root that "
                 "is tied exactly. Name the root of that group first, or harden(model)."
             )
-        if settings["kind"] == "lora" and root.ndim < 2 and chain[0] in config.groups.get(group, ()):
+        shape = tuple(shape_of(root))
+        if settings["kind"] == "lora" and len(shape) < 2 and chain[0] in config.groups.get(group, ()):
             raise TyingError(
-                f"Group {group!r} cannot be relaxed by 'lora': {chain[0]!r} has the shape {tuple(root.shape)}, and "
+                f"Group {group!r} cannot be relaxed by 'lora': {chain[0]!r} has the shape {shape}, and "
                 "a low rank needs a matrix. Use the kind 'scale'."
             )
         for name in chain[1:]:
@@ -54,7 +56,7 @@ def relax_declared(model: nn.Module, config: TyingConfig, strict: bool = True, a
         parameter = parameter_of(model, root)
         first = next((found for name in members if (found := relaxation_at(model, name)) is not None), None)
         for name in members:
-            if relaxation_at(model, name) is not None or settings["kind"] == "lora" and parameter.ndim < 2:
+            if relaxation_at(model, name) is not None or settings["kind"] == "lora" and len(shape_of(parameter)) < 2:
                 continue
             options = _settings(settings)
             relaxation = KINDS[options.pop("kind")](parameter, **options)
@@ -86,7 +88,9 @@ def fit_before(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
     """Let low-rank differences approximate the values that their members had before they were tied."""
     for name, value in before.items():
         if isinstance(found := relaxation_at(model, name), LowRank):
-            found.fit(value - parameter_of(model, name).detach())
+            root = parameter_of(model, name)
+            with gathered((root, *found._parameters.values()), write=True):
+                found.fit(value - root.detach())
 
 
 def _chains(model: nn.Module, config: TyingConfig, strict: bool = True) -> list[tuple[str, list[str], dict[str, Any]]]:

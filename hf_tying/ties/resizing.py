@@ -15,10 +15,12 @@ from .anatomy import Anatomy, roles
 from .groups import groups_held
 from .relaxation import Relaxation
 from .roles import TWO_SIZES
+from .sharding import shape_of
 from .slots import (
     find_parameter,
     find_slot,
     fit_rows,
+    parameter_of,
     replace_module,
     same_values,
     share_parameter,
@@ -45,7 +47,7 @@ def replace_tied(model: PreTrainedModel, old: nn.Module | None, new: nn.Module) 
     if group is None or old is None or parameter is None:
         return False
     weight = getattr(new, "weight", None)
-    if not isinstance(weight, nn.Parameter) or weight.ndim != 2:
+    if not isinstance(weight, nn.Parameter) or len(shape_of(weight)) != 2:
         raise TyingError(
             f"The embedding is tied as group {group.name!r} ({', '.join(group.names)}): expected a module with a "
             f"matrix `weight`, found {type(new).__name__}. Call untie(model) first to replace one side alone."
@@ -53,8 +55,8 @@ def replace_tied(model: PreTrainedModel, old: nn.Module | None, new: nn.Module) 
     replace_module(model, old, new)
     share_parameter(model, group.names, weight)
     fit_tied(model)
-    if weight.shape[0] != parameter.shape[0]:
-        model.config.get_text_config().vocab_size = weight.shape[0]
+    if shape_of(weight)[0] != shape_of(parameter)[0]:
+        model.config.get_text_config().vocab_size = shape_of(weight)[0]
         _fit_vocab_size(model)
     logger.warning(
         f"The embedding of group {group.name!r} is replaced under each of its names: {', '.join(group.names)}. An "
@@ -128,7 +130,7 @@ def resize(
         fit_tied(model)
         return embeddings
     own_resize = _own_resize(model)
-    rows = embeddings.weight.shape[0]
+    rows = shape_of(embeddings.weight)[0]
     changes = new_num_tokens is not None or pad_to_multiple_of is not None
     if changes:
         _refuse_other_rows(model)
@@ -148,7 +150,7 @@ def resize(
         del vars(model)["_is_resized"]
     untie_others(model, groups_held(model))  # BERT's setter always makes its two output biases one
     fit_tied(model)
-    _fit_idle_biases(model, rows, embeddings.weight.shape[0])
+    _fit_idle_biases(model, rows, shape_of(embeddings.weight)[0])
     _fit_final_bias(model)
     _fit_vocab_size(model)
     return embeddings
@@ -219,7 +221,7 @@ def _is_one_vocabulary(model: PreTrainedModel) -> bool:
         return True
     if model.config.model_type != "fsmt":
         return getattr(model.config, "share_encoder_decoder_embeddings", True)
-    if len({find_parameter(model, name).shape[0] for name in pair}) > 1:
+    if len({shape_of(parameter_of(model, name))[0] for name in pair}) > 1:
         raise TyingError(
             f"Cannot resize {type(model).__name__}: it has two vocabularies, of {model.config.src_vocab_size} and "
             f"{model.config.tgt_vocab_size} words, and one resize. Join them first: "
@@ -233,29 +235,33 @@ def _resize_all(
 ) -> nn.Embedding:
     """Resize source, target and output of one vocabulary, where the stock one knows one side only (Marian, FSMT)."""
     for role in roles(model).values():
-        for module in (find_slot(model, name)[0] for name in role.names):
+        for name in role.names:
+            module = slot_of(model, name)[0]
             if isinstance(module, nn.Embedding):
                 model._get_resized_embeddings(module, new_num_tokens, pad_to_multiple_of, mean_resizing)
-                new_num_tokens, pad_to_multiple_of = module.weight.shape[0], None
+                new_num_tokens, pad_to_multiple_of = shape_of(module.weight)[0], None
             else:
                 head: Any = module
                 resized = model._get_resized_lm_head(head, new_num_tokens, mean_resizing=mean_resizing)
                 head.weight.data = resized.weight.data
                 fit_rows(head)
+            for group in groups_held(model):
+                if name in group.names:  # under ZeRO-3 it is another parameter now
+                    share_parameter(model, group.names, parameter_of(model, name))
     _fit_two_sizes(model)
     model.tie_weights()
     embeddings: Any = model.get_input_embeddings()
-    model.vocab_size = embeddings.weight.shape[0]  # the stock resize sets it on every class
+    model.vocab_size = shape_of(embeddings.weight)[0]  # the stock resize sets it on every class
     return embeddings
 
 
 def _resize_parts(model: Any, *how: Any) -> nn.Embedding:
     """Resize encoder and decoder each by its own method; the stock class refuses, since they may differ."""
     source, target = (part.get_input_embeddings().weight for part in (model.encoder, model.decoder))
-    if source.shape[0] != target.shape[0]:
+    if shape_of(source)[0] != shape_of(target)[0]:
         raise TyingError(
-            f"Cannot resize {type(model).__name__}: it has two vocabularies, of {source.shape[0]} and "
-            f"{target.shape[0]} rows. Resize each side: model.encoder.resize_token_embeddings(...), "
+            f"Cannot resize {type(model).__name__}: it has two vocabularies, of {shape_of(source)[0]} and "
+            f"{shape_of(target)[0]} rows. Resize each side: model.encoder.resize_token_embeddings(...), "
             "model.decoder.resize_token_embeddings(...); or join them first by hf_tying.data.join_vocabularies."
         )
     model.decoder.resize_token_embeddings(*how)  # with its output and bias
@@ -272,7 +278,7 @@ def _fit_two_sizes(model: PreTrainedModel) -> None:
         return
     for role, key in zip(("source", "target"), TWO_SIZES[model.config.model_type], strict=True):
         if role in found:  # a decoder alone has no source
-            setattr(model.config, key, find_parameter(model, found[role].name).shape[0])
+            setattr(model.config, key, shape_of(parameter_of(model, found[role].name))[0])
 
 
 def _embeddings_out_of_reach(model: PreTrainedModel, rows: int) -> list[nn.Embedding]:
@@ -284,7 +290,7 @@ def _embeddings_out_of_reach(model: PreTrainedModel, rows: int) -> list[nn.Embed
     sides = ("source", "target") if shared else ("source",)
     names = [name for side, role in roles(model).items() if side in sides for name in role.names]
     modules = [find_slot(model, name)[0] for name in names]
-    found = {id(m.weight): m for m in modules if isinstance(m, nn.Embedding) and m.weight.shape[0] == rows}
+    found = {id(m.weight): m for m in modules if isinstance(m, nn.Embedding) and shape_of(m.weight)[0] == rows}
     found.pop(id(model.get_input_embeddings().weight), None)
     return list(found.values())
 
@@ -308,5 +314,5 @@ def _fit_vocab_size(model: PreTrainedModel) -> None:
 def _fit_final_bias(model: PreTrainedModel) -> None:
     """Give `final_logits_bias` the padded size: Marian gives it the size that was asked for."""
     bias, output = getattr(model, "final_logits_bias", None), model.get_output_embeddings()
-    if isinstance(bias, torch.Tensor) and output is not None and bias.shape[-1] != output.weight.shape[0]:
-        model._resize_final_logits_bias(output.weight.shape[0])  # pyright: ignore[reportCallIssue]
+    if isinstance(bias, torch.Tensor) and output is not None and bias.shape[-1] != shape_of(output.weight)[0]:
+        model._resize_final_logits_bias(shape_of(output.weight)[0])  # pyright: ignore[reportCallIssue]

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..config import TyingError, nearest
+from .sharding import gathered, shape_of
 
 # Attributes in which wrappers keep the stock module. PEFT: tuner layers under `base_layer`, modules_to_save under
 # `original_module`, trainable tokens under `token_adapter.base_layer`. torch: activation checkpointing, FSDP1,
@@ -273,7 +274,8 @@ def untie_others(model: nn.Module, groups: Iterable) -> None:
             parts.setdefault(group_of.get(name, f"{name} alone"), []).append(name)
         for names in list(parts.values())[1:]:
             old = slots[names[0]]
-            copy = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
+            with gathered((old,)):
+                copy = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
             for name in names:
                 own_module(model, name)
                 set_parameter(model, name, copy)
@@ -340,16 +342,16 @@ def fit_rows(module: nn.Module) -> None:
     New biases are zero, as transformers pads them.
     """
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
+    if not isinstance(weight, torch.Tensor) or len(shape_of(weight)) != 2:
         return
-    rows = weight.shape[0]
+    rows, columns = shape_of(weight)
     if isinstance(module, nn.Embedding):
         module.num_embeddings = rows
         if module.padding_idx is not None and module.padding_idx >= rows:
             module.padding_idx = None
     elif isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
-        if module.bias is not None and module.bias.shape[0] != rows:
+        module.out_features, module.in_features = rows, columns
+        if module.bias is not None and shape_of(module.bias)[0] != rows:
             module.bias.data = nn.functional.pad(module.bias.data, (0, rows - module.bias.shape[0]))
             module.bias.grad = None
 

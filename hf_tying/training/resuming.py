@@ -6,7 +6,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
-from ..config import TyingError
+from ..config import TyingConfig, TyingError
 from ..parallel.checkpoints import last_complete_checkpoint, refuse_other_engine, why_incomplete
 from ..ties.tying import untie
 from ..ties.verify import groups_of
@@ -77,18 +77,44 @@ def train_from(trainer: Trainer, checkpoint: str | None) -> TrainOutput:
         trainer.get_batch_samples = next_batches
 
 
-def untie_as_saved(model: PreTrainedModel, checkpoint: str) -> PreTrainedModel:
-    """Untie a model that resumes from a checkpoint written after `untie_at`, whose config says that nothing is tied.
+def ties_as_saved(model: PreTrainedModel, checkpoint: str, untie_at: float | None = None) -> PreTrainedModel:
+    """Refuse to resume with other ties than a checkpoint has, or untie as the run had done by then.
 
     Args:
-        model: model as it is made for the whole run, tied.
+        model: model as it is made for the whole run.
         checkpoint: folder to resume from.
+        untie_at: moment of the run at which it unties. A checkpoint from after it has a config that ties nothing.
 
     Returns:
         The same model.
+
+    Raises:
+        TyingError: for other ties: the state of the optimizer in the checkpoint has a place for each parameter.
     """
+    if not Path(checkpoint, "config.json").is_file():  # of FSDP's shards
+        return model
     saved = AutoConfig.from_pretrained(checkpoint)
-    entry = getattr(saved, "tying", None) or {}
-    if entry.get("scheme") == "none" and not entry.get("groups") and groups_of(model):
-        untie(model)
+    if getattr(saved, "tying", None) is None or getattr(model.config, "tying", None) is None:
+        return model
+    before, now = _tied_names(saved), _tied_names(model.config)
+    if untie_at is not None and not before and groups_of(model):
+        return untie(model)
+    if before != now:
+        raise TyingError(
+            f"{checkpoint} was written with {_listed(before)}, and this run has {_listed(now)}: the state of its "
+            "optimizer is for other parameters. Resume with the ties that it has; or go on from its weights alone: "
+            f"--model_name_or_path {checkpoint} with this run's ties, another --output_dir, no "
+            "--resume_from_checkpoint."
+        )
     return model
+
+
+def _tied_names(config: Any) -> set[tuple[str, ...]]:
+    """The groups that a config declares, and its shared layers as one each."""
+    declared = TyingConfig.in_config(config)
+    stacks = ((stack["path"], *map(str, stack["order"])) for stack in declared.depth)
+    return {*(tuple(sorted(names)) for names in declared.groups.values()), *stacks}
+
+
+def _listed(groups: set[tuple[str, ...]]) -> str:
+    return "; ".join("a tie of " + ", ".join(names[:4]) for names in sorted(groups)[:3]) or "no tie"

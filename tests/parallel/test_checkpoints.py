@@ -181,3 +181,19 @@ def test_a_checkpoint_of_another_engine_is_refused_with_the_way_to_its_weights(f
     args = arguments(folder, "last")
     monkeypatch.setenv(f"ACCELERATE_USE_{engine.upper()}", "true")
     assert resume_path(args) == str(checkpoint)
+
+
+@pytest.mark.parametrize("prefix", ["", "bf16_"])
+def test_a_checkpoint_of_deepspeed_with_another_number_of_processes_is_refused(prefix, folder, monkeypatch):
+    checkpoint = folder / "checkpoint-6"
+    args = arguments(folder, str(checkpoint))  # of one process
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    for rank in range(2):
+        part = checkpoint / "global_step6" / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        part.parent.mkdir(exist_ok=True)
+        torch.save({}, part)
+        seal_checkpoint(checkpoint, 6)
+        if rank == 0:
+            assert resume_path(args) == str(checkpoint)
+    with pytest.raises(TyingError, match="written by 2 processes of DeepSpeed, and this run has 1.*--model_name_or"):
+        resume_path(args)

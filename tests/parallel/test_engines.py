@@ -36,6 +36,11 @@ def deepspeed() -> dict:
     return run_script("engines_deepspeed.py", processes=2, timeout=380)
 
 
+#: DECLARED of engines_deepspeed.py, which cannot be imported without DeepSpeed.
+FROM_CONFIG = (
+    *("bart three_way", "marian three_way", "llama layers", "encoder-decoder three_way", "gpt2 PR", "gpt2 relaxed"),
+    *("llama shared layers, relaxed", "llama layers, relaxed"),
+)
 FOUR = ("bart three_way", "llama layers", "llama tied loss", "bert CWT", "gpt2 PR")
 
 
@@ -108,12 +113,22 @@ def test_the_comparison_sees_a_wrong_gradient(accelerate, control):
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in DIFFERENT])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_trains_as_one_process_does(deepspeed, stage, kind):
     found = deepspeed[f"zero{stage}, {kind}"]
     assert found["partitioned"] == (stage == 3)
     is_as_alone(found, kind, SINGLE)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("kind", FROM_CONFIG)
+@pytest.mark.parametrize("way", ["fresh", "read"])
+def test_a_model_that_deepspeed_splits_as_it_is_made_trains_and_saves_as_one_process_does(deepspeed, way, kind):
+    found = deepspeed[f"zero.Init, {way}, {kind}"]
+    is_as_alone(found, kind, SINGLE)
+    assert found["partitioned"] or kind == "llama shared layers, relaxed"  # its factors, of one number, stay whole
+    assert found["saved"] == 0.0 and found.get("read", 0.0) < SINGLE
 
 
 @needs_deepspeed

@@ -4,23 +4,28 @@ import os
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
+import copy
 import logging
 from functools import partial
+from unittest import mock
 
 import deepspeed
 import torch
 import torch.distributed as dist
+import transformers
 from deepspeed.utils import safe_get_full_grad
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
+import hf_tying.models
 from hf_tying import TyingConfig, TyingError, assert_tied, tie, untie
 from hf_tying.ties.slots import find_parameter
-from tests.engines import DIFFERENT, KINDS, RATE, beside_one, inputs, own_rows, start, train
+from tests.engines import KINDS, RATE, Trained, beside, beside_one, inputs, own_rows, start, train, trained_alone
 from tests.processes import run_cases
-from tests.tiny import layer_pair, untied_model
+from tests.tiny import layer_pair, untied_model, without_dropout
 
 told: list[str] = []
+FOLDER = os.path.dirname(os.environ["RENDEZVOUS"].removeprefix("file://"))
 
 
 class Told(logging.Handler):
@@ -50,24 +55,65 @@ def joined(case):
 
 
 def zero(kind: str, stage: int) -> dict:
-    model = start(kind)
+    found, _, partitioned = trained(start(kind), stage)
+    return {**beside_one(found, kind), "partitioned": partitioned}
+
+
+def trained(model: PreTrainedModel, stage: int) -> tuple[Trained, deepspeed.DeepSpeedEngine, bool]:
+    """Two steps of `model`: what they made, the engine, and whether it had partitioned every parameter."""
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=RATE)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config_of(stage))
     assert_tied(engine)
     partitioned = all(p.numel() == 0 for p in model.parameters())
-
-    def full(p):
-        with deepspeed.zero.GatheredParameters([p]):
-            return p.detach().clone()
-
     found = train(
         model, lambda: engine(**inputs(model, own_rows())), engine.backward, engine.step, lambda: None,
         full_gradient=lambda p: safe_get_full_grad(p), full=full,
     )  # fmt: skip
-    return {**beside_one(found, kind), "partitioned": partitioned}
+    return found, engine, partitioned
 
 
-FOLDER = os.path.dirname(os.environ["RENDEZVOUS"].removeprefix("file://"))
+def full(parameter: torch.Tensor) -> torch.Tensor:
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
+
+
+def split_from_the_start(kind: str, fresh: bool) -> dict:
+    """A model whose matrices are split as they are made, fresh or from a file: trained, saved, read by one process."""
+    whole = start(kind)
+    config = whole.config
+    config.dtype = torch.float64
+    name = type(whole).__name__
+    cls = getattr(transformers, name, None) or getattr(hf_tying.models, name)
+    folder = f"{FOLDER}/{kind}"
+    if dist.get_rank() == 0:
+        whole.save_pretrained(folder)
+    dist.barrier()
+    keep = HfDeepSpeedConfig(config_of(3))
+    model = cls._from_config(copy.deepcopy(config)) if fresh else cls.from_pretrained(folder, dtype=torch.float64)
+    del keep
+    found, engine, partitioned = trained(without_dropout(model), 3)
+    expected = cls._from_config(copy.deepcopy(config)).double()
+    expected.load_state_dict(found.start, strict=False)
+    with mock.patch("torch.distributed.is_initialized", return_value=False):
+        one = trained_alone(without_dropout(expected))
+    result = {**beside(found, one), "partitioned": partitioned}
+    if not fresh:
+        result["read"] = max((found.start[name] - p).abs().max().item() for name, p in whole.named_parameters())
+    state = engine._zero3_consolidated_16bit_state_dict()
+    if dist.get_rank() == 0:
+        model.save_pretrained(f"{folder} trained", state_dict=state)
+        saved = cls.from_pretrained(f"{folder} trained", dtype=torch.float64)
+        assert_tied(saved)
+        result["saved"] = max((found.weights[name] - p).abs().max().item() for name, p in saved.named_parameters())
+    dist.barrier()
+    return result
+
+
+#: Each with something that its config makes beside stock modules, or says in another way.
+DECLARED = (
+    *("bart three_way", "marian three_way", "llama layers", "encoder-decoder three_way", "gpt2 PR", "gpt2 relaxed"),
+    *("llama shared layers, relaxed", "llama layers, relaxed"),
+)
 
 
 def partitioned(folder: str, **changes):
@@ -161,12 +207,9 @@ CASES = {
     "zero.Init, tie": tied_in_parts,
     "zero.Init, files": files_in_parts,
     "another linear": with_another_linear,
-    **{
-        f"zero{stage}, {kind}": partial(zero, kind, stage)
-        for stage in (2, 3)
-        for kind in KINDS
-        if kind not in DIFFERENT
-    },
+    **{f"zero.Init, fresh, {kind}": partial(split_from_the_start, kind, True) for kind in DECLARED},
+    **{f"zero.Init, read, {kind}": partial(split_from_the_start, kind, False) for kind in DECLARED},
+    **{f"zero{stage}, {kind}": partial(zero, kind, stage) for stage in (2, 3) for kind in KINDS},
 }
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
+from hf_tying import TyingError, tie
 from hf_tying.training import train_from
+from hf_tying.training.resuming import ties_as_saved
 
-from ..tiny import tiny_model, without_dropout
+from ..tiny import layer_pair, shared_names, tiny_model, untied_model, without_dropout
 
 ROWS = 20
 
@@ -57,3 +59,29 @@ def test_an_interrupted_run_leaves_the_trainer_as_it_was(tmp_path):
     with pytest.raises(ZeroDivisionError):
         train_from(resumed, None)
     assert resumed.get_batch_samples == before
+
+
+TIED = {
+    "none": lambda: tie(untied_model("llama"), "none"),
+    "two_way": lambda: tie(untied_model("llama"), "two_way", init_from="output"),
+    "layers": lambda: tie(untied_model("llama"), {"layers": layer_pair(untied_model("llama"))}, init_from="mean"),
+}
+
+
+@pytest.mark.parametrize("saved", TIED)
+@pytest.mark.parametrize("asked", TIED)
+def test_a_run_is_resumed_with_the_ties_of_its_checkpoint_and_no_others(saved, asked, tmp_path):
+    TIED[saved]().save_pretrained(tmp_path)
+    model = TIED[asked]()
+    before = shared_names(model)
+    if saved == asked:
+        assert ties_as_saved(model, str(tmp_path)) is model
+    else:
+        with pytest.raises(TyingError, match="was written with .*, and this run has .*--model_name_or_path"):
+            ties_as_saved(model, str(tmp_path))
+    assert shared_names(model) == before
+
+
+def test_a_run_that_unties_is_resumed_untied_from_a_checkpoint_after_that(tmp_path):
+    TIED["none"]().save_pretrained(tmp_path)
+    assert shared_names(ties_as_saved(TIED["two_way"](), str(tmp_path), untie_at=0.5)) == []
