@@ -5,11 +5,14 @@
 One thread, and its CPU time, not the clock: on a machine with other work to do that says what a quiet one would.
 A step is the loss of N tokens, width D and V words, and its gradients of hidden states and matrix; the body and the
 embedding of `tied_softmax.py` are left out. The floor is that of `tied_softmax.py`: the three products alone, each at
-the best rate of any block tried. `own blocks` are the products of the step, at the blocks that it takes.
+the best rate of any block tried. `own blocks` are the products of the step, at the blocks that it takes; `new memory` is
+the time in the kernel, which gives a step the pages of its gradients and values, and is a part of what first writes to
+them. The floor has all its memory before.
 """
 
 import argparse
 import json
+import resource
 import statistics
 import time
 from collections import Counter
@@ -61,14 +64,15 @@ def profiled(shape: str, options: argparse.Namespace) -> dict:
     labels = torch.randint(sizes[2], sizes[:1])
     hidden = torch.randn(sizes[0], sizes[1]).to(kind).requires_grad_()
     weight = (torch.randn(sizes[2], sizes[1]) * 0.02).to(kind).requires_grad_()
-    whole, parts = [], []
+    whole, parts, kernel = [], [], []
     for _ in range(options.steps):
         for found in (whole, parts):  # without the parts too: to look at them takes time
             hidden.grad = weight.grad = None
-            start = time.thread_time()
+            start, before = time.thread_time(), in_kernel()
             if found is whole:
                 tied_cross_entropy(hidden, weight, labels).backward()
                 whole.append(time.thread_time() - start)
+                kernel.append(in_kernel() - before)
             else:
                 with Seconds(*sizes[:2]) as seconds:
                     tied_cross_entropy(hidden, weight, labels).backward()
@@ -77,7 +81,13 @@ def profiled(shape: str, options: argparse.Namespace) -> dict:
         alone = floor(*sizes, dtype, "cpu", until=time.monotonic() + options.time_limit)
     names = list(dict.fromkeys(name for each in parts for name in each))
     spent = {name: statistics.median(each[name] for each in parts) for name in names}
-    return {"shape": shape, "seconds": statistics.median(whole), "parts": spent, "floor": alone}
+    seconds = {"seconds": statistics.median(whole), "in_kernel": statistics.median(kernel)}
+    return {"shape": shape, **seconds, "parts": spent, "floor": alone}
+
+
+def in_kernel() -> float:
+    """CPU seconds of this thread in the kernel."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_stime
 
 
 def main() -> None:
@@ -92,14 +102,16 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     report = {"machine": machine("cpu"), "rows": []}
-    table = Table("shape", "CPU seconds", "to the floor", "own blocks to the floor", "parts, of the step")
+    columns = ("shape", "CPU seconds", "to the floor", "own blocks to the floor", "new memory", "parts, of the step")
+    table = Table(*columns)
     for shape in options.shapes:
         row = profiled(shape, options)
         report["rows"].append(row)
         whole, alone, parts = row["seconds"], row["floor"]["seconds"], Counter(row["parts"])
         shares = ", ".join(f"{name} {seconds / sum(parts.values()):.0%}" for name, seconds in parts.most_common())
         own = sum(parts[name] for name in PRODUCTS)
-        table.add_row(shape, f"{whole:.2f}", f"{whole / alone:.2f}", f"{own / alone:.2f}", shares)
+        memory = row["in_kernel"] / alone
+        table.add_row(shape, f"{whole:.2f}", f"{whole / alone:.2f}", f"{own / alone:.2f}", f"{memory:.2f}", shares)
         if options.json:
             Path(options.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     show([table], [f"Machine: {report['machine']}"])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from .arithmetic import add_product, compute_dtypes
-from .chunks import ChunkPlan, plan_tiles, targets_by_block
+from .chunks import ChunkPlan, block_in, plan_tiles, targets_by_block
 from .gradient import accumulate_or_claim
 from .options import CrossEntropyOptions
 from .pending_gradients import counted_positions
@@ -95,7 +95,7 @@ class LogitTiles:
             matrix: rows of the matrix for this block (`matrix`).
         """
         hidden = self.hidden[rows].t()
-        tile = self._memory[: len(matrix) * hidden.shape[1]].view(len(matrix), -1)
+        tile = block_in(self._memory, len(matrix), hidden.shape[1])
         if matrix.dtype == self.exact:
             torch.mm(matrix, hidden, out=tile)
         else:

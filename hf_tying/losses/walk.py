@@ -11,7 +11,7 @@ need.
 import torch
 
 from .arithmetic import add_product, put_product
-from .chunks import ChunkPlan, targets_by_block
+from .chunks import ChunkPlan, block_in, row_length, targets_by_block
 from .pending_gradients import Gradients
 from .softmax import Exponentials, Logits, Softmax
 
@@ -52,15 +52,16 @@ class _Memory:
         borrowed = self.borrowed if rows.start == 0 else None
         # Each word's values in its own row; or, of more tokens than a row has room for, one after the other from the
         # first row on, where they never lie behind the row that is being written.
-        stride = count if borrowed is None else max(count, borrowed.shape[1])
+        length = row_length(count)
+        stride = length if borrowed is None or count > borrowed.shape[1] else borrowed.shape[1]
         for block in plan.blocks:
-            shape = (block.stop - block.start, count)
+            words = block.stop - block.start
             start = stride * block.start
-            if borrowed is not None and start + stride * (shape[0] - 1) + count <= borrowed.numel():
-                places.append(borrowed.as_strided(shape, (stride, 1), start))
-            elif free + shape[0] * count <= len(self.buffer):
-                places.append(self.buffer[free : free + shape[0] * count].view(shape))
-                free += shape[0] * count
+            if borrowed is not None and start + stride * (words - 1) + count <= borrowed.numel():
+                places.append(borrowed.as_strided((words, count), (stride, 1), start))
+            elif free + words * length <= len(self.buffer):
+                places.append(block_in(self.buffer[free:], words, count))
+                free += words * length
             else:
                 places.append(None)
         return places
@@ -130,8 +131,7 @@ class _Walk:
         return products if self.softmax.bias is None else products + self.softmax.bias[self.labels]
 
     def _block(self, words: slice) -> torch.Tensor:
-        count = len(self.labels)
-        return self.memory.block[: (words.stop - words.start) * count].view(-1, count)
+        return block_in(self.memory.block, words.stop - words.start, len(self.labels))
 
     def _matrix(self, words: slice) -> torch.Tensor:
         return self.softmax.weight[words].to(self.softmax.hidden.dtype)

@@ -1,12 +1,13 @@
 """The plan of a walk: what is cut, and what is kept."""
 
 import pytest
+import torch
 from hypothesis import event, example, given
 from hypothesis import strategies as st
 
-from hf_tying.losses import chunks
+from hf_tying.losses import chunks, tied_cross_entropy, tied_log_probs
 
-from .helpers import steady
+from .helpers import exactly, results, steady, watched, worst
 
 
 @st.composite
@@ -39,7 +40,7 @@ def test_a_plan_covers_all_tokens_and_words_once_and_keeps_to_its_budget(shape):
     half, budget, exact = shape["itemsize"] == 2, shape["budget"], shape["exact_itemsize"]
     plan = chunks.plan_chunks(**shape, accumulates=not half)
     assert covers(plan.tokens, shape["tokens"]) and covers(plan.blocks, shape["vocabulary"])
-    rows = max((part.stop - part.start for part in plan.tokens), default=0)
+    rows = chunks.row_length(max((part.stop - part.start for part in plan.tokens), default=0))
     at_work = plan.longest_block * exact
     if budget >= 2 * rows * min(chunks._NARROWEST, shape["vocabulary"]) * exact:
         assert plan.buffer * shape["itemsize"] + at_work <= budget
@@ -85,3 +86,27 @@ def test_tokens_are_cut_where_their_values_do_not_fit_and_not_into_too_few_rows(
     assert all(len(plan(budget, False)) == 1 for budget in budgets)
     counts = [len(plan(budget, True)) for budget in cut]
     assert counts == sorted(counts, reverse=True) and counts[0] >= 9 and counts[-1] == 2
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 400, 1023])
+def test_rows_in_memory_are_whole_cache_lines_unless_they_are_short(tokens):
+    memory = torch.arange(7 * 1100.0)
+    block = chunks.block_in(memory, 7, tokens)
+    assert block.shape == (7, tokens) and block.data_ptr() == memory.data_ptr()
+    length, contiguous = block.stride()
+    assert contiguous == 1 and tokens <= length < tokens + 16
+    assert length % 16 == 0 if tokens >= 64 else length == tokens
+
+
+@pytest.mark.parametrize("width", [4, 128])
+@pytest.mark.parametrize("budget", [3_000, 60_000, 2**20])
+def test_values_between_rows_are_not_read(width, budget):
+    """97 tokens lie in rows of 112 elements: kept in the gradient's memory, in a buffer, or computed again."""
+    hidden, weight, labels = torch.randn(97, width), torch.randn(300, width), torch.randint(300, (97,))
+    with watched(at_work=2_000, narrowest=2, fewest_rows=70) as seen:
+        found = results(tied_cross_entropy, hidden, weight, labels, memory_budget=budget)
+    assert seen["words cut"]
+    assert worst(found, exactly(hidden, weight, labels)) < 2e-6
+    log_probs = tied_log_probs(hidden.double(), weight.double(), labels, outputs=("log_probs",)).log_probs
+    whole = (hidden.double() @ weight.double().T).log_softmax(-1)
+    torch.testing.assert_close(log_probs, whole[torch.arange(97), labels])
