@@ -5,9 +5,9 @@
 One thread, and its CPU time, not the clock: on a machine with other work to do that says what a quiet one would.
 A step is the loss of N tokens, width D and V words, and its gradients of hidden states and matrix; the body and the
 embedding of `tied_softmax.py` are left out. The floor is that of `tied_softmax.py`: the three products alone, each at
-the best rate of any block tried. `own blocks` are the products of the step, at the blocks that it takes; `new memory` is
-the time in the kernel, which gives a step the pages of its gradients and values, and is a part of what first writes to
-them. The floor has all its memory before.
+the best rate of any block tried. `own blocks` are the products of the step, at the blocks that it takes. `new memory`
+is the time in the kernel, which hands out the pages of gradients and values as they are first written to; the floor
+has all its memory before.
 """
 
 import argparse
