@@ -198,9 +198,7 @@ class TestAnyOther:
         [
             (4, {"q_proj": 24}, 2, 1),
             (4, {"q_proj": 24}, 4, 1),
-            (2, {"q_proj": 32, "k_proj": 8, "v_proj": 8}, 2, 0),
             (2, {"q_proj": 32, "k_proj": 8, "v_proj": 8}, 4, 0),
-            (4, {"q_proj": 32, "k_proj": 8, "v_proj": 8}, 4, 1),
         ],
     )
     def test_without_v_it_is_as_good_as_the_best_of_many_random_starts(self, layers, sizes, r, seed):

@@ -13,22 +13,19 @@ from ..upstream.sweep import causes
 
 SAMPLE = [
     # One matrix looked up by words and multiplied for logits, each over another base.
-    *("LlamaForCausalLM", "GPT2LMHeadModel", "OPTForCausalLM", "MixtralForCausalLM", "MambaForCausalLM"),
+    *("LlamaForCausalLM", "GPT2LMHeadModel", "OPTForCausalLM", "MambaForCausalLM"),
     # No head of its own when it is tied.
     "MptForCausalLM",
-    # A softmax with a bias that is tied too, a narrower embedding, further heads.
-    *("AlbertForMaskedLM", "ElectraForMaskedLM", "ModernBertForMaskedLM", "MobileBertForMaskedLM"),
-    *("BertForPreTraining", "DistilBertForMaskedLM"),
+    # A softmax with a bias that is tied too, a narrower embedding.
+    *("AlbertForMaskedLM", "ElectraForMaskedLM", "ModernBertForMaskedLM"),
     # Parts of encoder-decoders.
     *("T5EncoderModel", "WhisperForCausalLM"),
     # Encoder-decoders, in three schemes, and one with sound in front.
-    *("BartForConditionalGeneration", "MarianMTModel", "WhisperForConditionalGeneration"),
+    *("BartForConditionalGeneration", "WhisperForConditionalGeneration"),
     # Words beside images, below another config.
-    *("LlavaForConditionalGeneration", "BlipForConditionalGeneration", "Ovis2ForConditionalGeneration"),
+    *("LlavaForConditionalGeneration", "BlipForConditionalGeneration"),
     # Ties of layers that have no role, their patterns overlapping.
     "RTDetrV2ForObjectDetection",
-    # A flag that the config class sets itself.
-    "SwitchTransformersForConditionalGeneration",
 ]
 
 

@@ -27,7 +27,6 @@ def trainer(folder, **settings):
     "settings",
     [
         {"max_steps": 3},  # of five in an epoch
-        {"max_steps": 5},
         {"max_steps": 7},
         {"max_steps": 2, "gradient_accumulation_steps": 2},
         {"num_train_epochs": 1.4},
