@@ -87,10 +87,12 @@ class TestConflictingValues:
 
     def test_a_file_that_stock_has_trained_since_is_refused(self, kind, tmp_path):
         """Stock keeps the entry of the config, and drops the numbers of the differences."""
-        if kind == "shared layers, with factors":
-            pytest.skip("stock finds no weights in its folder")
         made(kind).save_pretrained(tmp_path)
         held = entry(tmp_path, tying=None)
+        if kind == "shared layers, with factors":
+            with pytest.raises(OSError, match="no file named"):  # no name of a file that stock looks for
+                load(tmp_path)
+            return
         stock = load(tmp_path)
         assert not hasattr(stock, "tie_groups")
         with torch.no_grad():
