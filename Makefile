@@ -54,7 +54,8 @@ test-random: $(INSTALLED)
 # loaders, which pip installs for it, do with files beside the forecast.
 test-upstream: $(INSTALLED)
 	$(RUN) -m tests.upstream
-	ZOO=1 $(PYTEST) tests/test_zoo.py tests/depth/test_patterns.py tests/depth/test_second_process.py --timeout 1800
+	ZOO=1 $(PYTEST) tests/test_zoo.py tests/depth/test_patterns.py tests/depth/test_second_process.py \
+		tests/training/test_resuming_processes.py --timeout 1800
 	$(RUN) -m tests.upstream.import_alone
 	$(RUN) -m tests.upstream.sweep
 	$(RUN) -m tests.upstream.loaders

@@ -55,7 +55,7 @@ from hf_tying.metrics import perplexity_of, sequence_scores
 from hf_tying.training import ObjectiveArguments, ScriptParser, TyingArguments, resume_path, set_accepts_loss_kwargs
 from hf_tying.training.command_line import naming
 from hf_tying.training.model_config import config_with_overrides, maker_from, refuse_positions, type_config
-from hf_tying.training.resuming import ties_as_saved, train_from
+from hf_tying.training.resuming import save_whole_model, ties_as_saved, train_from
 from hf_tying.training.size_estimate import estimate_size, without_values
 
 
@@ -266,7 +266,7 @@ def run(
             size = estimate_size(model, training_args.per_device_train_batch_size, data_args.block_size)
             print(size, flush=True)
         result = train_from(trainer, checkpoint)
-        trainer.save_model()
+        save_whole_model(trainer)
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
         trainer.save_state()

@@ -57,7 +57,7 @@ from hf_tying.training import (
 )
 from hf_tying.training.command_line import naming
 from hf_tying.training.model_config import maker_from
-from hf_tying.training.resuming import ties_as_saved, train_from
+from hf_tying.training.resuming import save_whole_model, ties_as_saved, train_from
 from hf_tying.training.size_estimate import estimate_size, without_values
 from hf_tying.training.translation import (
     TwoTokenizersCallback,
@@ -310,7 +310,7 @@ def main() -> None:
         if args.should_log:
             print(estimate_size(model, args.per_device_train_batch_size, max(lengths)), flush=True)
         result = train_from(trainer, checkpoint)
-        trainer.save_model()
+        save_whole_model(trainer)
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
         trainer.save_state()

@@ -21,6 +21,7 @@ from transformers.utils import logging
 from ..config import TyingError
 from ..ties.across_ranks import from_every_rank, rank_and_size
 from ..ties.headers import read_json, refuse_broken, shard_names
+from .fsdp_files import SHARDS, form_of
 
 logger = logging.get_logger(__name__)
 
@@ -131,8 +132,8 @@ def refuse_other_engine(folder: str | os.PathLike[str], args: TrainingArguments)
     wrote, runs = _engine_that_wrote(Path(folder)), _engine_of(args)
     if wrote != runs:
         merge = ""
-        if any(Path(folder).glob("pytorch_model_fsdp_*")):
-            merge = " (of shards: `accelerate merge-weights` and a config.json first)"
+        if form_of(folder) == SHARDS:
+            merge = f", after `accelerate merge-weights {folder}/pytorch_model_fsdp_0 {folder}`"
         raise TyingError(
             f"{folder} was written by {wrote}, and this run is {runs}: Trainer cannot load the state of that "
             f"optimizer. Resume with the engine that wrote it; or go on from its weights alone{merge}: {alone}"

@@ -26,6 +26,7 @@ _HOME = {
     "recompute_norm_statistics": "ulmfit",
     "recover_lm_head": "headless",
     "resume_path": "resuming",
+    "save_whole_model": "resuming",
     "set_accepts_loss_kwargs": "callbacks",
     "slanted_triangular": "ulmfit",
     "slanted_triangular_schedule": "ulmfit",
@@ -54,6 +55,7 @@ __all__ = [
     "recompute_norm_statistics",
     "recover_lm_head",
     "resume_path",
+    "save_whole_model",
     "set_accepts_loss_kwargs",
     "slanted_triangular",
     "slanted_triangular_schedule",
@@ -71,7 +73,7 @@ if TYPE_CHECKING:
     from .layers import discriminative_parameters, layer_groups, shared_layer_parameters
     from .model_config import config_with_overrides
     from .recipes import RECIPES
-    from .resuming import resume_path, train_from
+    from .resuming import resume_path, save_whole_model, train_from
     from .ulmfit import (
         GradualUnfreezing,
         average_predictions,

@@ -22,6 +22,7 @@ from ..config import TyingError, entry_of
 from ..diagnostics.diagnosis import diagnose
 from ..objectives.own_loss import averages_own_loss, set_accepts_loss_kwargs
 from ..parallel.checkpoints import seal_checkpoint
+from ..parallel.fsdp_files import SHARDS, form_of
 from ..ties.across_ranks import on_any_rank, raised_on_every_rank
 from ..ties.anatomy import Anatomy
 from ..ties.groups import TieGroup
@@ -238,6 +239,7 @@ class TyingCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: PreTrainedModel | None = None,
+        processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
         """Check the ties of a checkpoint that was saved, and seal it."""
@@ -246,6 +248,10 @@ class TyingCallback(TrainerCallback):
         # All processes have written their files by now.
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if args.should_save and folder.is_dir():
+            if form_of(folder) == SHARDS and not hasattr(model, "peft_config"):
+                # `Trainer` writes nothing beside the shards. With these, they can be merged and read.
+                for each in filter(None, (unwrapped(model).config, processing_class)):
+                    each.save_pretrained(folder)
             seal_checkpoint(folder, state.global_step, entry_of(unwrapped(model).config))
 
     def on_log(

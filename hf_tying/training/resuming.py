@@ -1,15 +1,21 @@
 """The checkpoint that `--resume_from_checkpoint` names."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.utils import logging
 
-from ..config import TyingConfig, TyingError
+from ..config import TyingConfig, TyingError, entry_of
 from ..parallel.checkpoints import last_complete_checkpoint, refuse_other_engine, why_incomplete
+from ..parallel.fsdp_files import WHOLE, form_of, fsdp_of, set_form
+from ..ties.headers import read_json
 from ..ties.tying import untie
 from ..ties.verify import groups_of
+
+logger = logging.get_logger(__name__)
 
 
 def resume_path(args: TrainingArguments) -> str | None:
@@ -54,7 +60,8 @@ def train_from(trainer: Trainer, checkpoint: str | None) -> TrainOutput:
     """Train from a checkpoint to the end of a run, and no step further.
 
     It is `trainer.train(resume_from_checkpoint=checkpoint)`, also for a run that was killed after its last checkpoint:
-    `Trainer` would train one step beyond `max_steps` then.
+    `Trainer` would train one step beyond `max_steps` then. A checkpoint of FSDP is read in the form that it has, whole
+    or in shards, and the run writes in the form of its own config: `Trainer` reads its own form only.
 
     Args:
         trainer: trainer of the run.
@@ -62,7 +69,12 @@ def train_from(trainer: Trainer, checkpoint: str | None) -> TrainOutput:
 
     Returns:
         What `trainer.train` gives.
+
+    Raises:
+        TyingError: if the form of a checkpoint is to change in a run with `load_best_model_at_end`, which might have
+            to load a checkpoint of each form.
     """
+    as_written = _AsWritten(trainer, checkpoint)
     # A step without batches is none. A callback comes too late: `Trainer` reads what it asks for after a step only.
     next_batches = trainer.get_batch_samples
 
@@ -71,10 +83,51 @@ def train_from(trainer: Trainer, checkpoint: str | None) -> TrainOutput:
         return ([], None) if finished else next_batches(*args, **kwargs)
 
     trainer.get_batch_samples = batches
+    trainer.add_callback(as_written)
     try:
         return trainer.train(resume_from_checkpoint=checkpoint)
     finally:
+        as_written.done()
+        trainer.remove_callback(as_written)
         trainer.get_batch_samples = next_batches
+
+
+class _AsWritten(TrainerCallback):
+    """FSDP reads a checkpoint in the form that it has, until the run begins."""
+
+    def __init__(self, trainer: Trainer, checkpoint: str | None) -> None:
+        self.done: Callable[[], None] = lambda: None
+        fsdp, form = fsdp_of(trainer), form_of(checkpoint) if checkpoint else None
+        if fsdp is None or form is None or fsdp.state_dict_type.name == form:
+            return
+        own = fsdp.state_dict_type.name
+        if trainer.args.load_best_model_at_end:
+            raise TyingError(
+                f"{checkpoint} is of {form}, this run writes {own}, and load_best_model_at_end may have to load one "
+                f"of each. Set fsdp_state_dict_type: {form}, or leave load_best_model_at_end out."
+            )
+        logger.info(f"{checkpoint} is read as {form}; this run writes {own}.")
+        self.done = set_form(fsdp, form)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.done()
+
+
+def save_whole_model(trainer: Trainer) -> None:
+    """Save the model of a run as one that `from_pretrained` reads: `trainer.save_model()`.
+
+    Under FSDP with `SHARDED_STATE_DICT`, `trainer.save_model()` alone writes nothing, and says nothing. All processes
+    must call this.
+
+    Args:
+        trainer: trainer of the run; the model goes to its `output_dir`.
+    """
+    fsdp = fsdp_of(trainer)
+    done = set_form(fsdp, WHOLE) if fsdp is not None else lambda: None
+    try:
+        trainer.save_model()
+    finally:
+        done()
 
 
 def ties_as_saved(model: PreTrainedModel, checkpoint: str, untie_at: float | None = None) -> PreTrainedModel:
@@ -91,12 +144,11 @@ def ties_as_saved(model: PreTrainedModel, checkpoint: str, untie_at: float | Non
     Raises:
         TyingError: for other ties: the state of the optimizer in the checkpoint has a place for each parameter.
     """
-    if not Path(checkpoint, "config.json").is_file():  # of FSDP's shards
+    config = Path(checkpoint, "config.json")
+    saved, own = entry_of(read_json(config)) if config.is_file() else None, entry_of(model.config)
+    if saved is None or own is None:
         return model
-    saved = AutoConfig.from_pretrained(checkpoint)
-    if getattr(saved, "tying", None) is None or getattr(model.config, "tying", None) is None:
-        return model
-    before, now = _tied_names(saved), _tied_names(model.config)
+    before, now = _tied_names(saved), _tied_names(own)
     if untie_at is not None and not before and groups_of(model):
         return untie(model)
     if before != now:
@@ -109,9 +161,9 @@ def ties_as_saved(model: PreTrainedModel, checkpoint: str, untie_at: float | Non
     return model
 
 
-def _tied_names(config: Any) -> set[tuple[str, ...]]:
-    """The groups that a config declares, and its shared layers as one each."""
-    declared = TyingConfig.in_config(config)
+def _tied_names(entry: dict[str, Any]) -> set[tuple[str, ...]]:
+    """The groups that an entry of a config declares, and its shared layers as one each."""
+    declared = TyingConfig.from_dict(entry)
     stacks = ((stack["path"], *map(str, stack["order"])) for stack in declared.depth)
     return {*(tuple(sorted(names)) for names in declared.groups.values()), *stacks}
 

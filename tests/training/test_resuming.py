@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
 from transformers import Trainer, TrainingArguments
 
 from hf_tying import TyingError, tie
@@ -58,6 +60,21 @@ def test_an_interrupted_run_leaves_the_trainer_as_it_was(tmp_path):
     with pytest.raises(ZeroDivisionError):
         train_from(resumed, None)
     assert resumed.get_batch_samples == before
+
+
+def test_files_of_fsdp_keep_their_form_where_the_best_checkpoint_might_be_of_another(tmp_path, monkeypatch):
+    (tmp_path / "checkpoint-2" / "pytorch_model_fsdp_0").mkdir(parents=True)
+    resumed = trainer(tmp_path, max_steps=4)
+    resumed.args.load_best_model_at_end = True
+    fsdp = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="FULL_STATE_DICT")
+    monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", fsdp)
+    callbacks = list(resumed.callback_handler.callbacks)
+    with pytest.raises(TyingError, match="is of SHARDED_STATE_DICT, this run writes FULL_STATE_DICT.*Set fsdp_state_"):
+        train_from(resumed, str(tmp_path / "checkpoint-2"))
+    assert fsdp.state_dict_type.name == "FULL_STATE_DICT" and resumed.callback_handler.callbacks == callbacks
+    fsdp.set_state_dict_type("SHARDED_STATE_DICT")  # the way out
+    with pytest.raises(ValueError, match="only supported when using PyTorch FSDP"):  # Trainer's, which has none
+        train_from(resumed, str(tmp_path / "checkpoint-2"))
 
 
 TIED = {
