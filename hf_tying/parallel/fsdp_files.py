@@ -1,5 +1,6 @@
 """The two forms in which FSDP writes a model and its optimizer: whole (`FULL_STATE_DICT`), or in shards."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from transformers import Trainer
 WHOLE, SHARDS = "FULL_STATE_DICT", "SHARDED_STATE_DICT"
 
 
-def form_of(folder: str | Path) -> str | None:
+def form_of(folder: str | os.PathLike[str]) -> str | None:
     """The form of the files in a checkpoint of FSDP; `None` for any other checkpoint."""
     folder = Path(folder)
     if (folder / "pytorch_model_fsdp.bin").is_file():
