@@ -43,6 +43,7 @@ from transformers import (
     Seq2SeqTrainingArguments,
     set_seed,
 )
+from transformers.trainer_utils import EvalLoopOutput
 
 from hf_tying import TyingError, tie
 from hf_tying.data.parallel import ParallelCorpus, encode_parallel, read_parallel_text, read_translation_json
@@ -226,10 +227,15 @@ def from_scratch(
 
 
 class OrderedTrainer(Seq2SeqTrainer):
-    """Evaluates and predicts in the order of the rows, also when training groups them by length."""
+    """Evaluates and predicts each row once, in its order, also in several processes or after grouping by length."""
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> None:
         return None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        # Several processes have as many rows each, the first ones once more at the end. Seq2SeqTrainer keeps those.
+        self.gather_function = self.accelerator.gather_for_metrics
+        return super().evaluation_loop(*args, **kwargs)
 
 
 def translate(
@@ -241,8 +247,7 @@ def translate(
     output = trainer.predict(encoded, metric_key_prefix="predict")
     if not trainer.is_world_process_zero():
         return
-    # Several processes translate as many each, the first sentences once more at the end.
-    sentences = generated_text(output.predictions[: len(corpus)], tokenizer)
+    sentences = generated_text(output.predictions, tokenizer)
     lines = "".join(" ".join(sentence.split()) + "\n" for sentence in sentences)
     Path(trainer.args.output_dir, "generated_predictions.txt").write_text(lines, encoding="utf-8")
     metrics = dict(output.metrics)

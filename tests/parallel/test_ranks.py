@@ -52,6 +52,10 @@ def test_two_processes_seal_one_checkpoint_and_resume_from_it(results):
     assert {"complete.json", "model.safetensors", "rng_state_0.pth", "rng_state_1.pth"} <= set(found["files"])
 
 
+def test_each_row_is_translated_once_where_two_processes_have_as_many_each(results):
+    assert results["translated"] == {"labels": [10, 11, 12, 13, 14], "translations": 5}
+
+
 def test_one_process_alone_asks_nobody():
     model = tie(untied_model("llama"), "two_way", init_from="output")
     assert_tied(model, across_ranks=True)

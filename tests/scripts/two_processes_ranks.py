@@ -1,6 +1,7 @@
-"""What one of two processes has lost is told on both: started by `run_script`."""
+"""What one of two processes has lost is told on both, and each row is translated once: started by `run_script`."""
 
 import os
+import runpy
 import time
 from collections.abc import Callable
 
@@ -10,12 +11,13 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainingArguments
 
 from hf_tying import TyingCallback, TyingError, assert_tied, tie
 from hf_tying.parallel import last_complete_checkpoint
-from tests.processes import run_cases
+from tests.processes import ROOT, run_cases
 from tests.tiny import Sentences, tiny_model, untied_model
+from tests.tiny_translation import translation_model
 
 FOLDER = os.path.dirname(os.environ["RENDEZVOUS"].removeprefix("file://"))
 
@@ -112,6 +114,18 @@ def saved() -> dict:
     return {"last": os.path.basename(found), "files": files, "steps": resumed.state.global_step}
 
 
+def translated() -> dict:
+    """The rows that the trainer of run_translation.py gives for five of them, beside the labels of these rows."""
+    trainer_class = runpy.run_path(str(ROOT / "examples" / "run_translation.py"))["OrderedTrainer"]
+    model = translation_model("marian")
+    args = Seq2SeqTrainingArguments(
+        f"{FOLDER}/translated", per_device_eval_batch_size=2, use_cpu=True, report_to=[], predict_with_generate=True
+    )
+    rows = [{"input_ids": torch.tensor([i, 2]), "labels": torch.tensor([i, i, 2])} for i in range(10, 15)]
+    found = trainer_class(model=model, args=args).predict(rows, max_length=4)
+    return {"labels": found.label_ids[:, 0].tolist(), "translations": len(found.predictions)}
+
+
 CASES = {
     "lost": lost,
     "drifted": drifted,
@@ -120,6 +134,7 @@ CASES = {
     "in mid-run, a stock class": lambda: in_mid_run(stock=True),
     "before a save": before_a_save,
     "saved": saved,
+    "translated": translated,
 }
 
 if __name__ == "__main__":
