@@ -18,6 +18,8 @@ from .step_loss import LossSettings, needs_deferred
 
 logger = logging.get_logger(__name__)
 
+_REST = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
 
 class TiedLossMixin(MixinBase):
     """Mixin that runs a training step of the model inside `TiedSoftmax`. Other forward passes are unchanged."""
@@ -93,8 +95,14 @@ class TiedLossMixin(MixinBase):
 
 @cache
 def forward_parameters(cls: type) -> dict[str, inspect.Parameter]:
-    """The parameters of a class's `forward` by name, `self` first."""
-    return dict(inspect.signature(cls.forward).parameters)
+    """The parameters of a class's `forward` by name, `self` first; behind them those of one that it passes on to."""
+    found: dict[str, inspect.Parameter] = {}
+    for forward in (vars(owner)["forward"] for owner in cls.__mro__ if "forward" in vars(owner)):
+        parameters = inspect.signature(forward).parameters
+        found |= {name: p for name, p in parameters.items() if name not in found and p.kind not in _REST}
+        if all(p.kind not in _REST for p in parameters.values()):
+            break
+    return found
 
 
 def _has_labels(cls: type, args: tuple, kwargs: dict) -> bool:

@@ -14,26 +14,26 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 from torch import nn
-from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from ..ties.groups import groups_held
 from ..ties.slots import find_parameter
-from ..ties.verify import assert_tied, unwrapped
+from ..ties.verify import assert_tied
 
 logger = logging.get_logger(__name__)
-_kept_whole: ContextVar[PreTrainedModel | None] = ContextVar("model whose ties go to the root unit", default=None)
+_kept_whole: ContextVar[nn.Module | None] = ContextVar("module whose ties go to the root unit", default=None)
 
 
 def prepare_model(wrapped: Callable, args: tuple, kwargs: dict) -> nn.Module:
     """Around `accelerate.accelerator.fsdp2_prepare_model`: the ties of a model are kept, and checked."""
     outer = kwargs["model"] if "model" in kwargs else args[1]
-    model = _tied_model(outer)
-    if model is None:
+    models = _tied_models(outer)
+    if not models:
         return wrapped(*args, **kwargs)
-    with _in_the_root(outer, model):
+    with _in_the_root(outer):
         prepared = wrapped(*args, **kwargs)
-    assert_tied(model)
+    for model in models:
+        assert_tied(model)
     return prepared
 
 
@@ -53,7 +53,8 @@ def wrap_policy(wrapped: Callable, args: tuple, kwargs: dict) -> Callable[[nn.Mo
             return False
         torn = [key for key, count in _uses(module).items() if count < everywhere.get(key, 0)]
         if torn:
-            group = next((g.name for g in groups_held(model) if id(find_parameter(model, g.root)) in torn), None)
+            held = ((each, group) for each in _tied_models(model) for group in groups_held(each))
+            group = next((group.name for each, group in held if id(find_parameter(each, group.root)) in torn), None)
             logger.info(
                 f"FSDP2: {paths.get(id(module), type(module).__name__)!r} is no unit of its own, since it holds some "
                 f"names of {'a tie' if group is None else f'group {group!r}'} and not all: it stays in the root's."
@@ -63,17 +64,18 @@ def wrap_policy(wrapped: Callable, args: tuple, kwargs: dict) -> Callable[[nn.Mo
     return whole
 
 
-def _tied_model(model: nn.Module) -> PreTrainedModel | None:
-    """The model inside wrappers, if it holds ties of this package."""
-    inner = unwrapped(model) if hasattr(model, "get_base_model") or isinstance(model, PreTrainedModel) else None
-    return inner if getattr(inner, "tie_groups", None) else None
+def _tied_models(module: nn.Module) -> list[nn.Module]:
+    """The outermost modules with ties of this package in `module`: itself, or what it holds or wraps."""
+    if vars(module).get("tie_groups"):
+        return [module]
+    return [model for child in module.children() for model in _tied_models(child)]
 
 
 @contextmanager
-def _in_the_root(outer: nn.Module, model: PreTrainedModel) -> Iterator[None]:
+def _in_the_root(outer: nn.Module) -> Iterator[None]:
     """Inside this context Accelerate finds no embeddings to make a unit of, and the policy keeps ties whole."""
     names = ("get_input_embeddings", "get_output_embeddings")
-    token = _kept_whole.set(model)
+    token = _kept_whole.set(outer)
     for name in names:
         vars(outer)[name] = lambda: None
     try:

@@ -112,9 +112,11 @@ def _of_config(config: PreTrainedConfig, source: str | os.PathLike[str]) -> PreT
 
 
 def _checked(mesh: Mapping[str, int]) -> dict[str, int]:
+    if not isinstance(mesh, Mapping):
+        raise TyingError(f"mesh={mesh!r}: expected sizes by axis, such as {{'dp': 8, 'tp': 2}}.")
     for axis, size in mesh.items():
         if axis not in AXES:
-            raise TyingError(f"mesh={dict(mesh)}: unknown axis {axis!r}{nearest(axis, AXES)}; expected {list(AXES)}.")
+            raise TyingError(f"mesh={dict(mesh)}: unknown axis {axis!r}{nearest(str(axis), AXES)}; expected {list(AXES)}.")
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise TyingError(f"mesh={dict(mesh)}: expected a number of processes from 1 for {axis!r}, found {size!r}.")
     return {axis: mesh.get(axis, 1) for axis in AXES}

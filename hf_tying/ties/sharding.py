@@ -29,6 +29,12 @@ def is_row_split(tensor: torch.Tensor | None) -> bool:
     return tensor.placements[0].is_shard(0)
 
 
+def row_parts(tensor: "DTensor") -> int:
+    """Into how many parts the rows of `tensor` are cut, by all dimensions of its mesh together."""
+    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return math.prod(size for size, placement in sizes if getattr(placement, "dim", None) == 0)
+
+
 def unit_of(model: nn.Module, name: str) -> nn.Module | None:
     """The FSDP2 unit in which the parameter `name` lies: its module, or the nearest one around it, that is a unit."""
     fully_shard = sys.modules.get("torch.distributed.fsdp")
@@ -37,6 +43,20 @@ def unit_of(model: nn.Module, name: str) -> nn.Module | None:
     parts = name.split(".")[:-1]
     around = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1)]
     return next((module for module in reversed(around) if isinstance(module, fully_shard.FSDPModule)), None)
+
+
+def shown_as_shards(model: nn.Module) -> bool:
+    """Let transformers' own FSDP2 free what a forward pass has gathered; whether `model` is sharded by it.
+
+    It makes the units first and ties then. So each unit of a tied matrix shows one of its own while it is gathered,
+    from an evaluation to the next backward pass.
+    """
+    if not getattr(model, "_is_fsdp_managed_module", False):
+        return False
+    for module in model.modules():
+        if isinstance(module, sys.modules["torch.distributed.fsdp"].FSDPModule):
+            module.reshard()
+    return True
 
 
 def keep_whole(unit: nn.Module) -> None:

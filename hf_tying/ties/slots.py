@@ -5,14 +5,14 @@ checkpointing, torch.compile and FSDP keep a module inside one of their own, and
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..config import TyingError, nearest
-from .sharding import gathered, shape_of
+from .sharding import gathered, shape_of, shown_as_shards
 
 # Attributes in which wrappers keep the stock module. PEFT: tuner layers under `base_layer`, modules_to_save under
 # `original_module`, trainable tokens under `token_adapter.base_layer`. torch: activation checkpointing, FSDP1,
@@ -123,8 +123,12 @@ def adapter_at(model: nn.Module, name: str) -> str | None:
     return None
 
 
-def is_one(model: nn.Module, names: Iterable[str]) -> bool:
+def is_one(model: nn.Module, names: Collection[str]) -> bool:
     """Whether `names` are one and the same parameter in `model`."""
+    return _are_one(model, names) or shown_as_shards(model) and _are_one(model, names)
+
+
+def _are_one(model: nn.Module, names: Collection[str]) -> bool:
     held = [find_parameter(model, name) for name in names]
     return held[0] is not None and all(parameter is held[0] for parameter in held)
 

@@ -5,6 +5,7 @@ from transformers.utils import logging
 
 from ..config import TyingConfig, TyingError
 from .groups import TieGroup, groups_held
+from .sharding import is_dtensor, row_parts
 from .slots import find_parameter, find_slot, named_slots
 from .verify import is_split, refuse_untied
 
@@ -12,7 +13,7 @@ logger = logging.get_logger(__name__)
 
 
 def refuse_untrainable(model: PreTrainedModel) -> None:
-    """Refuse to train a broken tie, or copies of a matrix on several stages; warn of frozen ones.
+    """Refuse to train a broken tie, or a matrix whose copies would drift apart; warn of frozen ones.
 
     Args:
         model: model with `tie_groups`.
@@ -25,6 +26,8 @@ def refuse_untrainable(model: PreTrainedModel) -> None:
     _tell_frozen(model)
     if hasattr(model, "_pp_stage"):
         _refuse_stages(model)
+    if getattr(model, "_is_fsdp_managed_module", False):
+        _refuse_padded_shards(model)
 
 
 def _refuse_stages(model: PreTrainedModel) -> None:
@@ -34,6 +37,24 @@ def _refuse_stages(model: PreTrainedModel) -> None:
             f"Cannot train {type(model).__name__} in pipeline stages: group {group!r} ({', '.join(names)}) has a copy "
             "on each stage that uses it, and transformers' pipeline runs no backward pass that would keep them one. "
             "Train it by DDP, FSDP2, ZeRO or tensor parallelism, or evaluate it: model.eval()."
+        )
+
+
+def _refuse_padded_shards(model: PreTrainedModel) -> None:
+    """Refuse a tied matrix that transformers' own FSDP2 cannot cut into equal parts.
+
+    transformers makes the units first and ties then, so each unit of a name has the matrix. Where a part is padded,
+    torch copies it for each of them, and the optimizer steps one copy alone (torch 2.13, transformers 5.23).
+    """
+    for group in groups_held(model):
+        root = find_parameter(model, group.root)
+        if not is_dtensor(root) or root.shape[0] % (parts := row_parts(root)) == 0:
+            continue
+        raise TyingError(
+            f"Cannot train {type(model).__name__} sharded by transformers: the {root.shape[0]} rows of group "
+            f"{group.name!r} do not divide by {parts} processes, and units with a padded part of a tied matrix do not "
+            "see its steps. Train it by Accelerate's FSDP2, or pad a vocabulary in one process and save it: "
+            f"model.resize_token_embeddings(pad_to_multiple_of={parts})."
         )
 
 

@@ -12,7 +12,7 @@ from .anatomy import Anatomy
 from .declared import join_chains
 from .depth_groups import depth_groups
 from .groups import TieGroup, declared_groups, locate
-from .sharding import is_dtensor
+from .sharding import is_dtensor, shown_as_shards
 from .shared_layers import located_stacks
 from .slots import (
     difference,
@@ -173,6 +173,7 @@ def groups_of(model: nn.Module) -> list[TieGroup]:
 
 def violations(model: nn.Module, groups: Iterable[TieGroup]) -> Iterator[str]:
     """One sentence for each difference between `model` and what `groups` and its config declare."""
+    shown_as_shards(model)
     groups, anatomy = list(groups), Anatomy(model)
     for group in groups:
         yield from _broken(model, group, anatomy.slots)

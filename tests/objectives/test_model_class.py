@@ -14,13 +14,22 @@ from hf_tying.objectives.tied_loss import has_tied_loss
 from hf_tying.objectives.tied_loss_mixin import TiedLossMixin
 
 from ..forms import tied_model
-from ..tiny import tiny_model, without_dropout
+from ..tiny import tiny_config, tiny_model, without_dropout
 from ..tiny_translation import translation_inputs
 from .helpers import DECLARED, Seen, a_tied_gpt2, batch, gpt2, step, three_way, trains_by_blocks
+
+
+class PassesOn(GPT2LMHeadModel):
+    """A user's class that names no parameter of the forward that it wraps."""
+
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
 
 #: The ways to a model with a tied loss.
 WAYS = {
     "stock class": lambda: use_tied_loss(tiny_model("gpt2")),
+    "subclass": lambda: use_tied_loss(PassesOn(tiny_config("gpt2"))),
     "tied before": lambda: use_tied_loss(tied_model("in place")),
     "tied after": lambda: tie(use_tied_loss(tiny_model("gpt2")), "two_way"),
     "untied before": lambda: use_tied_loss(untie(tiny_model("gpt2"))),

@@ -107,6 +107,11 @@ def test_fsdp2_with_checkpointing_loaded_on_the_meta_device_or_compiled(accelera
     is_as_alone(found, case.partition(", ")[2], EXACT)
 
 
+def test_fsdp2_keeps_the_ties_of_a_model_that_is_a_part_of_another_module(accelerate):
+    found = accelerate["fsdp2 held, llama layers"]
+    assert found["sharded"] and found["gradient"] < EXACT and found["without gradient"] == []
+
+
 @pytest.mark.parametrize("control", ["halved", "not reduced", "not gathered"])
 def test_the_comparison_sees_a_wrong_gradient(accelerate, control):
     assert accelerate[f"control, {control}"]["gradient"] > 1e-2

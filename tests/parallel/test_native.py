@@ -28,6 +28,12 @@ def test_a_split_model_trains_as_one_process_does_and_is_read_by_one(results, ca
     assert found["reloaded"] == 0.0
 
 
+def test_rows_that_transformers_cannot_cut_into_equal_parts_are_refused_until_they_are_padded(results):
+    refused, padded = results["fsdp, not divided"]["found"]
+    assert "the 129 rows of group 'embeddings' do not divide by 2 processes" in refused
+    assert "resize_token_embeddings(pad_to_multiple_of=2)" in refused and padded < 1e-12
+
+
 def test_an_objective_over_a_split_vocabulary_is_refused(results):
     assert re.search("is a DTensor .*use_tied_loss", results["tp, objective"]["error"])
 

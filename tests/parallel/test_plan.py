@@ -90,6 +90,8 @@ def test_figures_of_a_large_model_from_its_config_alone(tmp_path):
         ("llama", {"ddp": 2}, "unknown axis 'ddp'.*'dp'"),
         ("llama", {"dp": 0}, "from 1 for 'dp', found 0"),
         ("llama", {"dp": True}, "found True"),
+        ("llama", "dp=2", "mesh='dp=2': expected sizes by axis"),
+        ("llama", {2: 2}, "unknown axis 2"),
         ("llama", {"pp": 3}, "pp=3 stages, and the model has 2 layers"),
         ("bart", {"pp": 2}, "encoder and a decoder"),
     ],

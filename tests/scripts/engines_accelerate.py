@@ -1,5 +1,6 @@
 """Every kind of tests/engines.py under DDP and FSDP2 by `Accelerator.prepare`: started by `run_script`."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -21,7 +23,7 @@ from hf_tying.objectives import ContrastiveObjective
 from hf_tying.parallel import parallel_plan
 from hf_tying.ties.relaxation import relaxed_names, value_at
 from hf_tying.ties.slots import find_slot
-from tests.engines import DIFFERENT, KINDS, RATE, beside_one, inputs, own_rows, start, train
+from tests.engines import DIFFERENT, KINDS, RATE, alone, beside_one, inputs, own_rows, plain, start, train
 from tests.processes import run_cases
 
 
@@ -113,6 +115,28 @@ def compiled(kind: str) -> dict:
     return {**beside_one(found, kind), **how}
 
 
+class Holder(nn.Module):
+    """A module of a user's own, with a tied model in it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.held = model
+
+    def forward(self, **inputs):
+        return self.held(**inputs)
+
+
+def held(kind: str) -> dict:
+    """The first gradient of a model that is a part of another module, whose layers are to be units."""
+    accelerator = accelerator_of(plugin_of(transformer_cls_names_to_wrap=["LlamaDecoderLayer"]))
+    model = start(kind)
+    outer, _ = accelerator.prepare(Holder(model), torch.optim.SGD(model.parameters()))
+    accelerator.backward(outer(**inputs(model, own_rows())).loss)
+    gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    found = replace(alone(kind), gradient={plain(name): value for name, value in gradients.items()})
+    return {**beside_one(found, kind), **sharding(outer)}
+
+
 def halved(kind: str) -> dict:
     """A control: the gradient of one matrix is halved on its way, and the comparison must tell."""
     accelerator, wrapped, optimizer = prepared(kind)
@@ -186,6 +210,7 @@ CASES = {
     **{f"fsdp2 checkpointed, {kind}": partial(fsdp2, kind, activation_checkpointing=True) for kind in CHECKPOINTED},
     **{f"fsdp2 from meta, {kind}": partial(fsdp2, kind, cpu_ram_efficient_loading=True) for kind in LOADED_ON_META},
     **{f"fsdp2 compiled, {kind}": partial(compiled, kind) for kind in ("llama two_way", "llama tied loss")},
+    "fsdp2 held, llama layers": partial(held, "llama layers"),
     **{f"bytes, {kind}": partial(sent, kind) for kind in KINDS},
     "control, halved": partial(halved, "llama two_way"),
     "control, not reduced": partial(not_reduced, "llama two_way"),
