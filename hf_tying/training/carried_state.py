@@ -25,12 +25,13 @@ from transformers import (
     TrainingArguments,
     default_data_collator,
 )
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import ModelOutput
 
 from ..config import TyingError
 from ..data.words import ContiguousText
 from ..metrics.perplexity import exp_or_infinity
+from ..parallel.checkpoints import last_complete_checkpoint
 from ..ties.verify import unwrapped
 from .averaging import Averaging
 
@@ -134,16 +135,16 @@ class CarriedStateTrainer(Trainer):
         """Train as `Trainer` does. A resumed run continues with the state of the checkpoint.
 
         Args:
-            resume_from_checkpoint: folder of a checkpoint, or `True` for the last one in `args.output_dir`.
+            resume_from_checkpoint: folder of a checkpoint, or `True` for the last complete one in `args.output_dir`.
             **kwargs: further arguments of `Trainer.train`.
 
         Raises:
             TyingError: if there is no checkpoint, or it has no state.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
-                raise TyingError(f"There is no checkpoint in {self.args.output_dir} to resume from.")
+                raise TyingError(f"There is no complete checkpoint in {self.args.output_dir} to resume from.")
         self._resumed = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         if self._resumed is not None and not (self._resumed / self._file).is_file():
             raise TyingError(
@@ -206,6 +207,16 @@ class CarriedStateTrainer(Trainer):
     def _file(self) -> str:
         """The name of the file of the state. Each process has its own, because it has its own columns."""
         return _FILE if self.args.process_index == 0 else f"{self.args.process_index}_{_FILE}"
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # Not in `on_save`: a checkpoint has it before Trainer's last file and its seal, and before older ones go.
+        super()._save_rng_state(output_dir)
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)  # of process 0, which may be later
+        if self._epoch.state is not None:
+            self._epoch.save(folder / self._file)
+        if self.averaging is not None and self.args.should_save:
+            self.averaging.save(folder)
 
     # --- evaluation --------------------------------------------------------------------------------------------------
 
@@ -323,7 +334,7 @@ class _Epoch:
 
 
 class _KeepState(TrainerCallback):
-    """Start each epoch with a new state or with that of a checkpoint, and save it with each checkpoint."""
+    """Start each epoch with a new state or with that of a checkpoint."""
 
     def __init__(self, trainer: CarriedStateTrainer) -> None:
         self.trainer = trainer
@@ -350,13 +361,6 @@ class _KeepState(TrainerCallback):
     ) -> None:
         if self.trainer.averaging is not None:
             self.trainer.averaging.updated()
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
-        if self.trainer._epoch.state is not None:
-            self.trainer._epoch.save(folder / self.trainer._file)
-        if self.trainer.averaging is not None and state.is_world_process_zero:
-            self.trainer.averaging.save(folder)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

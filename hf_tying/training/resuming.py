@@ -10,6 +10,7 @@ from ..config import TyingConfig, TyingError
 from ..parallel.checkpoints import last_complete_checkpoint, refuse_other_engine, why_incomplete
 from ..ties.tying import untie
 from ..ties.verify import groups_of
+from .continuity import Continuity
 
 
 def resume_path(args: TrainingArguments) -> str | None:
@@ -27,9 +28,9 @@ def resume_path(args: TrainingArguments) -> str | None:
             by another engine (FSDP, DeepSpeed), whose optimizer `Trainer` cannot load.
     """
     asked = args.resume_from_checkpoint
-    if asked is None or asked is False or str(asked).lower() in ("false", "none", ""):
+    if _is_no(asked):
         return None
-    if asked is True or str(asked).lower() in ("last", "true"):
+    if _is_last(asked):
         last = last_complete_checkpoint(args.output_dir)
         if last is None:
             raise TyingError(
@@ -50,11 +51,48 @@ def resume_path(args: TrainingArguments) -> str | None:
     return str(asked)
 
 
+def go_on_by_oneself(asked: str | bool | None, folder: str | Path) -> None:
+    """Check the `--resume_from_checkpoint` of a script of several runs, each of which goes on from its own last one.
+
+    Such a script goes on without the flag too, and `last` says no more than that.
+
+    Args:
+        asked: what the flag says.
+        folder: where the folders of the runs are.
+
+    Raises:
+        TyingError: for the folder of one checkpoint, and for `last` where nothing has begun.
+    """
+    if _is_no(asked):
+        return
+    if not _is_last(asked):
+        raise TyingError(
+            f"--resume_from_checkpoint {asked}: this script has several runs, and each goes on from the last "
+            "checkpoint of its own folder. Give `last`, or leave the flag out."
+        )
+    if not any(Path(folder).glob("*")):
+        raise TyingError(
+            f"--resume_from_checkpoint {asked}: {str(folder)!r} has nothing to go on with. Leave the flag out to "
+            "begin, or give the --output_dir of the run to go on with."
+        )
+
+
+def _is_no(asked: str | bool | None) -> bool:
+    return asked is None or asked is False or str(asked).lower() in ("false", "none", "")
+
+
+def _is_last(asked: str | bool | None) -> bool:
+    return asked is True or str(asked).lower() in ("last", "true")
+
+
 def train_from(trainer: Trainer, checkpoint: str | None) -> TrainOutput:
     """Train from a checkpoint to the end of a run, and no step further.
 
-    It is `trainer.train(resume_from_checkpoint=checkpoint)`, also for a run that was killed after its last checkpoint:
-    `Trainer` would train one step beyond `max_steps` then.
+    It is `trainer.train(resume_from_checkpoint=checkpoint)`, and a run that was stopped ends as one that never was:
+
+    - A run that was killed after its last checkpoint makes no further step. `Trainer` would train one beyond
+      `max_steps`. Its random numbers are those of the checkpoint.
+    - Logged losses, `train_loss` and the order of the rows go on (`hf_tying.training.continuity.Continuity`).
 
     Args:
         trainer: trainer of the run.
@@ -64,17 +102,26 @@ def train_from(trainer: Trainer, checkpoint: str | None) -> TrainOutput:
         What `trainer.train` gives.
     """
     # A step without batches is none. A callback comes too late: `Trainer` reads what it asks for after a step only.
-    next_batches = trainer.get_batch_samples
+    next_batches, trained = trainer.get_batch_samples, False
 
     def batches(*args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        finished = trainer.state.global_step >= trainer.state.max_steps
-        return ([], None) if finished else next_batches(*args, **kwargs)
+        nonlocal trained
+        if trainer.state.global_step >= trainer.state.max_steps:
+            return [], None
+        trained = True
+        return next_batches(*args, **kwargs)
 
     trainer.get_batch_samples = batches
+    # After the one that decides about saving, before those that show a log.
+    trainer.callback_handler.callbacks.insert(1, Continuity(trainer, checkpoint))
     try:
-        return trainer.train(resume_from_checkpoint=checkpoint)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         trainer.get_batch_samples = next_batches
+        trainer.remove_callback(Continuity)
+    if checkpoint is not None and not trained:
+        trainer._load_rng_state(checkpoint)
+    return result._replace(training_loss=result.metrics["train_loss"])
 
 
 def ties_as_saved(model: PreTrainedModel, checkpoint: str, untie_at: float | None = None) -> PreTrainedModel:

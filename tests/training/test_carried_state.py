@@ -2,13 +2,16 @@
 
 import json
 import math
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
+from transformers import TrainerState
 
 from hf_tying import TyingCallback, TyingError, untie
 from hf_tying.data.words import ContiguousText, encode_words, train_word_level
@@ -201,7 +204,7 @@ def test_a_checkpoint_at_the_end_of_an_epoch_begins_the_next_one_from_zero(text,
 
 def test_resume_from_the_last_checkpoint_and_its_refusals(text, tmp_path):
     trainer = make_trainer(make_model(text), text, tmp_path, save_strategy="steps", save_steps=5)
-    with pytest.raises(TyingError, match="no checkpoint in"):
+    with pytest.raises(TyingError, match="no complete checkpoint in"):
         trainer.train(resume_from_checkpoint=True)
     trainer.train()
     last = max(int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*"))
@@ -328,6 +331,11 @@ def test_an_averaged_run_is_evaluated_with_the_mean_and_ends_with_it_and_resumes
     how = {"average_after": 0, "eval_strategy": "steps", "eval_steps": 5, "save_strategy": "steps", "save_steps": 14}
     how |= {"learning_rate": 20.0, "max_grad_norm": 1.0}  # so that it gets worse at once
     whole, is_mean = make_trainer(make_model(text), text, tmp_path / "whole", **how), []
+    at_last_file, write = [], TrainerState.save_to_json
+
+    def written(state, path):  # Trainer's last file: from then on, a stopped run goes on from this checkpoint
+        at_last_file.append({"carried_state.safetensors", "averaging.safetensors"} <= {*os.listdir(Path(path).parent)})
+        write(state, path)
 
     def seen(model, tokens):
         mean = whole.averaging.mean if whole.averaging.updates else None
@@ -337,7 +345,9 @@ def test_an_averaged_run_is_evaluated_with_the_mean_and_ends_with_it_and_resumes
 
     with monkeypatch.context() as patch:
         patch.setattr(carried_state, "negative_log_likelihood", seen)
+        patch.setattr(TrainerState, "save_to_json", written)
         whole.train()
+    assert at_last_file and all(at_last_file)
     assert is_mean and all(is_mean)
     assert whole.averaging.history == [log["eval_loss"] for log in whole.state.log_history if "eval_loss" in log]
     assert 0 < whole.averaging.updates < whole.state.global_step
