@@ -29,6 +29,7 @@ from ulmfit_report import report
 
 from hf_tying import TyingError
 from hf_tying.training import ScriptParser
+from hf_tying.training.resuming import go_on_by_oneself
 
 
 @dataclass
@@ -111,6 +112,9 @@ class StageArguments:
     )
     seed: int = field(default=0, metadata={"help": "Of initial values, dropout and order."})
     use_cpu: bool = field(default=False, metadata={"help": "Not the GPU, if there is one."})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "last: go on in output_dir, which is done without this flag too."}
+    )
     no_pretrain: bool = field(default=False, metadata={"help": "No first stage: OUT/lm is not trained."})
     no_lm_tuning: bool = field(default=False, metadata={"help": "No second stage: OUT/lm_tuned has new words only."})
     no_slanted_triangular: bool = field(default=False, metadata={"help": "Constant learning rates."})
@@ -135,6 +139,8 @@ def main() -> None:
         raise TyingError("Expected --pretrain_file or --pretrained_lm, or --no_pretrain to have no first stage.")
     if stage_args.pseudo_labels is not None and data_args.unlabeled_file is None:
         raise TyingError("--pseudo_labels needs texts without labels: give --unlabeled_file.")
+    go_on_by_oneself(stage_args.resume_from_checkpoint, data_args.output_dir)
+    stage_args.resume_from_checkpoint = None  # it changes no result
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     data = read_data(data_args, stage_args.seed)  # what is wrong with it is said before any work

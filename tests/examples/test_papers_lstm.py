@@ -59,7 +59,7 @@ def test_a_script_trains_and_reports(variant, text, tmp_path, run):
 def test_a_run_goes_on_from_its_last_checkpoint(text, tmp_path, run):
     flags = ("--data_dir", text, "--variant", "small+wt", "--output_dir", tmp_path, "--use_cpu")
     assert run("press_wolf.py", *flags, "--epochs", 1).returncode == 0
-    done = run("press_wolf.py", *flags, "--epochs", 2, "--resume")
+    done = run("press_wolf.py", *flags, "--epochs", 2, "--resume_from_checkpoint", "last")
     assert done.returncode == 0, done.stderr[-3000:]
     whole = run("press_wolf.py", *flags[:-2], f"{tmp_path}/whole", "--use_cpu", "--epochs", 2)
     assert whole.returncode == 0

@@ -185,10 +185,10 @@ def test_a_finished_run_is_kept_and_a_seed_added(script, texts, experiment):
     assert (folder / "three_way.png").stat().st_size > 10_000
 
 
-def test_a_run_that_broke_off_is_trained_again_to_the_same_end(script, texts, experiment):
+def test_a_run_that_broke_off_goes_on_to_the_same_end(script, texts, experiment):
     folder, _, before = experiment
     (folder / "two_way-seed0" / "result.json").unlink()
-    assert "Train" in start(script, texts, folder, "--schemes", "two_way")
+    assert "Train" in start(script, texts, folder, "--schemes", "two_way", "--resume_from_checkpoint", "last")
     (again,) = json.loads((folder / "report.json").read_text())["results"]
     for key in ("batches", "validation_loss", "bleu", "chrf", "role_shares"):
         assert again[key] == before["results"][1][key], key
