@@ -43,6 +43,7 @@ from transformers import (
     Seq2SeqTrainingArguments,
     set_seed,
 )
+from transformers.trainer_utils import EvalLoopOutput
 
 from hf_tying import TyingError, tie
 from hf_tying.data.parallel import ParallelCorpus, encode_parallel, read_parallel_text, read_translation_json
@@ -231,6 +232,11 @@ class OrderedTrainer(Seq2SeqTrainer):
     def _get_eval_sampler(self, eval_dataset: Dataset) -> None:
         return None
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Evaluate without the rows that fill up the last batch of several processes, which Seq2SeqTrainer keeps."""
+        self.gather_function = self.accelerator.gather_for_metrics
+        return super().evaluation_loop(*args, **kwargs)
+
 
 def translate(
     trainer: Seq2SeqTrainer, corpus: ParallelCorpus, encoded: Dataset, tokenizer: PreTrainedTokenizerBase
@@ -241,8 +247,7 @@ def translate(
     output = trainer.predict(encoded, metric_key_prefix="predict")
     if not trainer.is_world_process_zero():
         return
-    # Several processes translate as many each, the first sentences once more at the end.
-    sentences = generated_text(output.predictions[: len(corpus)], tokenizer)
+    sentences = generated_text(output.predictions, tokenizer)
     lines = "".join(" ".join(sentence.split()) + "\n" for sentence in sentences)
     Path(trainer.args.output_dir, "generated_predictions.txt").write_text(lines, encoding="utf-8")
     metrics = dict(output.metrics)

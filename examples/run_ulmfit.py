@@ -17,6 +17,7 @@ repeated. The default sizes are small, for a CPU; the paper's are --embedding_si
     (the same) --no_pretrain --no_lm_tuning                         (from scratch; each --no_... takes a part away)
 """
 
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,6 +140,8 @@ def main() -> None:
         raise TyingError("Expected --pretrain_file or --pretrained_lm, or --no_pretrain to have no first stage.")
     if stage_args.pseudo_labels is not None and data_args.unlabeled_file is None:
         raise TyingError("--pseudo_labels needs texts without labels: give --unlabeled_file.")
+    if (size := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise TyingError(f"Started as {size} processes: expected one, the stages are one after another.")
     go_on_by_oneself(stage_args.resume_from_checkpoint, data_args.output_dir)
     stage_args.resume_from_checkpoint = None  # it changes no result
     logging.set_verbosity_error()

@@ -8,11 +8,13 @@ begin again can learn. In OUT are `plain`, `cascade` and `cascade.png`, the vali
 trains AWD-LSTM on WikiText-2 to the end in each stage, for many more epochs.
 """
 
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lstm_training import LSTMArguments, run, train_and_report
 
+from hf_tying.config import TyingError
 from hf_tying.models import TiedLSTMConfig
 from hf_tying.parallel import last_complete_checkpoint
 from hf_tying.training.command_line import ScriptParser
@@ -31,6 +33,8 @@ class Arguments(LSTMArguments):
 
 def main():
     (arguments,) = ScriptParser((Arguments,), description=__doc__).parse()
+    if (size := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise TyingError(f"Started as {size} processes: expected one, because layers are frozen on the way.")
     recipe = RECIPES["zaremba_small"] | {"decay": 1.0}
 
     def make_config(**of_the_text) -> TiedLSTMConfig:

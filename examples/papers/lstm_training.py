@@ -123,8 +123,9 @@ def train_and_report(
             if "train_perplexity" in log or "eval_perplexity" in log
         ],
     }
-    write_json(results, output / "results.json")
-    print_table(results, output)
+    if trainer.is_world_process_zero():
+        write_json(results, output / "results.json")
+        print_table(results, output)
     return results
 
 

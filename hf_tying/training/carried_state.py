@@ -32,6 +32,7 @@ from ..config import TyingError
 from ..data.words import ContiguousText
 from ..metrics.perplexity import exp_or_infinity
 from ..parallel.checkpoints import last_complete_checkpoint
+from ..ties.across_ranks import from_every_rank
 from ..ties.verify import unwrapped
 from .averaging import Averaging
 
@@ -311,10 +312,12 @@ class _Epoch:
         self.batches += 1
 
     def report(self) -> dict[str, float]:
+        """Perplexity and speed so far, over the columns of all processes."""
         seconds = time.perf_counter() - self.start
+        losses, words, timed = zip(*from_every_rank((float(self.loss), self.words, self.timed_words)), strict=True)
         return {
-            "train_perplexity": exp_or_infinity(float(self.loss) / self.words),
-            "tokens_per_second": self.timed_words / seconds,
+            "train_perplexity": exp_or_infinity(sum(losses) / sum(words)),
+            "tokens_per_second": sum(timed) / seconds,
             "epoch_seconds": seconds,
         }
 
@@ -325,7 +328,8 @@ class _Epoch:
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> "_Epoch":
-        epoch, tensors = cls(), load_file(path, device=str(device))
+        # By way of the CPU: of several processes there, torch's name of the device is "cpu:0", which no file takes.
+        epoch, tensors = cls(), {name: value.to(device) for name, value in load_file(path).items()}
         epoch.batches, epoch.words = tensors.pop("counts").tolist()
         epoch.loss = tensors.pop("loss")
         layers = len(tensors) // 2

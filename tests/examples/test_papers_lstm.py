@@ -146,3 +146,16 @@ def test_the_softmax_matrix_comes_nearer_to_the_embedding_by_the_augmented_loss_
     assert one < 0.5 * zero and (tmp_path / "theory.png").stat().st_size > 5000
     done = run("inan_theory.py", "--data_dir", text, "--output_dir", tmp_path, "--betas", 2)
     assert done.returncode == 1 and "each from 0 to 1" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "script", [PAPERS / "cascade.py", PAPERS.parent / "run_ulmfit.py"], ids=lambda path: path.name
+)
+def test_a_script_of_one_process_refuses_several_before_any_work(script, text, tmp_path, as_script, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    data = (
+        ("--data_dir", text) if script.name == "cascade.py" else ("--no_pretrain", "--train_file", text / "train.txt")
+    )
+    done = as_script(script, *data, "--output_dir", tmp_path / "out")
+    assert done.returncode == 1 and "error: Started as 2 processes: expected one" in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -16,6 +16,7 @@ from transformers import TrainerState
 from hf_tying import TyingCallback, TyingError, untie
 from hf_tying.data.words import ContiguousText, encode_words, train_word_level
 from hf_tying.models import TiedLSTMConfig, TiedLSTMForCausalLM
+from hf_tying.training import carried_state
 from hf_tying.training.averaging import Averaging
 from hf_tying.training.carried_state import (
     CarriedStateArguments,
@@ -217,8 +218,6 @@ def test_resume_from_the_last_checkpoint_and_its_refusals(text, tmp_path):
 
 
 def test_evaluation_is_one_long_pass_over_the_text(text, tmp_path, monkeypatch):
-    from hf_tying.training import carried_state
-
     # Large weights: with those of the start the state and the dropout would hardly be seen.
     large = {"initializer_range": 1.0, "recurrent_initializer_range": 1.0}
     model = make_model(text, output_dropout=0.5, **large).train()
@@ -326,8 +325,6 @@ def test_the_mean_is_that_of_torchs_asgd(text):
 
 
 def test_an_averaged_run_is_evaluated_with_the_mean_and_ends_with_it_and_resumes(text, tmp_path, monkeypatch):
-    from hf_tying.training import carried_state
-
     how = {"average_after": 0, "eval_strategy": "steps", "eval_steps": 5, "save_strategy": "steps", "save_steps": 14}
     how |= {"learning_rate": 20.0, "max_grad_norm": 1.0}  # so that it gets worse at once
     whole, is_mean = make_trainer(make_model(text), text, tmp_path / "whole", **how), []
@@ -394,3 +391,18 @@ def test_the_penalties_of_the_steps_of_an_update_add_up_to_one(text, tmp_path, s
         assert len(parts) == accumulated and sum(parts) == pytest.approx(1)
         model._forward_hooks.clear()
         parts.clear()
+
+
+def test_a_state_is_read_onto_the_device_of_one_of_several_processes(tmp_path):
+    kept = carried_state._Epoch()
+    kept.state, kept.batches, kept.words = ((torch.ones(1, 2), torch.zeros(1, 2)),), 3, 6
+    kept.save(tmp_path / "state.safetensors")
+    found = carried_state._Epoch.load(tmp_path / "state.safetensors", torch.device("cpu:0"))
+    assert torch.equal(found.state[0][0], torch.ones(1, 2)) and (found.batches, found.words) == (3, 6)
+
+
+def test_the_perplexity_of_the_log_is_over_the_columns_of_all_processes(monkeypatch):
+    monkeypatch.setattr(carried_state, "from_every_rank", lambda own: [own, (3.0, 2, 2)])
+    epoch = carried_state._Epoch()
+    epoch.loss, epoch.words = 1.0, 2
+    assert epoch.report()["train_perplexity"] == pytest.approx(math.e)
