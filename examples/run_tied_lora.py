@@ -11,13 +11,13 @@ r"""Fine-tune a saved or published model with Tied-LoRA, beside LoRA and VeRA if
 
 All methods of one seed start from the same weights (those of a new classifier included) and see the same batches in
 the same order. A finished run is kept in its folder and not trained again, and one that was stopped goes on from its
-last checkpoint: the same command continues after a stop, or adds seeds and methods. Written: a folder with the adapter
+last checkpoint: the same command continues after a stop, also with --resume_from_checkpoint last, or adds seeds and
+methods. Written: a folder with the adapter
 and `result.json` for each run, and over all of them `report.json`. On a CPU with bfloat16 add --use_cpu --bf16.
 """
 
 import copy
 import dataclasses
-import hashlib
 import json
 import sys
 from dataclasses import dataclass, field
@@ -39,13 +39,14 @@ from tied_lora_methods import (
 from tied_lora_report import results_table, summary_of
 from tied_lora_tasks import TASKS, Task
 from tied_lora_training import RecordedTrainer, Recorder
-from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, Seq2SeqTrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import AutoConfig, AutoTokenizer, Seq2SeqTrainingArguments, set_seed
 
-from hf_tying import TyingError
-from hf_tying.training import set_accepts_loss_kwargs
-from hf_tying.training.command_line import HelpFormatter, naming
+from hf_tying import TyingCallback, TyingError
+from hf_tying.parallel import last_complete_checkpoint
+from hf_tying.training import set_accepts_loss_kwargs, train_from
+from hf_tying.training.command_line import ScriptParser, naming
 from hf_tying.training.results_file import write_json
+from hf_tying.training.resuming import go_on_by_oneself
 
 #: What differs from the defaults of `Seq2SeqTrainingArguments`; each is still a flag.
 TRAINING_DEFAULTS = {
@@ -60,6 +61,7 @@ TRAINING_DEFAULTS = {
 # What differs between the runs of one experiment, or changes no result.
 _NO_SETTINGS = ("compare", "seeds", "seed", "learning_rate", "learning_rates", "vera_r", "output_dir", "run_name")
 _NO_SETTINGS += ("disable_tqdm", "log_level", "report_to", "logging_steps", "save_steps", "save_total_limit")
+_NO_SETTINGS += ("resume_from_checkpoint",)
 RESULT = "result.json"
 
 
@@ -118,13 +120,14 @@ def run(arguments, training, task: Task, method: Method, seed: int, folder: Path
         processing_class=task.tokenizer,
         data_collator=task.collator(model.get_base_model()),
         recorder=recorder,
+        callbacks=[TyingCallback()],
         **task.trainer_arguments,
     )
     on_gpu = training.device.type == "cuda"
     saved = trainer.saved_bytes()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
+    train_from(trainer, last_complete_checkpoint(folder))
     peak = torch.cuda.max_memory_allocated() if on_gpu else None
     trainer.save_model()
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -143,7 +146,7 @@ def run(arguments, training, task: Task, method: Method, seed: int, folder: Path
         "memory_kind": "peak" if on_gpu else "saved",
         "memory_bytes": peak if on_gpu else saved,
         "saved_bytes": saved,
-        "last_batch": hashlib.sha256(recorder.last_batch or b"").hexdigest()[:16],
+        "last_batch": recorder.last_batch,
         "history": trainer.state.log_history,
     }
 
@@ -173,17 +176,14 @@ def finished(folder: Path, settings: dict) -> dict | None:
 
 
 def main():
-    parser = HfArgumentParser(
-        (ExperimentArguments, AdapterArguments, Seq2SeqTrainingArguments),
-        description=__doc__,
-        formatter_class=HelpFormatter,
-    )
+    parser = ScriptParser((ExperimentArguments, AdapterArguments, Seq2SeqTrainingArguments), description=__doc__)
     parser.set_defaults(**TRAINING_DEFAULTS)
-    arguments, adapter, training = parser.parse_args_into_dataclasses()
+    arguments, adapter, training = parser.parse()
     if training.world_size > 1:
         raise TyingError(f"Started as {training.world_size} processes: expected one, the runs are one after another.")
 
     # What costs nothing first, so that a wrong flag is said now.
+    go_on_by_oneself(training.resume_from_checkpoint, training.output_dir)
     kind = TASKS[arguments.task]
     config = tied_config(adapter, kind.task_type)
     names = compared(arguments.compare, config)

@@ -300,7 +300,7 @@ def main() -> None:
     generation.max_length = generation.max_length or args.generation_max_length
     generation.num_beams = args.generation_num_beams or generation.num_beams
     if target is not tokenizer:
-        callbacks.append(TwoTokenizersCallback(tokenizer, target))
+        callbacks.insert(0, TwoTokenizersCallback(tokenizer, target))  # a checkpoint is sealed when they are in it
     trainer = OrderedTrainer(
         model=set_accepts_loss_kwargs(model),
         args=args,

@@ -17,6 +17,7 @@ repeated. The default sizes are small, for a CPU; the paper's are --embedding_si
     (the same) --no_pretrain --no_lm_tuning                         (from scratch; each --no_... takes a part away)
 """
 
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ from ulmfit_report import report
 
 from hf_tying import TyingError
 from hf_tying.training import ScriptParser
+from hf_tying.training.resuming import go_on_by_oneself
 
 
 @dataclass
@@ -111,6 +113,9 @@ class StageArguments:
     )
     seed: int = field(default=0, metadata={"help": "Of initial values, dropout and order."})
     use_cpu: bool = field(default=False, metadata={"help": "Not the GPU, if there is one."})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "last: go on in output_dir, which is done without this flag too."}
+    )
     no_pretrain: bool = field(default=False, metadata={"help": "No first stage: OUT/lm is not trained."})
     no_lm_tuning: bool = field(default=False, metadata={"help": "No second stage: OUT/lm_tuned has new words only."})
     no_slanted_triangular: bool = field(default=False, metadata={"help": "Constant learning rates."})
@@ -135,6 +140,10 @@ def main() -> None:
         raise TyingError("Expected --pretrain_file or --pretrained_lm, or --no_pretrain to have no first stage.")
     if stage_args.pseudo_labels is not None and data_args.unlabeled_file is None:
         raise TyingError("--pseudo_labels needs texts without labels: give --unlabeled_file.")
+    if (size := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise TyingError(f"Started as {size} processes: expected one, the stages are one after another.")
+    go_on_by_oneself(stage_args.resume_from_checkpoint, data_args.output_dir)
+    stage_args.resume_from_checkpoint = None  # it changes no result
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     data = read_data(data_args, stage_args.seed)  # what is wrong with it is said before any work

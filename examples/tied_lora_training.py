@@ -1,19 +1,31 @@
 """The `Trainer` of `run_tied_lora.py`: equal batches for all methods, and what a step costs."""
 
+import hashlib
 import time
 
 import torch
-from torch.utils.data import Sampler, SequentialSampler
+from torch.utils.data import SequentialSampler
 from transformers import Seq2SeqTrainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from hf_tying.training.memory import saved_activations
+from hf_tying.training.seeded_order import SeededOrder
 
 
-class Recorder(TrainerCallback):
-    """Seconds of each update, and a digest of the last batch: equal batches in another order end with another one."""
+class Recorder(TrainerCallback, ExportableState):
+    """Seconds of each update, and a digest of the last batch: equal batches in another order end with another one.
+
+    They go with a checkpoint, so that a run that was stopped has those of all its updates.
+    """
 
     def __init__(self):
         self.seconds, self.last_batch = [], None
+
+    def state(self):
+        return {"args": {}, "attributes": {"seconds": self.seconds, "last_batch": self.last_batch}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        vars(self).update(state.stateful_callbacks["Recorder"]["attributes"])
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._begin = time.perf_counter()
@@ -22,21 +34,6 @@ class Recorder(TrainerCallback):
         if torch.cuda.is_available() and not args.use_cpu:
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self._begin)
-
-
-class SeededOrder(Sampler):
-    """The order of an epoch by seed and number of it alone: what a method's dropout has drawn does not change it."""
-
-    def __init__(self, sampler: Sampler, trainer):
-        self.sampler, self.trainer = sampler, trainer
-
-    def __len__(self):
-        return len(self.sampler)
-
-    def __iter__(self):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.trainer.args.seed * 10_007 + int(self.trainer.state.epoch or 0))
-            return iter(list(self.sampler))
 
 
 class RecordedTrainer(Seq2SeqTrainer):
@@ -48,7 +45,7 @@ class RecordedTrainer(Seq2SeqTrainer):
         self.add_callback(recorder)
 
     def training_step(self, model, inputs, *args, **kwargs):
-        self.recorder.last_batch = inputs["input_ids"].cpu().numpy().tobytes()
+        self.recorder.last_batch = hashlib.sha256(inputs["input_ids"].cpu().numpy().tobytes()).hexdigest()[:16]
         return super().training_step(model, inputs, *args, **kwargs)
 
     def _get_train_sampler(self, *args, **kwargs):

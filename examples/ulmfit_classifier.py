@@ -25,6 +25,7 @@ from hf_tying.training import (
     fit_temperature,
     pseudo_labels,
     recompute_norm_statistics,
+    train_from,
 )
 
 
@@ -86,7 +87,7 @@ def _train(folder: Path, stage: ClassifierStage, number: int, teacher: dict | No
         callbacks=[TyingCallback(), *([] if args.no_gradual_unfreezing else [GradualUnfreezing()])],
     )
     if not record.finished:
-        trainer.train(resume_from_checkpoint=record.last_checkpoint())
+        train_from(trainer, record.last_checkpoint())
         recompute_norm_statistics(model, trainer.get_train_dataloader())
     trainer.args.train_sampling_strategy = "random"  # grouped by length, predictions would come in another order
     temperature, model.config.temperature = model.config.temperature, 1.0

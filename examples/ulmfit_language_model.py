@@ -14,7 +14,7 @@ from hf_tying import TyingCallback, TyingError
 from hf_tying.data import ContiguousText, extend_vocabulary, train_word_tokenizer
 from hf_tying.models import TiedLSTMConfig, TiedLSTMForCausalLM
 from hf_tying.models.lstm.sizes import SIZES
-from hf_tying.training import CarriedStateArguments, CarriedStateTrainer
+from hf_tying.training import CarriedStateArguments, CarriedStateTrainer, train_from
 from hf_tying.training.command_line import naming
 
 #: Share of a text's words, at its end, that the perplexity is measured on.
@@ -155,7 +155,7 @@ def _train(
         optimizers=optimizers(model, args, learning_rate, steps, discriminative),
         callbacks=[TyingCallback()],
     )
-    trainer.train(resume_from_checkpoint=stage.last_checkpoint())
+    train_from(trainer, stage.last_checkpoint())
     perplexity = trainer.evaluate()["eval_perplexity"]
     _save(stage, model, tokenizer, perplexity=perplexity, words=len(tokenizer), **figures)
 

@@ -85,6 +85,9 @@ def objective(model: PreTrainedModel, of) -> PreTrainedModel:
 
 KINDS: dict[str, Callable[[], nn.Module]] = {
     "llama two_way": lambda: stock("llama", "two_way"),
+    "llama two_way, uneven parts": lambda: tie(
+        tiny_model("llama", vocab_size=65, tie_word_embeddings=False).double(), "two_way", init_from="output"
+    ),
     "gpt2 two_way": lambda: stock("gpt2", "two_way"),
     "bart two_way": lambda: stock("bart", "two_way"),
     "bart three_way": lambda: stock("bart", "three_way"),

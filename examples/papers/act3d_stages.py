@@ -9,9 +9,11 @@ relative to the ghost point in units of the stage's cube.
 
 The blocks of the three stages are one (`tie`) or three that start with the same values, trained for equal steps on the
 same scenes. A table of parameters, of the loss on new scenes and of the distance from the target, over the seeds; with
-`--output_dir` also `OUT/results.json`, and the last tied network by `save_tied`.
+`--output_dir` also `OUT/results.json`, and the last tied network by `save_tied`. It keeps no checkpoints: a run that
+was stopped begins again.
 """
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
@@ -20,10 +22,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import HfArgumentParser
 
-from hf_tying import assert_tied, save_tied, tie
-from hf_tying.training.command_line import HelpFormatter
+from hf_tying import TyingError, assert_tied, save_tied, tie
+from hf_tying.training.command_line import ScriptParser
 from hf_tying.training.results_file import write_json
 
 COLOURS, POINTS, GHOSTS = 6, 6, 48
@@ -139,8 +140,7 @@ def run(arguments: Arguments, seed: int, tied: bool) -> tuple[dict[str, float], 
 
 
 def main() -> None:
-    parser = HfArgumentParser(Arguments, description=__doc__, formatter_class=HelpFormatter)
-    (arguments,) = parser.parse_args_into_dataclasses()
+    (arguments,) = ScriptParser((Arguments,), description=__doc__).parse()
     results: dict[str, list[dict[str, float]]] = {}
     network = None
     for kind in ("untied", "tied"):
@@ -164,4 +164,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except TyingError as error:
+        sys.exit(f"error: {error}")

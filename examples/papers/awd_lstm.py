@@ -13,11 +13,10 @@ of a GPU.
 from dataclasses import dataclass, field
 
 from lstm_training import FIGURES, LSTMArguments, run, train_and_report
-from transformers import HfArgumentParser
 
 from hf_tying.config import TyingError
 from hf_tying.models import TiedLSTMConfig
-from hf_tying.training.command_line import HelpFormatter
+from hf_tying.training.command_line import ScriptParser
 from hf_tying.training.recipes import RECIPES
 
 #: Validation and test perplexity on WikiText-2 (table 4); the whole model without fine-tuning is 69.1 and 66.0.
@@ -40,8 +39,7 @@ class Arguments(LSTMArguments):
 
 
 def main():
-    parser = HfArgumentParser(Arguments, description=__doc__, formatter_class=HelpFormatter)
-    (arguments,) = parser.parse_args_into_dataclasses()
+    (arguments,) = ScriptParser((Arguments,), description=__doc__).parse()
     without = set(arguments.without)
     if without - {*PARTS}:
         raise TyingError(f"--without {' '.join(sorted(without - {*PARTS}))}: expected some of {', '.join(PARTS)}.")

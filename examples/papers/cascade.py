@@ -8,15 +8,18 @@ begin again can learn. In OUT are `plain`, `cascade` and `cascade.png`, the vali
 trains AWD-LSTM on WikiText-2 to the end in each stage, for many more epochs.
 """
 
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lstm_training import LSTMArguments, run, train_and_report
-from transformers import HfArgumentParser
 
+from hf_tying.config import TyingError
 from hf_tying.models import TiedLSTMConfig
-from hf_tying.training.command_line import HelpFormatter
+from hf_tying.parallel import last_complete_checkpoint
+from hf_tying.training.command_line import ScriptParser
 from hf_tying.training.recipes import RECIPES
+from hf_tying.training.resuming import go_on_by_oneself
 
 
 @dataclass
@@ -29,8 +32,9 @@ class Arguments(LSTMArguments):
 
 
 def main():
-    parser = HfArgumentParser(Arguments, description=__doc__, formatter_class=HelpFormatter)
-    (arguments,) = parser.parse_args_into_dataclasses()
+    (arguments,) = ScriptParser((Arguments,), description=__doc__).parse()
+    if (size := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise TyingError(f"Started as {size} processes: expected one, because layers are frozen on the way.")
     recipe = RECIPES["zaremba_small"] | {"decay": 1.0}
 
     def make_config(**of_the_text) -> TiedLSTMConfig:
@@ -39,8 +43,12 @@ def main():
         return TiedLSTMConfig.named("zaremba_small", **sizes | rates | of_the_text)
 
     curves, output = {}, Path(arguments.output_dir)
+    asked = arguments.resume_from_checkpoint or arguments.resume
+    go_on_by_oneself(asked, output)
     for variant, cascade in (("plain", None), ("cascade", arguments.stages)):
-        flags = replace(arguments, output_dir=str(output / variant))
+        folder = output / variant
+        last = last_complete_checkpoint(folder) if asked else None
+        flags = replace(arguments, output_dir=str(folder), resume_from_checkpoint=last, resume=False)
         results = train_and_report(flags, make_config, recipe, {}, cascade=cascade, variant=variant)
         measured = [log["eval_perplexity"] for log in results["epoch_perplexities"] if "eval_perplexity" in log]
         curves[variant] = measured[:-2]  # the last two are of the whole training

@@ -22,13 +22,13 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_tying import TyingError
 from hf_tying.metrics import WordSimilarity, read_word_pairs, spearman, word_similarities
 from hf_tying.ties.anatomy import roles
 from hf_tying.ties.slots import find_parameter
-from hf_tying.training.command_line import HelpFormatter
+from hf_tying.training.command_line import ScriptParser
 from hf_tying.training.results_file import write_json
 
 
@@ -98,8 +98,7 @@ def table(title: str, rows: dict[str, dict]) -> Table:
 
 
 def main():
-    parser = HfArgumentParser(Arguments, description=__doc__, formatter_class=HelpFormatter)
-    (arguments,) = parser.parse_args_into_dataclasses()
+    (arguments,) = ScriptParser((Arguments,), description=__doc__).parse()
     files = sorted(Path(arguments.similarity_dir).glob("*.txt"))
     if not files:
         raise TyingError(f"{arguments.similarity_dir!r} has no .txt file: expected sets of word pairs.")

@@ -13,6 +13,7 @@ and backward. With `--output_dir` also `OUT/results.json` and the curves `OUT/eq
 """
 
 import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,10 +21,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import HfArgumentParser
 
+from hf_tying import TyingError
 from hf_tying.depth import FixedPoint
-from hf_tying.training.command_line import HelpFormatter
+from hf_tying.training.command_line import ScriptParser
 from hf_tying.training.results_file import write_json
 
 
@@ -98,8 +99,7 @@ def draw(results: dict[str, dict[str, list[float]]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = HfArgumentParser(Arguments, description=__doc__, formatter_class=HelpFormatter)
-    (arguments,) = parser.parse_args_into_dataclasses()
+    (arguments,) = ScriptParser((Arguments,), description=__doc__).parse()
     if arguments.output_dir is not None:
         import matplotlib.figure  # noqa: F401  # missing, it is missed before the work
     results = {width: run(arguments, int(width)) for width in arguments.widths.split(",")}
@@ -134,4 +134,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except TyingError as error:
+        sys.exit(f"error: {error}")

@@ -8,7 +8,9 @@ DIR has train.txt, valid.txt and test.txt: one sentence on a line. With --minute
 same time, recovery of the head included: CWT has nine tenths of it, and a tenth is the recovery's. Perplexities are
 those of the model after recovery, per token of a byte-level BPE of the training text; of a masked model they are
 pseudo-perplexities: every token is predicted once, in seven passes of which each masks every seventh token.
-`OUT/results.json` has the figures and the published ones beside them, which are of far larger runs.
+With `--resume_from_checkpoint last` a run that was stopped goes on from its last checkpoint, in the training or in the
+recovery; a masked model then has other masks than without the stop. `OUT/results.json` has the figures and the
+published ones beside them, which are of far larger runs.
 """  # noqa: E501
 
 import sys
@@ -20,15 +22,26 @@ from accelerate import PartialState
 from headless_parts import TimeBudget, make_model, perplexity, read_blocks
 from lstm_training import run
 from rich.console import Console
-from transformers import DataCollatorForLanguageModeling, HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    DataCollatorForLanguageModeling,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.utils import logging
 
-from hf_tying import use_tied_loss
+from hf_tying import TyingCallback, use_tied_loss
 from hf_tying.config import TyingError
 from hf_tying.objectives.objective import ContrastiveObjective
-from hf_tying.training.command_line import HelpFormatter
+from hf_tying.parallel import last_complete_checkpoint
+from hf_tying.training.command_line import ScriptParser
 from hf_tying.training.headless import HeadlessTrainer, recover_lm_head
 from hf_tying.training.results_file import write_json
+from hf_tying.training.resuming import go_on_by_oneself, save_whole_model, train_from
 
 #: Tables 1 and 4: a BERT of 110M on 4.1B tokens (average of GLUE), a Pythia of 70M (validation perplexity as printed).
 PUBLISHED = {
@@ -62,14 +75,18 @@ class Arguments:
     learning_rate: float = field(default=1e-3, metadata={"help": "Warmed up, then linearly down to 0."})
     recover_learning_rate: float = field(default=1e-4, metadata={"help": "The paper's."})
     seed: int = field(default=0, metadata={"help": "Of initial values, dropout, order and masks."})
+    save_steps: int = field(default=500, metadata={"help": "Updates between two checkpoints; the last one is kept."})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "last: go on from the newest complete checkpoint in output_dir."}
+    )
     use_cpu: bool = field(default=False, metadata={"help": "Not the GPU, if there is one."})
 
 
 def main():
-    parser = HfArgumentParser(Arguments, description=__doc__, formatter_class=HelpFormatter)
-    (arguments,) = parser.parse_args_into_dataclasses()
+    (arguments,) = ScriptParser((Arguments,), description=__doc__).parse()
     if arguments.minutes is not None and (arguments.max_steps is not None or not arguments.minutes > 0):
         raise TyingError("Expected either --max_steps or --minutes, and minutes above 0.")
+    go_on_by_oneself(arguments.resume_from_checkpoint, arguments.output_dir)
     logging.set_verbosity_error()
     set_seed(arguments.seed)
     start, output, masked = time.time(), Path(arguments.output_dir), arguments.model == "masked"
@@ -81,36 +98,26 @@ def main():
         "data_collator": DataCollatorForLanguageModeling(tokenizer, mlm=True) if masked else None,
     }
     if arguments.objective == "cwt":
-        trained = HeadlessTrainer(
-            model,
-            training_arguments(arguments, recovery=False),
-            objective=ContrastiveObjective(arguments.negatives),
-            callbacks=budget(arguments, 1 - RECOVERY_SHARE),
-            **common,
-        ).train()
+        args, checkpoint = training_arguments(arguments, recovery=False)
+        options = {"objective": ContrastiveObjective(arguments.negatives), **common}
+        trainer = HeadlessTrainer(model, args, callbacks=callbacks(arguments, 1 - RECOVERY_SHARE), **options)
+        trained = train_from(trainer, checkpoint)
+        was_trained = checkpoint is not None and Path(checkpoint).name.endswith(f"-{trained.global_step}")
+        model = recover_lm_head(read_back(trainer, output, masked))
+        args, checkpoint = training_arguments(arguments, recovery=True)
+        trainer = Trainer(model, args, callbacks=callbacks(arguments, RECOVERY_SHARE), **common)
         recovered = 0
         if arguments.minutes is not None or arguments.recover_steps > 0:
-            counter = budget(arguments, RECOVERY_SHARE) or [TimeBudget(None)]
-            recover_lm_head(
-                model, common.pop("train_dataset"), args=training_arguments(arguments, recovery=True),
-                callbacks=counter, **common,
-            )  # fmt: skip
-            recovered = counter[0].steps
-        else:
-            recover_lm_head(model)
+            recovered = train_from(trainer, checkpoint if was_trained else None).global_step
     else:
         if arguments.loss == "tied":
             use_tied_loss(model)
         recovered = 0
-        trainer = Trainer(
-            model, training_arguments(arguments, recovery=False), callbacks=budget(arguments, 1.0), **common
-        )
-        trained = trainer.train()
+        args, checkpoint = training_arguments(arguments, recovery=False)
+        trainer = Trainer(model, args, callbacks=callbacks(arguments, 1.0), **common)
+        trained = train_from(trainer, checkpoint)
     minutes = (time.time() - start) / 60
-    if not PartialState().is_main_process:
-        return  # one process evaluates and writes
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    save_whole_model(trainer, output)
     some = blocks["train"].select(range(min(len(blocks["train"]), max(len(blocks["valid"]), 1))))
     scores = {
         f"{name}_perplexity": perplexity(model, part, tokenizer, arguments.batch_size)
@@ -132,17 +139,31 @@ def main():
         "minutes": minutes,
         "published": {name: PUBLISHED[arguments.model, name] for name in ("ce", "cwt")},
     }  # fmt: skip
+    if not trainer.is_world_process_zero():
+        return  # it has evaluated too: of a model that is in parts, all processes have to
+    tokenizer.save_pretrained(output)
     write_json(results, output / "results.json")
     console = Console(soft_wrap=True)
     console.print({key: value for key, value in results.items() if key != "published"})
     console.print(f"Written {output}: the model and results.json")
 
 
-def training_arguments(arguments: Arguments, recovery: bool) -> TrainingArguments:
+def read_back(trainer: Trainer, output: Path, masked: bool) -> PreTrainedModel:
+    """The model of a run, which the next one can begin with: FSDP and ZeRO-3 leave each process a part of it."""
+    save_whole_model(trainer, output)
+    trainer.accelerator.wait_for_everyone()
+    auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+    return auto.from_pretrained(output).to(trainer.args.device)
+
+
+def training_arguments(arguments: Arguments, recovery: bool) -> tuple[TrainingArguments, str | None]:
+    """Those of the objective or of the recovery, and the checkpoint to go on from."""
+    folder = Path(arguments.output_dir, "recovery" if recovery else "training")
+    checkpoint = last_complete_checkpoint(folder) if arguments.resume_from_checkpoint else None
     steps = arguments.recover_steps if recovery else arguments.max_steps or 2000
     timed = arguments.minutes is not None  # then `TimeBudget` sets the rate
-    return TrainingArguments(
-        arguments.output_dir,
+    args = TrainingArguments(
+        str(folder),
         max_steps=10**9 if timed else steps,
         lr_scheduler_type="constant" if timed else "linear",
         warmup_steps=0 if timed else 0.2 if recovery else 0.05,
@@ -151,15 +172,18 @@ def training_arguments(arguments: Arguments, recovery: bool) -> TrainingArgument
         weight_decay=0.01,
         seed=arguments.seed,
         use_cpu=arguments.use_cpu,
-        save_strategy="no",
+        save_steps=arguments.save_steps,
+        save_total_limit=1,
         report_to="none",
         logging_steps=50,
         disable_tqdm=not sys.stderr.isatty(),
     )
+    return args, checkpoint
 
 
-def budget(arguments: Arguments, share: float) -> list[TimeBudget]:
-    return [] if arguments.minutes is None else [TimeBudget(60 * arguments.minutes * share)]
+def callbacks(arguments: Arguments, share: float) -> list[TrainerCallback]:
+    budget = [] if arguments.minutes is None else [TimeBudget(60 * arguments.minutes * share)]
+    return [*budget, TyingCallback()]
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch.nn import functional as F
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from hf_tying.config import TyingError
 from hf_tying.data import blocks_for_language_modeling, train_byte_level_bpe
@@ -60,34 +61,32 @@ def make_model(kind: str, size: str, tokenizer, block_size: int):
     )
 
 
-class TimeBudget(TrainerCallback):
+class TimeBudget(TrainerCallback, ExportableState):
     """Train for so many seconds: a rate that is warmed up over a twentieth of them and then goes down to 0.
 
-    Of several processes, the clock of the first decides: all have its rate, and stop after the same step.
-
-    Args:
-        seconds: `None` to count steps alone.
+    Of several processes, the clock of the first decides: all have its rate, and stop after the same step. The share of
+    the time that is over goes with a checkpoint.
     """
 
-    def __init__(self, seconds: float | None):
-        self.seconds, self.steps, self.share = seconds, 0, 0.0
+    def __init__(self, seconds: float):
+        self.seconds, self.share = seconds, 0.0
+
+    def state(self):
+        return {"args": {"seconds": self.seconds}, "attributes": {"share": self.share}}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.started = time.monotonic()
-        self.share = 0.0
+        self.share = state.stateful_callbacks["TimeBudget"]["attributes"]["share"]
+        self.started = time.monotonic() - self.share * self.seconds
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
-        if self.seconds is not None:
-            share = self.share
-            for group in optimizer.param_groups:
-                group["lr"] = args.learning_rate * max(min(share / 0.05, (1 - share) / 0.95), 0.0)
+        share = self.share
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * max(min(share / 0.05, (1 - share) / 0.95), 0.0)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.steps = state.global_step
-        if self.seconds is not None:
-            (self.share,) = broadcast_object_list([(time.monotonic() - self.started) / self.seconds])
+        (self.share,) = broadcast_object_list([(time.monotonic() - self.started) / self.seconds])
         if self.share >= 1:
-            control.should_training_stop = True
+            control.should_training_stop = control.should_save = True
 
 
 @torch.no_grad()

@@ -16,11 +16,10 @@ small, medium and large. They are read as shares to keep. `alpha` is `gamma * ta
 from dataclasses import dataclass, field
 
 from lstm_training import FIGURES, LSTMArguments, run, train_and_report
-from transformers import HfArgumentParser
 
 from hf_tying.models import TiedLSTMConfig
 from hf_tying.objectives.objective import AugmentedObjective
-from hf_tying.training.command_line import HelpFormatter
+from hf_tying.training.command_line import ScriptParser
 from hf_tying.training.recipes import RECIPES
 
 #: Validation and test perplexity on the Penn Treebank, and on WikiText-2 where there are figures.
@@ -46,8 +45,7 @@ class Arguments(LSTMArguments):
 
 
 def main():
-    parser = HfArgumentParser(Arguments, description=__doc__, formatter_class=HelpFormatter)
-    (arguments,) = parser.parse_args_into_dataclasses()
+    (arguments,) = ScriptParser((Arguments,), description=__doc__).parse()
     reused = arguments.variant in ("re", "real")
     rates = {} if arguments.dropout is None else dict.fromkeys(_RATES, arguments.dropout)
 

@@ -31,13 +31,12 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from torch import nn
 from torch.nn import functional as F
-from transformers import HfArgumentParser
 
 from hf_tying.config import TyingError
 from hf_tying.data.words import read_words
 from hf_tying.losses.augmented import augmented_parts
 from hf_tying.losses.options import AugmentedSettings
-from hf_tying.training.command_line import HelpFormatter
+from hf_tying.training.command_line import ScriptParser
 from hf_tying.training.results_file import write_json
 
 #: About what the paper reports at a temperature of 10.
@@ -173,8 +172,7 @@ def plot(runs: list[dict], temperature: float, path: Path) -> None:
 
 
 def main():
-    parser = HfArgumentParser(Arguments, description=__doc__, formatter_class=HelpFormatter)
-    (arguments,) = parser.parse_args_into_dataclasses()
+    (arguments,) = ScriptParser((Arguments,), description=__doc__).parse()
     console, output = Console(soft_wrap=True), Path(arguments.output_dir)
     ids = read_ids(arguments)
     console.print(f"{len(ids):,} words, {int(ids.max()) + 1:,} different ones")

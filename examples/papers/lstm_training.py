@@ -17,6 +17,7 @@ from hf_tying.data.words import ContiguousText, encode_words, train_word_level
 from hf_tying.models import TiedLSTMForCausalLM
 from hf_tying.training.carried_state import CarriedStateArguments, CarriedStateTrainer
 from hf_tying.training.results_file import write_json
+from hf_tying.training.resuming import resume_path, save_whole_model, train_from
 
 FIGURES = ("parameters", "train_perplexity", "valid_perplexity", "test_perplexity")
 
@@ -36,7 +37,10 @@ class LSTMArguments:
             "choices": ["tied", "stock"],
         },
     )
-    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in output_dir."})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "Go on from this checkpoint; last: the newest complete one in output_dir."}
+    )
+    resume: bool = field(default=False, metadata={"help": "The same as --resume_from_checkpoint last."})
     save_steps: int | None = field(default=None, metadata={"help": "A checkpoint after so many updates, not epochs."})
     log_roles: bool = field(default=False, metadata={"help": "Log the gradient of the tied matrix by role."})
     use_cpu: bool = field(default=False, metadata={"help": "Not the GPU, if there is one."})
@@ -76,11 +80,13 @@ def train_and_report(
     steps = {"save_strategy": "steps", "save_steps": arguments.save_steps} if arguments.save_steps else {}
     args = CarriedStateArguments(
         **recipe | {"output_dir": str(output), "seed": arguments.seed, "use_cpu": arguments.use_cpu},
+        resume_from_checkpoint=arguments.resume_from_checkpoint or arguments.resume,
         **{"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 1, "report_to": "none"} | steps,
         logging_strategy="epoch",
         disable_tqdm=not sys.stderr.isatty(),
         dataloader_pin_memory=torch.cuda.is_available() and not arguments.use_cpu,
     )
+    checkpoint = resume_path(args)
     set_seed(arguments.seed)
     model = TiedLSTMForCausalLM(make_config(vocab_size=len(text.tokenizer), eos_token_id=text.tokenizer.eos_token_id))
     if objective is not None:
@@ -95,8 +101,8 @@ def train_and_report(
         processing_class=text.tokenizer,
         callbacks=[TyingCallback(log_roles=arguments.log_roles, cascade=cascade)],
     )
-    trainer.train(resume_from_checkpoint=arguments.resume or None)
-    trainer.save_model()
+    train_from(trainer, checkpoint)
+    save_whole_model(trainer)
     history = [log for log in trainer.state.log_history if "train_perplexity" in log]
     scores = {name: trainer.evaluate(text.ids[name])["eval_perplexity"] for name in ("valid", "test")}
     results = facts | {
@@ -117,8 +123,9 @@ def train_and_report(
             if "train_perplexity" in log or "eval_perplexity" in log
         ],
     }
-    write_json(results, output / "results.json")
-    print_table(results, output)
+    if trainer.is_world_process_zero():
+        write_json(results, output / "results.json")
+        print_table(results, output)
     return results
 
 

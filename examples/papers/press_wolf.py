@@ -12,11 +12,10 @@ dropout for the small model (table 6) and with it for the large one (table 5).
 from dataclasses import dataclass, field
 
 from lstm_training import LSTMArguments, run, train_and_report
-from transformers import HfArgumentParser
 
 from hf_tying.config import ProjectionConfig, TyingConfig
 from hf_tying.models import TiedLSTMConfig
-from hf_tying.training.command_line import HelpFormatter
+from hf_tying.training.command_line import ScriptParser
 from hf_tying.training.recipes import RECIPES
 
 #: Parameters, and perplexity in training, on the validation and on the test set.
@@ -45,8 +44,7 @@ class Arguments(LSTMArguments):
 
 
 def main():
-    parser = HfArgumentParser(Arguments, description=__doc__, formatter_class=HelpFormatter)
-    (arguments,) = parser.parse_args_into_dataclasses()
+    (arguments,) = ScriptParser((Arguments,), description=__doc__).parse()
     size, *additions = arguments.variant.split("+")
     tying = TyingConfig(
         scheme="two_way" if "wt" in additions else "none",

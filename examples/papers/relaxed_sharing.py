@@ -10,9 +10,11 @@ signals for the same steps, and measured on new ones without noise.
 
 The relaxed tie is expected to be best where the symmetry is approximate: the exact tie cannot learn what differs, and
 free filters have too many numbers for the data. A table over the asymmetry and the seeds; with `--output_dir` also
-`OUT/results.json` and the curve `OUT/relaxed_sharing.png`.
+`OUT/results.json` and the curve `OUT/relaxed_sharing.png`. It keeps no checkpoints: a run that was stopped begins
+again.
 """
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
@@ -21,10 +23,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import HfArgumentParser
 
-from hf_tying import assert_tied, gap, relaxation_penalty, tie
-from hf_tying.training.command_line import HelpFormatter
+from hf_tying import TyingError, assert_tied, gap, relaxation_penalty, tie
+from hf_tying.training.command_line import ScriptParser
 from hf_tying.training.results_file import write_json
 
 PLACES, TAPS, PATTERNS = 16, 9, 2
@@ -117,8 +118,7 @@ def draw(results: dict[str, dict[str, list[dict[str, float]]]], path: Path) -> N
 
 
 def main() -> None:
-    parser = HfArgumentParser(Arguments, description=__doc__, formatter_class=HelpFormatter)
-    (arguments,) = parser.parse_args_into_dataclasses()
+    (arguments,) = ScriptParser((Arguments,), description=__doc__).parse()
     if arguments.output_dir is not None:
         import matplotlib.figure  # noqa: F401  # missing, it is missed before the work
     results: dict[str, dict[str, list[dict[str, float]]]] = {}
@@ -139,4 +139,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except TyingError as error:
+        sys.exit(f"error: {error}")

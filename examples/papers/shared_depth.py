@@ -10,10 +10,12 @@ of Bae et al. 2024 ("Relaxed Recursive Transformers", section 3), and all are tr
 The published orders: vanilla 26.57, then sequence 27.13, cycle_rev 27.08, cycle 27.04 BLEU (Takase & Kiyono, WMT
 English-German); SVD better than average better than random (Bae et al.). A model of this size shows orders at best.
 
-A table over the seeds; with `--output_dir` also `OUT/results.json` and the picture `OUT/shared_depth.png`.
+A table over the seeds; with `--output_dir` also `OUT/results.json` and the picture `OUT/shared_depth.png`. It keeps
+no checkpoints: a run that was stopped begins again.
 """
 
 import copy
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,11 +26,11 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from hf_tying import assert_tied, share_layers
+from hf_tying import TyingError, assert_tied, share_layers
 from hf_tying.data import train_byte_level_bpe
-from hf_tying.training.command_line import HelpFormatter
+from hf_tying.training.command_line import ScriptParser
 from hf_tying.training.results_file import write_json
 
 ORDERS = ("sequence", "cycle", "cycle_rev")
@@ -129,8 +131,7 @@ def draw(results: dict[str, dict[str, list[dict[str, float]]]], path: Path) -> N
 
 
 def main() -> None:
-    parser = HfArgumentParser(Arguments, description=__doc__, formatter_class=HelpFormatter)
-    (arguments,) = parser.parse_args_into_dataclasses()
+    (arguments,) = ScriptParser((Arguments,), description=__doc__).parse()
     if arguments.output_dir is not None:
         import matplotlib.figure  # noqa: F401  # missing, it is missed before the work
     words = Words(arguments)
@@ -169,4 +170,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except TyingError as error:
+        sys.exit(f"error: {error}")

@@ -8,8 +8,9 @@ them as one (`three_way`). Files that end in .en and .de tell their languages:
         --validation_source_file val.en --validation_target_file val.de \
         --test_source_file test.en --test_target_file test.de --seeds 0 1 --output_dir runs/three_way
 
-On a CPU with bfloat16 add --use_cpu --bf16. A finished run is kept in its folder and not trained again, so that the
-same command goes on after a stop, or adds seeds. Written: a folder with model, translations and `result.json` for each
+On a CPU with bfloat16 add --use_cpu --bf16. A finished run is kept in its folder and not trained again, and one that
+was stopped goes on from its last checkpoint, so that the same command goes on after a stop, also with
+--resume_from_checkpoint last, or adds seeds. Written: a folder with model, translations and `result.json` for each
 run, and over all of them `report.json` and `three_way.png`.
 
 The paper's model has 168 M parameters untied and 80 M tied, so one embedding is 1.22 times all the rest. The default
@@ -31,22 +32,25 @@ from three_way_report import paired_tests, plot, results_table, role_shares
 from torch.utils.data import SequentialSampler
 from transformers import (
     AutoModelForSeq2SeqLM,
-    HfArgumentParser,
     PreTrainedModel,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     TrainerCallback,
     set_seed,
 )
+from transformers.trainer_callback import ExportableState
 
 from hf_tying import TyingCallback, TyingError, tie
 from hf_tying.config import SCHEMES
 from hf_tying.data import train_joint_tokenizer
 from hf_tying.data.parallel import encode_parallel, read_parallel_text
 from hf_tying.metrics import Bleu, ChrF, generated_text
-from hf_tying.training import set_accepts_loss_kwargs
-from hf_tying.training.command_line import HelpFormatter
+from hf_tying.parallel import last_complete_checkpoint
+from hf_tying.training import set_accepts_loss_kwargs, train_from
+from hf_tying.training.command_line import ScriptParser
 from hf_tying.training.results_file import write_json
+from hf_tying.training.resuming import go_on_by_oneself
+from hf_tying.training.seeded_order import SeededOrder
 from hf_tying.training.translation import check_fit, translation_collator, translation_config
 
 #: What differs from the defaults of `Seq2SeqTrainingArguments`; each is still a flag.
@@ -63,12 +67,14 @@ TRAINING_DEFAULTS = {
     "logging_steps": 50,
     "eval_strategy": "steps",
     "eval_steps": 600,
-    "save_strategy": "no",
+    "save_steps": 600,
+    "save_total_limit": 1,
     "predict_with_generate": True,
     "generation_num_beams": 5,
 }
 # Arguments that differ between runs of one experiment, or change no result.
 _NO_SETTINGS = ("schemes", "seeds", "seed", "output_dir", "run_name", "disable_tqdm", "log_level", "report_to")
+_NO_SETTINGS += ("resume_from_checkpoint", "save_strategy", "save_steps", "save_total_limit")
 RESULT = "result.json"
 
 
@@ -152,11 +158,17 @@ def count_trained(model) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-class Recorder(TrainerCallback):
-    """Tokens per second of each update, and a digest of all batches in their order."""
+class Recorder(TrainerCallback, ExportableState):
+    """Tokens per second of each update, and a digest of all batches in their order. They go with a checkpoint."""
 
     def __init__(self):
-        self.digest, self.tokens, self.rates = hashlib.sha256(), 0, []
+        self.digest, self.tokens, self.rates = "", 0, []
+
+    def state(self):
+        return {"args": {}, "attributes": {"digest": self.digest, "tokens": self.tokens, "rates": self.rates}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        vars(self).update(state.stateful_callbacks["Recorder"]["attributes"])
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._begin, self._before = time.perf_counter(), self.tokens
@@ -166,12 +178,12 @@ class Recorder(TrainerCallback):
 
     def see(self, inputs):
         self.tokens += int(inputs["attention_mask"].sum() + (inputs["labels"] != -100).sum())
-        for name in ("input_ids", "labels"):
-            self.digest.update(inputs[name].cpu().numpy().tobytes())
+        batch = b"".join(inputs[name].cpu().numpy().tobytes() for name in ("input_ids", "labels"))
+        self.digest = hashlib.sha256(self.digest.encode() + batch).hexdigest()
 
 
 class RecordedTrainer(Seq2SeqTrainer):
-    """Shows the recorder every training batch; translates sentences in their order."""
+    """Shows the recorder every training batch; has the same batches after a stop; translates in order."""
 
     def __init__(self, *args, recorder: Recorder, **kwargs):
         super().__init__(*args, **kwargs)
@@ -181,6 +193,9 @@ class RecordedTrainer(Seq2SeqTrainer):
     def training_step(self, model, inputs, *args, **kwargs):
         self.recorder.see(inputs)
         return super().training_step(model, inputs, *args, **kwargs)
+
+    def _get_train_sampler(self, *args, **kwargs):
+        return SeededOrder(super()._get_train_sampler(*args, **kwargs), self)
 
     def _get_eval_sampler(self, eval_dataset):
         # By `group_by_length` the test sentences would be shuffled too, against their references.
@@ -209,7 +224,7 @@ def run(arguments, training, scheme: str, seed: int, tokenizer, corpora, setting
         callbacks=[TyingCallback(log_roles=True)],
         recorder=recorder,
     )
-    trainer.train()
+    train_from(trainer, last_complete_checkpoint(folder))
     trainer.save_model()
     history = trainer.state.log_history
     if not any("eval_loss" in log and log["step"] == trainer.state.global_step for log in history):
@@ -231,7 +246,7 @@ def run(arguments, training, scheme: str, seed: int, tokenizer, corpora, setting
         "tokens": recorder.tokens,
         # The upper quartile: whatever else the machine does can only slow an update down.
         "tokens_per_second": sorted(recorder.rates)[len(recorder.rates) * 3 // 4],
-        "batches": recorder.digest.hexdigest()[:16],
+        "batches": recorder.digest[:16],
         "validation_loss": [log["eval_loss"] for log in history if "eval_loss" in log][-1],
         "bleu": {key: bleu[key] for key in keys} | {"brevity_penalty": bleu["bp"]},
         "chrf": {key: chrf[key] for key in keys},
@@ -264,17 +279,16 @@ def finished(folder: Path, settings: dict) -> dict | None:
 
 
 def main():
-    parser = HfArgumentParser(
-        (ExperimentArguments, Seq2SeqTrainingArguments), description=__doc__, formatter_class=HelpFormatter
-    )
+    parser = ScriptParser((ExperimentArguments, Seq2SeqTrainingArguments), description=__doc__)
     parser.set_defaults(**TRAINING_DEFAULTS)
-    arguments, training = parser.parse_args_into_dataclasses()
+    arguments, training = parser.parse()
     files = {
         split: [getattr(arguments, f"{split}_{side}_file") for side in ("source", "target")]
         for split in ("train", "validation", "test")
     }
     if training.world_size > 1:
         raise TyingError(f"Started as {training.world_size} processes: expected one, the runs are one after another.")
+    go_on_by_oneself(training.resume_from_checkpoint, training.output_dir)
     languages = arguments.source_lang, arguments.target_lang
     corpora = {split: read_parallel_text(*pair, *languages) for split, pair in files.items()}
     settings = settings_of(arguments, training, corpora)

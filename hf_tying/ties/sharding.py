@@ -40,23 +40,35 @@ def unit_of(model: nn.Module, name: str) -> nn.Module | None:
     fully_shard = sys.modules.get("torch.distributed.fsdp")
     if fully_shard is None or not hasattr(fully_shard, "FSDPModule"):
         return None
-    parts = name.split(".")[:-1]
-    around = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1)]
+    around = [model]
+    for part in name.split(".")[:-1]:
+        if not isinstance(inner := getattr(around[-1], part, None), nn.Module):
+            return None
+        around.append(inner)
     return next((module for module in reversed(around) if isinstance(module, fully_shard.FSDPModule)), None)
 
 
-def shown_as_shards(model: nn.Module) -> bool:
-    """Let transformers' own FSDP2 free what a forward pass has gathered; whether `model` is sharded by it.
+def torn_units(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
+    """The FSDP2 units that hold one tied matrix, where they are several.
 
-    It makes the units first and ties then. So each unit of a tied matrix shows one of its own while it is gathered,
-    from an evaluation to the next backward pass.
+    transformers' own FSDP2 makes the units first and ties then. With Accelerate's a tie lies in one unit
+    (`hf_tying.parallel.fsdp2`).
     """
     if not getattr(model, "_is_fsdp_managed_module", False):
-        return False
-    for module in model.modules():
-        if isinstance(module, sys.modules["torch.distributed.fsdp"].FSDPModule):
-            module.reshard()
-    return True
+        return []
+    units = {id(unit): unit for name in names if (unit := unit_of(model, name)) is not None}
+    return list(units.values()) if len(units) > 1 else []
+
+
+def shown_as_shards(model: nn.Module, names: Iterable[str]) -> bool:
+    """Let several units of one matrix free what a forward pass has gathered; whether there are several.
+
+    While it is gathered, from an evaluation to the next backward pass, each unit shows a tensor of its own.
+    """
+    units = torn_units(model, names)
+    for unit in units:
+        unit.reshard()  # pyright: ignore[reportCallIssue]
+    return bool(units)
 
 
 def keep_whole(unit: nn.Module) -> None:

@@ -125,7 +125,7 @@ def adapter_at(model: nn.Module, name: str) -> str | None:
 
 def is_one(model: nn.Module, names: Collection[str]) -> bool:
     """Whether `names` are one and the same parameter in `model`."""
-    return _are_one(model, names) or shown_as_shards(model) and _are_one(model, names)
+    return _are_one(model, names) or shown_as_shards(model, names) and _are_one(model, names)
 
 
 def _are_one(model: nn.Module, names: Collection[str]) -> bool:

@@ -5,7 +5,7 @@ from transformers.utils import logging
 
 from ..config import TyingConfig, TyingError
 from .groups import TieGroup, groups_held
-from .sharding import is_dtensor, row_parts
+from .sharding import is_dtensor, row_parts, torn_units
 from .slots import find_parameter, find_slot, named_slots
 from .verify import is_split, refuse_untied
 
@@ -26,8 +26,7 @@ def refuse_untrainable(model: PreTrainedModel) -> None:
     _tell_frozen(model)
     if hasattr(model, "_pp_stage"):
         _refuse_stages(model)
-    if getattr(model, "_is_fsdp_managed_module", False):
-        _refuse_padded_shards(model)
+    _refuse_padded_shards(model)
 
 
 def _refuse_stages(model: PreTrainedModel) -> None:
@@ -41,13 +40,13 @@ def _refuse_stages(model: PreTrainedModel) -> None:
 
 
 def _refuse_padded_shards(model: PreTrainedModel) -> None:
-    """Refuse a tied matrix that transformers' own FSDP2 cannot cut into equal parts.
+    """Refuse a tied matrix of several FSDP2 units, as transformers makes them, that has no equal parts.
 
-    transformers makes the units first and ties then, so each unit of a name has the matrix. Where a part is padded,
-    torch copies it for each of them, and the optimizer steps one copy alone (torch 2.13, transformers 5.23).
+    Where a part is padded, torch copies it for each of the units, and the optimizer steps one copy alone (torch 2.13,
+    transformers 5.23).
     """
     for group in groups_held(model):
-        root = find_parameter(model, group.root)
+        root = find_parameter(model, group.root) if torn_units(model, group.names) else None
         if not is_dtensor(root) or root.shape[0] % (parts := row_parts(root)) == 0:
             continue
         raise TyingError(

@@ -173,8 +173,10 @@ def groups_of(model: nn.Module) -> list[TieGroup]:
 
 def violations(model: nn.Module, groups: Iterable[TieGroup]) -> Iterator[str]:
     """One sentence for each difference between `model` and what `groups` and its config declare."""
-    shown_as_shards(model)
-    groups, anatomy = list(groups), Anatomy(model)
+    groups = list(groups)
+    for group in groups:
+        shown_as_shards(model, group.names)
+    anatomy = Anatomy(model)
     for group in groups:
         yield from _broken(model, group, anatomy.slots)
         yield from _stale_sizes(model, group, anatomy.slots)

@@ -25,12 +25,14 @@ from transformers import (
     TrainingArguments,
     default_data_collator,
 )
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import ModelOutput
 
 from ..config import TyingError
 from ..data.words import ContiguousText
 from ..metrics.perplexity import exp_or_infinity
+from ..parallel.checkpoints import last_complete_checkpoint
+from ..ties.across_ranks import from_every_rank
 from ..ties.verify import unwrapped
 from .averaging import Averaging
 
@@ -134,16 +136,16 @@ class CarriedStateTrainer(Trainer):
         """Train as `Trainer` does. A resumed run continues with the state of the checkpoint.
 
         Args:
-            resume_from_checkpoint: folder of a checkpoint, or `True` for the last one in `args.output_dir`.
+            resume_from_checkpoint: folder of a checkpoint, or `True` for the last complete one in `args.output_dir`.
             **kwargs: further arguments of `Trainer.train`.
 
         Raises:
             TyingError: if there is no checkpoint, or it has no state.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
-                raise TyingError(f"There is no checkpoint in {self.args.output_dir} to resume from.")
+                raise TyingError(f"There is no complete checkpoint in {self.args.output_dir} to resume from.")
         self._resumed = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         if self._resumed is not None and not (self._resumed / self._file).is_file():
             raise TyingError(
@@ -206,6 +208,22 @@ class CarriedStateTrainer(Trainer):
     def _file(self) -> str:
         """The name of the file of the state. Each process has its own, because it has its own columns."""
         return _FILE if self.args.process_index == 0 else f"{self.args.process_index}_{_FILE}"
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, and into a checkpoint the carried state and the mean of the weights.
+
+        `Trainer` saves the model of a checkpoint before its last file, and before it deletes older ones. In a callback
+        both would be over.
+        """
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call or output_dir is None:
+            return
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)  # of process 0, which may be later
+        if self._epoch.state is not None:
+            self._epoch.save(folder / self._file)
+        if self.averaging is not None and self.args.should_save:
+            self.averaging.save(folder)
 
     # --- evaluation --------------------------------------------------------------------------------------------------
 
@@ -300,10 +318,12 @@ class _Epoch:
         self.batches += 1
 
     def report(self) -> dict[str, float]:
+        """Perplexity and speed so far, over the columns of all processes."""
         seconds = time.perf_counter() - self.start
+        losses, words, timed = zip(*from_every_rank((float(self.loss), self.words, self.timed_words)), strict=True)
         return {
-            "train_perplexity": exp_or_infinity(float(self.loss) / self.words),
-            "tokens_per_second": self.timed_words / seconds,
+            "train_perplexity": exp_or_infinity(sum(losses) / sum(words)),
+            "tokens_per_second": sum(timed) / seconds,
             "epoch_seconds": seconds,
         }
 
@@ -314,7 +334,8 @@ class _Epoch:
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> "_Epoch":
-        epoch, tensors = cls(), load_file(path, device=str(device))
+        # By way of the CPU: of several processes there, torch's name of the device is "cpu:0", which no file takes.
+        epoch, tensors = cls(), {name: value.to(device) for name, value in load_file(path).items()}
         epoch.batches, epoch.words = tensors.pop("counts").tolist()
         epoch.loss = tensors.pop("loss")
         layers = len(tensors) // 2
@@ -323,7 +344,7 @@ class _Epoch:
 
 
 class _KeepState(TrainerCallback):
-    """Start each epoch with a new state or with that of a checkpoint, and save it with each checkpoint."""
+    """Start each epoch with a new state or with that of a checkpoint."""
 
     def __init__(self, trainer: CarriedStateTrainer) -> None:
         self.trainer = trainer
@@ -350,13 +371,6 @@ class _KeepState(TrainerCallback):
     ) -> None:
         if self.trainer.averaging is not None:
             self.trainer.averaging.updated()
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
-        if self.trainer._epoch.state is not None:
-            self.trainer._epoch.save(folder / self.trainer._file)
-        if self.trainer.averaging is not None and state.is_world_process_zero:
-            self.trainer.averaging.save(folder)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,5 +1,6 @@
 """The checkpoint that `--resume_from_checkpoint` names."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,9 @@ def resume_path(args: TrainingArguments) -> str | None:
             by another engine (FSDP, DeepSpeed), whose optimizer `Trainer` cannot load.
     """
     asked = args.resume_from_checkpoint
-    if asked is None or asked is False or str(asked).lower() in ("false", "none", ""):
+    if _is_no(asked):
         return None
-    if asked is True or str(asked).lower() in ("last", "true"):
+    if _is_last(asked):
         last = last_complete_checkpoint(args.output_dir)
         if last is None:
             raise TyingError(
@@ -54,6 +55,40 @@ def resume_path(args: TrainingArguments) -> str | None:
         )
     refuse_other_engine(asked, args)
     return str(asked)
+
+
+def go_on_by_oneself(asked: str | bool | None, folder: str | Path) -> None:
+    """Check the `--resume_from_checkpoint` of a script of several runs, each of which goes on from its own last one.
+
+    Such a script goes on without the flag too, and `last` says no more than that.
+
+    Args:
+        asked: what the flag says.
+        folder: where the folders of the runs are.
+
+    Raises:
+        TyingError: for the folder of one checkpoint, and for `last` where nothing has begun.
+    """
+    if _is_no(asked):
+        return
+    if not _is_last(asked):
+        raise TyingError(
+            f"--resume_from_checkpoint {asked}: this script has several runs, and each goes on from the last "
+            "checkpoint of its own folder. Give `last`, or leave the flag out."
+        )
+    if not any(Path(folder).glob("*")):
+        raise TyingError(
+            f"--resume_from_checkpoint {asked}: {str(folder)!r} has nothing to go on with. Leave the flag out to "
+            "begin, or give the --output_dir of the run to go on with."
+        )
+
+
+def _is_no(asked: str | bool | None) -> bool:
+    return asked is None or asked is False or str(asked).lower() in ("false", "none", "")
+
+
+def _is_last(asked: str | bool | None) -> bool:
+    return asked is True or str(asked).lower() in ("last", "true")
 
 
 def train_from(trainer: Trainer, checkpoint: str | None) -> TrainOutput:
@@ -113,19 +148,20 @@ class _AsWritten(TrainerCallback):
         self.done()
 
 
-def save_whole_model(trainer: Trainer) -> None:
+def save_whole_model(trainer: Trainer, folder: str | os.PathLike[str] | None = None) -> None:
     """Save the model of a run as one that `from_pretrained` reads: `trainer.save_model()`.
 
     Under FSDP with `SHARDED_STATE_DICT`, `trainer.save_model()` alone writes nothing, and says nothing. All processes
     must call this.
 
     Args:
-        trainer: trainer of the run; the model goes to its `output_dir`.
+        trainer: trainer of the run.
+        folder: where the model goes. Default `None`: the `output_dir` of the run.
     """
     fsdp = fsdp_of(trainer)
     done = set_form(fsdp, WHOLE) if fsdp is not None else lambda: None
     try:
-        trainer.save_model()
+        trainer.save_model(None if folder is None else str(folder))
     finally:
         done()
 

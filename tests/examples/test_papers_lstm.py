@@ -59,7 +59,7 @@ def test_a_script_trains_and_reports(variant, text, tmp_path, run):
 def test_a_run_goes_on_from_its_last_checkpoint(text, tmp_path, run):
     flags = ("--data_dir", text, "--variant", "small+wt", "--output_dir", tmp_path, "--use_cpu")
     assert run("press_wolf.py", *flags, "--epochs", 1).returncode == 0
-    done = run("press_wolf.py", *flags, "--epochs", 2, "--resume")
+    done = run("press_wolf.py", *flags, "--epochs", 2, "--resume_from_checkpoint", "last")
     assert done.returncode == 0, done.stderr[-3000:]
     whole = run("press_wolf.py", *flags[:-2], f"{tmp_path}/whole", "--use_cpu", "--epochs", 2)
     assert whole.returncode == 0
@@ -146,3 +146,16 @@ def test_the_softmax_matrix_comes_nearer_to_the_embedding_by_the_augmented_loss_
     assert one < 0.5 * zero and (tmp_path / "theory.png").stat().st_size > 5000
     done = run("inan_theory.py", "--data_dir", text, "--output_dir", tmp_path, "--betas", 2)
     assert done.returncode == 1 and "each from 0 to 1" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "script", [PAPERS / "cascade.py", PAPERS.parent / "run_ulmfit.py"], ids=lambda path: path.name
+)
+def test_a_script_of_one_process_refuses_several_before_any_work(script, text, tmp_path, as_script, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    data = (
+        ("--data_dir", text) if script.name == "cascade.py" else ("--no_pretrain", "--train_file", text / "train.txt")
+    )
+    done = as_script(script, *data, "--output_dir", tmp_path / "out")
+    assert done.returncode == 1 and "error: Started as 2 processes: expected one" in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -184,7 +184,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(main, classified, folder):
     for path in (run / "checkpoint-6").iterdir():
         path.unlink()
     (run / "checkpoint-6").rmdir()
-    assert "Train " in start(main, folder, out, *flags, "--compare", "")
+    assert "Train " in start(main, folder, out, *flags, "--compare", "", "--resume_from_checkpoint", "last")
     after, again = load_file(run / "adapter_model.safetensors"), json.loads((run / "result.json").read_text())
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert all(again[key] == result[key] for key in ("updates", "last_batch", "scores", "saved_bytes"))

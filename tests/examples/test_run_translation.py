@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, Trainer
 
 from hf_tying import TyingError, assert_tied
 from hf_tying.data import train_byte_level_bpe, train_joint_tokenizer
@@ -353,6 +353,12 @@ def test_eval_and_predict_score_the_same_lines_alike(strategy, marian, text, fla
     more |= {f"validation_{side}_file": more[f"test_{side}_file"] for side in ("source", "target")}
     # Cut references are shorter than what is scored.
     more |= {"max_target_length": 6, "generation_max_length": 24, "model_name_or_path": str(folder)}
+    gathered, loop = [], Trainer.evaluation_loop
+    monkeypatch.setattr(
+        Trainer, "evaluation_loop", lambda self, *a, **k: gathered.append(self.gather_function) or loop(self, *a, **k)
+    )
     run(tmp_path, monkeypatch, more | {"output_dir": str(tmp_path / "out")})
+    # Of several processes: without the rows that fill up their last batch, which would have no references.
+    assert [gather.__name__ for gather in gathered] == ["gather_for_metrics"] * 2
     found = results(tmp_path / "out")
     assert found["eval_bleu"] == found["predict_bleu"] > 50 and found["eval_chrf"] == found["predict_chrf"]

@@ -150,7 +150,8 @@ def test_a_stage_goes_on_after_a_stop_with_the_same_numbers(stage, out, run, tmp
     monkeypatch.setattr(
         Trainer, "training_step", lambda self, *a, **k: patched.append(self.state.global_step) or step(self, *a, **k)
     )
-    results = run(tmp_path / "out", "--save_steps", "3")
+    results = run(tmp_path / "out", "--save_steps", "3", "--resume_from_checkpoint", "last")
+    assert results["settings"] == whole["settings"] | {"save_steps": 3, "output_dir": str(tmp_path / "out")}
     assert patched[0] == 6  # not from the beginning
     assert figures(results) == figures(whole)
     patched.clear()

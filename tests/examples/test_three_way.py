@@ -3,6 +3,7 @@
 import json
 import random
 import runpy
+import shutil
 import sys
 from io import StringIO
 from pathlib import Path
@@ -42,7 +43,7 @@ def texts(tmp_path_factory):
     """Files of three splits; a translation is made word by word."""
     folder, random_words = tmp_path_factory.mktemp("text"), random.Random(0)
     flags = []
-    for split, number in (("train", 120), ("validation", 12), ("test", 10)):
+    for split, number in (("train", 24), ("validation", 12), ("test", 10)):
         pairs = [random_words.choices(list(WORDS), k=random_words.randint(2, 9)) for _ in range(number)]
         for side, suffix in (("source", "en"), ("target", "de")):
             file = folder / f"{split}.{suffix}"
@@ -56,6 +57,7 @@ def start(script, texts, folder, *flags) -> str:
     """What the script prints, run in this process."""
     sizes = {"vocab_size": 300, "max_length": 16, "d_model": D_MODEL, "layers": 1, "heads": 2, "ffn_dim": 16}
     training = {"max_steps": STEPS, "eval_steps": 4, "logging_steps": 2, "per_device_train_batch_size": 8}
+    training |= {"save_steps": 4, "save_total_limit": 2}
     others = {"warmup_steps": 2, "generation_num_beams": 2, "bleu_tokenize": "none", "disable_tqdm": True}
     values = {**sizes, **training, **others, "use_cpu": True, "output_dir": folder}
     argv = [str(SCRIPT), *texts, *(str(part) for key, value in values.items() for part in (f"--{key}", value))]
@@ -185,10 +187,11 @@ def test_a_finished_run_is_kept_and_a_seed_added(script, texts, experiment):
     assert (folder / "three_way.png").stat().st_size > 10_000
 
 
-def test_a_run_that_broke_off_is_trained_again_to_the_same_end(script, texts, experiment):
+def test_a_run_that_broke_off_goes_on_to_the_same_end(script, texts, experiment):
     folder, _, before = experiment
     (folder / "two_way-seed0" / "result.json").unlink()
-    assert "Train" in start(script, texts, folder, "--schemes", "two_way")
+    shutil.rmtree(folder / "two_way-seed0" / f"checkpoint-{STEPS}")  # in the second epoch, with rows by length
+    assert "Train" in start(script, texts, folder, "--schemes", "two_way", "--resume_from_checkpoint", "last")
     (again,) = json.loads((folder / "report.json").read_text())["results"]
     for key in ("batches", "validation_loss", "bleu", "chrf", "role_shares"):
         assert again[key] == before["results"][1][key], key
@@ -287,5 +290,5 @@ def test_bad_input_is_named_and_nothing_is_written(script, texts, tmp_path, flag
 def test_an_error_ends_the_script_with_its_message(script, texts, monkeypatch):
     swapped = [*texts[:-1], texts[1]]  # the last file has as many lines as the training text
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *swapped])
-    with pytest.raises(SystemExit, match=r"^error: .* has 10 lines and .* has 120"):
+    with pytest.raises(SystemExit, match=r"^error: .* has 10 lines and .* has 24"):
         runpy.run_path(str(SCRIPT), run_name="__main__")

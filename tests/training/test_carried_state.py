@@ -2,17 +2,21 @@
 
 import json
 import math
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
+from transformers import TrainerState
 
 from hf_tying import TyingCallback, TyingError, untie
 from hf_tying.data.words import ContiguousText, encode_words, train_word_level
 from hf_tying.models import TiedLSTMConfig, TiedLSTMForCausalLM
+from hf_tying.training import carried_state
 from hf_tying.training.averaging import Averaging
 from hf_tying.training.carried_state import (
     CarriedStateArguments,
@@ -201,7 +205,7 @@ def test_a_checkpoint_at_the_end_of_an_epoch_begins_the_next_one_from_zero(text,
 
 def test_resume_from_the_last_checkpoint_and_its_refusals(text, tmp_path):
     trainer = make_trainer(make_model(text), text, tmp_path, save_strategy="steps", save_steps=5)
-    with pytest.raises(TyingError, match="no checkpoint in"):
+    with pytest.raises(TyingError, match="no complete checkpoint in"):
         trainer.train(resume_from_checkpoint=True)
     trainer.train()
     last = max(int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*"))
@@ -214,8 +218,6 @@ def test_resume_from_the_last_checkpoint_and_its_refusals(text, tmp_path):
 
 
 def test_evaluation_is_one_long_pass_over_the_text(text, tmp_path, monkeypatch):
-    from hf_tying.training import carried_state
-
     # Large weights: with those of the start the state and the dropout would hardly be seen.
     large = {"initializer_range": 1.0, "recurrent_initializer_range": 1.0}
     model = make_model(text, output_dropout=0.5, **large).train()
@@ -323,11 +325,14 @@ def test_the_mean_is_that_of_torchs_asgd(text):
 
 
 def test_an_averaged_run_is_evaluated_with_the_mean_and_ends_with_it_and_resumes(text, tmp_path, monkeypatch):
-    from hf_tying.training import carried_state
-
     how = {"average_after": 0, "eval_strategy": "steps", "eval_steps": 5, "save_strategy": "steps", "save_steps": 14}
     how |= {"learning_rate": 20.0, "max_grad_norm": 1.0}  # so that it gets worse at once
     whole, is_mean = make_trainer(make_model(text), text, tmp_path / "whole", **how), []
+    at_last_file, write = [], TrainerState.save_to_json
+
+    def written(state, path):  # Trainer's last file: from then on, a stopped run goes on from this checkpoint
+        at_last_file.append({"carried_state.safetensors", "averaging.safetensors"} <= {*os.listdir(Path(path).parent)})
+        write(state, path)
 
     def seen(model, tokens):
         mean = whole.averaging.mean if whole.averaging.updates else None
@@ -337,7 +342,9 @@ def test_an_averaged_run_is_evaluated_with_the_mean_and_ends_with_it_and_resumes
 
     with monkeypatch.context() as patch:
         patch.setattr(carried_state, "negative_log_likelihood", seen)
+        patch.setattr(TrainerState, "save_to_json", written)
         whole.train()
+    assert at_last_file and all(at_last_file)
     assert is_mean and all(is_mean)
     assert whole.averaging.history == [log["eval_loss"] for log in whole.state.log_history if "eval_loss" in log]
     assert 0 < whole.averaging.updates < whole.state.global_step
@@ -384,3 +391,18 @@ def test_the_penalties_of_the_steps_of_an_update_add_up_to_one(text, tmp_path, s
         assert len(parts) == accumulated and sum(parts) == pytest.approx(1)
         model._forward_hooks.clear()
         parts.clear()
+
+
+def test_a_state_is_read_onto_the_device_of_one_of_several_processes(tmp_path):
+    kept = carried_state._Epoch()
+    kept.state, kept.batches, kept.words = ((torch.ones(1, 2), torch.zeros(1, 2)),), 3, 6
+    kept.save(tmp_path / "state.safetensors")
+    found = carried_state._Epoch.load(tmp_path / "state.safetensors", torch.device("cpu:0"))
+    assert torch.equal(found.state[0][0], torch.ones(1, 2)) and (found.batches, found.words) == (3, 6)
+
+
+def test_the_perplexity_of_the_log_is_over_the_columns_of_all_processes(monkeypatch):
+    monkeypatch.setattr(carried_state, "from_every_rank", lambda own: [own, (3.0, 2, 2)])
+    epoch = carried_state._Epoch()
+    epoch.loss, epoch.words = 1.0, 2
+    assert epoch.report()["train_perplexity"] == pytest.approx(math.e)

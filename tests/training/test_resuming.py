@@ -8,7 +8,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_tying import TyingError, tie
 from hf_tying.training import train_from
-from hf_tying.training.resuming import ties_as_saved
+from hf_tying.training.resuming import go_on_by_oneself, ties_as_saved
 
 from ..tiny import layer_pair, shared_names, tiny_model, untied_model, without_dropout
 
@@ -51,6 +51,19 @@ def test_a_resumed_run_makes_the_steps_that_are_left(settings, tmp_path):
         steps.clear()
         assert train_from(resumed, None).global_step == last  # from the start, by the same trainer
         assert len(steps) == last * settings.get("gradient_accumulation_steps", 1)
+
+
+@pytest.mark.parametrize("asked", ["last", "true", True, None, "no"])
+def test_runs_that_go_on_by_themselves_take_last_alone(asked, tmp_path):
+    if asked == "no":
+        with pytest.raises(TyingError, match="several runs, and each goes on from .* Give `last`, or leave"):
+            go_on_by_oneself("runs/a/checkpoint-2", tmp_path)
+        return
+    (tmp_path / "run").mkdir()
+    go_on_by_oneself(asked, tmp_path)
+    if asked is not None:
+        with pytest.raises(TyingError, match="has nothing to go on with. Leave the flag out to begin"):
+            go_on_by_oneself(asked, tmp_path / "run")
 
 
 def test_an_interrupted_run_leaves_the_trainer_as_it_was(tmp_path):
