@@ -116,7 +116,8 @@ def _checked(mesh: Mapping[str, int]) -> dict[str, int]:
         raise TyingError(f"mesh={mesh!r}: expected sizes by axis, such as {{'dp': 8, 'tp': 2}}.")
     for axis, size in mesh.items():
         if axis not in AXES:
-            raise TyingError(f"mesh={dict(mesh)}: unknown axis {axis!r}{nearest(str(axis), AXES)}; expected {list(AXES)}.")
+            near = nearest(str(axis), AXES)
+            raise TyingError(f"mesh={dict(mesh)}: unknown axis {axis!r}{near}; expected {list(AXES)}.")
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise TyingError(f"mesh={dict(mesh)}: expected a number of processes from 1 for {axis!r}, found {size!r}.")
     return {axis: mesh.get(axis, 1) for axis in AXES}
