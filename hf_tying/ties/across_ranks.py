@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..config import TyingError
+from ..config import TyingError, entry_of
 from .groups import TieGroup
 from .sharding import is_dtensor, is_partitioned
 from .slots import find_parameter
@@ -51,14 +51,18 @@ def on_any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
 
 @contextmanager
 def raised_on_every_rank() -> Iterator[None]:
-    """Inside this context a `TyingError` of one process is raised by all, with the ranks that it came from."""
+    """Inside this context an error of one process is raised by all, with the ranks that it came from.
+
+    Where it is no `TyingError`, the process that has it raises its own.
+    """
     own = None
     try:
         yield
-    except TyingError as error:
+    except Exception as error:
         own = error
-    told = from_every_rank(None if own is None else str(own))
-    if len(told) == 1 and own is not None:
+    ours = own is None or isinstance(own, TyingError)
+    told = from_every_rank(None if own is None else str(own) if ours else f"{type(own).__name__}: {own}")
+    if own is not None and (len(told) == 1 or not ours):
         raise own
     if lines := [f"rank {rank} of {len(told)}: {text}" for rank, text in enumerate(told) if text is not None]:
         raise TyingError("\n".join(lines)) from own
@@ -87,6 +91,27 @@ def differing_copies(model: nn.Module, groups: Iterable[TieGroup]) -> list[str]:
                     "To make them one: wrap the model by Accelerate or DistributedDataParallel, which take those of "
                     "rank 0; in a run that was wrapped, load its last checkpoint."
                 )
+    return problems
+
+
+def differing_declarations(model: nn.Module, groups: Iterable[TieGroup]) -> list[str]:
+    """One sentence for each other declaration than that of rank 0: each by itself may hold.
+
+    The stages of a pipeline have one config, and groups of their own.
+    """
+    own = entry_of(getattr(model, "config", None)) or {}
+    if not hasattr(model, "_pp_stage"):
+        own = own | {"groups": sorted(sorted(group.names) for group in groups)}
+    told = from_every_rank(own)
+    problems = []
+    for rank, found in enumerate(told):
+        keys = [key for key in sorted(found | told[0]) if found.get(key) != told[0].get(key)]
+        if keys:
+            differing = ", ".join(f"{key}={found.get(key)!r:.150}, not {told[0].get(key)!r:.150}" for key in keys)
+            problems.append(
+                f"expected one declaration on all of {len(told)} ranks, found on rank {rank} another one than on rank "
+                f"0: {differing}. Call tie and untie alike on all ranks."
+            )
     return problems
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from ..config import TyingConfig, TyingError, entry_of
-from .across_ranks import differing_copies, raised_on_every_rank
+from .across_ranks import differing_copies, differing_declarations, raised_on_every_rank
 from .anatomy import Anatomy
 from .declared import join_chains
 from .depth_groups import depth_groups
@@ -42,8 +42,8 @@ def assert_tied(model: nn.Module, across_ranks: bool = False) -> None:
         model: a `PreTrainedModel` or a plain `nn.Module`, also wrapped by PEFT, DistributedDataParallel, torch.compile
             or torch's `AveragedModel`. A plain module declares what `tie` or `load_tied` has tied in it.
         across_ranks: of several processes, all must call it then: what is broken on one is raised on each, with its
-            rank; and a tied matrix that several hold must have one value, compared by SHA-256. Default `False`: each
-            process looks at its own model.
+            rank. All must declare the same ties, and a tied matrix that several hold must have one value, compared by
+            SHA-256. Default `False`: each process looks at its own model.
 
     Raises:
         TyingError: lists each broken group: expected, found, way out.
@@ -52,7 +52,12 @@ def assert_tied(model: nn.Module, across_ranks: bool = False) -> None:
         with raised_on_every_rank():
             assert_tied(model)
     model = tied_part(model)
-    if found := differing_copies(model, groups_of(model)) if across_ranks else problems(model):
+    groups = groups_of(model)
+    if across_ranks:
+        found = [*differing_declarations(model, groups), *differing_copies(model, groups)]
+    else:
+        found = problems(model)
+    if found:
         raise TyingError(f"{type(model).__name__} is not tied as declared:\n{_listed(found)}")
 
 

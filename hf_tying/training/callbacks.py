@@ -200,9 +200,7 @@ class TyingCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Check the ties. Untie, or train a frozen role, at its moment; attach the meter before a step with a log."""
-        if args.world_size > 1 and on_any_rank(is_split(unwrapped(model), self._groups), args.device):
-            with raised_on_every_rank():
-                assert_tied(model)
+        self._check_all_ranks(args, model)
         if self._untie_step is not None and state.global_step >= self._untie_step:
             self._untie_step = None
             # A warning, here and below, because transformers does not show a lower level by default.
@@ -218,6 +216,17 @@ class TyingCallback(TrainerCallback):
             self.cascade.move_to(unwrapped(model), optimizer, state.global_step, state.max_steps)
         if self._meter is not None:
             self._meter.attach() if _is_logged(args, state) else self._meter.detach()
+
+    def on_substep_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Check the ties before the next step of accumulation."""
+        self._check_all_ranks(args, model)
 
     def on_step_end(
         self,
@@ -278,6 +287,12 @@ class TyingCallback(TrainerCallback):
     ) -> None:
         """Undo what is only for the training: hooks and frozen roles."""
         self._let_go()
+
+    def _check_all_ranks(self, args: TrainingArguments, model: PreTrainedModel | None) -> None:
+        """Raise on all of several processes what one has lost, or untied alone."""
+        if args.world_size > 1 and on_any_rank(is_split(unwrapped(model), self._groups), args.device):
+            assert_tied(model, across_ranks=True)
+            self._groups = groups_of(unwrapped(model))  # all have untied it
 
     def _measured(self) -> dict[str, float]:
         """The measurements for the log. A warning names roles that were not measured, once."""

@@ -16,7 +16,7 @@ def results() -> dict:
     return run_script("two_processes_ranks.py", processes=2)
 
 
-@pytest.mark.parametrize("case", ["lost", "in mid-run", "in mid-run, a stock class", "before a save"])
+@pytest.mark.parametrize("case", ["lost", "in mid-run", "in mid-run, a stock class", "in mid-step", "before a save"])
 def test_a_lost_tie_is_named_on_both_ranks(results, case):
     first, second = results[case]["errors"]
     assert first == second
@@ -24,9 +24,25 @@ def test_a_lost_tie_is_named_on_both_ranks(results, case):
     assert "found two (equal so far)" in first and "'lm_head.weight'" in first
 
 
-@pytest.mark.parametrize("case", ["in mid-run", "in mid-run, a stock class"])
+@pytest.mark.parametrize("case", ["in mid-run", "in mid-run, a stock class", "in mid-step", "untied in mid-run"])
 def test_it_is_named_before_the_next_step(results, case):
     assert results[case]["step"] == 2
+
+
+@pytest.mark.parametrize("case", ["untied alone", "untied in mid-run"])
+def test_another_declaration_of_one_rank_is_named_on_both(results, case):
+    first, second = results[case]["errors"]
+    assert first == second and "found on rank 1 another one than on rank 0: groups=[], not [[" in first
+
+
+def test_a_config_of_one_rank_that_declares_nothing_is_named(results):
+    first, second = results["untied alone"]["config"]
+    assert first == second and "scheme=None, not 'two_way'" in first and "groups=" not in first
+
+
+def test_an_error_of_another_kind_keeps_nobody_waiting(results):
+    told, own = results["foreign error"]["errors"]
+    assert told == f"TyingError: rank 1 of 2: {own}" and own == "ValueError: not ours"
 
 
 def test_before_a_save_nothing_is_written(results):

@@ -13,8 +13,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainingArguments
 
-from hf_tying import TyingCallback, TyingError, assert_tied, tie
+from hf_tying import TyingCallback, TyingError, assert_tied, tie, untie
 from hf_tying.parallel import last_complete_checkpoint
+from hf_tying.ties.across_ranks import raised_on_every_rank
+from hf_tying.ties.verify import unwrapped
 from tests.processes import ROOT, run_cases
 from tests.tiny import Sentences, tiny_model, untied_model
 from tests.tiny_translation import translation_model
@@ -50,6 +52,30 @@ def lost() -> dict:
     return told(lambda: assert_tied(model, across_ranks=True))
 
 
+def untied_alone() -> dict:
+    """Each process is tied as it declares, and the second one declares less; then its config alone says so."""
+    model = tied()
+    if dist.get_rank() == 1:
+        untie(model)
+    found = told(lambda: assert_tied(model, across_ranks=True))
+    other = tied()
+    if dist.get_rank() == 1:
+        other.config.tying = None
+    return {**found, "config": told(lambda: assert_tied(other, across_ranks=True))["errors"]}
+
+
+def foreign_error() -> dict:
+    """An error that is not of a tie."""
+    errors = [None, None]
+    try:
+        with raised_on_every_rank():
+            if dist.get_rank() == 1:
+                raise ValueError("not ours")
+    except (ValueError, TyingError) as error:
+        dist.all_gather_object(errors, f"{type(error).__name__}: {error}")
+    return {"errors": errors}
+
+
 def drifted() -> dict:
     model = tied()
     if dist.get_rank() == 1:
@@ -75,11 +101,18 @@ def sharded() -> dict:
 
 
 class Loses(TrainerCallback):
-    """Loses the tie of process 1 after the second step."""
+    """Loses the tie of process 1 after the second step, or within the third."""
+
+    def __init__(self, at: str = "step_end", lose: Callable = lose_the_tie) -> None:
+        self.at, self.lose = at, lose
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step == 2 and dist.get_rank() == 1:
-            lose_the_tie(model)
+        if self.at == "step_end" and state.global_step == 2 and dist.get_rank() == 1:
+            self.lose(unwrapped(model))
+
+    def on_substep_end(self, args, state, control, model=None, **kwargs):
+        if self.at == "substep_end" and state.global_step == 2 and dist.get_rank() == 1:
+            self.lose(unwrapped(model))
 
 
 def trainer(model, name: str, *callbacks, **options) -> Trainer:
@@ -89,9 +122,9 @@ def trainer(model, name: str, *callbacks, **options) -> Trainer:
     return Trainer(model=model, args=args, train_dataset=Sentences(), callbacks=[*callbacks, TyingCallback()])
 
 
-def in_mid_run(stock: bool) -> dict:
+def in_mid_run(stock: bool = False, loses: TrainerCallback | None = None, **options) -> dict:
     model = tiny_model("llama", tie_word_embeddings=True) if stock else tied()
-    running = trainer(model, f"lost {stock}", Loses(), save_strategy="no")
+    running = trainer(model, f"lost {stock}", loses or Loses(), save_strategy="no", **options)
     found = told(running.train)
     return {**found, "step": running.state.global_step}
 
@@ -130,8 +163,12 @@ CASES = {
     "lost": lost,
     "drifted": drifted,
     "sharded": sharded,
-    "in mid-run": lambda: in_mid_run(stock=False),
+    "untied alone": untied_alone,
+    "foreign error": foreign_error,
+    "in mid-run": in_mid_run,
     "in mid-run, a stock class": lambda: in_mid_run(stock=True),
+    "in mid-step": lambda: in_mid_run(loses=Loses("substep_end"), gradient_accumulation_steps=2),
+    "untied in mid-run": lambda: in_mid_run(loses=Loses(lose=untie)),
     "before a save": before_a_save,
     "saved": saved,
     "translated": translated,
