@@ -55,7 +55,7 @@ from hf_tying.metrics import perplexity_of, sequence_scores
 from hf_tying.training import ObjectiveArguments, ScriptParser, TyingArguments, resume_path, set_accepts_loss_kwargs
 from hf_tying.training.command_line import naming
 from hf_tying.training.model_config import config_with_overrides, maker_from, refuse_positions, type_config
-from hf_tying.training.resuming import save_whole_model, ties_as_saved, train_from
+from hf_tying.training.resuming import save_whole_model, ties_as_saved, train_from, vocabulary_as_saved
 from hf_tying.training.size_estimate import estimate_size, without_values
 
 
@@ -238,6 +238,7 @@ def run(
     else:
         model, tokenizer = from_scratch(model_args, tying_args, train, data_args.block_size, training_args)
     if checkpoint:
+        vocabulary_as_saved(tokenizer, checkpoint)
         ties_as_saved(model, checkpoint, tying_args.untie_at)
     if objective is not None:
         use_tied_loss(model, objective=objective)

@@ -45,7 +45,7 @@ from hf_tying import TyingCallback, TyingError
 from hf_tying.parallel import last_complete_checkpoint
 from hf_tying.training import set_accepts_loss_kwargs, train_from
 from hf_tying.training.command_line import ScriptParser, naming
-from hf_tying.training.results_file import write_json
+from hf_tying.training.results_file import RESULT, begin_run, finished_run, write_json
 from hf_tying.training.resuming import go_on_by_oneself
 
 #: What differs from the defaults of `Seq2SeqTrainingArguments`; each is still a flag.
@@ -62,7 +62,6 @@ TRAINING_DEFAULTS = {
 _NO_SETTINGS = ("compare", "seeds", "seed", "learning_rate", "learning_rates", "vera_r", "output_dir", "run_name")
 _NO_SETTINGS += ("disable_tqdm", "log_level", "report_to", "logging_steps", "save_steps", "save_total_limit")
 _NO_SETTINGS += ("resume_from_checkpoint",)
-RESULT = "result.json"
 
 
 @dataclass
@@ -100,7 +99,7 @@ class ExperimentArguments:
             raise TyingError(f"--seeds is {self.seeds}: expected at least one, and each once.")
 
 
-def run(arguments, training, task: Task, method: Method, seed: int, folder: Path) -> dict:
+def run(arguments, training, task: Task, method: Method, seed: int, settings: dict, folder: Path) -> dict:
     """Train one adapter and measure it; the folder is complete when it has `result.json`."""
     training = copy.copy(training)
     training.output_dir, training.seed, training.learning_rate = str(folder), seed, method.learning_rate
@@ -127,6 +126,7 @@ def run(arguments, training, task: Task, method: Method, seed: int, folder: Path
     saved = trainer.saved_bytes()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
+    begin_run(folder, settings)
     train_from(trainer, last_complete_checkpoint(folder))
     peak = torch.cuda.max_memory_allocated() if on_gpu else None
     trainer.save_model()
@@ -161,20 +161,6 @@ def settings_of(arguments, training, task: Task, method: Method) -> dict:
     )
 
 
-def finished(folder: Path, settings: dict) -> dict | None:
-    """The result of an earlier run with the same settings."""
-    file = folder / RESULT
-    if not file.exists():
-        return None
-    result = json.loads(file.read_text(encoding="utf-8"))
-    before = result["settings"]
-    changed = [key for key in settings.keys() & before.keys() if settings[key] != before[key]]
-    if changed:
-        changes = ", ".join(f"{key} {before[key]!r}, now {settings[key]!r}" for key in sorted(changed))
-        raise TyingError(f"{str(folder)!r} has a run with other settings ({changes}): give another --output_dir.")
-    return result
-
-
 def main():
     parser = ScriptParser((ExperimentArguments, AdapterArguments, Seq2SeqTrainingArguments), description=__doc__)
     parser.set_defaults(**TRAINING_DEFAULTS)
@@ -200,12 +186,12 @@ def main():
     root = Path(training.output_dir)
     plan = {(m.name, seed): (m, root / f"{m.name}-seed{seed}") for seed in arguments.seeds for m in methods}
     settings = {m.name: settings_of(arguments, training, task, m) for m in methods}
-    done = {key: finished(folder, settings[key[0]]) for key, (_, folder) in plan.items()}
+    done = {key: finished_run(folder, settings[key[0]]) for key, (_, folder) in plan.items()}
     console = Console(soft_wrap=True)
     for key, (method, folder) in plan.items():
         console.print(f"{'Kept ' if done[key] else 'Train'}  {folder}")
         if not done[key]:
-            result = run(arguments, training, task, method, key[1], folder)
+            result = run(arguments, training, task, method, key[1], settings[method.name], folder)
             done[key] = result | {"of_lora": result["parameters"] / of_lora, "settings": settings[method.name]}
             write_json(done[key], folder / RESULT)
 

@@ -58,7 +58,7 @@ from hf_tying.training import (
 )
 from hf_tying.training.command_line import naming
 from hf_tying.training.model_config import maker_from
-from hf_tying.training.resuming import save_whole_model, ties_as_saved, train_from
+from hf_tying.training.resuming import save_whole_model, ties_as_saved, train_from, vocabulary_as_saved
 from hf_tying.training.size_estimate import estimate_size, without_values
 from hf_tying.training.translation import (
     TwoTokenizersCallback,
@@ -287,6 +287,7 @@ def main() -> None:
     fill_special_ids(model, target)
 
     if checkpoint:
+        vocabulary_as_saved(tokenizer, checkpoint)
         ties_as_saved(model, checkpoint, tying_args.untie_at)
     check_fit(model, tokenizer, target, *lengths)
     corpora = (train, validation, test)

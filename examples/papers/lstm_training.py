@@ -17,7 +17,7 @@ from hf_tying.data.words import ContiguousText, encode_words, train_word_level
 from hf_tying.models import TiedLSTMForCausalLM
 from hf_tying.training.carried_state import CarriedStateArguments, CarriedStateTrainer
 from hf_tying.training.results_file import write_json
-from hf_tying.training.resuming import resume_path, save_whole_model, train_from
+from hf_tying.training.resuming import resume_path, save_whole_model, train_from, vocabulary_as_saved
 
 FIGURES = ("parameters", "train_perplexity", "valid_perplexity", "test_perplexity")
 
@@ -86,7 +86,8 @@ def train_and_report(
         disable_tqdm=not sys.stderr.isatty(),
         dataloader_pin_memory=torch.cuda.is_available() and not arguments.use_cpu,
     )
-    checkpoint = resume_path(args)
+    if (checkpoint := resume_path(args)) is not None:
+        vocabulary_as_saved(text.tokenizer, checkpoint)
     set_seed(arguments.seed)
     model = TiedLSTMForCausalLM(make_config(vocab_size=len(text.tokenizer), eos_token_id=text.tokenizer.eos_token_id))
     if objective is not None:

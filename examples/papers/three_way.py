@@ -48,7 +48,7 @@ from hf_tying.metrics import Bleu, ChrF, generated_text
 from hf_tying.parallel import last_complete_checkpoint
 from hf_tying.training import set_accepts_loss_kwargs, train_from
 from hf_tying.training.command_line import ScriptParser
-from hf_tying.training.results_file import write_json
+from hf_tying.training.results_file import RESULT, begin_run, finished_run, write_json
 from hf_tying.training.resuming import go_on_by_oneself
 from hf_tying.training.seeded_order import SeededOrder
 from hf_tying.training.translation import check_fit, translation_collator, translation_config
@@ -75,7 +75,6 @@ TRAINING_DEFAULTS = {
 # Arguments that differ between runs of one experiment, or change no result.
 _NO_SETTINGS = ("schemes", "seeds", "seed", "output_dir", "run_name", "disable_tqdm", "log_level", "report_to")
 _NO_SETTINGS += ("resume_from_checkpoint", "save_strategy", "save_steps", "save_total_limit")
-RESULT = "result.json"
 
 
 @dataclass
@@ -224,6 +223,7 @@ def run(arguments, training, scheme: str, seed: int, tokenizer, corpora, setting
         callbacks=[TyingCallback(log_roles=True)],
         recorder=recorder,
     )
+    begin_run(folder, settings)
     train_from(trainer, last_complete_checkpoint(folder))
     trainer.save_model()
     history = trainer.state.log_history
@@ -264,20 +264,6 @@ def settings_of(arguments, training, corpora) -> dict:
     return json.loads(json.dumps(values, default=str))
 
 
-def finished(folder: Path, settings: dict) -> dict | None:
-    """The result of an earlier run with the same settings."""
-    file = folder / RESULT
-    if not file.exists():
-        return None
-    result = json.loads(file.read_text(encoding="utf-8"))
-    before = result["settings"]
-    changed = [key for key in settings.keys() & before.keys() if settings[key] != before[key]]
-    if changed:
-        changes = ", ".join(f"{key} {before[key]!r}, now {settings[key]!r}" for key in sorted(changed))
-        raise TyingError(f"{str(folder)!r} has a run with other settings ({changes}): give another --output_dir.")
-    return result
-
-
 def main():
     parser = ScriptParser((ExperimentArguments, Seq2SeqTrainingArguments), description=__doc__)
     parser.set_defaults(**TRAINING_DEFAULTS)
@@ -295,7 +281,7 @@ def main():
 
     root = Path(training.output_dir)
     folders = {(s, seed): root / f"{s}-seed{seed}" for seed in arguments.seeds for s in arguments.schemes}
-    done = {key: finished(folder, settings) for key, folder in folders.items()}
+    done = {key: finished_run(folder, settings) for key, folder in folders.items()}
     languages = dict.fromkeys((corpora["train"].source_language, corpora["train"].target_language))
     tokenizer = train_joint_tokenizer(files["train"], arguments.vocab_size, list(languages))
     console = Console(soft_wrap=True)

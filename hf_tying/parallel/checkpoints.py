@@ -121,6 +121,11 @@ def why_incomplete(folder: str | os.PathLike[str], step: int | None = None) -> s
     return None
 
 
+def has_optimizer(folder: str | os.PathLike[str]) -> bool:
+    """Whether the state of the optimizer is in a checkpoint."""
+    return any(any(Path(folder).glob(name)) for name in _OPTIMIZERS)
+
+
 def refuse_other_engine(folder: str | os.PathLike[str], args: TrainingArguments) -> None:
     """Whether `Trainer` can load the optimizer in `folder` with the engine of this run.
 
@@ -198,8 +203,7 @@ def _refuse_partial(folder: Path, step: int | None) -> None:
         if missing := [name for name in shard_names(index) if not (folder / name).is_file()]:
             raise TyingError(f"{index.name!r} names files that are not there: {missing}.")
     refuse_broken([str(path) for path in weights])
-    has_optimizer = any(any(folder.glob(name)) for name in _OPTIMIZERS)
-    if (folder / "scheduler.pt").exists() and not has_optimizer:
+    if (folder / "scheduler.pt").exists() and not has_optimizer(folder):
         raise TyingError("it has a scheduler and no optimizer.")
     if (folder / "optimizer.pt").exists() and not (folder / "scheduler.pt").exists():
         raise TyingError("it has an optimizer and no scheduler.")

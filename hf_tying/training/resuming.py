@@ -5,12 +5,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from transformers.utils import logging
 
 from ..config import TyingConfig, TyingError, entry_of
-from ..parallel.checkpoints import last_complete_checkpoint, refuse_other_engine, why_incomplete
+from ..parallel.checkpoints import has_optimizer, last_complete_checkpoint, refuse_other_engine, why_incomplete
 from ..parallel.fsdp_files import WHOLE, form_of, fsdp_of, set_form
 from ..ties.headers import read_json
 from ..ties.tying import untie
@@ -43,8 +50,7 @@ def resume_path(args: TrainingArguments) -> str | None:
                 f"--resume_from_checkpoint {asked}: {args.output_dir!r} has no complete checkpoint. Leave the flag "
                 "out to begin, or give the --output_dir of the run to go on with."
             )
-        refuse_other_engine(last, args)
-        return last
+        return _fit_to_resume(last, args)
     if not Path(asked, "trainer_state.json").is_file():
         found = get_last_checkpoint(asked) if Path(asked).is_dir() else None
         hint = f" Its last checkpoint is {found!r}." if found else ""
@@ -53,8 +59,17 @@ def resume_path(args: TrainingArguments) -> str | None:
         raise TyingError(
             f"--resume_from_checkpoint {asked}: {why} With `last` in its place, the newest complete one is found."
         )
-    refuse_other_engine(asked, args)
-    return str(asked)
+    return _fit_to_resume(str(asked), args)
+
+
+def _fit_to_resume(checkpoint: str, args: TrainingArguments) -> str:
+    refuse_other_engine(checkpoint, args)
+    if not has_optimizer(checkpoint):
+        logger.warning(
+            f"{checkpoint} has no optimizer (it was written with save_only_model): its moments and the "
+            "schedule of the learning rate begin anew."
+        )
+    return checkpoint
 
 
 def go_on_by_oneself(asked: str | bool | None, folder: str | Path) -> None:
@@ -195,6 +210,29 @@ def ties_as_saved(model: PreTrainedModel, checkpoint: str, untie_at: float | Non
             "--resume_from_checkpoint."
         )
     return model
+
+
+def vocabulary_as_saved(tokenizer: PreTrainedTokenizerBase, checkpoint: str) -> None:
+    """Refuse to resume with other words for the rows of the matrices, as a vocabulary made of another text has them.
+
+    Args:
+        tokenizer: tokenizer of the run.
+        checkpoint: folder to resume from. Without a tokenizer in it nothing is compared.
+
+    Raises:
+        TyingError: if a word of the checkpoint's vocabulary has another id now, or none. More words are fine.
+    """
+    if not Path(checkpoint, "tokenizer_config.json").is_file():
+        return
+    saved, now = AutoTokenizer.from_pretrained(checkpoint).get_vocab(), tokenizer.get_vocab()
+    if moved := [token for token, id in saved.items() if now.get(token) != id]:
+        token = min(moved, key=saved.__getitem__)
+        raise TyingError(
+            f"{checkpoint} was written with another vocabulary: {len(moved)} of {len(saved)} tokens have another id "
+            f"now, such as {token!r}, {saved[token]} there and {now.get(token, 'none')} here. Resume with the text or "
+            f"the tokenizer of that run; or train on with its own: --model_name_or_path {checkpoint}, another "
+            "--output_dir, no --resume_from_checkpoint."
+        )
 
 
 def _tied_names(entry: dict[str, Any]) -> set[tuple[str, ...]]:

@@ -171,6 +171,18 @@ def test_the_scripts_flag_takes_the_last_complete_one_and_refuses_a_broken_one_b
         resume_path(arguments(folder, str(folder / "checkpoint-6")))
 
 
+def test_a_checkpoint_without_an_optimizer_is_taken_and_told(folder, caplog):
+    checkpoint = folder / "checkpoint-6"
+    for name in ("optimizer.pt", "scheduler.pt"):
+        (checkpoint / name).unlink()
+    seal_checkpoint(checkpoint, 6)  # as `save_only_model` leaves it
+    for asked, found in ((checkpoint, checkpoint), ("last", checkpoint), (folder / "checkpoint-4", None)):
+        with caplog.at_level(logging.WARNING, "hf_tying"):
+            caplog.clear()
+            assert resume_path(arguments(folder, str(asked))) == str(found or asked)
+        assert ("has no optimizer (it was written with save_only_model)" in caplog.text) is (found is not None)
+
+
 @pytest.mark.parametrize(("file", "engine"), [("pytorch_model_fsdp.bin", "FSDP"), ("latest", "DeepSpeed")])
 def test_a_checkpoint_of_another_engine_is_refused_with_the_way_to_its_weights(file, engine, folder, monkeypatch):
     checkpoint = folder / "checkpoint-6"

@@ -7,8 +7,10 @@ from accelerate.state import AcceleratorState
 from transformers import Trainer, TrainingArguments
 
 from hf_tying import TyingError, tie
+from hf_tying.data import train_byte_level_bpe
 from hf_tying.training import train_from
-from hf_tying.training.resuming import go_on_by_oneself, ties_as_saved
+from hf_tying.training.results_file import begin_run, finished_run, write_json
+from hf_tying.training.resuming import go_on_by_oneself, ties_as_saved, vocabulary_as_saved
 
 from ..tiny import layer_pair, shared_names, tiny_model, untied_model, without_dropout
 
@@ -51,6 +53,34 @@ def test_a_resumed_run_makes_the_steps_that_are_left(settings, tmp_path):
         steps.clear()
         assert train_from(resumed, None).global_step == last  # from the start, by the same trainer
         assert len(steps) == last * settings.get("gradient_accumulation_steps", 1)
+
+
+def test_a_run_is_resumed_with_the_vocabulary_of_its_checkpoint(tmp_path):
+    lines = ["an apple a day keeps the doctor away", "the early bird has the worm"]
+    saved = train_byte_level_bpe(lines, 300)
+    vocabulary_as_saved(saved, str(tmp_path))  # without a tokenizer nothing is compared
+    saved.save_pretrained(tmp_path)
+    vocabulary_as_saved(saved, str(tmp_path))
+    with pytest.raises(TyingError, match=r"\d+ of \d+ tokens have another id now, such as .*--model_name_or_path"):
+        vocabulary_as_saved(train_byte_level_bpe(["two birds with one stone"] * 3, 300), str(tmp_path))
+    more = train_byte_level_bpe(lines, 300)
+    more.add_tokens(["<more>"])
+    vocabulary_as_saved(more, str(tmp_path))
+
+
+def test_a_run_goes_on_with_the_settings_that_it_began_with(tmp_path):
+    assert finished_run(tmp_path / "run", {"rate": 1}) is None
+    begin_run(tmp_path / "run", {"rate": 1})
+    assert finished_run(tmp_path / "run", {"rate": 2}) is None  # nothing was trained yet
+    (tmp_path / "run" / "checkpoint-2").mkdir()
+    assert finished_run(tmp_path / "run", {"rate": 1}) is None
+    with pytest.raises(TyingError, match=r"other settings \(rate 1, now 2\): give another --output_dir"):
+        finished_run(tmp_path / "run", {"rate": 2})
+    result = {"score": 3, "settings": {"rate": 1}}
+    write_json(result, tmp_path / "run" / "result.json")
+    assert finished_run(tmp_path / "run", {"rate": 1}) == result
+    with pytest.raises(TyingError, match="other settings"):
+        finished_run(tmp_path / "run", {"rate": 2})
 
 
 @pytest.mark.parametrize("asked", ["last", "true", True, None, "no"])
