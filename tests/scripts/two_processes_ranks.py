@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_tying import TyingCallback, TyingError, assert_tied, tie
 from hf_tying.parallel import last_complete_checkpoint
+from tests import split_models
 from tests.processes import run_cases
 from tests.tiny import Sentences, tiny_model, untied_model
 
@@ -120,6 +121,7 @@ CASES = {
     "in mid-run, a stock class": lambda: in_mid_run(stock=True),
     "before a save": before_a_save,
     "saved": saved,
+    "split models": split_models.results,
 }
 
 if __name__ == "__main__":
