@@ -14,7 +14,7 @@ from ..ties.anatomy import Anatomy
 from ..ties.depth_groups import FACTOR, depth_groups
 from ..ties.record import write_config
 from ..ties.relaxation import LowRank, relaxation_at
-from ..ties.sharding import is_partitioned
+from ..ties.sharding import is_partitioned, refuse_in_parts
 from ..ties.shared_layers import damp, refuse_streams
 from ..ties.slots import named_slots, parameter_of, same_values
 from ..ties.tying import refuse_unfit, tie, untie
@@ -80,6 +80,7 @@ def share_layers(
         >>> share_layers(model, pattern="cycle", unique=4, init="stepwise")
     """
     refuse_unfit(model, "share the layers of")
+    refuse_in_parts(model, "share the layers of")
     low_rank = _relaxation(relax, init)
     if init == "svd" and (low_rank is None or low_rank["kind"] != "lora"):
         raise TyingError(
@@ -173,6 +174,7 @@ def fold(model: Model) -> Model:
             trained apart. `share_layers` chooses among their values.
     """
     refuse_unfit(model, "fold")
+    refuse_in_parts(model, "fold")
     unrolled = _shared(model, unrolled=True)
     slots, residuals = named_slots(model), {}
     for entry in unrolled:

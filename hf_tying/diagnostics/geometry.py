@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..ties.sharding import whole
+
 _METHODS = ("procrustes", "linear")
 _BLOCK = 2**24  # similarities computed at once: 128 MiB
 
@@ -157,7 +159,7 @@ def _nearest(matrix: torch.Tensor, block: slice, count: int) -> torch.Tensor:
 
 
 def _exact(matrix: torch.Tensor) -> torch.Tensor:
-    matrix = matrix.detach()
+    matrix = whole(matrix.detach())
     return matrix.to(_exact_device(matrix)).double()
 
 

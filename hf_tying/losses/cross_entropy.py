@@ -8,6 +8,7 @@ from .gradient import is_plain
 from .modules import LossModule
 from .options import CrossEntropyOptions, check_operands, with_learned_scale
 from .reference import reference_cross_entropy
+from .vocabulary_part import is_split_vocabulary
 
 
 def tied_cross_entropy(
@@ -68,8 +69,8 @@ def tied_cross_entropy(
         ValueError: for labels of another shape, an unknown reduction or backend, and a soft cap, class weights,
             a label smoothing or a number of items that requires a gradient.
         RuntimeError: for mixed dtypes or devices, a bias or class weights of another length, `hidden` and `weight` of
-            different width, a label smoothing outside [0, 1), and in the backward pass for a second one, or
-            `create_graph=True`.
+            different width, a weight that is split over processes, a label smoothing outside [0, 1), and in the
+            backward pass for a second one, or `create_graph=True`.
 
     Example (the reference, see `hf_tying.losses.reference`):
         >>> logits = hidden @ weight.T
@@ -93,6 +94,11 @@ def cross_entropy(
     backend: str = "auto",
 ) -> torch.Tensor:
     """`tied_cross_entropy` with its options in one object."""
+    if is_split_vocabulary(weight):
+        raise RuntimeError(
+            "The matrix is split over processes: expected the whole one, weight.full_tensor(). Of the split one, "
+            "tied_log_probs gives the log-probabilities, where all processes have the same tokens."
+        )
     check_operands(hidden, weight, labels, bias, options, one_dtype=options.head_dtype is None)
     hidden, bias, options = with_learned_scale(hidden, weight, bias, options, options.head_dtype)
     compute = choose_backend(backend, hidden, weight, bias, options)

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
+from ..ties.sharding import whole
+
 _DESCRIPTION = """
 Spearman's rank correlation between the cosine similarities of word pairs and the scores that people gave them. Pairs
 with a word that has no row are counted and left out.
@@ -121,7 +123,8 @@ def word_similarities(
     if (largest := max((max(ids) for ids in rows), default=-1)) >= len(matrix):
         raise ValueError(f"A word has the id {largest}, but the matrix {len(matrix)} rows: expected its tokenizer.")
     first, second = torch.tensor(rows, dtype=torch.long).reshape(-1, 2).to(matrix.device).unbind(1)
-    held = [matrix.detach()[ids.clamp_min(0)].double() for ids in (first, second)]
+    matrix = whole(matrix.detach())
+    held = [matrix[ids.clamp_min(0)].double() for ids in (first, second)]
     norms = held[0].norm(dim=1) * held[1].norm(dim=1)
     cosines = (held[0] * held[1]).sum(dim=1) / norms  # rows of zeros give NaN on purpose
     return cosines.masked_fill(first < 0, math.nan).tolist()

@@ -10,7 +10,7 @@ from torch import nn
 from ..config import TyingError
 from ..ties.anatomy import Anatomy
 from ..ties.groups import TieGroup
-from ..ties.sharding import shape_of
+from ..ties.sharding import shape_of, stock_name
 from .collectives import Collective, joined, ring
 from .plan_report import GroupPlan
 
@@ -42,7 +42,7 @@ class Placement:
         self.heads = {name for role, found in anatomy.roles.items() if role == "output" for name in found.names}
         self.groups = list(groups)
         whole = getattr(anatomy.model, "_no_split_modules", None) or ()
-        self.units = [f"{path}." for path, module in anatomy.model.named_modules() if type(module).__name__ in whole]
+        self.units = [f"{path}." for path, module in anatomy.model.named_modules() if stock_name(module) in whole]
         # What holds a part of a tie is no unit (`parallel.fsdp2`).
         held = [{self.unit_of(name) for name in group.names} for group in self.groups]
         torn = {unit for units in held if len(units) > 1 for unit in units}

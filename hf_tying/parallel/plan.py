@@ -21,6 +21,7 @@ from ..config import TyingError, nearest
 from ..report.opening import open_source
 from ..ties.anatomy import Anatomy
 from ..ties.groups import TieGroup
+from ..ties.sharding import stock_name
 from ..ties.verify import groups_of, unwrapped
 from .placement import Placement
 from .plan_report import ParallelPlan
@@ -73,7 +74,7 @@ def parallel_plan(
     carrying = [group for group in groups if not anatomy.carriers.isdisjoint(group.names)]
     apart = Placement(anatomy, carrying, sizes, gather_dtype, reduce_dtype)
     return ParallelPlan(
-        architecture=type(model).__name__,
+        architecture=stock_name(model),
         mesh={axis: size for axis, size in sizes.items() if size > 1},
         groups=plans,
         sent=max(sum(plan.sent for plan in plans if stage in plan.stages) for stage in range(sizes["pp"])),

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from torch import nn
+from transformers.modeling_utils import unwrap_model
 
 from ..report.layer_order import in_layer_order
 from ..ties.relaxation import relaxed_names
+from ..ties.sharding import whole
 from .adapter_folder import read_adapter, type_of_adapter, write_adapter
 from .config import TiedLoraConfig, TiedPeftType, is_tied_lora
 from .layer import TiedLoraLayer
@@ -67,6 +69,7 @@ def export_to_lora(
     if isinstance(model_or_path, nn.Module):
         if subfolder or hub:
             raise ValueError(f"{', '.join(['subfolder'] * bool(subfolder) + list(hub))}: only of a path, not a model.")
+        model_or_path = unwrap_model(model_or_path)  # DistributedDataParallel
         if relaxed_names(model_or_path) and not hasattr(model_or_path, "peft_config"):
             return export_relaxed(model_or_path, out)
         config, state = _of_model(model_or_path, adapter_name)
@@ -181,7 +184,7 @@ def _of_model(model: nn.Module, adapter_name: str) -> tuple[TiedLoraConfig, dict
             )
     saved = get_peft_model_state_dict(model, adapter_name=adapter_name)
     # In a model that has adapters without a PeftModel, names do not have its prefix.
-    saved = {name if name.startswith(BASE_PREFIX) else BASE_PREFIX + name: value for name, value in saved.items()}
+    saved = {n if n.startswith(BASE_PREFIX) else BASE_PREFIX + n: whole(value) for n, value in saved.items()}
     absent = next((name for name, tensor in saved.items() if tensor.is_meta), None)
     if absent:
         raise ValueError(f"{absent} is on the meta device, without values: load the adapter before it is exported.")

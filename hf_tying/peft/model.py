@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..ties.anatomy import Anatomy
+from ..ties.sharding import refuse_in_parts
 from .config import TiedLoraConfig
 from .layer import Embedding, Linear, TiedLoraLayer
 from .layers import COMPILED
@@ -252,6 +253,7 @@ class TiedLoraModel(BaseTuner):
         """
         from .fitting.weighted import add_weighted_adapter  # most models never need the fit
 
+        refuse_in_parts(self, "combine the adapters of")
         add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, r, iterations)
 
     def _check_merge_allowed(self) -> None:

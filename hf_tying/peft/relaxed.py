@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config import TyingError
 from ..ties.relaxation import LowRank, relaxation_at, relaxed_names
+from ..ties.sharding import whole
 from ..ties.slots import find_slot
 from ..ties.verify import tied_part
 from .adapter_folder import write_adapter
@@ -56,7 +57,7 @@ def relaxed_adapter(model: nn.Module) -> tuple[LoraConfig, dict[str, torch.Tenso
                 "the weight of a Linear or an Embedding, relaxed by 'lora' without a bound. Save the model as it is: "
                 "its file has the whole matrices."
             )
-        thin_a, thin_b = relaxation.lora_A.detach(), relaxation.lora_B.detach()
+        thin_a, thin_b = whole(relaxation.lora_A.detach()), whole(relaxation.lora_B.detach())
         if isinstance(module[0], nn.Embedding):  # PEFT multiplies these the other way round
             named = {"lora_embedding_A": thin_b.T, "lora_embedding_B": thin_a.T}
         elif isinstance(module[0], Conv1D):  # which has the transposed weight

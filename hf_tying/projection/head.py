@@ -13,6 +13,7 @@ from ..config import ProjectionConfig, TyingError
 from ..ties.anatomy import roles
 from ..ties.participation import Participation
 from ..ties.relaxation import make_exact, relax, stock_class
+from ..ties.sharding import is_dtensor
 from ..ties.slots import replace_module
 
 
@@ -39,7 +40,13 @@ class ProjectedLinear(nn.Linear):
         """Logits (..., V) of hidden states (..., H)."""
         if self.participation is not None:
             self.participation.took_part()
-        return nn.functional.linear(self.projection(hidden), self.weight, self.bias)
+        if is_dtensor(hidden) and not is_dtensor(self.projection.weight):
+            # Tensor parallelism splits the softmax alone; its processes have the same hidden states.
+            projected = self.projection(hidden.to_local())
+            projected = type(hidden).from_local(projected, hidden.device_mesh, hidden.placements, run_check=False)
+        else:
+            projected = self.projection(hidden)
+        return nn.functional.linear(projected, self.weight, self.bias)
 
 
 def project(model: PreTrainedModel, settings: ProjectionConfig) -> None:

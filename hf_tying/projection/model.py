@@ -18,9 +18,9 @@ from ..config import ProjectionConfig, TyingConfig, TyingError
 from ..ties.anatomy import roles
 from ..ties.classes import MixinBase, mixins_of, with_mixin, without_mixin
 from ..ties.participation import Participation
-from ..ties.sharding import data_parallel_size, gathered
+from ..ties.sharding import data_parallel_size, gathered, refuse_in_parts
 from ..ties.slots import replace_module
-from ..ties.tying import tie, untie
+from ..ties.tying import refuse_unfit, tie, untie
 from .head import ProjectedLinear, linear_head, project
 from .penalty import norm_of, share_of_update, strength_of
 
@@ -53,6 +53,8 @@ def use_projection(
         TyingError: for a model without such a head, one that has a projection already, or wrong options.
     """
     settings = ProjectionConfig(bias=bias, norm=norm, strength=strength)
+    refuse_unfit(model, "project")
+    refuse_in_parts(model, "project")
     if isinstance(linear_head(model), ProjectedLinear):
         raise TyingError(f"{type(model).__name__} has a projection already: merge_projection(model) takes it away.")
     return tie(model, TyingConfig(projection=settings))
@@ -67,9 +69,12 @@ def merge_projection(model: Model) -> Model:
     Raises:
         TyingError: for a model without a projection, and for a projection with a bias before a softmax without one.
     """
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if not isinstance(model, PreTrainedModel):
+        refuse_unfit(model, "merge the projection of")
+    head = model.get_output_embeddings()
     if not isinstance(head, ProjectedLinear):
         raise TyingError(f"{type(model).__name__} has no projection: there is nothing to merge.")
+    refuse_in_parts(model, "merge the projection of")
     inner = head.projection
     with gathered((inner.bias,)):
         without_place = inner.bias is not None and head.bias is None and bool(inner.bias.detach().any())

@@ -7,6 +7,7 @@ from torch import nn
 
 from ..ties.anatomy import Anatomy
 from ..ties.groups import TieGroup, scheme_of
+from ..ties.sharding import stock_name
 from ..ties.slots import find_parameter, parameter_at_work
 from ..ties.verify import groups_of, problems, tied_part
 from .records import Finding, GroupReport, TyingReport, group_report
@@ -22,7 +23,7 @@ def report_on_model(model: nn.Module) -> TyingReport:
         TyingError: it is no module, or a plain module that holds a `PreTrainedModel`.
     """
     adapters: list[GroupReport] = []
-    if "peft" in sys.modules and hasattr(model, "peft_config"):
+    if "peft" in sys.modules and isinstance(model, nn.Module):
         from .on_adapters import adapter_groups
 
         adapters = adapter_groups(model)
@@ -60,7 +61,7 @@ def report_on_model(model: nn.Module) -> TyingReport:
         )
     parameters = sum(p.numel() for p in {id(p): p for p in anatomy.slots.values()}.values())
     scheme = scheme_of(anatomy, [group for group, row in zip(groups, rows, strict=True) if row.actual])
-    name = type(model).__name__
+    name = stock_name(model)
     return TyingReport(name, name, scheme, parameters, rows + adapters, findings + broken_adapters(adapters))
 
 

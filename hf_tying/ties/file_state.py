@@ -8,6 +8,7 @@ from .checkpoint import check_loaded_state
 from .groups import groups_held
 from .relaxation import relaxation_at
 from .relaxed_values import relaxed_value
+from .sharding import is_dtensor, stock_name
 from .slots import state_key
 
 
@@ -22,9 +23,15 @@ def file_state(
         save_format: `"portable"` for every name of a group, `"dedup"` for its root.
 
     Raises:
-        TyingError: names of a group have different values, or a value is offloaded.
+        TyingError: names of a group have different values, or a value is offloaded or a part of one.
     """
     state = dict(model.state_dict() if state_dict is None else state_dict)
+    if any(map(is_dtensor, state.values())) and getattr(model.config, "distributed_config", None) is None:
+        raise TyingError(
+            f"Cannot save {stock_name(model)}: FSDP2 has split its parameters, and transformers gathers none that it "
+            "has not split itself. Give whole ones, from all processes: model.save_pretrained(folder, "
+            "is_main_process=accelerator.is_main_process, state_dict=accelerator.get_state_dict(model))."
+        )
     check_loaded_state(model, state, "", action="save")
     given = dict(state)
     for group in groups_held(model):

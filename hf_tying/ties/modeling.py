@@ -29,8 +29,16 @@ from .groups import TieGroup, resolve, subgroups
 from .making import models_being_made, ties_wait, values_wait
 from .record import refuse_contradicting_flag, write_config
 from .relaxation import Relaxation, resized
-from .relaxing import relax_declared
-from .resizing import fit_tied, follow_bias, refuse_other_values, refuse_relaxed, replace_tied, resize
+from .relaxing import refuse_split, relax_declared
+from .resizing import (
+    fit_tied,
+    follow_bias,
+    refuse_other_values,
+    refuse_relaxed,
+    refuse_resize_in_parts,
+    replace_tied,
+    resize,
+)
 from .roles import ask
 from .sharding import gathered
 from .shared_layers import damp_declared
@@ -86,6 +94,7 @@ class TiedModelMixin(MixinBase):
         strict = not parts and self._is_declared_class()  # a part shares the record of the whole, with its names
         damp_declared(self, config)
         relax_declared(self, config, strict, active=not (ties_wait() or values_wait()))
+        refuse_split(self)
         honour_extensions(self, config, strict)
         # A subclass may add modules after `super().__init__()`. Then two `__init__` of this object are running.
         whole = sum(model is self for model in making) < 2
@@ -240,6 +249,7 @@ class TiedModelMixin(MixinBase):
             TyingError: when the ties are already broken.
         """
         refuse_untied(self, "resize")
+        refuse_resize_in_parts(self, new_num_tokens, pad_to_multiple_of)
         with resized(self):
             return resize(self, super().resize_token_embeddings, new_num_tokens, pad_to_multiple_of, mean_resizing)
 

@@ -24,6 +24,7 @@ from .plain_modules import hold, refuse_extensions
 from .relaxation import make_exact, relaxation_at, relaxed_names, value_at
 from .relaxed_values import refuse_other_value
 from .relaxing import refuse_unrelaxable, relax_declared
+from .sharding import refuse_in_parts, whole
 from .slots import state_key, untie_others
 from .tying import refuse_unfit
 from .verify import refuse_untied, tied_part
@@ -35,7 +36,8 @@ Module = TypeVar("Module", bound=nn.Module)
 def save_tied(module: nn.Module, folder: str | os.PathLike[str], save_format: str | None = None) -> None:
     """Save the weights of any module, and the record of its ties, so that `load_tied` gives them back.
 
-    What is one parameter is recorded as tied, also if it was tied by hand.
+    What is one parameter is recorded as tied, also if it was tied by hand. Of a module that FSDP2 has sharded, all
+    processes must call this.
 
     Args:
         module: a plain `nn.Module`, also wrapped by DistributedDataParallel, torch.compile or torch's `AveragedModel`:
@@ -94,6 +96,7 @@ def load_tied(module: Module, folder: str | os.PathLike[str], on_conflict: str |
             other shapes, and values that differ without a choice.
     """
     part = _plain(module, "load")
+    refuse_in_parts(part, "load into")
     folder = Path(folder)
     config = TyingConfig.from_dict(read_json(folder / RECORD))
     if on_conflict is not None:
@@ -148,7 +151,7 @@ def _tensors_to_write(module: nn.Module, groups: list[TieGroup], save_format: st
         state[state_key(module, name)] = value_at(module, name)
     tensors, memory = {}, set()
     for key, value in state.items():
-        value = value.detach().contiguous()
+        value = whole(value.detach()).contiguous()
         tensors[key] = value.clone() if value.untyped_storage().data_ptr() in memory else value
         memory.add(value.untyped_storage().data_ptr())
     return tensors

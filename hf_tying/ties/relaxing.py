@@ -4,13 +4,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_utils import PreTrainedModel
 
 from ..config import RELAXATIONS, TyingConfig, TyingError
 from .anatomy import Anatomy, locate
 from .depth_groups import depth_groups
 from .groups import explicit_groups
-from .relaxation import KINDS, LowRank, relax, relaxation_at, relaxed_names
-from .sharding import gathered, shape_of
+from .relaxation import KINDS, LowRank, Relaxation, relax, relaxation_at, relaxed_names
+from .sharding import gathered, refuse_in_parts, shape_of
 from .shared_layers import located_stacks
 from .slots import parameter_of
 
@@ -23,6 +24,8 @@ def refuse_unrelaxable(model: nn.Module, config: TyingConfig) -> None:
     """
     for group, chain, settings in _chains(model, config):
         root = parameter_of(model, chain[0])
+        if any(relaxation_at(model, name) is None for name in chain[1:]):
+            refuse_in_parts(model, "relax ties of")
         if relaxation_at(model, chain[0]) is not None:
             raise TyingError(
                 f"Group {group!r} has the root {chain[0]!r}, which is relaxed in another group: expected a root that "
@@ -65,6 +68,21 @@ def relax_declared(model: nn.Module, config: TyingConfig, strict: bool = True, a
             for key in relaxation.shared:
                 relaxation._parameters[key] = first._parameters[key]
             relax(model, name, relaxation)
+
+
+def refuse_split(model: PreTrainedModel) -> None:
+    """Refuse relaxed ties in a model that is made for tensor parallelism, which would split the shared matrix alone.
+
+    Raises:
+        TyingError: before anything is loaded. With the way out.
+    """
+    parts = getattr(getattr(model.config, "distributed_config", None), "tp_size", None) or 1
+    if parts > 1 and any(isinstance(module, Relaxation) for module in model.modules()):
+        raise TyingError(
+            f"Cannot split {type(model).__name__} by tensor parallelism: its ties are relaxed, and the differences "
+            "would stay whole beside a matrix in parts. Load it in one process and save it after harden(model) or "
+            "untie(model), or train it by DDP or FSDP2."
+        )
 
 
 def offload_roots(model: nn.Module, index: dict[str, Any]) -> None:

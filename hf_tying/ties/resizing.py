@@ -15,7 +15,7 @@ from .anatomy import Anatomy, roles
 from .groups import groups_held
 from .relaxation import Relaxation
 from .roles import TWO_SIZES
-from .sharding import shape_of
+from .sharding import refuse_in_parts, shape_of
 from .slots import (
     find_parameter,
     find_slot,
@@ -52,6 +52,7 @@ def replace_tied(model: PreTrainedModel, old: nn.Module | None, new: nn.Module) 
             f"The embedding is tied as group {group.name!r} ({', '.join(group.names)}): expected a module with a "
             f"matrix `weight`, found {type(new).__name__}. Call untie(model) first to replace one side alone."
         )
+    refuse_in_parts(model, "replace the embedding of")
     replace_module(model, old, new)
     share_parameter(model, group.names, weight)
     fit_tied(model)
@@ -106,6 +107,18 @@ def follow_bias(model: PreTrainedModel, new: nn.Module) -> None:
         slots = [find_slot(model, name) for name in group.names]
         if bias is not None and any(slot == (new, "bias") for slot in slots):
             share_parameter(model, group.names, bias)
+
+
+def refuse_resize_in_parts(model: PreTrainedModel, new_num_tokens: int | None, pad_to_multiple_of: int | None) -> None:
+    """Refuse another number of rows in a model that is split over processes, which transformers cannot resize.
+
+    Raises:
+        TyingError: with the way out.
+    """
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    rows = len(weight) if isinstance(weight, torch.Tensor) else None
+    if pad_to_multiple_of is not None or new_num_tokens not in (None, rows):
+        refuse_in_parts(model, "resize")
 
 
 def resize(

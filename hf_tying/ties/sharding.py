@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, TypeGuard, cast
 import torch
 from torch import nn
 
+from ..config import TyingError
+
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
@@ -20,6 +22,41 @@ if TYPE_CHECKING:
 def is_dtensor(tensor: torch.Tensor | None) -> "TypeGuard[DTensor]":
     """Whether `tensor` is one of several processes (FSDP2, tensor parallel)."""
     return hasattr(tensor, "device_mesh")
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All values of `tensor`, also where each process has a part of them: then all processes must call it."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
+
+
+def is_in_units(model: nn.Module) -> bool:
+    """Whether FSDP2 has sharded `model`."""
+    fully_shard = sys.modules.get("torch.distributed.fsdp")
+    unit = getattr(fully_shard, "FSDPModule", None)
+    return unit is not None and any(isinstance(module, unit) for module in model.modules())
+
+
+def stock_name(model: nn.Module) -> str:
+    """The name of the class of `model`, which FSDP2 has changed."""
+    return type(model).__name__.removeprefix("FSDP")
+
+
+def refuse_in_parts(model: nn.Module, action: str) -> None:
+    """Refuse a change for which this process has to have every parameter whole.
+
+    Args:
+        model: any.
+        action: verb, which the name of the model follows.
+
+    Raises:
+        TyingError: FSDP2 or tensor parallelism has split the model. With the way out.
+    """
+    if any(map(is_dtensor, model.parameters())):
+        raise TyingError(
+            f"Cannot {action} {stock_name(model)}: its parameters are split over processes. Expected a whole model: "
+            f"{action} it before accelerator.prepare(model) or fully_shard(model), or load the saved one in one "
+            "process, without distributed_config."
+        )
 
 
 def is_row_split(tensor: torch.Tensor | None) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..config import TyingError, nearest
-from .sharding import gathered, shape_of, shown_as_shards
+from .sharding import gathered, is_dtensor, shape_of, shown_as_shards, whole
 
 # Attributes in which wrappers keep the stock module. PEFT: tuner layers under `base_layer`, modules_to_save under
 # `original_module`, trainable tokens under `token_adapter.base_layer`. torch: activation checkpointing, FSDP1,
@@ -326,6 +326,8 @@ def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
         raise TyingError(f"Two tensors of shape {tuple(a.shape)} cannot be compared: one {why}.")
     if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
         return False
+    if is_dtensor(a) != is_dtensor(b):
+        a, b = whole(a), whole(b)
     return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
@@ -333,7 +335,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> str:
     """Describe how far two tensors are apart, as the middle of a sentence."""
     if a.shape != b.shape:
         return f"shapes {tuple(a.shape)} and {tuple(b.shape)}"
-    a, b = a.detach().double().cpu(), b.detach().double().cpu()
+    a, b = (whole(each.detach()).double().cpu() for each in (a, b))
     gap = (a - b).abs().nan_to_num(nan=float("inf"))
     where = [int(i) for i in torch.unravel_index(gap.argmax(), gap.shape)] if gap.ndim else []
     gaps = f"{int((gap > 0).sum())} of {gap.numel()} elements differ"

@@ -30,9 +30,9 @@ from .relaxation import make_exact, relaxed_names, value_at
 from .relaxed import record_relaxed
 from .relaxing import fit_before, refuse_unrelaxable, relax_declared, values_before
 from .resizing import fit_tied
-from .sharding import gathered
+from .sharding import gathered, is_in_units, refuse_in_parts
 from .shared_configs import own_config
-from .slots import parameter_of, set_parameter, untie_others
+from .slots import parameter_of, set_parameter, shared_names, untie_others
 from .verify import tied_part, why_unsupported
 
 if TYPE_CHECKING:
@@ -103,6 +103,7 @@ def tie(
     with gathered(at_stake(anatomy, explicit.values()), write=True):
         groups = plan_tie(anatomy, config, explicit)
         refuse_meta(anatomy, groups)
+        _refuse_other_units(anatomy, groups, "tie")
         compare_vocabularies(anatomy, groups, tokenizer, target_tokenizer)
         values = values_to_take(anatomy, groups, init_from)
         before = values_before(model, config)
@@ -146,6 +147,7 @@ def untie(model: Model, names: list[str] | str | None = None) -> Model:
     anatomy = Anatomy(model)
     remaining = without_ties(anatomy) if names is None else without_names(anatomy, names)
     groups = make_groups(anatomy, [chain for chain in remaining if len(chain) > 1], names_held(model))
+    _refuse_other_units(anatomy, groups, "untie")
     with gathered(at_stake(anatomy)):
         _apply(anatomy, groups, {}, save_format=None)
     return model
@@ -175,6 +177,17 @@ def refuse_unfit(model: nn.Module, action: str, plain: bool = False) -> None:
             f"Cannot {action} a {type(model).__name__}: it is a wrapper. {action} the {type(part).__name__} inside "
             "it, before it is wrapped."
         )
+
+
+def _refuse_other_units(anatomy: Anatomy, groups: list[TieGroup], action: str) -> None:
+    """Refuse other ties in a model of FSDP2, whose units put the parameters back that they were made with.
+
+    Raises:
+        TyingError: what is one parameter now and what is one in `groups` differ.
+    """
+    tied = {frozenset(names) for names in shared_names(anatomy.slots)}
+    if tied != {frozenset(group.names) for group in groups} and is_in_units(anatomy.model):
+        refuse_in_parts(anatomy.model, action)
 
 
 # --- the one writer --------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..config import TyingError
+from ..ties.sharding import is_dtensor, whole
 from ..ties.slots import is_one, named_slots, shared_names
 from ..ties.verify import unwrapped
 
@@ -59,7 +60,7 @@ def average_into(averaged: nn.Module, model: nn.Module, decay: float) -> None:
             )
     pairs = {id(kept[name]): (kept[name], slots[name]) for name in kept}
     for mine, theirs in pairs.values():
-        theirs = theirs.to(mine.device, mine.dtype)
+        theirs = (theirs if is_dtensor(mine) else whole(theirs)).to(mine.device, mine.dtype)
         mine.lerp_(theirs, 1 - decay) if mine.is_floating_point() else mine.copy_(theirs)
     for mine, theirs in zip(averaged.buffers(), model.buffers(), strict=True):
         mine.copy_(theirs)

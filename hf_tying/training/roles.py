@@ -9,6 +9,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from ..config import TyingError
 from ..ties.anatomy import Anatomy, roles
+from ..ties.sharding import whole
 from ..ties.slots import find_slot
 from ..ties.verify import groups_of, unwrapped
 from .visits import VisitMeter
@@ -81,14 +82,14 @@ class RoleMeter:
 
         A group has no shares if one of its roles was not measured. With them, `VisitMeter.measurements`.
         """
-        norms = {key: float(value) for key, value in self._norms.items()}
+        norms = {key: float(whole(value)) for key, value in self._norms.items()}
         totals: dict[str, float] = {}
         for (group, _), norm in norms.items():
             totals[group] = totals.get(group, 0.0) + norm
         logs = {f"grad_norm/{group}/{role}": norm for (group, role), norm in norms.items()}
-        whole = totals.keys() - {group for group, _ in self.unseen()}
+        complete = totals.keys() - {group for group, _ in self.unseen()}
         for (group, role), norm in norms.items():
-            if group in whole:
+            if group in complete:
                 logs[f"grad_share/{group}/{role}"] = norm / totals[group] if totals[group] else 0.0
         return logs | self._visits.measurements()
 

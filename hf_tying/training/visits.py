@@ -8,6 +8,7 @@ from torch import nn
 from ..config import TyingConfig
 from ..ties.anatomy import Anatomy
 from ..ties.depth_groups import depth_groups
+from ..ties.sharding import whole
 from ..ties.shared_layers import located_stacks
 from ..ties.slots import find_slot
 
@@ -71,8 +72,8 @@ class VisitMeter:
                 continue
             gram = torch.stack([each.double().cpu() for each in products.values()]).sum(0)
             norms = gram.diagonal().clamp(min=0).sqrt()
-            whole = gram.sum().clamp(min=0).sqrt()
-            cosines = gram.sum(1) / (norms * whole).clamp(min=torch.finfo(torch.float64).tiny)
+            together = gram.sum().clamp(min=0).sqrt()
+            cosines = gram.sum(1) / (norms * together).clamp(min=torch.finfo(torch.float64).tiny)
             shares = norms / norms.sum().clamp(min=torch.finfo(torch.float64).tiny)
             for what, values in (("norm", norms), ("share", shares), ("alignment", cosines)):
                 pairs = zip(self._visits[block], values.tolist(), strict=True)
@@ -116,7 +117,7 @@ class VisitMeter:
         found = self._pending.setdefault(root, {})
         if visit in found:  # of an earlier pass, in which a visit had no gradient
             found.clear()
-        found[visit] = grad.detach().clone()  # `.grad` may take the tensor itself, and add to it
+        found[visit] = whole(grad.detach()).clone()  # `.grad` may take the tensor itself, and add to it
         if len(found) == len(self._visits[block]):
             rows = torch.stack([found[i].float().flatten() for i in self._visits[block]])
             self._products[block][root] = rows @ rows.mT

@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from ..config import TyingError
 from ..ties.anatomy import Anatomy
+from ..ties.sharding import refuse_in_parts
 from ..ties.slots import find_parameter
 from ..ties.tying import refuse_unfit
 from .joint import VocabularySide, join_words
@@ -45,6 +46,7 @@ def extend_vocabulary(
         >>> tokenizer = extend_vocabulary(model, tokenizer, train_word_tokenizer(texts))
     """
     refuse_unfit(model, "extend the vocabulary of")
+    refuse_in_parts(model, "extend the vocabulary of")
     for one in (tokenizer, text_tokenizer):
         kind = type(getattr(getattr(one, "backend_tokenizer", None), "model", None)).__name__
         if kind != "WordLevel":

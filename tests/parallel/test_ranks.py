@@ -1,10 +1,13 @@
 """What one process has lost is raised on all of them, by its rank, within the step, and nobody waits for good."""
 
+import re
+
 import pytest
 
 from hf_tying import TyingError, assert_tied, tie
 from hf_tying.ties.across_ranks import from_every_rank, on_any_rank, raised_on_every_rank
 
+from .. import split_models
 from ..processes import run_script
 from ..tiny import untied_model
 
@@ -70,6 +73,16 @@ def test_two_processes_seal_one_checkpoint_and_resume_from_it(results):
 
 def test_each_row_is_translated_once_where_two_processes_have_as_many_each(results):
     assert results["translated"] == {"labels": [10, 11, 12, 13, 14], "translations": 5}
+
+
+@pytest.mark.parametrize(("form", "name"), split_models.PAIRS)
+def test_a_split_model_does_what_a_whole_one_does_or_refuses_unchanged(results, form, name):
+    found = results["split models"][f"{name}, {form}"]
+    if split_models.refused(form, name):
+        assert found["same on both"] and found["changed"] == 0.0
+        assert re.search(split_models.REFUSED[form], found["error"])
+    else:
+        assert "error" not in found and found["apart"] < 1e-6
 
 
 def test_one_process_alone_asks_nobody():

@@ -17,6 +17,7 @@ from hf_tying import TyingCallback, TyingError, assert_tied, tie, untie
 from hf_tying.parallel import last_complete_checkpoint
 from hf_tying.ties.across_ranks import raised_on_every_rank
 from hf_tying.ties.verify import unwrapped
+from tests import split_models
 from tests.processes import ROOT, run_cases
 from tests.tiny import Sentences, tiny_model, untied_model
 from tests.tiny_translation import translation_model
@@ -172,6 +173,7 @@ CASES = {
     "before a save": before_a_save,
     "saved": saved,
     "translated": translated,
+    "split models": split_models.results,
 }
 
 if __name__ == "__main__":
