@@ -1,4 +1,4 @@
-"""The changes that importing the package makes in transformers, PEFT, Accelerate, DeepSpeed and TRL, in one table.
+"""The changes that importing the package makes in transformers, PEFT, Accelerate, DeepSpeed, TRL and torch: a table.
 
 With these changes, stock classes honour a `tying` entry of their config: `AutoModelForCausalLM.from_pretrained(path)`
 gives a tied model or a `TyingError`, never a silently untied one. A config without the entry works as before. PEFT
@@ -20,7 +20,7 @@ from wrapt import when_imported, wrap_function_wrapper
 
 @dataclass(frozen=True)
 class Change:
-    """One name of transformers or PEFT that is changed when its module is imported.
+    """One name of another library that is changed when its module is imported.
 
     Args:
         module: the module to change.
@@ -104,6 +104,9 @@ TIES = (
     Change("trl.trainer.utils", "add_fused_lm_head", f"{_OURS}:answer_fused_head",
            "log-probabilities of a projection and of a tied loss are the model's own",
            without="a trainer that goes around the head of such a model is named, and raises", copied=True),
+    Change("torch.distributed.pipelining", "Pipe.from_tracing", f"{_OURS}:watch_stages",
+           "stages of a tied model may be evaluated, and training copies of a matrix raises",
+           without="the copies of a matrix drift apart"),
     Change("deepspeed", "initialize", f"{_OURS}:hold_matrices",
            "ZeRO-3 keeps the softmax matrix of a tied loss gathered until the loss"),
 )  # fmt: skip

@@ -207,6 +207,13 @@ def wrap_no_part_of_a_tie(wrapped: Callable[..., Any], instance: Any, args: tupl
     return wrap_policy(wrapped, args, kwargs)
 
 
+def watch_stages(wrapped: Callable[..., Any], instance: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Around `Pipe.from_tracing`: a gradient of one of several copies of a tied matrix raises."""
+    from .parallel.pipelining import watch_copies
+
+    return watch_copies(wrapped, args, kwargs)
+
+
 def answer_fused_head(wrapped: Callable[..., Any], instance: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     """Around TRL's `add_fused_lm_head`: what the trainers ask of each token is answered by the model's own forward."""
     from .objectives.fused_head import add_fused_head
