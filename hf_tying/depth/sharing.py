@@ -14,10 +14,9 @@ from ..ties.anatomy import Anatomy
 from ..ties.depth_groups import FACTOR, depth_groups
 from ..ties.record import write_config
 from ..ties.relaxation import LowRank, relaxation_at
-from ..ties.sharding import is_partitioned
 from ..ties.shared_layers import damp, refuse_streams
 from ..ties.slots import named_slots, parameter_of, same_values
-from ..ties.tying import refuse_unfit, tie, untie
+from ..ties.tying import refuse_partitioned, refuse_unfit, tie, untie
 from .patterns import PATTERNS, order_of
 from .stacks import chosen_stacks, grow, why_unlike
 
@@ -80,6 +79,7 @@ def share_layers(
         >>> share_layers(model, pattern="cycle", unique=4, init="stepwise")
     """
     refuse_unfit(model, "share the layers of")
+    refuse_partitioned(model, "share the layers of")
     low_rank = _relaxation(relax, init)
     if init == "svd" and (low_rank is None or low_rank["kind"] != "lora"):
         raise TyingError(
@@ -112,11 +112,6 @@ def share_layers(
         if parameter.is_meta:
             raise TyingError(
                 f"Cannot share {name!r}: it is on the meta device and has no value. Load the weights first."
-            )
-        if is_partitioned(parameter):
-            raise TyingError(
-                f"Cannot share {name!r}: DeepSpeed ZeRO-3 has partitioned it. Share the layers in one process and "
-                "save the model; ZeRO-3 trains it from that folder, or from its config."
             )
     if grow:
         _grow(model, entries[0])
@@ -173,6 +168,7 @@ def fold(model: Model) -> Model:
             trained apart. `share_layers` chooses among their values.
     """
     refuse_unfit(model, "fold")
+    refuse_partitioned(model, "fold")
     unrolled = _shared(model, unrolled=True)
     slots, residuals = named_slots(model), {}
     for entry in unrolled:

@@ -8,7 +8,7 @@ from .checkpoint import check_loaded_state
 from .groups import groups_held
 from .relaxation import relaxation_at
 from .relaxed_values import relaxed_value
-from .slots import state_key
+from .slots import partitioned_name, state_key
 
 
 def file_state(
@@ -24,6 +24,12 @@ def file_state(
     Raises:
         TyingError: names of a group have different values, or a value is offloaded.
     """
+    if state_dict is None and (name := partitioned_name(model)):
+        raise TyingError(
+            f"Cannot save {name!r}: DeepSpeed ZeRO-3 has partitioned it, and a file would have none of its values. "
+            "Give them: save_pretrained(folder, state_dict=accelerator.get_state_dict(engine)); trainer.save_model() "
+            "does so."
+        )
     state = dict(model.state_dict() if state_dict is None else state_dict)
     check_loaded_state(model, state, "", action="save")
     given = dict(state)

@@ -89,7 +89,7 @@ def fit_before(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
     for name, value in before.items():
         if isinstance(found := relaxation_at(model, name), LowRank):
             root = parameter_of(model, name)
-            with gathered((root, *found._parameters.values()), write=True):
+            with gathered((root,)):
                 found.fit(value - root.detach())
 
 

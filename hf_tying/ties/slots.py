@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..config import TyingError, nearest
-from .sharding import gathered, shape_of, shown_as_shards
+from .sharding import gathered, is_partitioned, shape_of, shown_as_shards
 
 # Attributes in which wrappers keep the stock module. PEFT: tuner layers under `base_layer`, modules_to_save under
 # `original_module`, trainable tokens under `token_adapter.base_layer`. torch: activation checkpointing, FSDP1,
@@ -291,6 +291,11 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         for child, module in parent._modules.items():
             if module is old:
                 parent._modules[child] = new
+
+
+def partitioned_name(model: nn.Module) -> str | None:
+    """The first parameter of `model` whose values are not there, because ZeRO-3 has partitioned it."""
+    return next((name for name, parameter in named_slots(model).items() if is_partitioned(parameter)), None)
 
 
 def is_quantised(module: nn.Module, parameter: torch.Tensor) -> bool:

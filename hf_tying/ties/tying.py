@@ -32,7 +32,7 @@ from .relaxing import fit_before, refuse_unrelaxable, relax_declared, values_bef
 from .resizing import fit_tied
 from .sharding import gathered
 from .shared_configs import own_config
-from .slots import parameter_of, set_parameter, untie_others
+from .slots import parameter_of, partitioned_name, set_parameter, untie_others
 from .verify import tied_part, why_unsupported
 
 if TYPE_CHECKING:
@@ -174,6 +174,19 @@ def refuse_unfit(model: nn.Module, action: str, plain: bool = False) -> None:
         raise TyingError(
             f"Cannot {action} a {type(model).__name__}: it is a wrapper. {action} the {type(part).__name__} inside "
             "it, before it is wrapped."
+        )
+
+
+def refuse_partitioned(model: nn.Module, action: str) -> None:
+    """Refuse a model whose values this process has not.
+
+    Raises:
+        TyingError: for a model that ZeRO-3 has partitioned.
+    """
+    if name := partitioned_name(model):
+        raise TyingError(
+            f"Cannot {action} a model that DeepSpeed ZeRO-3 has partitioned ({name!r} is in parts). Do it "
+            "in one process and save the model; ZeRO-3 trains it from that folder."
         )
 
 

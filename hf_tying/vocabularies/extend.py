@@ -11,7 +11,7 @@ from transformers.utils import logging
 from ..config import TyingError
 from ..ties.anatomy import Anatomy
 from ..ties.slots import find_parameter
-from ..ties.tying import refuse_unfit
+from ..ties.tying import refuse_partitioned, refuse_unfit
 from .joint import VocabularySide, join_words
 
 logger = logging.get_logger(__name__)
@@ -45,6 +45,7 @@ def extend_vocabulary(
         >>> tokenizer = extend_vocabulary(model, tokenizer, train_word_tokenizer(texts))
     """
     refuse_unfit(model, "extend the vocabulary of")
+    refuse_partitioned(model, "extend the vocabulary of")
     for one in (tokenizer, text_tokenizer):
         kind = type(getattr(getattr(one, "backend_tokenizer", None), "model", None)).__name__
         if kind != "WordLevel":

@@ -7,7 +7,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..ties.anatomy import Anatomy
-from ..ties.tying import refuse_unfit
+from ..ties.tying import refuse_partitioned, refuse_unfit
 from ..ties.vocabulary import vocabularies_of
 from .config_ids import padding_move, write_source_ids
 from .joint import VocabularySide, check_overlap, join_words
@@ -91,6 +91,7 @@ def join_vocabularies(
     target_tokenizer = source_tokenizer if target_tokenizer is None else target_tokenizer
     check_overlap(overlap)
     refuse_unfit(model, "join the vocabularies of")
+    refuse_partitioned(model, "join the vocabularies of")
     source_vocabulary = vocabularies_of(source_tokenizer)[0]
     target_vocabulary = vocabularies_of(target_tokenizer)[1]
     anatomy = Anatomy(model)
