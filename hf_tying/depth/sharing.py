@@ -14,7 +14,7 @@ from ..ties.anatomy import Anatomy
 from ..ties.depth_groups import FACTOR, depth_groups
 from ..ties.record import write_config
 from ..ties.relaxation import LowRank, relaxation_at
-from ..ties.sharding import is_partitioned, refuse_in_parts
+from ..ties.sharding import refuse_in_parts
 from ..ties.shared_layers import damp, refuse_streams
 from ..ties.slots import named_slots, parameter_of, same_values
 from ..ties.tying import refuse_unfit, tie, untie
@@ -113,11 +113,6 @@ def share_layers(
         if parameter.is_meta:
             raise TyingError(
                 f"Cannot share {name!r}: it is on the meta device and has no value. Load the weights first."
-            )
-        if is_partitioned(parameter):
-            raise TyingError(
-                f"Cannot share {name!r}: DeepSpeed ZeRO-3 has partitioned it. Share the layers in one process and "
-                "save the model; ZeRO-3 trains it from that folder, or from its config."
             )
     if grow:
         _grow(model, entries[0])

@@ -17,6 +17,7 @@ from ..report.drawing import TIED, color_of_role, number_by_steps, plain, points
 from ..report.names import printable, shortened, wrapped
 from ..report.tables import Report
 from ..ties.anatomy import roles
+from ..ties.sharding import gathered, shape_of
 from ..ties.slots import find_parameter
 from ..ties.verify import groups_of, unwrapped
 from .geometry import Alignment, alignment, effective_rank
@@ -180,22 +181,24 @@ def diagnose(
         raise TyingError(f"{type(model).__name__} has no embedding matrix to diagnose.")
     twins = _twin_matrices(twin, found) if twin is not None else {}
     shares = gradient_shares(history or [])
-    matrices = [
-        MatrixDiagnosis(
-            name=name,
-            roles=roles_of[name],
-            shape=list(matrix.shape),
-            effective_rank=effective_rank(matrix),
-            alignment={role: alignment(matrix, other, **options) for role, other in twins.items()},
-            gradient_share={
-                role: sum(share for _, share in points) / len(points)
-                for role in roles_of[name]
-                if (points := shares.get(f"{name}/{role}"))
-            },
-        )
-        for name, matrix in found.items()
-    ]
-    return RoleDiagnostics(matrices, {role: effective_rank(matrix) for role, matrix in twins.items()}, shares)
+    with gathered((*found.values(), *twins.values())):
+        matrices = [
+            MatrixDiagnosis(
+                name=name,
+                roles=roles_of[name],
+                shape=list(matrix.shape),
+                effective_rank=effective_rank(matrix),
+                alignment={role: alignment(matrix, other, **options) for role, other in twins.items()},
+                gradient_share={
+                    role: sum(share for _, share in points) / len(points)
+                    for role in roles_of[name]
+                    if (points := shares.get(f"{name}/{role}"))
+                },
+            )
+            for name, matrix in found.items()
+        ]
+        twin_ranks = {role: effective_rank(matrix) for role, matrix in twins.items()}
+    return RoleDiagnostics(matrices, twin_ranks, shares)
 
 
 def gradient_shares(history: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
@@ -242,7 +245,7 @@ def _twin_matrices(twin: nn.Module, found: dict[str, torch.Tensor]) -> dict[str,
             "tie_word_embeddings=False or untie(model) before its training."
         )
     by_role = {roles_of[name][0]: matrix for name, matrix in twins.items()}
-    words = {len(matrix) for matrix in (*found.values(), *by_role.values())}
+    words = {shape_of(matrix)[0] for matrix in (*found.values(), *by_role.values())}
     if len(words) > 1:
         raise TyingError(f"Model and twin have matrices of {sorted(words)} rows: expected one vocabulary for all.")
     return by_role

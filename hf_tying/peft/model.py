@@ -253,7 +253,7 @@ class TiedLoraModel(BaseTuner):
         """
         from .fitting.weighted import add_weighted_adapter  # most models never need the fit
 
-        refuse_in_parts(self, "combine the adapters of")
+        refuse_in_parts(self, "combine the adapters of", gathers=True)
         add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, r, iterations)
 
     def _check_merge_allowed(self) -> None:

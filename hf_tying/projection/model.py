@@ -54,7 +54,7 @@ def use_projection(
     """
     settings = ProjectionConfig(bias=bias, norm=norm, strength=strength)
     refuse_unfit(model, "project")
-    refuse_in_parts(model, "project")
+    refuse_in_parts(model, "project", gathers=True)
     if isinstance(linear_head(model), ProjectedLinear):
         raise TyingError(f"{type(model).__name__} has a projection already: merge_projection(model) takes it away.")
     return tie(model, TyingConfig(projection=settings))
@@ -74,7 +74,7 @@ def merge_projection(model: Model) -> Model:
     head = model.get_output_embeddings()
     if not isinstance(head, ProjectedLinear):
         raise TyingError(f"{type(model).__name__} has no projection: there is nothing to merge.")
-    refuse_in_parts(model, "merge the projection of")
+    refuse_in_parts(model, "merge the projection of", gathers=True)
     inner = head.projection
     with gathered((inner.bias,)):
         without_place = inner.bias is not None and head.bias is None and bool(inner.bias.detach().any())

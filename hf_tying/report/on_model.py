@@ -7,7 +7,7 @@ from torch import nn
 
 from ..ties.anatomy import Anatomy
 from ..ties.groups import TieGroup, scheme_of
-from ..ties.sharding import stock_name
+from ..ties.sharding import shape_of, stock_name
 from ..ties.slots import find_parameter, parameter_at_work
 from ..ties.verify import groups_of, problems, tied_part
 from .records import Finding, GroupReport, TyingReport, group_report
@@ -48,7 +48,7 @@ def report_on_model(model: nn.Module) -> TyingReport:
                 group.name,
                 list(group.names),
                 anatomy.role_of,
-                list(some.shape) if some is not None else [],
+                list(shape_of(some)) if some is not None else [],
                 str(some.dtype).removeprefix("torch.") if some is not None else "",
                 some.element_size() if some is not None else 0,
                 declared=group in declared,
@@ -59,7 +59,7 @@ def report_on_model(model: nn.Module) -> TyingReport:
                 apart=[name for name in group.names if held[name] is not held[group.root]],
             )
         )
-    parameters = sum(p.numel() for p in {id(p): p for p in anatomy.slots.values()}.values())
+    parameters = sum(shape_of(p).numel() for p in {id(p): p for p in anatomy.slots.values()}.values())
     scheme = scheme_of(anatomy, [group for group, row in zip(groups, rows, strict=True) if row.actual])
     name = stock_name(model)
     return TyingReport(name, name, scheme, parameters, rows + adapters, findings + broken_adapters(adapters))

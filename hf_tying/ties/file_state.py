@@ -8,7 +8,7 @@ from .checkpoint import check_loaded_state
 from .groups import groups_held
 from .relaxation import relaxation_at
 from .relaxed_values import relaxed_value
-from .sharding import is_dtensor, stock_name
+from .sharding import is_dtensor, is_partitioned, stock_name
 from .slots import state_key
 
 
@@ -25,6 +25,13 @@ def file_state(
     Raises:
         TyingError: names of a group have different values, or a value is offloaded or a part of one.
     """
+    if state_dict is None and any(map(is_partitioned, model.parameters())):
+        raise TyingError(
+            f"Cannot save {stock_name(model)}: DeepSpeed ZeRO-3 has partitioned its parameters, and a file would have "
+            "none of their values. Give them: save_pretrained(folder, "
+            "state_dict=accelerator.get_state_dict(engine)); trainer.save_model() "
+            "does so."
+        )
     state = dict(model.state_dict() if state_dict is None else state_dict)
     if any(map(is_dtensor, state.values())) and getattr(model.config, "distributed_config", None) is None:
         raise TyingError(

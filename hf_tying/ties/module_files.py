@@ -24,7 +24,7 @@ from .plain_modules import hold, refuse_extensions
 from .relaxation import make_exact, relaxation_at, relaxed_names, value_at
 from .relaxed_values import refuse_other_value
 from .relaxing import refuse_unrelaxable, relax_declared
-from .sharding import refuse_in_parts, whole
+from .sharding import gathered, refuse_in_parts, whole
 from .slots import state_key, untie_others
 from .tying import refuse_unfit
 from .verify import refuse_untied, tied_part
@@ -62,7 +62,8 @@ def save_tied(module: nn.Module, folder: str | os.PathLike[str], save_format: st
         groups={group.name: list(group.names) for group in groups},
         save_format=save_format or record.save_format or "portable",
     )
-    tensors = _tensors_to_write(part, groups, record.save_format)
+    with gathered(part.parameters()):
+        tensors = _tensors_to_write(part, groups, record.save_format)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights, entry = folder / f".{_WEIGHTS}.{os.getpid()}", folder / f".{RECORD}.{os.getpid()}"
@@ -96,13 +97,20 @@ def load_tied(module: Module, folder: str | os.PathLike[str], on_conflict: str |
             other shapes, and values that differ without a choice.
     """
     part = _plain(module, "load")
-    refuse_in_parts(part, "load into")
+    refuse_in_parts(part, "load into", gathers=True)
     folder = Path(folder)
     config = TyingConfig.from_dict(read_json(folder / RECORD))
     if on_conflict is not None:
         config = config.replace(on_conflict=on_conflict)
     refuse_extensions(part, config)
     refuse_unrelaxable(part, config)
+    with gathered(part.parameters(), write=True):
+        _load(part, folder, config)
+    return module
+
+
+def _load(part: nn.Module, folder: Path, config: TyingConfig) -> None:
+    """Load the file of `folder` into a plain module, whose ties become those of `config`."""
     exact = {name for name in Anatomy(part).slots if relaxation_at(part, name) is None}
     relax_declared(part, config)
     try:
@@ -120,7 +128,6 @@ def load_tied(module: Module, folder: str | os.PathLike[str], on_conflict: str |
     untie_others(part, kept)
     hold(part, kept, on_conflict=config.on_conflict, save_format=config.save_format)
     part.load_state_dict(tensors, assign=any(tensor.is_meta for tensor in state.values()))
-    return module
 
 
 def _plain(module: nn.Module, action: str) -> nn.Module:

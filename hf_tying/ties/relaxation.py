@@ -152,10 +152,10 @@ class LowRank(Relaxation):
 
         So Relaxed Recursive Transformers (Bae et al. 2024, section 3) start from trained layers.
         """
-        rank, exact = self.lora_A.shape[0], residual.detach().reshape(residual.shape[0], -1).double()
+        rank, exact = shape_of(self.lora_A)[0], residual.detach().reshape(residual.shape[0], -1).double()
         left, values, right = torch.linalg.svd(exact, full_matrices=False)
         rank, root = min(rank, values.numel()), values.sqrt()
-        with torch.no_grad():
+        with torch.no_grad(), gathered((self.lora_A, self.lora_B), write=True):
             self.lora_B.zero_()[:, :rank] = left[:, :rank] * root[:rank]
             self.lora_A.zero_()[:rank] = root[:rank, None] * right[:rank]
 
@@ -195,7 +195,7 @@ class Basis(Relaxation):
 
     def resize(self, rows: int) -> None:
         """Follow a root with another number of rows."""
-        if self.filters.shape[1] != rows:  # a shared one may be resized already
+        if shape_of(self.filters)[1] != rows:  # a shared one may be resized already
             self.filters = _with_rows(self.filters, rows, 1)
 
 
@@ -205,11 +205,12 @@ KINDS: dict[str, type[Relaxation]] = {relaxation.kind: relaxation for relaxation
 
 def _with_rows(parameter: nn.Parameter, rows: int, dim: int) -> nn.Parameter:
     """`parameter` with `rows` along `dim`; additional ones are zero."""
-    kept = min(rows, parameter.shape[dim])
-    shape = [*parameter.shape]
-    shape[dim] = rows
-    new = parameter.new_zeros(shape)
-    new.narrow(dim, 0, kept).copy_(parameter.detach().narrow(dim, 0, kept))
+    with gathered((parameter,)):
+        kept = min(rows, parameter.shape[dim])
+        shape = [*parameter.shape]
+        shape[dim] = rows
+        new = parameter.detach().new_zeros(shape)
+        new.narrow(dim, 0, kept).copy_(parameter.detach().narrow(dim, 0, kept))
     return nn.Parameter(new, requires_grad=parameter.requires_grad)
 
 

@@ -15,13 +15,14 @@ import torch
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
-from ..config import TyingConfig
+from ..config import TyingConfig, TyingError
 from .anatomy import Anatomy
 from .groups import make_groups, names_held
 from .modeling import set_groups
 from .plain_modules import hold
 from .record import write_config
 from .relaxation import make_exact, relaxation_at, relaxed_names
+from .sharding import gathered, is_partitioned
 from .slots import parameter_of
 from .verify import tied_part
 
@@ -42,11 +43,12 @@ def gap(model: nn.Module) -> dict[str, dict[str, float]]:
     distances: dict[str, dict[str, float]] = {}
     with torch.no_grad():
         for group, root, name in relaxed_names(part):
-            matrix = parameter_of(part, root).float()
-            found = relaxation_at(part, name)
+            matrix, found = parameter_of(part, root), relaxation_at(part, name)
             assert found is not None
-            norm = torch.linalg.vector_norm(found(parameter_of(part, root)).float())
-            distances.setdefault(group, {})[name] = float(norm / torch.linalg.vector_norm(matrix).clamp(min=1e-30))
+            with gathered((matrix, *found._parameters.values())):
+                norm = torch.linalg.vector_norm(found.forward(matrix).float())
+                of_root = torch.linalg.vector_norm(matrix.float()).clamp(min=1e-30)
+            distances.setdefault(group, {})[name] = float(norm / of_root)
     return distances
 
 
@@ -61,6 +63,9 @@ def relaxation_penalty(model: nn.Module) -> torch.Tensor:
     Returns:
         A scalar in float32, zero for a model without a relaxed group.
 
+    Raises:
+        TyingError: if a gradient is asked for where DeepSpeed ZeRO-3 has partitioned the model.
+
     Example:
         >>> loss = model(**batch).loss + 0.1 * relaxation_penalty(model)
     """
@@ -69,8 +74,15 @@ def relaxation_penalty(model: nn.Module) -> torch.Tensor:
     for _, root, name in relaxed_names(part):
         matrix, found = parameter_of(part, root), relaxation_at(part, name)
         assert found is not None
-        scale = matrix.detach().float().square().sum().clamp(min=1e-30)
-        terms.append(found(matrix).float().square().sum() / scale)
+        held = (matrix, *found._parameters.values())
+        if torch.is_grad_enabled() and any(map(is_partitioned, held)):
+            raise TyingError(
+                f"relaxation_penalty has no gradient where DeepSpeed ZeRO-3 has partitioned {root!r}. Train with "
+                'ZeRO-2, or limit the differences by "bound" in `relax`; within torch.no_grad() its value is given.'
+            )
+        with gathered(held):
+            scale = matrix.detach().float().square().sum().clamp(min=1e-30)
+            terms.append(found.forward(matrix).float().square().sum() / scale)
     return torch.stack(terms).sum() if terms else torch.zeros(())
 
 

@@ -25,7 +25,7 @@ def refuse_unrelaxable(model: nn.Module, config: TyingConfig) -> None:
     for group, chain, settings in _chains(model, config):
         root = parameter_of(model, chain[0])
         if any(relaxation_at(model, name) is None for name in chain[1:]):
-            refuse_in_parts(model, "relax ties of")
+            refuse_in_parts(model, "relax ties of", gathers=True)
         if relaxation_at(model, chain[0]) is not None:
             raise TyingError(
                 f"Group {group!r} has the root {chain[0]!r}, which is relaxed in another group: expected a root that "
@@ -107,7 +107,7 @@ def fit_before(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
     for name, value in before.items():
         if isinstance(found := relaxation_at(model, name), LowRank):
             root = parameter_of(model, name)
-            with gathered((root, *found._parameters.values()), write=True):
+            with gathered((root,)):
                 found.fit(value - root.detach())
 
 

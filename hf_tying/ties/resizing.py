@@ -52,7 +52,7 @@ def replace_tied(model: PreTrainedModel, old: nn.Module | None, new: nn.Module) 
             f"The embedding is tied as group {group.name!r} ({', '.join(group.names)}): expected a module with a "
             f"matrix `weight`, found {type(new).__name__}. Call untie(model) first to replace one side alone."
         )
-    refuse_in_parts(model, "replace the embedding of")
+    refuse_in_parts(model, "replace the embedding of", gathers=True)
     replace_module(model, old, new)
     share_parameter(model, group.names, weight)
     fit_tied(model)
@@ -118,7 +118,7 @@ def refuse_resize_in_parts(model: PreTrainedModel, new_num_tokens: int | None, p
     weight = getattr(model.get_input_embeddings(), "weight", None)
     rows = len(weight) if isinstance(weight, torch.Tensor) else None
     if pad_to_multiple_of is not None or new_num_tokens not in (None, rows):
-        refuse_in_parts(model, "resize")
+        refuse_in_parts(model, "resize", gathers=True)
 
 
 def resize(

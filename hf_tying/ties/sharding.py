@@ -41,21 +41,27 @@ def stock_name(model: nn.Module) -> str:
     return type(model).__name__.removeprefix("FSDP")
 
 
-def refuse_in_parts(model: nn.Module, action: str) -> None:
+def refuse_in_parts(model: nn.Module, action: str, gathers: bool = False) -> None:
     """Refuse a change for which this process has to have every parameter whole.
 
     Args:
         model: any.
         action: verb, which the name of the model follows.
+        gathers: whether the change gathers what ZeRO-3 has partitioned. Default `False`: that is refused too.
 
     Raises:
-        TyingError: FSDP2 or tensor parallelism has split the model. With the way out.
+        TyingError: FSDP2, tensor parallelism or ZeRO-3 has split the model. With the way out.
     """
     if any(map(is_dtensor, model.parameters())):
         raise TyingError(
             f"Cannot {action} {stock_name(model)}: its parameters are split over processes. Expected a whole model: "
             f"{action} it before accelerator.prepare(model) or fully_shard(model), or load the saved one in one "
             "process, without distributed_config."
+        )
+    if not gathers and any(map(is_partitioned, model.parameters())):
+        raise TyingError(
+            f"Cannot {action} {stock_name(model)}: DeepSpeed ZeRO-3 has partitioned its parameters. Do it in one "
+            "process and save the model; ZeRO-3 trains it from that folder."
         )
 
 

@@ -187,7 +187,7 @@ def _refuse_other_units(anatomy: Anatomy, groups: list[TieGroup], action: str) -
     """
     tied = {frozenset(names) for names in shared_names(anatomy.slots)}
     if tied != {frozenset(group.names) for group in groups} and is_in_units(anatomy.model):
-        refuse_in_parts(anatomy.model, action)
+        refuse_in_parts(anatomy.model, action, gathers=True)
 
 
 # --- the one writer --------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..config import TyingError
-from ..ties.sharding import is_dtensor, whole
+from ..ties.sharding import gathered, is_dtensor, is_partitioned, shape_of, whole
 from ..ties.slots import is_one, named_slots, shared_names
 from ..ties.verify import unwrapped
 
@@ -45,7 +45,13 @@ def average_into(averaged: nn.Module, model: nn.Module, decay: float) -> None:
     """
     averaged, model = unwrapped(averaged), unwrapped(model)
     kept, slots = named_slots(averaged), named_slots(model)
-    sizes, wanted = ({name: p.shape for name, p in side.items()} for side in (kept, slots))
+    sizes, wanted = ({name: shape_of(p) for name, p in side.items()} for side in (kept, slots))
+    if any(map(is_partitioned, slots.values())) and not any(map(torch.Tensor.numel, kept.values())):
+        raise TyingError(
+            f"The copy has no values: DeepSpeed ZeRO-3 had partitioned the {type(model).__name__} when it was copied. "
+            "Make it by copy.deepcopy(model) before deepspeed.initialize, or inside "
+            "deepspeed.zero.GatheredParameters([*model.parameters()])."
+        )
     unlike = [name for name in sizes.keys() | wanted.keys() if sizes.get(name) != wanted.get(name)]
     if unlike:
         raise TyingError(
@@ -60,8 +66,9 @@ def average_into(averaged: nn.Module, model: nn.Module, decay: float) -> None:
             )
     pairs = {id(kept[name]): (kept[name], slots[name]) for name in kept}
     for mine, theirs in pairs.values():
-        theirs = (theirs if is_dtensor(mine) else whole(theirs)).to(mine.device, mine.dtype)
-        mine.lerp_(theirs, 1 - decay) if mine.is_floating_point() else mine.copy_(theirs)
+        with gathered((theirs,)):
+            values = (theirs if is_dtensor(mine) else whole(theirs)).to(mine.device, mine.dtype)
+            mine.lerp_(values, 1 - decay) if mine.is_floating_point() else mine.copy_(values)
     for mine, theirs in zip(averaged.buffers(), model.buffers(), strict=True):
         mine.copy_(theirs)
 

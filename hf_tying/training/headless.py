@@ -13,6 +13,7 @@ from ..config import TyingError
 from ..objectives.objective import ContrastiveObjective
 from ..objectives.tied_loss import evaluated_by_objective, objective_of, use_tied_loss
 from ..ties.anatomy import roles
+from ..ties.sharding import gathered, shape_of
 from ..ties.slots import find_parameter, is_one
 from ..ties.tying import refuse_unfit, tie, untie
 
@@ -131,10 +132,10 @@ def recover_lm_head(
     use_tied_loss(model)
     embedding, output = (roles(model)[role].name for role in ("target", "output"))
     source, matrix = find_parameter(model, embedding), find_parameter(model, output)
-    if source.shape != matrix.shape:
+    if shape_of(source) != shape_of(matrix):
         raise TyingError(
             f"The softmax matrix {output!r} cannot be made of the embedding {embedding!r}: it is "
-            f"{tuple(matrix.shape)}, and the embedding {tuple(source.shape)}."
+            f"{tuple(shape_of(matrix))}, and the embedding {tuple(shape_of(source))}."
         )
     name, tied = type(model).__name__, is_one(model, [embedding, output])
     if how == "tie":
@@ -145,7 +146,7 @@ def recover_lm_head(
         if tied:
             untie(model, [output])
         else:
-            with torch.no_grad():
+            with torch.no_grad(), gathered((source, matrix), write=True):
                 matrix.copy_(source)
         logger.info(f"{name}: the softmax matrix {output!r} is a copy of the embedding {embedding!r}, untied.")
     if train_dataset is None:

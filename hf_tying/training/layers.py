@@ -13,6 +13,7 @@ from transformers.modeling_utils import PreTrainedModel
 from ..config import TyingConfig, TyingError
 from ..ties.anatomy import Anatomy
 from ..ties.depth_groups import depth_groups
+from ..ties.sharding import gathered, shape_of
 from ..ties.shared_layers import located_stacks
 from ..ties.slots import named_slots
 from ..ties.verify import unwrapped
@@ -146,8 +147,8 @@ def _with_decay(
     for rate, members in rates:
         trained = [p for p in members if p.requires_grad]
         for kind, decay in (
-            ([p for p in trained if p.ndim > 1], weight_decay),
-            ([p for p in trained if p.ndim < 2], 0),
+            ([p for p in trained if len(shape_of(p)) > 1], weight_decay),
+            ([p for p in trained if len(shape_of(p)) < 2], 0),
         ):
             if kind:
                 groups.append({"params": kind, "lr": rate, "weight_decay": decay})
@@ -177,7 +178,8 @@ def restart(model: PreTrainedModel, parameters: list[nn.Parameter]) -> None:
         if own and all(id(p) in chosen for p in own):
             for parameter in own:  # a parameter of a file is marked, so that it is not drawn
                 vars(parameter).pop("_is_hf_initialized", None)
-            owner._init_weights(module)
+            with gathered(own, write=True):
+                owner._init_weights(module)
 
     draw(model, model)
 
