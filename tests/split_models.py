@@ -39,7 +39,8 @@ from hf_tying.training import average_into, layer_groups
 from hf_tying.training.roles import measured_roles
 
 from .engines import inputs, projected, relaxed, stock
-from .tiny import layer_pair, untied_model
+from .tied_lora import tied_lora
+from .tiny import layer_pair, tiny_model, untied_model
 
 FOLDER = os.path.dirname(os.environ.get("RENDEZVOUS", "").removeprefix("file://"))
 Found = dict[str, torch.Tensor | str]
@@ -112,6 +113,10 @@ def projection() -> PreTrainedModel:
     return projected("llama")
 
 
+def tied_adapter() -> nn.Module:
+    return tied_lora(tiny_model("llama", dtype=torch.float64)).double()
+
+
 def untied() -> PreTrainedModel:
     return stock("llama", "none")
 
@@ -153,6 +158,8 @@ READS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Found]]] =
     "relaxation_penalty": (scaled, penalty),
     "harden": (scaled, changed(harden)),
     "export_to_lora": (low_rank, exported),
+    "export_to_lora, Tied-LoRA": (tied_adapter, exported),
+    "tying_report, Tied-LoRA": (tied_adapter, lambda model: {"report": str(tying_report(model).to_dict())}),
     "tie, tied so": (two_way, changed(lambda model: tie(inner(model), "two_way"))),
     "resize, as it is": (two_way, changed(lambda model: inner(model).resize_token_embeddings(64))),
 }  # fmt: skip
@@ -177,8 +184,6 @@ CHANGES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Found]]]
         two_way, changed(lambda model: model.set_input_embeddings(nn.Embedding(64, 16, dtype=torch.float64))),
     ),
 }  # fmt: skip
-#: Methods of a model, which a wrapper does not have.
-METHODS = ("resize", "resize relaxed", "set_input_embeddings")
 #: Changes that tensor parallelism allows: it has no units, and a tie of two matrices that are split alike is one.
 UNDER_TP = ("tie", "untie", "unroll")
 #: Kinds that it cannot have.
@@ -212,10 +217,13 @@ FORMS: dict[str, Callable[[Callable[[], nn.Module]], nn.Module]] = {
 }
 #: What is left out: methods that a wrapper does not have, and what is refused as others are.
 LEFT_OUT = {
-    "DDP": METHODS,
+    "DDP": ("resize", "resize relaxed", "set_input_embeddings"),
     "FSDP2": ("untie relaxed", "tie layers"),
-    "TP": ("share_layers", "fold", "merge_projection", "set_input_embeddings", "tie layers", "resize, as it is"),
-}
+    "TP": (
+        "share_layers", "fold", "merge_projection", "set_input_embeddings", "tie layers", "resize, as it is",
+        "export_to_lora, Tied-LoRA", "tying_report, Tied-LoRA",
+    ),
+}  # fmt: skip
 PAIRS = [(form, name) for form in FORMS for name in READS | CHANGES if name not in LEFT_OUT[form]]
 #: How the refusal of each form begins, and its way out.
 REFUSED = {
