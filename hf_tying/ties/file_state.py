@@ -13,7 +13,7 @@ from .slots import state_key
 
 
 def file_state(
-    model: PreTrainedModel, state_dict: dict[str, torch.Tensor] | None, save_format: str | None
+    model: PreTrainedModel, state_dict: dict[str, torch.Tensor] | None, save_format: str | None, writes: bool = True
 ) -> dict[str, torch.Tensor]:
     """The tensors that `save_pretrained` is to write, each with memory of its own where it is written again.
 
@@ -21,16 +21,18 @@ def file_state(
         model: model with `tie_groups`.
         state_dict: state dict to write. Default `None`: that of the model.
         save_format: `"portable"` for every name of a group, `"dedup"` for its root.
+        writes: whether this process writes a file. ZeRO-3 gives the others no values.
 
     Raises:
         TyingError: names of a group have different values, or a value is offloaded or a part of one.
     """
     if state_dict is None and any(map(is_partitioned, model.parameters())):
+        if not writes:
+            return model.state_dict()
         raise TyingError(
             f"Cannot save {stock_name(model)}: DeepSpeed ZeRO-3 has partitioned its parameters, and a file would have "
-            "none of their values. Give them: save_pretrained(folder, "
-            "state_dict=accelerator.get_state_dict(engine)); trainer.save_model() "
-            "does so."
+            "none of their values. Give them, from all processes: model.save_pretrained(folder, "
+            "is_main_process=accelerator.is_main_process, state_dict=accelerator.get_state_dict(engine))."
         )
     state = dict(model.state_dict() if state_dict is None else state_dict)
     if any(map(is_dtensor, state.values())) and getattr(model.config, "distributed_config", None) is None:

@@ -338,7 +338,7 @@ class TiedModelMixin(MixinBase):
         config = write_config(self)
         try:
             if not adapters_only:
-                state_dict = file_state(self, state_dict, config.save_format)
+                state_dict = file_state(self, state_dict, config.save_format, is_main_process)
                 # A training goes on from its checkpoints in the same program, which looks for the usual name.
                 if needs_this_package(config) and not re.match(r"checkpoint-\d+$", Path(save_directory).name):
                     kwargs.setdefault("variant", VARIANT)

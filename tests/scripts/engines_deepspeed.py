@@ -100,8 +100,9 @@ def split_from_the_start(kind: str, fresh: bool) -> dict:
     if not fresh:
         result["read"] = max((found.start[name] - p).abs().max().item() for name, p in whole.named_parameters())
     state = engine._zero3_consolidated_16bit_state_dict()
+    # As Accelerate's guide has it: the other processes have no values, and write nothing.
+    model.save_pretrained(f"{folder} trained", is_main_process=dist.get_rank() == 0, state_dict=state)
     if dist.get_rank() == 0:
-        model.save_pretrained(f"{folder} trained", state_dict=state)
         saved = cls.from_pretrained(f"{folder} trained", dtype=torch.float64)
         assert_tied(saved)
         result["saved"] = max((found.weights[name] - p).abs().max().item() for name, p in saved.named_parameters())
