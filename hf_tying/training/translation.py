@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_L
 
 from ..config import TyingError, nearest
 from ..ties.anatomy import roles
+from ..ties.sharding import shape_of
 from ..ties.slots import find_parameter
 
 #: The folder beside a model in which the second of two tokenizers is kept, that of the target side.
@@ -197,7 +198,7 @@ def check_fit(
         "target": (getattr(model.config, "decoder", model.config), target_tokenizer, max_target_length),
     }
     for role, (config, side, length) in sides.items():
-        rows = find_parameter(model, roles(model)[role].names[0]).shape[0]
+        rows = shape_of(find_parameter(model, roles(model)[role].names[0]))[0]
         if (needed := rows_needed(side)) > rows:
             raise TyingError(
                 f"The tokenizer of the {role} side has {needed} tokens and the {role} embedding {rows} rows: "

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from ..config import TyingError
 from ..ties.anatomy import Anatomy
+from ..ties.sharding import shape_of
 from ..ties.slots import find_slot, why_no_parameter
 from ..ties.vocabulary import vocabularies_of
 from .joint import VocabularySide
@@ -116,7 +117,7 @@ def refuse_missing_rows(anatomy: Anatomy, role: str, side: VocabularySide) -> No
         TyingError: a word has no row.
     """
     name = anatomy.roles[role].name
-    rows = len(anatomy.slots[name])
+    rows = shape_of(anatomy.slots[name])[0]
     last = max(side.words, default=rows)
     if last >= rows:
         raise TyingError(

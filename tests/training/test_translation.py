@@ -1,5 +1,6 @@
 """What a translation model is told by its tokenizers: sizes, special ids, language codes, the decoder's inputs."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -191,6 +192,12 @@ def test_a_side_without_rows_or_positions_enough_is_refused(tokenizer, other, be
         check_fit(model(vocab_size=275, decoder_vocab_size=261), tokenizer, other, 32, 32)
     with pytest.raises(TyingError, match="A target sentence may have 33 tokens and the model has 32 positions"):
         check_fit(model(vocab_size=275, decoder_vocab_size=262), tokenizer, other, 32, 33)
+    for rows in (275, 274):
+        split = model(vocab_size=rows, decoder_vocab_size=262)
+        for parameter in split.parameters():  # as ZeRO-3 leaves them
+            parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)
+        with nullcontext() if rows == 275 else pytest.raises(TyingError, match="the source embedding 274 rows"):
+            check_fit(split, tokenizer, other, 32, 32)
     joined = AutoModelForSeq2SeqLM.from_config(joined_config("bert2gpt2"))
     with pytest.raises(TyingError, match="A source sentence may have 33 tokens"):
         check_fit(joined, bert, bert, 33, 32)
