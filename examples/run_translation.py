@@ -31,6 +31,7 @@ from typing import Any
 
 import psutil
 from datasets import Dataset
+from torch.utils.data import Sampler
 from transformers import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -59,6 +60,7 @@ from hf_tying.training import (
 from hf_tying.training.command_line import naming
 from hf_tying.training.model_config import maker_from
 from hf_tying.training.resuming import save_whole_model, ties_as_saved, train_from, vocabulary_as_saved
+from hf_tying.training.seeded_order import SeededOrder
 from hf_tying.training.size_estimate import estimate_size, without_values
 from hf_tying.training.translation import (
     TwoTokenizersCallback,
@@ -228,6 +230,11 @@ def from_scratch(
 
 class OrderedTrainer(Seq2SeqTrainer):
     """Evaluates and predicts each row once, in its order, also in several processes or after grouping by length."""
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler | None:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        # The order of an epoch does not depend on a stop before it.
+        return SeededOrder(sampler, self) if self.args.train_sampling_strategy == "group_by_length" else sampler
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> None:
         return None

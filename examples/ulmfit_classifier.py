@@ -27,6 +27,7 @@ from hf_tying.training import (
     recompute_norm_statistics,
     train_from,
 )
+from hf_tying.training.seeded_order import SeededOrder
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,13 @@ class ClassifierStage:
         return settings | {"lm": digest(self.tuned.settings), "texts": texts, "round": round_number}
 
 
+class ClassifierTrainer(Trainer):
+    """Orders the texts of an epoch by seed and number of it, so that a run that was stopped sees the same batches."""
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SeededOrder:
+        return SeededOrder(super()._get_train_sampler(*args, **kwargs), self)
+
+
 def train_rounds(folder: Path, stage: ClassifierStage) -> dict[str, torch.Tensor]:
     """Train the classifier; with self-distillation or pseudo-labels again, by what the one before it predicts.
 
@@ -77,7 +85,7 @@ def _train(folder: Path, stage: ClassifierStage, number: int, teacher: dict | No
     texts, targets = _training_texts(stage, teacher)
     rows = _rows(texts, targets, tokenizer, stage.data_args)[0]
     steps = math.ceil(math.ceil(len(rows) / args.batch_size) * args.epochs)
-    trainer = Trainer(
+    trainer = ClassifierTrainer(
         model,
         _training_arguments(record, args),
         train_dataset=rows,
@@ -88,6 +96,7 @@ def _train(folder: Path, stage: ClassifierStage, number: int, teacher: dict | No
     )
     if not record.finished:
         train_from(trainer, record.last_checkpoint())
+        set_seed(args.seed)  # after a stop too
         recompute_norm_statistics(model, trainer.get_train_dataloader())
     trainer.args.train_sampling_strategy = "random"  # grouped by length, predictions would come in another order
     temperature, model.config.temperature = model.config.temperature, 1.0

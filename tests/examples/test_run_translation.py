@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, Trainer
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, Seq2SeqTrainingArguments, Trainer
 
 from hf_tying import TyingError, assert_tied
 from hf_tying.data import train_byte_level_bpe, train_joint_tokenizer
@@ -362,3 +363,22 @@ def test_eval_and_predict_score_the_same_lines_alike(strategy, marian, text, fla
     assert [gather.__name__ for gather in gathered] == ["gather_for_metrics"] * 2
     found = results(tmp_path / "out")
     assert found["eval_bleu"] == found["predict_bleu"] > 50 and found["eval_chrf"] == found["predict_chrf"]
+
+
+@pytest.mark.parametrize(
+    ("script", "name"), [(SCRIPT, "OrderedTrainer"), (SCRIPT.with_name("ulmfit_classifier.py"), "ClassifierTrainer")]
+)
+def test_an_epoch_by_length_has_one_order_also_after_a_stop(script, name, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(script.parent))
+    kind = runpy.run_path(str(script))[name]
+    arguments = Seq2SeqTrainingArguments(
+        str(tmp_path), train_sampling_strategy="group_by_length", use_cpu=True, report_to="none"
+    )
+    rows = [{"input_ids": [3] * (1 + i % 7)} for i in range(40)]
+    orders = []
+    for drawn, epoch in ((1, 1.0), (2, 1.25), (3, 2.0)):  # at the beginning, resumed within it, and the next one
+        torch.manual_seed(drawn)
+        trainer = kind(model=torch.nn.Linear(1, 1), args=arguments, train_dataset=rows, data_collator=list)
+        trainer.state.epoch = epoch
+        orders.append(list(trainer._get_train_sampler()))
+    assert orders[0] == orders[1] != orders[2] and sorted(orders[0]) == list(range(40))
