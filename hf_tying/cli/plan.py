@@ -26,8 +26,13 @@ def plan(
     """
     sizes = _sizes(mesh)
     with readable("plan", source, as_json):
-        from ..parallel import parallel_plan
+        from ..config import TyingError
+        from ..parallel.plan import checked_mesh, parallel_plan
 
+        try:
+            checked_mesh(sizes)
+        except TyingError as error:
+            raise typer.BadParameter(str(error), param_hint="--mesh") from error
         found = parallel_plan(source, sizes)
     if as_json:
         print_json("plan", source, {"findings": []} | found.to_dict())

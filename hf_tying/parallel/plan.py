@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from contextlib import suppress
+from math import prod
 
 import torch
 import transformers
@@ -28,6 +29,7 @@ from .plan_report import ParallelPlan
 
 #: The dimensions of a mesh, the outermost first: pipeline stages, copies (DDP, HSDP), shards (FSDP2), tensor parallel.
 AXES = ("pp", "dp", "fsdp", "tp")
+_MOST = 2**20  # processes: each has its number in a plan
 
 
 def parallel_plan(
@@ -46,7 +48,7 @@ def parallel_plan(
 
     Args:
         model: a `PreTrainedModel`, also wrapped; or the folder of a saved one, or
-            `owner/name[@revision][/subfolder]` on the Hub, of which the config alone is read.
+            `owner/name[@revision][/subfolder]` on the Hub, of which the config alone is read, and the dtype there.
         mesh: sizes by axis: `pp` pipeline stages, `dp` copies (DDP; with `fsdp`, replicas), `fsdp` shards, `tp` parts
             of a matrix. Ranks count through `tp` first, then `fsdp`, `dp`, `pp`. An axis that is left out has size 1.
         gather_dtype: in which FSDP2 gathers parameters. Default `None`: their own.
@@ -60,7 +62,7 @@ def parallel_plan(
         >>> print(parallel_plan("meta-llama/Llama-3.2-1B", {"dp": 64}))
     """
     model = unwrapped(model) if isinstance(model, nn.Module) else _empty_model(model)
-    sizes = _checked(mesh)
+    sizes = checked_mesh(mesh)
     anatomy = Anatomy(model)
     groups = groups_of(model)
     place = Placement(anatomy, groups, sizes, gather_dtype, reduce_dtype)
@@ -93,7 +95,9 @@ def _empty_model(source: str | os.PathLike[str]) -> PreTrainedModel:
     if kind not in transformers.CONFIG_MAPPING:
         raise TyingError(f"config.json in {source} has model_type {kind!r:.80}, which transformers does not have.")
     try:
-        return _of_config(AutoConfig.for_model(kind, **fields), source)
+        config = AutoConfig.for_model(kind, **fields)
+        model = _of_config(config, source)
+        return model.to(config.dtype) if isinstance(config.dtype, torch.dtype) else model  # as from_pretrained has it
     except TyingError:
         raise
     except Exception as error:  # what classes of configs and models raise of fields that are not theirs
@@ -112,7 +116,12 @@ def _of_config(config: PreTrainedConfig, source: str | os.PathLike[str]) -> PreT
     raise TyingError(f"{source}: transformers has no model for a config of type {config.model_type!r}.")
 
 
-def _checked(mesh: Mapping[str, int]) -> dict[str, int]:
+def checked_mesh(mesh: Mapping[str, int]) -> dict[str, int]:
+    """The sizes of all axes.
+
+    Raises:
+        TyingError: an unknown axis, or a size that no processes have.
+    """
     if not isinstance(mesh, Mapping):
         raise TyingError(f"mesh={mesh!r}: expected sizes by axis, such as {{'dp': 8, 'tp': 2}}.")
     for axis, size in mesh.items():
@@ -121,6 +130,8 @@ def _checked(mesh: Mapping[str, int]) -> dict[str, int]:
             raise TyingError(f"mesh={dict(mesh)}: unknown axis {axis!r}{hint}; expected {list(AXES)}.")
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise TyingError(f"mesh={dict(mesh)}: expected a number of processes from 1 for {axis!r}, found {size!r}.")
+    if prod(mesh.values()) > _MOST:
+        raise TyingError(f"mesh={dict(mesh)}: expected at most {_MOST:,} processes together.")
     return {axis: mesh.get(axis, 1) for axis in AXES}
 
 

@@ -82,6 +82,9 @@ def test_figures_of_a_large_model_from_its_config_alone(tmp_path):
     assert sum(group.parameters for group in plan.groups) == 1_235_814_400
     assert plan.sent / 2**30 == pytest.approx(4.53, abs=0.005)
     assert plan.sent_untied / 2**30 == pytest.approx(5.50, abs=0.005)
+    settings = tmp_path / "config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"dtype": "bfloat16"}))
+    assert parallel_plan(str(tmp_path), {"dp": 64}).sent == plan.sent  # as from_pretrained makes it
 
 
 @pytest.mark.parametrize(
@@ -92,6 +95,7 @@ def test_figures_of_a_large_model_from_its_config_alone(tmp_path):
         ("llama", {"dp": True}, "found True"),
         ("llama", "dp=2", "mesh='dp=2': expected sizes by axis"),
         ("llama", {2: 2}, "unknown axis 2"),
+        ("llama", {"dp": 2**20, "tp": 2}, "at most 1,048,576 processes together"),
         ("llama", {"pp": 3}, "pp=3 stages, and the model has 2 layers"),
         ("bart", {"pp": 2}, "encoder and a decoder"),
     ],
@@ -110,5 +114,5 @@ def test_the_command_prints_a_table_json_and_a_picture(tmp_path):
     assert found["groups"][0]["names"] == ["model.embed_tokens.weight", "lm_head.weight"]
     assert run("dp=2,fsdp=2", "--plot", str(tmp_path / "plan.svg")).exit_code == 0
     assert "MiB that a rank sends" in (tmp_path / "plan.svg").read_text() or (tmp_path / "plan.svg").stat().st_size
-    for wrong in ("dp", "dp=x", "dp=2,dp=2", "dp=-1"):
+    for wrong in ("dp", "dp=x", "dp=2,dp=2", "dp=-1", "dp=0", "nodes=2", f"dp={10**20}"):
         assert run(wrong).exit_code == 2
