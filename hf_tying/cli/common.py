@@ -3,10 +3,12 @@
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .._extras import MissingLibraryError, require
 from ..config import TyingError
 
 if TYPE_CHECKING:
@@ -27,6 +29,9 @@ Token = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs in place of the table.")]
+Plot = Annotated[
+    Path | None, typer.Option("--plot", dir_okay=False, writable=True, help="Also write a picture to this file.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")]
 
 
@@ -50,6 +55,24 @@ def readable(command: str, source: str, as_json: bool) -> Iterator[None]:
             print_json(command, source, {"findings": [finding]})
         print_error(message)
         raise typer.Exit(code) from None
+
+
+def refuse_unwritable_plot(plot: Path) -> None:
+    """Refuse a picture that cannot be written, before anything is read."""
+    try:
+        known = require("matplotlib.figure", "--plot", "plots").Figure().canvas.get_supported_filetypes()
+    except MissingLibraryError as error:
+        print_error(str(error))
+        raise typer.Exit(USAGE) from None
+    if plot.suffix[1:].lower() not in known:
+        raise typer.BadParameter(f"{plot} ends in {plot.suffix!r}: expected one of {', '.join(sorted(known))}.")
+    refuse_without_folder(plot)
+
+
+def refuse_without_folder(path: Path) -> None:
+    """Refuse a file whose folder does not exist."""
+    if not path.parent.is_dir():
+        raise typer.BadParameter(f"{path.parent} is no folder: expected one that exists.")
 
 
 def print_error(message: str) -> None:

@@ -6,8 +6,19 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .._extras import MissingLibraryError, require
-from .common import FOUND, USAGE, AsJson, Revision, Source, Subfolder, Token, print_error, print_json, readable
+from .common import (
+    FOUND,
+    AsJson,
+    Plot,
+    Revision,
+    Source,
+    Subfolder,
+    Token,
+    print_json,
+    readable,
+    refuse_unwritable_plot,
+    refuse_without_folder,
+)
 
 
 def inspect(
@@ -16,9 +27,7 @@ def inspect(
     subfolder: Subfolder = None,
     token: Token = None,
     as_json: AsJson = False,
-    plot: Annotated[
-        Path | None, typer.Option("--plot", dir_okay=False, writable=True, help="Also write a picture to this file.")
-    ] = None,
+    plot: Plot = None,
     html: Annotated[
         Path | None,
         typer.Option("--html", dir_okay=False, writable=True, help="Also write a page of its own to this file."),
@@ -32,10 +41,9 @@ def inspect(
     Example: hf-tying inspect ./my-model --json
     """
     if plot:
-        _refuse_unwritable(plot)
-    for path in (plot, html):
-        if path and not path.parent.is_dir():
-            raise typer.BadParameter(f"{path.parent} is no folder: expected one that exists.")
+        refuse_unwritable_plot(plot)
+    if html:
+        refuse_without_folder(html)
     with readable("inspect", source, as_json):
         from ..doctor.diagnosis import inspect_source
         from ..report.opening import open_source
@@ -55,14 +63,3 @@ def inspect(
         typer.echo(report.to_table(width=console.width, color=console.is_terminal and not console.no_color))
     if not report.ok:
         raise typer.Exit(FOUND)
-
-
-def _refuse_unwritable(plot: Path) -> None:
-    """Refuse a picture that cannot be written, before anything is read."""
-    try:
-        known = require("matplotlib.figure", "--plot", "plots").Figure().canvas.get_supported_filetypes()
-    except MissingLibraryError as error:
-        print_error(str(error))
-        raise typer.Exit(USAGE) from None
-    if plot.suffix[1:].lower() not in known:
-        raise typer.BadParameter(f"{plot} ends in {plot.suffix!r}: expected one of {', '.join(sorted(known))}.")

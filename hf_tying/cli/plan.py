@@ -1,12 +1,11 @@
 """`hf-tying plan`: where tied matrices lie on many processes, and what keeps them one."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from .common import AsJson, Source, print_json, readable
+from .common import AsJson, Plot, Source, print_json, readable, refuse_unwritable_plot
 
 
 def plan(
@@ -16,7 +15,7 @@ def plan(
         typer.Option("--mesh", help="Sizes by axis: pp, dp, fsdp, tp. Example: dp=8,tp=2.", metavar="AXIS=SIZE,..."),
     ],
     as_json: AsJson = False,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Also write a picture to this file.")] = None,
+    plot: Plot = None,
 ) -> None:
     """Show where tied matrices lie on many processes, and what a step sends for them. Reads the config alone.
 
@@ -25,6 +24,8 @@ def plan(
     Example: hf-tying plan ./my-model --mesh dp=8,tp=2
     """
     sizes = _sizes(mesh)
+    if plot:
+        refuse_unwritable_plot(plot)
     with readable("plan", source, as_json):
         from ..config import TyingError
         from ..parallel.plan import checked_mesh, parallel_plan

@@ -116,3 +116,5 @@ def test_the_command_prints_a_table_json_and_a_picture(tmp_path):
     assert "MiB that a rank sends" in (tmp_path / "plan.svg").read_text() or (tmp_path / "plan.svg").stat().st_size
     for wrong in ("dp", "dp=x", "dp=2,dp=2", "dp=-1", "dp=0", "nodes=2", f"dp={10**20}"):
         assert run(wrong).exit_code == 2
+    for path in (tmp_path / "no" / "plan.png", tmp_path / "plan.xyz"):
+        assert run("dp=2", "--plot", str(path)).exit_code == 2
