@@ -13,6 +13,7 @@ from ..config import TyingError
 from ..projection.head import ProjectedLinear
 from ..ties.anatomy import Anatomy
 from ..ties.groups import TieGroup
+from ..ties.sharding import is_partitioned
 from ..ties.slots import find_parameter, find_slot, fit_rows, set_parameter, state_key
 
 
@@ -31,13 +32,14 @@ def guard_merges(wrapped: Callable[..., Any], tuner: BaseTuner, args: tuple, kwa
         The result of the method.
 
     Raises:
-        TyingError: from `refuse_projected` and `refuse_uneven`, before anything is merged.
+        TyingError: from `refuse_projected`, `refuse_in_parts` and `refuse_uneven`, before anything is merged.
     """
     model = getattr(tuner, "model", None)
     unloading = wrapped.__name__ == "_unload_and_optionally_merge"
     merging = not unloading or kwargs.get("merge", args[0] if args else True)
     if merging:
         refuse_projected(model)
+        refuse_in_parts(model)
     if not merging or not getattr(model, "tie_groups", None):
         return wrapped(*args, **kwargs)
     refuse_uneven(model, kwargs.get("adapter_names") or list(tuner.active_adapters))
@@ -62,6 +64,23 @@ def refuse_projected(model: nn.Module) -> None:
                 f"Cannot merge: the adapter on {name!r} reads what comes before the projection (PR) of that head, and "
                 "its matrix what comes after it. Keep the adapter unmerged, or merge_projection(model) before it is "
                 "trained."
+            )
+
+
+def refuse_in_parts(model: nn.Module) -> None:
+    """Refuse to merge an adapter into a matrix of which this process has no values.
+
+    Args:
+        model: base model with adapters.
+
+    Raises:
+        TyingError: DeepSpeed ZeRO-3 has partitioned an adapted module.
+    """
+    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        if hasattr(module, "base_layer") and any(map(is_partitioned, module.parameters())):
+            raise TyingError(
+                f"Cannot merge: DeepSpeed ZeRO-3 has partitioned {name!r}. Save the adapter and merge it in one "
+                "process, or merge inside deepspeed.zero.GatheredParameters([*model.parameters()], modifier_rank=0)."
             )
 
 

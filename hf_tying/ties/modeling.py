@@ -33,9 +33,9 @@ from .relaxing import refuse_split, relax_declared
 from .resizing import (
     fit_tied,
     follow_bias,
+    refuse_new_rows,
     refuse_other_values,
     refuse_relaxed,
-    refuse_resize_in_parts,
     replace_tied,
     resize,
 )
@@ -246,10 +246,10 @@ class TiedModelMixin(MixinBase):
         """Resize as transformers does. Tied names stay one parameter, and untied embeddings are resized in place.
 
         Raises:
-            TyingError: when the ties are already broken.
+            TyingError: when the ties are already broken, or an engine of DeepSpeed ZeRO-3 has taken the model.
         """
         refuse_untied(self, "resize")
-        refuse_resize_in_parts(self, new_num_tokens, pad_to_multiple_of)
+        refuse_new_rows(self, new_num_tokens, pad_to_multiple_of)
         with resized(self):
             return resize(self, super().resize_token_embeddings, new_num_tokens, pad_to_multiple_of, mean_resizing)
 

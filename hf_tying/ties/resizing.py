@@ -15,7 +15,7 @@ from .anatomy import Anatomy, roles
 from .groups import groups_held
 from .relaxation import Relaxation
 from .roles import TWO_SIZES
-from .sharding import refuse_in_parts, shape_of
+from .sharding import refuse_engine, refuse_in_parts, shape_of
 from .slots import (
     find_parameter,
     find_slot,
@@ -109,16 +109,20 @@ def follow_bias(model: PreTrainedModel, new: nn.Module) -> None:
             share_parameter(model, group.names, bias)
 
 
-def refuse_resize_in_parts(model: PreTrainedModel, new_num_tokens: int | None, pad_to_multiple_of: int | None) -> None:
-    """Refuse another number of rows in a model that is split over processes, which transformers cannot resize.
+def refuse_new_rows(model: PreTrainedModel, new_num_tokens: int | None, pad_to_multiple_of: int | None) -> None:
+    """Refuse another number of rows in a model that is split over processes, or that an engine of ZeRO-3 has taken.
 
     Raises:
-        TyingError: with the way out.
+        TyingError: for such a model, with the way out. One whose rows stay as they are is left alone.
     """
     weight = getattr(model.get_input_embeddings(), "weight", None)
-    rows = len(weight) if isinstance(weight, torch.Tensor) else None
-    if pad_to_multiple_of is not None or new_num_tokens not in (None, rows):
+    rows = shape_of(weight)[0] if isinstance(weight, torch.Tensor) else None
+    wanted = rows if new_num_tokens is None else new_num_tokens
+    if pad_to_multiple_of and wanted:
+        wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
+    if wanted != rows:
         refuse_in_parts(model, "resize", gathers=True)
+        refuse_engine(model, "resize the embeddings of")
 
 
 def resize(

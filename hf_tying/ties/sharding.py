@@ -134,6 +134,19 @@ def is_partitioned(parameter: torch.Tensor | None) -> bool:
     return parameter.numel() < getattr(parameter, "ds_numel", 0)
 
 
+def refuse_engine(model: nn.Module, action: str) -> None:
+    """Refuse what makes parameters, or other rows, in a model of which `deepspeed.initialize` has made an engine.
+
+    Raises:
+        TyingError: for a model that ZeRO-3 trains.
+    """
+    if any(hasattr(module, "ds_id") for module in model.modules()):
+        raise TyingError(
+            f"Cannot {action} a model that an engine of DeepSpeed ZeRO-3 has taken: it would not know the new "
+            "parameters. Do it before deepspeed.initialize."
+        )
+
+
 @contextmanager
 def gathered(parameters: Iterable[torch.Tensor | None], write: bool = False) -> Iterator[None]:
     """Inside this context those of `parameters` that ZeRO-3 has partitioned are whole; all processes must enter it.

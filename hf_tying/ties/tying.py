@@ -30,7 +30,7 @@ from .relaxation import make_exact, relaxed_names, value_at
 from .relaxed import record_relaxed
 from .relaxing import fit_before, refuse_unrelaxable, relax_declared, values_before
 from .resizing import fit_tied
-from .sharding import gathered, is_in_units, refuse_in_parts
+from .sharding import gathered, is_in_units, refuse_engine, refuse_in_parts
 from .shared_configs import own_config
 from .slots import parameter_of, set_parameter, shared_names, untie_others
 from .verify import tied_part, why_unsupported
@@ -98,6 +98,8 @@ def tie(
     else:
         refuse_extensions(model, config)
     refuse_unrelaxable(model, config)
+    if config.projection is not None or config.relax or any("relax" in stack for stack in config.depth):
+        refuse_engine(model, "add parameters to")
     anatomy = Anatomy(model)
     explicit = explicit_groups(anatomy, config)
     with gathered(at_stake(anatomy, explicit.values()), write=True):
@@ -142,6 +144,7 @@ def untie(model: Model, names: list[str] | str | None = None) -> Model:
         TyingError: for a name that is not tied, or an adapted (PEFT) model.
     """
     refuse_unfit(model, "untie", plain=True)
+    refuse_engine(model, "untie")
     if isinstance(model, PreTrainedModel):
         refuse_foreign_entry(model.config)
     anatomy = Anatomy(model)

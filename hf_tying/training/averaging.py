@@ -94,7 +94,7 @@ class Averaging:
         """Record a validation loss, and start averaging if it is the trigger."""
         if self.mean is None and len(self.history) > self.patience:
             if loss > min(self.history[: len(self.history) - self.patience]):
-                self.mean = {name: p.detach().clone() for name, p in self._parameters()}
+                self.mean = self._values()
         self.history.append(loss)
 
     @torch.no_grad()
@@ -104,9 +104,10 @@ class Averaging:
             return
         self.updates += 1
         for name, parameter in self._parameters():
-            if name not in self.mean:  # untied, or no longer frozen, since averaging began
-                self.mean[name] = parameter.detach().clone()
-            self.mean[name].lerp_(parameter, 1 / self.updates)  # the first update replaces the initial values
+            with gathered((parameter,)):
+                if name not in self.mean:  # untied, or no longer frozen, since averaging began
+                    self.mean[name] = parameter.detach().clone()
+                self.mean[name].lerp_(parameter, 1 / self.updates)  # the first update replaces the initial values
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -114,7 +115,7 @@ class Averaging:
         if self.mean is None or not self.updates:
             yield
             return
-        kept = {name: p.detach().clone() for name, p in self._parameters() if name in self.mean}
+        kept = {name: value for name, value in self._values().items() if name in self.mean}
         self._put(self.mean)
         try:
             yield
@@ -145,8 +146,15 @@ class Averaging:
     def _parameters(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
+    def _values(self) -> dict[str, torch.Tensor]:
+        """Copies of the parameters, whole also where ZeRO-3 has partitioned them."""
+        named = self._parameters()
+        with gathered(p for _, p in named):
+            return {name: p.detach().clone() for name, p in named}
+
     @torch.no_grad()
     def _put(self, values: dict[str, torch.Tensor]) -> None:
-        for name, parameter in self._parameters():
-            if name in values:
+        named = [(name, p) for name, p in self._parameters() if name in values]
+        with gathered((p for _, p in named), write=True):
+            for name, parameter in named:
                 parameter.copy_(values[name])

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import pytest
 
 from ..engines import BY_BLOCKS, DIFFERENT, KINDS
+from ..partitioned_calls import CALLS, IN_ENGINE, NEW, NEW_PARAMETERS, REFUSED
 from ..processes import run_script
 
 pytestmark = pytest.mark.timeout(400)
@@ -158,3 +159,35 @@ def test_what_deepspeeds_own_linear_takes_away_is_told_with_the_way_out(deepspee
     logits_are_none, told = found["llama tied loss"]
     assert not logits_are_none and '"memory_efficient_linear": false' in told
     assert '"memory_efficient_linear": false' in found["llama AL"]
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    "case",
+    [f"zero.Init, call {name}" for name in CALLS]
+    + [f"zero3, call {name}" for name in IN_ENGINE if name in CALLS and name not in NEW_PARAMETERS],
+)
+def test_a_call_on_a_partitioned_model_gives_what_it_gives_on_a_whole_one(deepspeed, case):
+    found = deepspeed[case]
+    assert found["apart"] < SINGLE
+    assert found["result"] == like(found["of a whole one"])
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    ("case", "sentence"),
+    [(f"zero.Init, call {name}", sentence) for name, (_, _, sentence) in REFUSED.items()]
+    + [(f"zero3, call {name}", NEW) for name in NEW_PARAMETERS],
+)
+def test_what_a_partitioned_model_cannot_do_is_refused_before_anything_is_changed(deepspeed, case, sentence):
+    found = deepspeed[case]
+    assert re.search(sentence, found["refused"]) and found["unchanged"]
+
+
+def like(value):
+    """`value`, with each number to its rounding."""
+    if isinstance(value, dict):
+        return {key: like(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [like(each) for each in value]
+    return pytest.approx(value, rel=1e-5, abs=SINGLE) if isinstance(value, float) else value

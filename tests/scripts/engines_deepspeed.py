@@ -6,7 +6,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 
 import copy
 import logging
-from functools import partial
+from functools import cache, partial
 from unittest import mock
 
 import deepspeed
@@ -21,6 +21,7 @@ import hf_tying.models
 from hf_tying import TyingConfig, TyingError, assert_tied, tie, untie
 from hf_tying.ties.slots import find_parameter
 from tests.engines import KINDS, RATE, Trained, beside, beside_one, inputs, own_rows, start, train, trained_alone
+from tests.partitioned_calls import CALLS, IN_ENGINE, REFUSED, STARTS
 from tests.processes import run_cases
 from tests.tiny import layer_pair, untied_model, without_dropout
 
@@ -204,7 +205,54 @@ def files_in_parts() -> dict:
     return found
 
 
+def called(name: str, way: str) -> dict:
+    """A call of tests/partitioned_calls.py on a partitioned model: how far it is from one on a whole model."""
+    kind, call, *_ = (CALLS | REFUSED)[name]
+    start = saved_start(kind)
+    if way == "zero.Init":
+        keep = HfDeepSpeedConfig(config_of(3))  # noqa: F841, as long as it lives
+        model = AutoModelForCausalLM.from_pretrained(start)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(start)
+        optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+        deepspeed.initialize(model=model, optimizer=optimizer, config=config_of(3))
+    own, config = [*model.parameters()], model.config.to_dict()
+    before = [full(p) for p in own]
+    try:
+        result = call(model)
+    except TyingError as error:
+        unchanged = model.config.to_dict() == config and all(map(torch.equal, before, map(full, own)))
+        return {"refused": str(error), "unchanged": unchanged}
+    expected, of_whole = whole_call(name)
+    return {"apart": far(state(model), expected), "result": result, "of a whole one": of_whole}
+
+
+@cache
+def saved_start(kind: str) -> str:
+    return written(STARTS[kind](), f"calls {kind}")
+
+
+@cache
+def whole_call(name: str) -> tuple[dict, object]:
+    kind, call, *_ = CALLS[name]
+    model = AutoModelForCausalLM.from_pretrained(saved_start(kind))
+    result = call(model)
+    return state(model), result
+
+
+def state(model) -> dict[str, torch.Tensor]:
+    return {name: full(p) for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def far(a: dict, b: dict) -> float:
+    if {name: p.shape for name, p in a.items()} != {name: p.shape for name, p in b.items()}:
+        return float("inf")
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
 CASES = {
+    **{f"zero.Init, call {name}": partial(called, name, "zero.Init") for name in CALLS | REFUSED},
+    **{f"zero3, call {name}": partial(called, name, "zero3") for name in IN_ENGINE},
     "zero.Init, tie": tied_in_parts,
     "zero.Init, files": files_in_parts,
     "another linear": with_another_linear,
