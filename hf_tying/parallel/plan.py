@@ -97,7 +97,9 @@ def _empty_model(source: str | os.PathLike[str]) -> PreTrainedModel:
     try:
         config = AutoConfig.for_model(kind, **fields)
         model = _of_config(config, source)
-        return model.to(config.dtype) if isinstance(config.dtype, torch.dtype) else model  # as from_pretrained has it
+        if isinstance(config.dtype, torch.dtype):  # as from_pretrained has it
+            nn.Module.to(model, config.dtype)
+        return model
     except TyingError:
         raise
     except Exception as error:  # what classes of configs and models raise of fields that are not theirs
