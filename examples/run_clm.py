@@ -286,6 +286,10 @@ def main() -> None:
     model_args, data_args, training_args, tying_args, objective_args = parser.parse()
     if not (training_args.do_train or training_args.do_eval):
         raise TyingError("Nothing to do: give --do_train, --do_eval, or both.")
+    if training_args.resume_from_checkpoint and not training_args.do_train:
+        raise TyingError(
+            "--resume_from_checkpoint goes on with a training: add --do_train, or --model_name_or_path CHECKPOINT."
+        )
     if training_args.do_predict:
         raise TyingError("--do_predict: this script measures perplexity by --do_eval and predicts nothing.")
     if training_args.do_train and data_args.streaming and training_args.max_steps <= 0:

@@ -275,6 +275,10 @@ def main() -> None:
     model_args, data_args, args, tying_args = ScriptParser(classes, description=__doc__).parse()
     if not (args.do_train or args.do_eval or args.do_predict):
         raise TyingError("Nothing to do: give --do_train, --do_eval, --do_predict, or several of them.")
+    if args.resume_from_checkpoint and not args.do_train:
+        raise TyingError(
+            "--resume_from_checkpoint goes on with a training: add --do_train, or --model_name_or_path CHECKPOINT."
+        )
     if args.do_predict and not args.predict_with_generate:
         raise TyingError("--do_predict writes translations, so it needs --predict_with_generate.")
     checkpoint = resume_path(args) if args.do_train else None

@@ -128,6 +128,12 @@ def test_an_unfit_type_is_refused_with_the_nearest(model_type, message, text, re
     assert message in refused("run_clm", "--model_type", model_type, "--do_train", "--train_file", text, "--use_cpu")
 
 
+@pytest.mark.parametrize("script", ["run_clm", "run_translation"])
+def test_without_a_training_there_is_none_to_go_on_with(script, text, refused):
+    flags = ("--model_name_or_path", "x", "--validation_file", text, "--do_eval", "--resume_from_checkpoint", "last")
+    assert "goes on with a training: add --do_train, or --model_name_or_path CHECKPOINT" in refused(script, *flags)
+
+
 def test_translation_refuses_likewise(text, refused):
     files = ("--train_source_file", text, "--train_target_file", text, "--source_lang", "en", "--target_lang", "de")
     assert "Nothing to do" in refused("run_translation", "--model_type", "marian", *files)
