@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from ..processes import run_script
-
-SCRIPT = "two_processes_carried_state.py"
+from ..scripts.two_processes_carried_state import CASES
 
 
 @pytest.mark.timeout(300)
 def test_two_processes_reach_what_one_reaches():
-    one, two = (run_script(SCRIPT, processes=processes, timeout=140) for processes in (1, 2))
+    one = {case: trained() for case, trained in CASES.items()}
+    two = run_script("two_processes_carried_state.py", processes=2, timeout=140)
     assert one.keys() == two.keys() and len(one) == 4
     for case, expected in one.items():
         found = two[case]
