@@ -185,11 +185,18 @@ def refuse_unfit(model: nn.Module, action: str, plain: bool = False) -> None:
 def _refuse_other_units(anatomy: Anatomy, groups: list[TieGroup], action: str) -> None:
     """Refuse other ties in a model of FSDP2, whose units put the parameters back that they were made with.
 
+    Tensor parallelism has no units. There a tie joins matrices that are split alike.
+
     Raises:
         TyingError: what is one parameter now and what is one in `groups` differ.
     """
     tied = {frozenset(names) for names in shared_names(anatomy.slots)}
-    if tied != {frozenset(group.names) for group in groups} and is_in_units(anatomy.model):
+    if tied == {frozenset(group.names) for group in groups}:
+        return
+    unlike = (
+        len({getattr(anatomy.slots.get(name), "placements", None) for name in group.names}) > 1 for group in groups
+    )
+    if is_in_units(anatomy.model) or any(unlike):
         refuse_in_parts(anatomy.model, action, gathers=True)
 
 
