@@ -143,7 +143,7 @@ def refuse_engine(model: nn.Module, action: str) -> None:
     if any(hasattr(module, "ds_id") for module in model.modules()):
         raise TyingError(
             f"Cannot {action} a model that an engine of DeepSpeed ZeRO-3 has taken: it would not know the new "
-            "parameters. Do it before deepspeed.initialize."
+            "parameters. Do it before deepspeed.initialize, or save the model and load it again."
         )
 
 

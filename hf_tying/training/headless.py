@@ -13,7 +13,7 @@ from ..config import TyingError
 from ..objectives.objective import ContrastiveObjective
 from ..objectives.tied_loss import evaluated_by_objective, objective_of, use_tied_loss
 from ..ties.anatomy import roles
-from ..ties.sharding import gathered, shape_of
+from ..ties.sharding import gathered, is_in_units, refuse_engine, refuse_in_parts, shape_of
 from ..ties.slots import find_parameter, is_one
 from ..ties.tying import refuse_unfit, tie, untie
 
@@ -129,6 +129,11 @@ def recover_lm_head(
         given = ", ".join((["args"] if args is not None else []) + [*trainer_kwargs])
         raise TyingError(f"recover_lm_head has {given} for its fine-tuning and no train_dataset: give it one.")
     refuse_unfit(model, "recover the head of")
+    ends = [found.name for role, found in roles(model).items() if role in ("target", "output")]
+    if len(ends) == 2 and is_one(model, ends) == (how == "clone"):  # other ties, refused before the loss is another
+        refuse_engine(model, "recover the head of")
+        if is_in_units(model):
+            refuse_in_parts(model, "recover the head of", gathers=True)
     use_tied_loss(model)
     embedding, output = (roles(model)[role].name for role in ("target", "output"))
     source, matrix = find_parameter(model, embedding), find_parameter(model, output)

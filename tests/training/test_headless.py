@@ -16,13 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, BertForMaskedLM, Trainer, TrainingArguments
 from transformers.utils import logging
 
-from hf_tying import TyingError, assert_tied, tie
+from hf_tying import TyingError, assert_tied, tie, use_tied_loss
 from hf_tying.objectives.objective import AugmentedObjective, ContrastiveObjective
 from hf_tying.objectives.tied_loss import has_tied_loss, objective_of
 from hf_tying.training import headless
 from hf_tying.training.headless import HeadlessTrainer, recover_lm_head
 
-from ..tiny import VOCAB, tiny_model
+from ..tiny import VOCAB, tiny_model, untied_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPT, BENCHMARK = EXAMPLES / "papers" / "headless.py", EXAMPLES / "benchmarks" / "headless.py"
@@ -158,6 +158,14 @@ def test_a_clone_is_a_copy_of_the_embedding_and_the_config_says_so(arch, tied, t
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["tie_word_embeddings"] is False
     loaded = type(model).from_pretrained(tmp_path / "saved")
     assert torch.equal(loaded.get_output_embeddings().weight, loaded.get_input_embeddings().weight + 1)
+
+
+def test_an_engine_of_zero_3_is_refused_before_the_objective_goes():
+    model = use_tied_loss(tie(untied_model("llama"), "two_way", init_from="output"), objective=ContrastiveObjective())
+    model.model.ds_id = 0  # as deepspeed.initialize marks each module
+    with pytest.raises(TyingError, match="Cannot recover the head of .* or save the model and load it again"):
+        recover_lm_head(model)
+    assert objective_of(model) == ContrastiveObjective() and model.lm_head.weight is model.model.embed_tokens.weight
 
 
 @pytest.mark.parametrize("tied", [True, False])
