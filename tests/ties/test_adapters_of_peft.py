@@ -127,9 +127,13 @@ class TestKept:
         assert_tied(loaded)
 
 
+_COPIES = [option for name, option in KEPT.items() if "tokens" in name or "copy" in name]
+#: Each model with one kind of copy, and one model with each.
+EACH_ONCE = [(make, _COPIES[0]) for make in HELD.values()] + [([*HELD.values()][0], each) for each in _COPIES[1:]]
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("make", HELD.values(), ids=HELD)
-@pytest.mark.parametrize("options", [option for name, option in KEPT.items() if "tokens" in name or "copy" in name])
+@pytest.mark.parametrize(("make", "options"), EACH_ONCE)
 def test_the_callback_lets_it_train(make, options, tmp_path):
     run(adapted(make(), **options), tmp_path)
 
