@@ -118,6 +118,8 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
 DIFFERENT = tuple(kind for kind in KINDS if kind.endswith("relaxed"))
 #: Kinds whose steps compute no logits.
 BY_BLOCKS = tuple(kind for kind in KINDS if kind.endswith(("tied loss", "AL", "CWT")))
+#: Kinds whose bytes are counted: a loss by blocks sends what the whole one sends.
+COUNTED = tuple(kind for kind in KINDS if kind not in BY_BLOCKS or kind in ("llama tied loss", "bert CWT"))
 
 
 def inputs(model: nn.Module, rows: slice = slice(None)) -> dict[str, torch.Tensor]:

@@ -23,7 +23,7 @@ from hf_tying.objectives import ContrastiveObjective
 from hf_tying.parallel import parallel_plan
 from hf_tying.ties.relaxation import relaxed_names, value_at
 from hf_tying.ties.slots import find_slot
-from tests.engines import DIFFERENT, KINDS, RATE, alone, beside_one, inputs, own_rows, plain, start, train
+from tests.engines import COUNTED, DIFFERENT, KINDS, RATE, alone, beside_one, inputs, own_rows, plain, start, train
 from tests.processes import run_cases
 
 
@@ -211,7 +211,7 @@ CASES = {
     **{f"fsdp2 from meta, {kind}": partial(fsdp2, kind, cpu_ram_efficient_loading=True) for kind in LOADED_ON_META},
     **{f"fsdp2 compiled, {kind}": partial(compiled, kind) for kind in ("llama two_way", "llama tied loss")},
     "fsdp2 held, llama layers": partial(held, "llama layers"),
-    **{f"bytes, {kind}": partial(sent, kind) for kind in KINDS},
+    **{f"bytes, {kind}": partial(sent, kind) for kind in COUNTED},
     "control, halved": partial(halved, "llama two_way"),
     "control, not reduced": partial(not_reduced, "llama two_way"),
     "control, not gathered": not_gathered,

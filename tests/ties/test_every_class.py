@@ -23,7 +23,7 @@ SAMPLE = [
     # Encoder-decoders, in three schemes, and one with sound in front.
     *("BartForConditionalGeneration", "WhisperForConditionalGeneration"),
     # Words beside images, below another config.
-    *("LlavaForConditionalGeneration", "BlipForConditionalGeneration"),
+    "LlavaForConditionalGeneration",
     # Ties of layers that have no role, their patterns overlapping.
     "RTDetrV2ForObjectDetection",
 ]
