@@ -32,14 +32,14 @@ def guard_merges(wrapped: Callable[..., Any], tuner: BaseTuner, args: tuple, kwa
         The result of the method.
 
     Raises:
-        TyingError: from `refuse_projected`, `refuse_in_parts` and `refuse_uneven`, before anything is merged.
+        TyingError: from `refuse_projected`, `refuse_partitioned` and `refuse_uneven`, before anything is merged.
     """
     model = getattr(tuner, "model", None)
     unloading = wrapped.__name__ == "_unload_and_optionally_merge"
     merging = not unloading or kwargs.get("merge", args[0] if args else True)
     if merging:
         refuse_projected(model)
-        refuse_in_parts(model)
+        refuse_partitioned(model)
     if not merging or not getattr(model, "tie_groups", None):
         return wrapped(*args, **kwargs)
     refuse_uneven(model, kwargs.get("adapter_names") or list(tuner.active_adapters))
@@ -67,7 +67,7 @@ def refuse_projected(model: nn.Module) -> None:
             )
 
 
-def refuse_in_parts(model: nn.Module) -> None:
+def refuse_partitioned(model: nn.Module) -> None:
     """Refuse to merge an adapter into a matrix of which this process has no values.
 
     Args:

@@ -209,11 +209,9 @@ def called(name: str, way: str) -> dict:
     """A call of tests/partitioned_calls.py on a partitioned model: how far it is from one on a whole model."""
     kind, call, *_ = (CALLS | REFUSED)[name]
     start = saved_start(kind)
-    if way == "zero.Init":
-        keep = HfDeepSpeedConfig(config_of(3))  # noqa: F841, as long as it lives
-        model = AutoModelForCausalLM.from_pretrained(start)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(start)
+    keep = HfDeepSpeedConfig(config_of(3)) if way == "zero.Init" else None
+    model = AutoModelForCausalLM.from_pretrained(start)
+    if keep is None:
         optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
         deepspeed.initialize(model=model, optimizer=optimizer, config=config_of(3))
     own, config = [*model.parameters()], model.config.to_dict()
@@ -223,6 +221,7 @@ def called(name: str, way: str) -> dict:
     except TyingError as error:
         unchanged = model.config.to_dict() == config and all(map(torch.equal, before, map(full, own)))
         return {"refused": str(error), "unchanged": unchanged}
+    del keep  # as long as it lives, all models are partitioned
     expected, of_whole = whole_call(name)
     return {"apart": far(state(model), expected), "result": result, "of a whole one": of_whole}
 
@@ -236,6 +235,7 @@ def saved_start(kind: str) -> str:
 def whole_call(name: str) -> tuple[dict, object]:
     kind, call, *_ = CALLS[name]
     model = AutoModelForCausalLM.from_pretrained(saved_start(kind))
+    assert all(p.numel() for p in model.parameters())
     result = call(model)
     return state(model), result
 
